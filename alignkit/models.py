@@ -1,0 +1,257 @@
+"""Load, make and save models: any Hugging Face causal LM, the tiny default, reward and value models, LoRA.
+
+Weights are read from and written to safetensors only, and remote code is never run.
+"""
+
+import contextlib
+import copy
+import os
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PhiConfig
+from transformers import PhiForCausalLM, PhiForSequenceClassification
+
+from alignkit.world import desk_tokenizer, phrase_ids
+
+NEVER = -1e4  # a logit that no other can be smaller than: its softmax is exactly 0 in every dtype
+
+
+def pick_device(device: str = "auto") -> torch.device:
+    """The device to train on: "auto" is a GPU where there is one, otherwise the CPU."""
+    if device != "auto":
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device):
+    """bf16 autocast on a GPU, nothing on a CPU: the one precision rule that sampling, scoring and training share."""
+    return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else contextlib.nullcontext()
+
+
+def load_policy(model: str | Path, *, seed: int = 0, device: str = "auto"):
+    """A causal LM and its tokenizer: `(policy, tokenizer)`.
+
+    model: "tiny" (a fresh desk-world model, seeded by `seed`), a local directory, or a Hub id. Dropout is off, the dtype is
+    float32. A tokenizer whose pad token is missing or is its EOS gets another one, so that EOS can be learned.
+    Raises ValueError that says what to do if the model cannot be read safely.
+    """
+    if str(model) == "tiny":
+        tokenizer = desk_tokenizer()
+        return tiny_policy(tokenizer, seed=seed).to(pick_device(device)), tokenizer
+    policy, tokenizer = _load(AutoModelForCausalLM, model)
+    return policy.to(pick_device(device)), tokenizer
+
+
+def load_reward_model(model: str | Path, *, device: str = "auto"):
+    """A sequence classifier with one output and its tokenizer: `(reward_model, tokenizer)`. Raises ValueError as `load_policy`."""
+    reward_model, tokenizer = _load(AutoModelForSequenceClassification, model, num_labels=1)
+    _score_head(reward_model)
+    return reward_model.to(pick_device(device)).eval(), tokenizer
+
+
+def tiny_policy(tokenizer, *, hidden: int = 64, layers: int = 2, seed: int = 0) -> PhiForCausalLM:
+    """The desk world's policy: an ordinary Phi model of about 100k parameters whose support is the eleven phrases and EOS.
+
+    The head has a bias (that is why it is a Phi): −1e4 at every other token, so that their probability is exactly 0 and,
+    since they are never a label, stays 0. So all responses can be enumerated and their probabilities sum to 1.
+    """
+    with _seeded(seed):
+        policy = PhiForCausalLM(_tiny_config(tokenizer, hidden, layers))
+    allowed = [*phrase_ids(tokenizer), tokenizer.eos_token_id]
+    with torch.no_grad():
+        policy.lm_head.bias.fill_(NEVER)
+        policy.lm_head.bias[allowed] = 0.0
+    return policy.eval()
+
+
+def tiny_reward_model(tokenizer, *, hidden: int = 32, layers: int = 1, seed: int = 0) -> PhiForSequenceClassification:
+    """A fresh small reward model for the desk world; `hidden` and `layers` are its size."""
+    config = _tiny_config(tokenizer, hidden, layers)
+    config.num_labels = 1
+    with _seeded(seed):
+        return PhiForSequenceClassification(config).eval()
+
+
+def reward_model_from(policy: nn.Module, seed: int = 0) -> nn.Module:
+    """A sequence classifier that starts from the policy's body, with a new linear head of standard deviation 1/√(hidden + 1)."""
+    policy = merged(policy)
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    with _seeded(seed):
+        reward_model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+    body(reward_model).load_state_dict(body(policy).state_dict())
+    head = _score_head(reward_model)
+    with _seeded(seed), torch.no_grad():
+        head.weight.normal_(0, (head.in_features + 1) ** -0.5)
+    return reward_model.to(policy.device).eval()
+
+
+def value_model_from(model: nn.Module) -> nn.Module:
+    """A critic: a copy of a reward model, or, if `model` is a policy, its body with a head that is 0."""
+    if hasattr(model, "score"):
+        return copy.deepcopy(model).requires_grad_(True)
+    critic = reward_model_from(model)
+    with torch.no_grad():
+        _score_head(critic).weight.zero_()
+    return critic
+
+
+def token_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
+    """What a sequence classifier's head says at each of the last `keep` positions: (B, keep), float32."""
+    hidden = body(model)(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask),
+                         use_cache=False).last_hidden_state
+    return _score_head(model)(hidden[:, -keep:]).squeeze(-1).float()
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions (B, L) that count real tokens only, so that left padding changes nothing."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def body(model: nn.Module) -> nn.Module:
+    """The transformer without its head."""
+    return getattr(model, model.base_model_prefix)
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy that no optimiser can change: merged if it has an adapter, in eval mode, without gradients."""
+    return copy.deepcopy(merged(model)).eval().requires_grad_(False)
+
+
+def add_lora(policy: nn.Module, *, rank: int = 8, alpha: int = 16, seed: int = 0) -> nn.Module:
+    """`policy` with a fresh LoRA adapter on every linear layer (peft); only the adapter is trained."""
+    from peft import LoraConfig, get_peft_model
+
+    with _seeded(seed):
+        return get_peft_model(policy, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """The model itself, or, if it has an adapter, a copy with the adapter merged in."""
+    return copy.deepcopy(model).merge_and_unload() if _has_adapter(model) else model
+
+
+def reference_policy(policy: nn.Module) -> nn.Module:
+    """The policy as it is now, to measure KL against.
+
+    With an adapter that has not been trained yet the reference is the same model with the adapter switched off, which costs no
+    memory; in every other case it is a frozen copy. (A trained adapter switched off would be the *base*, not this policy.)
+    """
+    if _has_adapter(policy) and all((weight == 0).all() for name, weight in policy.named_parameters() if "lora_B" in name):
+        return AdapterOff(policy)
+    return frozen_copy(policy)
+
+
+class AdapterOff(nn.Module):
+    """A PEFT model read with its adapter switched off."""
+
+    def __init__(self, policy: nn.Module):
+        super().__init__()
+        self._policy = [policy]  # in a list, so that its parameters are not this module's
+        self.config = policy.config
+
+    @property
+    def device(self) -> torch.device:
+        return self._policy[0].device
+
+    def forward(self, *args, **kwargs):
+        with torch.no_grad(), self._policy[0].disable_adapter():
+            return self._policy[0](*args, **kwargs)
+
+
+def save_model(model: nn.Module, tokenizer, directory: str | Path) -> Path:
+    """Write a model (adapter merged) and its tokenizer as an ordinary Hugging Face folder, all or nothing.
+
+    The folder is written under a temporary name and renamed; an older one is replaced only then.
+    """
+    directory = Path(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{directory.name}.tmp-", dir=directory.parent))
+    old = directory.with_name(f"{directory.name}.old-{uuid.uuid4().hex[:8]}")
+    try:
+        merged(model).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        for file in temporary.rglob("*"):  # safetensors writes 0600; a shared run folder must be readable
+            file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
+        if directory.exists():
+            for kept in directory.iterdir():  # a stage's metrics and results stay
+                if not (temporary / kept.name).exists():
+                    (shutil.copytree if kept.is_dir() else shutil.copy2)(kept, temporary / kept.name)
+            directory.rename(old)
+        temporary.rename(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not directory.exists():
+            old.rename(directory)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    return directory
+
+
+def same_vocabulary(tokenizer, other) -> bool:
+    """Whether two tokenizers give every token the same id, so that ids can be passed between their models."""
+    return tokenizer is other or tokenizer.get_vocab() == other.get_vocab()
+
+
+def _load(auto, model, **config_options):
+    name = str(model)
+    path = Path(name)
+    if path.exists() and not (path / "config.json").exists():
+        raise ValueError(f"model {name!r} has no config.json; expected a Hugging Face model folder, a Hub id or 'tiny'")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **config_options)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        loaded = auto.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+    except OSError as error:
+        raise ValueError(f"model {name!r} could not be read: {str(error).splitlines()[0]} (expected a folder with config.json, "
+                         "tokenizer files and *.safetensors, a Hub id that is cached or online, or 'tiny')") from error
+    _give_pad_token(loaded, tokenizer)
+    tokenizer.padding_side = "right"
+    for module in loaded.modules():  # dropout off: the policy that is scored must be the policy that sampled
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return loaded.eval(), tokenizer
+
+
+def _give_pad_token(model: nn.Module, tokenizer) -> None:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token, so a response could never end; set tokenizer.eos_token")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+
+
+def _score_head(model: nn.Module) -> nn.Linear:
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise ValueError(f"{type(model).__name__} has no `score` head with one output; expected a causal "
+                         "…ForSequenceClassification model with num_labels=1")
+    return head
+
+
+def _has_adapter(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "merge_and_unload")
+
+
+def _tiny_config(tokenizer, hidden: int, layers: int) -> PhiConfig:
+    return PhiConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
+                     num_attention_heads=4, max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id,
+                     bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,179 @@
+"""Rollouts: sample responses with a KV cache, and read the logits of responses that are there already.
+
+This is the one door for randomness: what is sampled comes from the generator that the caller passes, and from the full
+softmax at `temperature`. There is no top-k or top-p, so that what is sampled is what is scored.
+"""
+
+import inspect
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.models import autocast, position_ids
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B prompts with a response each.
+
+    prompt_ids (B, P): left-padded. prompt_mask (B, P): True at real tokens. response_ids (B, T): right-padded, EOS included.
+    response_mask (B, T): True at response tokens. logprobs (B, T): the sampler's, nats, 0 outside the mask.
+    finished (B,): True where the response ended with EOS rather than at the limit.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    logprobs: Tensor
+    finished: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def __getitem__(self, rows) -> "Rollout":
+        return Rollout(**{name: value[rows] for name, value in vars(self).items()})
+
+
+class NonFinite(ValueError):
+    """A model produced NaN or infinite numbers."""
+
+
+def left_pad(sequences: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids (B, P) and mask (B, P) bool of sequences of different lengths, padded on the left."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in sequences])
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in sequences])
+    return ids, mask
+
+
+def right_pad(sequences: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T) and mask (B, T) bool of sequences of different lengths, padded on the right."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([list(row) + [pad_token_id] * (width - len(row)) for row in sequences])
+    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in sequences])
+    return ids, mask
+
+
+def encode_prompts(tokenizer, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Token ids (B, P), left-padded, and mask (B, P) of prompt texts. Special tokens written in a prompt stay text.
+
+    Raises ValueError, naming the row, if a prompt has no tokens.
+    """
+    rows = tokenizer(list(prompts), add_special_tokens=True, split_special_tokens=True).input_ids
+    for number, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"prompt {number} is empty: it has no tokens")
+    return left_pad(rows, tokenizer.pad_token_id)
+
+
+@torch.no_grad()
+def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_new_tokens: int, eos_token_id: int,
+           pad_token_id: int, generator: torch.Generator, temperature: float = 1.0) -> Rollout:
+    """One response for each prompt row, sampled by inverse CDF from softmax(logits / temperature).
+
+    generator: on the CPU; one uniform number a row and a position is drawn from it, so results do not depend on the device.
+    Raises ValueError if prompt and response do not fit the model's context, NonFinite on NaN logits.
+    """
+    limit = getattr(policy.config, "max_position_embeddings", None)
+    if limit is not None and prompt_ids.shape[1] + max_new_tokens > limit:
+        raise ValueError(f"prompts of {prompt_ids.shape[1]} tokens and max_new_tokens={max_new_tokens} do not fit the model's "
+                         f"context of {limit} tokens")
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}, expected a positive number")
+    device = policy.device
+    prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
+    mask, positions, cache, inputs = prompt_mask, position_ids(prompt_mask), None, prompt_ids
+    alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
+    tokens, masks, logprobs = [], [], []
+    for _ in range(max_new_tokens):
+        with autocast(device):
+            output = policy(input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+                            **_last_logits(policy, 1))
+        cache = output.past_key_values
+        scaled = output.logits[:, -1].float() / temperature
+        uniform = torch.rand(len(prompt_ids), 1, generator=generator, dtype=torch.float64).to(device)
+        token, logprob = _inverse_cdf(scaled, uniform)
+        tokens.append(torch.where(alive, token, pad_token_id))
+        logprobs.append(torch.where(alive, logprob, 0.0))
+        masks.append(alive)
+        alive = alive & (token != eos_token_id)
+        if not alive.any():
+            break
+        inputs = tokens[-1][:, None]
+        mask = torch.cat([mask, masks[-1][:, None]], 1)
+        positions = positions[:, -1:] + 1
+    return Rollout(prompt_ids, prompt_mask, torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logprobs, 1), ~alive)
+
+
+def response_logits(policy: nn.Module, rollout: Rollout, temperature: float = 1.0) -> Tensor:
+    """Logits (B, T, V), divided by `temperature`, that predict each response token. Differentiable."""
+    ids, mask = full_ids(rollout)
+    length = rollout.response_ids.shape[1]
+    with autocast(ids.device):
+        logits = policy(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False,
+                        **_last_logits(policy, length + 1)).logits[:, -length - 1 : -1]
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def full_ids(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Prompt and response in one row: token ids (B, P + T) and attention mask (B, P + T)."""
+    return (torch.cat([rollout.prompt_ids, rollout.response_ids], 1), torch.cat([rollout.prompt_mask, rollout.response_mask], 1))
+
+
+def rollout_from_ids(prompts: list[list[int]], responses: list[list[int]], *, eos_token_id: int, pad_token_id: int,
+                     device="cpu") -> Rollout:
+    """A Rollout of given token ids (EOS is theirs to contain), with logprobs 0: to score text that was not sampled."""
+    prompt_ids, prompt_mask = left_pad(prompts, pad_token_id)
+    response_ids, response_mask = right_pad(responses, pad_token_id)
+    finished = torch.tensor([bool(row) and row[-1] == eos_token_id for row in responses])
+    made = Rollout(prompt_ids, prompt_mask, response_ids, response_mask, torch.zeros(response_ids.shape), finished)
+    return to_device(made, device)
+
+
+def to_device(rollout: Rollout, device) -> Rollout:
+    """The same rollout on another device."""
+    return replace(rollout, **{name: value.to(device) for name, value in vars(rollout).items()})
+
+
+def decode_responses(tokenizer, rollout: Rollout) -> list[str]:
+    """The response texts, without EOS and padding."""
+    rows = [ids[mask].tolist() for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
+    return [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in rows]
+
+
+def generate_texts(policy: nn.Module, tokenizer, prompts: list[str], *, max_new_tokens: int, seed: int, samples: int = 1,
+                   temperature: float = 1.0, batch_size: int = 256) -> list[list[str]]:
+    """`samples` response texts for each prompt text. The same seed gives the same responses for the same batch size."""
+    texts = []
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    for start in range(0, len(repeated), batch_size):
+        ids, mask = encode_prompts(tokenizer, repeated[start : start + batch_size])
+        rollout = sample(policy, ids, mask, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+                         pad_token_id=tokenizer.pad_token_id, temperature=temperature, generator=seeded(seed, start))
+        texts += decode_responses(tokenizer, rollout)
+    return [texts[start : start + samples] for start in range(0, len(texts), samples)]
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A CPU generator whose stream is fixed by the numbers, such as (seed, iteration); other numbers, other stream."""
+    state = 0
+    for number in numbers:
+        state = (state * 6364136223846793005 + int(number) + 1442695040888963407) % 2**63
+    return torch.Generator().manual_seed(state)
+
+
+def _inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    logprobs = logits.log_softmax(-1)
+    if not torch.isfinite(logprobs).any(-1).all():
+        raise NonFinite("the policy's logits are NaN or infinite; its weights have diverged (lower the learning rate)")
+    cumulative = logprobs.double().exp().cumsum(-1)
+    token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    return token.squeeze(1), logprobs.gather(1, token).squeeze(1)
+
+
+def _last_logits(policy: nn.Module, keep: int) -> dict[str, int]:
+    """`logits_to_keep`, for models that can leave out the head at the other positions."""
+    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    return {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
