@@ -1,0 +1,31 @@
+"""Model text made safe to look at: what cannot be seen is spelled out, what is too long is cut with a note."""
+
+from __future__ import annotations
+
+import unicodedata
+
+_KEPT = {"\n", "\t", "\u200c", "\u200d"}  # line feed, tab, and the joiners that scripts and emoji need
+_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (bidi, zero width), lone surrogate, line and paragraph separators
+
+
+def visible(text: object, limit: int = 400) -> str:
+    """`text` as a plain string in which nothing acts and nothing hides.
+
+    Control characters become their pictures (ESC is shown as ␛, so an ANSI code stays text), bidirectional marks,
+    zero-width characters and lone surrogates become ⟨U+XXXX⟩; line feeds and tabs stay. Markup is left as it is: the
+    caller shows the result as text (`textContent`, `print`), never as HTML or Markdown.
+
+    `limit` is the number of characters that are shown; a longer text ends in a note that says how long it is.
+    """
+    text = text if isinstance(text, str) else str(text)
+    shown = "".join(_visible_character(c) for c in text[:limit])
+    return shown if len(text) <= limit else f"{shown}… [{len(text):,} characters, the first {limit} are shown]"
+
+
+def _visible_character(character: str) -> str:
+    if character in _KEPT or unicodedata.category(character) not in _HIDDEN:
+        return character
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
