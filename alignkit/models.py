@@ -225,9 +225,14 @@ def _give_pad_token(model: nn.Module, tokenizer) -> None:
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, so a response could never end; set tokenizer.eos_token")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
+        spare = [number for number in (model.config.pad_token_id, tokenizer.unk_token_id)
+                 if number is not None and number != tokenizer.eos_token_id]
+        if spare:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spare[0])
+        else:  # a new row, the mean of all others, so that its logit is an average one: about never sampled
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+                model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
 
@@ -246,7 +251,7 @@ def _has_adapter(model: nn.Module) -> bool:
 
 def _tiny_config(tokenizer, hidden: int, layers: int) -> PhiConfig:
     return PhiConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-                     num_attention_heads=4, max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id,
+                     num_attention_heads=4, hidden_act="relu", max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id,
                      bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
 
 

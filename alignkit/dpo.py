@@ -1,0 +1,223 @@
+"""Direct preference optimisation: Bradley–Terry on implicit rewards β log(π / π_ref); pure losses, one step, and the loop.
+
+There is no KL term on samples here: the reference enters through the implicit reward only, so nothing bounds how far the policy
+moves where the pairs do not look. Chosen and rejected log-probs are therefore logged apart.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alignkit.data import encode_pairs
+from alignkit.models import reference_policy
+from alignkit.ppo import adamw
+from alignkit.relay import InvariantError
+from alignkit.sampling import NonFinite, Rollout, response_logits, rollout_from_ids, seeded, to_device
+from alignkit.tokens import sequence_logps, token_logprobs
+
+LOSSES = ("sigmoid", "ipo", "hinge")
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """What a user can turn. Defaults are for the desk world.
+
+    beta: the price of KL, the same quantity as PPO's kl_coef: a larger beta keeps the policy closer to the reference.
+    loss_type: "sigmoid" (DPO), "ipo" or "hinge". label_smoothing: the share of labels assumed flipped (cDPO), sigmoid only.
+    length_normalised: log-probs per token rather than per response. max_new_tokens: responses, EOS included, are cut there.
+    epochs, batch_size: passes over the pairs, pairs a step. learning_rate, max_grad_norm: AdamW's and the clip. warmup: the share of steps
+    over which the rate rises linearly. precompute_reference: score all pairs with the reference once, before training.
+    """
+
+    beta: float = 0.5
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+    length_normalised: bool = False
+    max_new_tokens: int = 4
+    epochs: int = 3
+    batch_size: int = 128
+    learning_rate: float = 5e-4
+    max_grad_norm: float = 1.0
+    warmup: float = 0.1
+    precompute_reference: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.beta > 0:
+            raise ValueError(f"beta is {self.beta}, expected more than 0")
+        if self.loss_type not in LOSSES:
+            raise ValueError(f"loss_type is {self.loss_type!r}, expected one of {', '.join(LOSSES)}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}, expected a share of flipped labels from 0 to below 0.5")
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError(f"label_smoothing goes with loss_type 'sigmoid' only, not with {self.loss_type!r}")
+        for name in ("max_new_tokens", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is {self.warmup}, expected a share of the steps between 0 and 1")
+
+
+def _stat(name: str, meaning: str):
+    return field(metadata={"name": name, "meaning": meaning})
+
+
+@dataclass(frozen=True)
+class DPOStats:
+    """What one DPO step measured, before the step. `log()` has the same numbers under TRL's names."""
+
+    step: int = _stat("step", "optimiser steps so far, this one included")
+    loss: float = _stat("loss", "mean DPO loss; ln 2 at step 0 for the sigmoid")
+    chosen_reward: float = _stat("rewards/chosen", "mean implicit reward β log(π / π_ref) of the chosen responses")
+    rejected_reward: float = _stat("rewards/rejected", "the same of the rejected responses")
+    accuracy: float = _stat("rewards/accuracies", "share of pairs whose chosen response has the larger implicit reward")
+    margin: float = _stat("rewards/margins", "mean implicit reward, chosen minus rejected")
+    chosen_logps: float = _stat("logps/chosen", "mean log π of the chosen responses, nats a response")
+    rejected_logps: float = _stat("logps/rejected", "the same of the rejected responses")
+    chosen_shift: float = _stat("logps/chosen_shift", "mean log π − log π_ref of the chosen responses: below 0 the chosen ones became rarer")
+    rejected_shift: float = _stat("logps/rejected_shift", "the same of the rejected responses")
+    grad_norm: float = _stat("grad_norm", "gradient norm before the clip")
+    learning_rate: float = _stat("learning_rate", "in force at this step")
+
+    def log(self) -> dict[str, float]:
+        """The numbers under their plot names."""
+        return {f.metadata["name"]: getattr(self, f.name) for f in fields(self)}
+
+
+def implicit_reward(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
+    """β log(π / π_ref) of each response: (B,). Only differences within a prompt mean anything. (Rafailov 2023, eq. 5)"""
+    return beta * (logps - ref_logps)
+
+
+def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor, *,
+             beta: float, loss_type: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
+    """Loss of each pair: (B,). With the margin m = β [log π/π_ref (chosen) − log π/π_ref (rejected)]:
+
+    sigmoid  −(1 − ε) log σ(m) − ε log σ(−m)      (Rafailov 2023, eq. 7; ε = label_smoothing: cDPO, Mitchell 2023)
+    ipo      (m/β − 1/(2β))²                     (Azar 2023, eq. 17)
+    hinge    max(0, 1 − m)                       (SLiC; Zhao 2023)
+    Raises ValueError on shapes that differ or an unknown loss_type.
+    """
+    for name, value in (("policy_rejected_logps", policy_rejected_logps), ("ref_chosen_logps", ref_chosen_logps),
+                        ("ref_rejected_logps", ref_rejected_logps)):
+        if value.shape != policy_chosen_logps.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(policy_chosen_logps.shape)} (policy_chosen_logps')")
+    margin = (implicit_reward(policy_chosen_logps, ref_chosen_logps, beta)
+              - implicit_reward(policy_rejected_logps, ref_rejected_logps, beta))
+    if loss_type == "sigmoid":
+        return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    if loss_type == "ipo":
+        return (margin / beta - 1 / (2 * beta)).square()
+    if loss_type == "hinge":
+        return (1 - margin).relu()
+    raise ValueError(f"loss_type is {loss_type!r}, expected one of {', '.join(LOSSES)}")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """B preference pairs: two Rollouts that share their prompts, and the reference's log-probs (B,) of each, or None."""
+
+    chosen: Rollout
+    rejected: Rollout
+    ref_chosen_logps: Tensor | None = None
+    ref_rejected_logps: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, rows) -> "Pairs":
+        return Pairs(self.chosen[rows], self.rejected[rows],
+                     *(None if logps is None else logps[rows] for logps in (self.ref_chosen_logps, self.ref_rejected_logps)))
+
+
+def encode_rows(tokenizer, rows: list[dict], column: str, max_new_tokens: int) -> Rollout:
+    """Rows with `prompt` and `column` (texts) as a Rollout; EOS is put after each response if it fits in max_new_tokens."""
+    pairs = encode_pairs(tokenizer, [row["prompt"] for row in rows], [row[column] for row in rows])[0]
+    prompts, responses = [prompt for prompt, _ in pairs], [[*ids, tokenizer.eos_token_id][:max_new_tokens] for _, ids in pairs]
+    return rollout_from_ids(prompts, responses, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+
+
+def response_logps(policy: nn.Module, responses: Rollout, length_normalised: bool = False) -> Tensor:
+    """log π(response | prompt) (B,), nats a response, or nats a token if length_normalised. Differentiable."""
+    logps = sequence_logps(token_logprobs(response_logits(policy, responses), responses.response_ids), responses.response_mask)
+    return logps / responses.response_mask.sum(1).clamp(min=1) if length_normalised else logps
+
+
+@torch.no_grad()
+def with_reference(ref_policy: nn.Module, pairs: Pairs, *, length_normalised: bool = False, batch_size: int = 256) -> Pairs:
+    """The same pairs with the reference's log-probs, computed once."""
+    logps = [torch.cat([response_logps(ref_policy, side[start : start + batch_size], length_normalised)
+                        for start in range(0, len(side), batch_size)]) for side in (pairs.chosen, pairs.rejected)]
+    return Pairs(pairs.chosen, pairs.rejected, *logps)
+
+
+def dpo_step(policy: nn.Module, optimizer: torch.optim.Optimizer, pairs: Pairs, config: DPOConfig, step: int = 1) -> DPOStats:
+    """One optimiser step on a batch of pairs that carry reference log-probs. Returns statistics from before the step.
+
+    Raises ValueError if the reference's log-probs are missing, NonFinite (weights untouched) if loss or gradient is not finite.
+    """
+    if pairs.ref_chosen_logps is None:
+        raise ValueError("pairs carry no reference log-probs; call with_reference(ref_policy, pairs) first")
+    logps = [response_logps(policy, side, config.length_normalised) for side in (pairs.chosen, pairs.rejected)]
+    refs = (pairs.ref_chosen_logps, pairs.ref_rejected_logps)
+    loss = dpo_loss(*logps, *refs, beta=config.beta, loss_type=config.loss_type, label_smoothing=config.label_smoothing).mean()
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], config.max_grad_norm)
+    if not torch.isfinite(norm):
+        raise NonFinite(f"DPO step {step} has loss {float(loss):.3g} and gradient norm {float(norm):.3g}; the weights were left as they were")
+    optimizer.step()
+    with torch.no_grad():
+        chosen, rejected = (implicit_reward(own, ref, config.beta) for own, ref in zip(logps, refs, strict=True))
+        shifts = [float((own - ref).mean()) for own, ref in zip(logps, refs, strict=True)]
+        return DPOStats(
+            step=step, loss=float(loss), chosen_reward=float(chosen.mean()), rejected_reward=float(rejected.mean()),
+            accuracy=float((chosen > rejected).float().mean()), margin=float((chosen - rejected).mean()),
+            chosen_logps=float(logps[0].mean()), rejected_logps=float(logps[1].mean()), chosen_shift=shifts[0],
+            rejected_shift=shifts[1], grad_norm=float(norm), learning_rate=optimizer.param_groups[0]["lr"],
+        )
+
+
+def dpo(policy: nn.Module, tokenizer, rows: list[dict], config: DPOConfig, *, ref_policy: nn.Module | None = None) -> Iterator[DPOStats]:
+    """Train on rows prompt / chosen / rejected (texts), yielding each step's statistics.
+
+    ref_policy: by default the policy as it is now. Then the first step must have margin 0 (and loss ln 2 for the sigmoid): InvariantError otherwise.
+    The order of pairs is drawn from (seed, epoch). Raises ValueError if there are no rows.
+    """
+    if not rows:
+        raise ValueError("rows is empty, expected at least one preference pair")
+    starts_at_reference = ref_policy is None
+    ref_policy = reference_policy(policy) if ref_policy is None else ref_policy
+    pairs = Pairs(*(to_device(encode_rows(tokenizer, rows, side, config.max_new_tokens), policy.device) for side in ("chosen", "rejected")))
+    if config.precompute_reference:
+        pairs = with_reference(ref_policy, pairs, length_normalised=config.length_normalised, batch_size=2 * config.batch_size)
+    optimizer = adamw([p for p in policy.parameters() if p.requires_grad], config.learning_rate)
+    steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
+    warmup_steps = config.warmup * steps_per_epoch * config.epochs
+    step = 0
+    for epoch in range(config.epochs):
+        order = torch.randperm(len(pairs), generator=seeded(config.seed, epoch, 4))
+        for start in range(0, len(pairs), config.batch_size):
+            step += 1
+            batch = pairs[order[start : start + config.batch_size].to(policy.device)]
+            if batch.ref_chosen_logps is None:
+                batch = with_reference(ref_policy, batch, length_normalised=config.length_normalised)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * min(step / warmup_steps, 1.0) if warmup_steps else config.learning_rate
+            stats = dpo_step(policy, optimizer, batch, config, step)
+            if step == 1 and starts_at_reference:
+                check_first_step(stats, config)
+            yield stats
+
+
+def check_first_step(stats: DPOStats, config: DPOConfig, tolerance: float = 1e-4) -> None:
+    """At the first step policy and reference are the same: margin 0, loss ln 2 (sigmoid). Raises InvariantError if not."""
+    expected = {"sigmoid": math.log(2), "ipo": 1 / (4 * config.beta**2), "hinge": 1.0}[config.loss_type]
+    for name, value, wanted in (("margin", stats.margin, 0.0), ("loss", stats.loss, expected)):
+        if abs(value - wanted) > tolerance * max(1.0, abs(wanted)):
+            raise InvariantError(f"step 0: DPO's {name} is {value:.5f}, expected {wanted:.5f} ± {tolerance:g}. The reference is not the policy that "
+                                 "training starts from: check which checkpoint it is, and whether an adapter is switched off")

@@ -1,0 +1,450 @@
+"""Proximal policy optimisation for language models: pure losses, one step, one iteration, and the loop over them.
+
+The objective is E_π[r(x, y)] − kl_coef · KL(π ‖ π_ref), per prompt x. The KL is charged token by token in the reward; the
+score of the whole response is added at its last token; GAE turns rewards and the critic's values into advantages; the clipped
+surrogate is what one step minimises.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.kl import k1, k3
+from alignkit.models import autocast, merged, reference_policy, same_vocabulary, token_values, value_model_from
+from alignkit.relay import InvariantError
+from alignkit.sampling import (NonFinite, Rollout, decode_responses, encode_prompts, full_ids, response_logits, sample, seeded,
+                               to_device)
+from alignkit.tokens import entropy, masked_mean, token_logprobs, whiten
+
+Reward = Callable[[list[str], list[str]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """What a user can turn. Defaults are for the desk world.
+
+    iterations: rollouts, each followed by its steps. prompts_per_iteration, samples_per_prompt: their product is the batch.
+    max_new_tokens: response limit, tokens. temperature: of sampling and of scoring alike.
+    kl_coef: price of a nat of KL(π ‖ π_ref), in units of the score; the same quantity as DPO's beta.
+    target_kl: None keeps kl_coef fixed; a number (nats a response) adapts it (Ziegler 2019) with kl_horizon (responses).
+    max_kl: stop training when objective/kl exceeds this many nats. max_step_kl: leave an iteration's remaining steps out when the
+    policy has moved this far (nats a token) from the one that sampled.
+    gamma, gae_lambda: discount and GAE's λ. clip_range, value_clip_range: half-widths of the clips (inf: none).
+    value_coef: only in effect where policy and critic share parameters. entropy_coef: bonus per nat. ptx_coef: weight of the SFT loss on demonstrations.
+    missing_eos_penalty: taken off the score, once, of a response cut at the limit. score_clip: scores are clipped to ± this.
+    whiten_rewards: scale per-token rewards to variance 1 (no mean shift). whiten_advantages: mean 0, variance 1 a batch.
+    epochs, minibatch_size: passes over a rollout, responses a step. learning_rate, critic_learning_rate, max_grad_norm: AdamW's and the clip.
+    critic_warmup: first iterations that train the critic alone. lr_decay: linear decay of both rates to 0 over `iterations`.
+    """
+
+    iterations: int = 40
+    prompts_per_iteration: int = 256
+    samples_per_prompt: int = 1
+    max_new_tokens: int = 4
+    temperature: float = 1.0
+    kl_coef: float = 0.35
+    target_kl: float | None = None
+    kl_horizon: int = 10_000
+    max_kl: float | None = None
+    max_step_kl: float | None = None
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    clip_range: float = 0.2
+    value_clip_range: float = 0.2
+    value_coef: float = 1.0
+    entropy_coef: float = 0.0
+    ptx_coef: float = 0.0
+    missing_eos_penalty: float = 0.0
+    score_clip: float = math.inf
+    whiten_rewards: bool = False
+    whiten_advantages: bool = True
+    epochs: int = 4
+    minibatch_size: int = 64
+    learning_rate: float = 1e-3
+    critic_learning_rate: float = 3e-3
+    max_grad_norm: float = 1.0
+    critic_warmup: int = 0
+    lr_decay: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("iterations", "prompts_per_iteration", "samples_per_prompt", "max_new_tokens", "epochs", "minibatch_size",
+                     "kl_horizon"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in ("kl_coef", "entropy_coef", "ptx_coef", "value_coef", "missing_eos_penalty", "learning_rate",
+                     "critic_learning_rate", "critic_warmup", "clip_range", "value_clip_range"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        for name in ("temperature", "max_grad_norm", "score_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number between 0 and 1")
+
+
+def _stat(name: str, meaning: str):
+    return field(metadata={"name": name, "meaning": meaning})
+
+
+@dataclass(frozen=True)
+class PPOStats:
+    """What one PPO iteration measured. `log()` has the same numbers under the names that TRL used."""
+
+    iteration: int = _stat("iteration", "rollouts so far, this one included")
+    score: float = _stat("objective/scores", "mean score of the responses, as the reward gave it")
+    rlhf_reward: float = _stat("objective/rlhf_reward", "mean over responses of the sum of per-token rewards: score − kl_coef · KL")
+    kl_to_ref: float = _stat("objective/kl", "KL(π ‖ π_ref), k1: nats a response")
+    kl_to_ref_k3: float = _stat("objective/kl_k3", "the same KL by k3, never negative: nats a response")
+    kl_coef: float = _stat("objective/kl_coef", "the price of KL in force")
+    entropy: float = _stat("objective/entropy", "entropy of the next-token distribution, summed over the response: nats a response")
+    length: float = _stat("objective/length", "tokens a response, EOS included")
+    eos_rate: float = _stat("val/eos_rate", "share of responses that ended with EOS")
+    policy_loss: float = _stat("loss/policy_avg", "clipped surrogate loss; about 0 by construction, not a measure of progress")
+    value_loss: float = _stat("loss/value_avg", "half the clipped squared error of the critic")
+    ptx_loss: float = _stat("loss/ptx_avg", "SFT loss on the demonstrations mixed in: nats a token; 0 without ptx_coef")
+    clip_fraction: float = _stat("policy/clipfrac_avg", "share of tokens whose policy gradient is exactly 0 because of the clip")
+    kl_to_old: float = _stat("policy/approxkl_avg", "KL(π_old ‖ π) by k3 at the last step: nats a token")
+    ratio_first: float = _stat("val/ratio_first", "mean ratio π / π_old at the first step; 1 if sampler and trainer agree")
+    ratio_max: float = _stat("val/ratio_max", "largest ratio π / π_old seen")
+    explained_variance: float = _stat("val/explained_variance", "1 − Var(returns − values) / Var(returns), before this iteration's steps")
+    grad_norm: float = _stat("policy/grad_norm", "policy's gradient norm before the clip, mean over steps")
+    steps: int = _stat("steps", "optimiser steps made in this iteration")
+
+    def log(self) -> dict[str, float]:
+        """The numbers under their plot names, `step` first."""
+        return {"step": self.iteration, **{f.metadata["name"]: getattr(self, f.name) for f in fields(self)[1:]}}
+
+
+def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float = 1.0, gae_lambda: float = 0.95) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates and returns: `(advantages, returns)`, each (B, T), 0 outside the response.
+
+    δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γλ A_{t+1},  returns = A + V;  V and A after the last response token are 0.
+    rewards, values: (B, T), in score units. Raises ValueError if shapes differ. (Schulman 2016, eq. 11–16)
+    """
+    _same_shape("rewards", rewards, values=values, response_mask=response_mask)
+    rewards, values = torch.where(response_mask, rewards, 0.0), torch.where(response_mask, values, 0.0)
+    advantages = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(following)
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        following = torch.where(response_mask[:, t], delta + gamma * gae_lambda * following, 0.0)
+        advantages[:, t] = following
+    return advantages, advantages + values
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float = 0.2) -> Tensor:
+    """PPO's clipped surrogate, to minimise, per token: (B, T).
+
+    −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A), ρ = π / π_old. (Schulman 2017, eq. 7, with the sign turned)
+    """
+    _same_shape("logprobs", logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    ratio = torch.exp(logprobs - old_logprobs)
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+
+
+def clipped(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float = 0.2) -> Tensor:
+    """Where `policy_loss` has no gradient: (B, T) bool. ρ > 1 + ε with A > 0, or ρ < 1 − ε with A < 0."""
+    ratio = torch.exp(logprobs - old_logprobs)
+    return ((ratio > 1 + clip_range) & (advantages > 0)) | ((ratio < 1 - clip_range) & (advantages < 0))
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float = 0.2) -> Tensor:
+    """The critic's clipped squared error per token: (B, T).
+
+    ½ max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²). (Huang 2024, detail 22; Engstrom 2020)
+    """
+    _same_shape("values", values, old_values=old_values, returns=returns)
+    near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
+
+
+def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
+    """Per-token rewards (B, T): −kl_coef · (log π − log π_ref) at each response token, plus the score (B,) at the last one.
+
+    The tokens must come from the policy that gave `logprobs`. A row without response tokens gets no reward.
+    """
+    _same_shape("logprobs", logprobs, ref_logprobs=ref_logprobs, response_mask=response_mask)
+    rewards = torch.where(response_mask, -kl_coef * k1(logprobs, ref_logprobs), 0.0)
+    last = (response_mask.sum(1) - 1).clamp(min=0)
+    return rewards.scatter_add(1, last[:, None], torch.where(response_mask.any(1), scores, 0.0)[:, None])
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float, responses: int, horizon: int) -> float:
+    """The adaptive KL controller: β (1 + clip(KL/target − 1, ±0.2) · n/horizon). (Ziegler 2019, §2.2)"""
+    return kl_coef * (1 + min(max(kl / target_kl - 1, -0.2), 0.2) * responses / horizon)
+
+
+@dataclass
+class PPOState:
+    """What a PPO run changes. `start` makes one.
+
+    reward: callable (prompts, responses) -> scores. prompts: texts to draw from, one stratum a list (classes are drawn evenly).
+    demonstrations: rows prompt / completion for ptx, or None.
+    """
+
+    policy: nn.Module
+    ref_policy: nn.Module
+    critic: nn.Module
+    tokenizer: object
+    reward: Reward
+    prompts: list[list[str]]
+    policy_optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer
+    demonstrations: list[dict] | None = None
+    kl_coef: float | None = None  # the adaptive controller's; None before the first iteration
+    iteration: int = 0
+    last_rollout: Rollout | None = field(default=None, repr=False)
+    last_scores: Tensor | None = field(default=None, repr=False)
+
+    @classmethod
+    def start(cls, policy: nn.Module, tokenizer, reward: Reward, prompts: Sequence, config: PPOConfig, *, critic: nn.Module | None = None,
+              ref_policy: nn.Module | None = None, demonstrations: list[dict] | None = None) -> "PPOState":
+        """A run's state before its first iteration.
+
+        prompts: texts, or lists of texts (strata, drawn evenly). critic: by default a copy of the reward model if it reads the policy's tokens, otherwise the
+        policy's body with a head that is 0. ref_policy: by default the policy as it is now.
+        Raises ValueError if there are no prompts, or ptx_coef > 0 without demonstrations.
+        """
+        strata = [list(s) for s in prompts] if prompts and not isinstance(prompts[0], str) else [list(prompts)]
+        strata = [stratum for stratum in strata if stratum]
+        if not strata:
+            raise ValueError("prompts is empty, expected at least one prompt")
+        if config.ptx_coef > 0 and not demonstrations:
+            raise ValueError(f"ptx_coef is {config.ptx_coef} but there are no demonstrations to mix in")
+        if critic is None:
+            reads_same = hasattr(reward, "model") and same_vocabulary(tokenizer, reward.tokenizer)
+            critic = value_model_from(reward.model if reads_same else policy)
+        ref_policy = reference_policy(policy) if ref_policy is None else ref_policy
+        if critic is policy:
+            raise ValueError("critic is the policy itself, expected a model of its own")
+        trainable = [p for p in policy.parameters() if p.requires_grad]
+        return cls(policy, ref_policy, critic.to(policy.device), tokenizer, reward, strata,
+                   adamw(trainable, config.learning_rate), adamw(list(critic.parameters()), config.critic_learning_rate),
+                   demonstrations)
+
+
+def adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
+    """AdamW without weight decay, fused, eps 1e-5 (Huang 2024, detail 25)."""
+    return torch.optim.AdamW(parameters, lr=learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
+
+
+@dataclass(frozen=True)
+class PPOBatch:
+    """A scored rollout: what the steps of an iteration are made of. All (B, T) but `rollout`; 0 outside the response."""
+
+    rollout: Rollout
+    old_logprobs: Tensor
+    old_values: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def __getitem__(self, rows) -> "PPOBatch":
+        return PPOBatch(**{name: value[rows] for name, value in vars(self).items()})
+
+
+def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrations: Rollout | None = None,
+             train_policy: bool = True) -> dict[str, float]:
+    """One optimiser step on a minibatch, of the policy and of the critic; returns what it measured.
+
+    Nothing is changed if a loss or gradient is not finite: NonFinite is raised. The critic is a model of its own, so its loss
+    does not touch the policy.
+    """
+    rollout = batch.rollout
+    mask = rollout.response_mask
+    logits = response_logits(state.policy, rollout, config.temperature)
+    logprobs = torch.where(mask, token_logprobs(logits, rollout.response_ids), 0.0)
+    surrogate = masked_mean(policy_loss(logprobs, batch.old_logprobs, batch.advantages, config.clip_range), mask)
+    loss = surrogate
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * masked_mean(entropy(logits), mask)
+    ptx = torch.zeros(())
+    if demonstrations is not None:
+        demo_logprobs = token_logprobs(response_logits(state.policy, demonstrations), demonstrations.response_ids)
+        ptx = -masked_mean(demo_logprobs, demonstrations.response_mask)
+        loss = loss + config.ptx_coef * ptx
+    ids, attention = full_ids(rollout)
+    with autocast(ids.device):
+        values = _response_values(state.critic, ids, attention, mask)
+    critic_loss = masked_mean(value_loss(values, batch.old_values, batch.returns, config.value_clip_range), mask)
+    state.policy_optimizer.zero_grad(set_to_none=True)
+    state.critic_optimizer.zero_grad(set_to_none=True)
+    (loss + config.value_coef * critic_loss).backward()
+    norm = torch.nn.utils.clip_grad_norm_([p for p in state.policy.parameters() if p.grad is not None], config.max_grad_norm)
+    critic_norm = torch.nn.utils.clip_grad_norm_(state.critic.parameters(), config.max_grad_norm)
+    if not torch.isfinite(norm + critic_norm):
+        raise NonFinite(f"a PPO step has loss {float(loss):.3g}, critic loss {float(critic_loss):.3g}, gradient norms "
+                        f"{float(norm):.3g} and {float(critic_norm):.3g}; the weights were left as they were")
+    if train_policy:
+        state.policy_optimizer.step()
+    state.critic_optimizer.step()
+    with torch.no_grad():
+        ratio = torch.exp(logprobs - batch.old_logprobs)
+        return {
+            "policy_loss": float(surrogate), "value_loss": float(critic_loss), "ptx_loss": float(ptx), "grad_norm": float(norm),
+            "clip_fraction": float(masked_mean(clipped(logprobs, batch.old_logprobs, batch.advantages, config.clip_range).float(), mask)),
+            "kl_to_old": float(masked_mean(k3(batch.old_logprobs, logprobs), mask)),
+            "ratio": float(masked_mean(ratio, mask)), "ratio_max": float(torch.where(mask, ratio, 0.0).max()),
+        }
+
+
+def ppo_iteration(state: PPOState, config: PPOConfig) -> PPOStats:
+    """Sample, score, estimate advantages, and make epochs × minibatches steps. Changes `state`, returns the statistics.
+
+    The rollout is drawn from (seed, iteration) and the minibatch order from (seed, iteration, epoch): repeating an iteration on the
+    same state repeats it exactly. `config` may differ from one call to the next: that is how a run is steered.
+    The first iteration checks that KL to the reference is 0 and the ratio is 1 (InvariantError).
+    Raises ValueError if the reward returns a wrong number of scores, NonFinite if one is NaN or infinite.
+    """
+    state.iteration += 1
+    iteration = state.iteration
+    if state.kl_coef is None or config.target_kl is None:
+        state.kl_coef = config.kl_coef
+    decay = max(1 - (iteration - 1) / config.iterations, 0.0) if config.lr_decay else 1.0
+    _set_learning_rate(state.policy_optimizer, config.learning_rate * decay)
+    _set_learning_rate(state.critic_optimizer, config.critic_learning_rate * decay)
+
+    rollout, scores = _collect(state, config)
+    mask = rollout.response_mask
+    with torch.no_grad():
+        ids, attention = full_ids(rollout)
+        ref_logits = response_logits(state.ref_policy, rollout, config.temperature)
+        ref_logprobs = torch.where(mask, token_logprobs(ref_logits, rollout.response_ids), 0.0)
+        logits = response_logits(state.policy, rollout, config.temperature)
+        old_logprobs = torch.where(mask, token_logprobs(logits, rollout.response_ids), 0.0)
+        token_entropy = torch.where(mask, entropy(logits), 0.0)
+        with autocast(ids.device):
+            values = _response_values(state.critic, ids, attention, mask)
+        shaped = (scores - config.missing_eos_penalty * (~rollout.finished).float()).clamp(-config.score_clip, config.score_clip)
+        rewards = token_rewards(shaped, old_logprobs, ref_logprobs, mask, state.kl_coef)
+        if config.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False)
+        advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
+        if config.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        kl = torch.where(mask, k1(old_logprobs, ref_logprobs), 0.0).sum(1)
+        residual = torch.where(mask, returns - values, 0.0)
+        explained = 1 - _variance(residual, mask) / _variance(returns, mask).clamp(min=1e-8)
+    batch = PPOBatch(rollout, old_logprobs, values, advantages, returns)
+    if iteration == 1:
+        check_first_rollout(rollout, old_logprobs, ref_logprobs, rewards if not config.whiten_rewards else None, shaped, state.kl_coef)
+
+    measured = []
+    for epoch in range(config.epochs):
+        order = torch.randperm(len(rollout), generator=seeded(config.seed, iteration, epoch, 1))
+        for start in range(0, len(rollout), config.minibatch_size):
+            rows = order[start : start + config.minibatch_size].to(mask.device)
+            measured.append(ppo_step(state, batch[rows], config, demonstrations=_demonstrations(state, config, len(measured)),
+                                     train_policy=iteration > config.critic_warmup))
+        if config.max_step_kl is not None and measured[-1]["kl_to_old"] > config.max_step_kl:
+            break
+    state.last_rollout, state.last_scores = rollout, scores
+    stats = PPOStats(
+        iteration=iteration, score=float(scores.mean()), kl_to_ref=float(kl.mean()), kl_coef=state.kl_coef,
+        rlhf_reward=float(torch.where(mask, rewards, 0.0).sum(1).mean()) if not config.whiten_rewards
+        else float((shaped - state.kl_coef * kl).mean()),
+        kl_to_ref_k3=float(torch.where(mask, k3(old_logprobs, ref_logprobs), 0.0).sum(1).mean()),
+        entropy=float(token_entropy.sum(1).mean()), length=float(mask.sum(1).float().mean()),
+        eos_rate=float(rollout.finished.float().mean()), explained_variance=float(explained),
+        kl_to_old=measured[-1]["kl_to_old"], ratio_first=measured[0]["ratio"],
+        ratio_max=max(step["ratio_max"] for step in measured), steps=len(measured),
+        **{name: sum(step[name] for step in measured) / len(measured)
+           for name in ("policy_loss", "value_loss", "ptx_loss", "clip_fraction", "grad_norm")},
+    )
+    if config.target_kl is not None:
+        state.kl_coef = adapt_kl_coef(state.kl_coef, stats.kl_to_ref, config.target_kl, len(rollout), config.kl_horizon)
+    return stats
+
+
+def ppo(state: PPOState, config: PPOConfig) -> Iterator[PPOStats]:
+    """Iterate to `config.iterations`, yielding each iteration's statistics; stops early when KL exceeds `config.max_kl`."""
+    while state.iteration < config.iterations:
+        stats = ppo_iteration(state, config)
+        yield stats
+        if config.max_kl is not None and stats.kl_to_ref > config.max_kl:
+            return
+
+
+def check_first_rollout(rollout: Rollout, logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor | None, scores: Tensor,
+                        kl_coef: float, tolerance: float = 1e-4) -> None:
+    """What must hold before the first step; raises InvariantError that says which does not, and what usually causes it.
+
+    The sampler's and the trainer's log-probs agree (ratio 1 ± tolerance); KL to the reference is 0 (bf16: 0.05 nats); the KL that is
+    logged is the KL in the reward.
+    """
+    mask = rollout.response_mask
+    tolerance = 0.05 if rollout.prompt_ids.device.type == "cuda" else tolerance
+    ratio = torch.exp(torch.where(mask, logprobs - rollout.logprobs, 0.0))
+    worst = float((ratio - 1).abs().max())
+    if worst > tolerance:
+        raise InvariantError(f"step 0: the ratio π / π_old is off by {worst:.2g} before any step, expected 1 ± {tolerance:g}. Sampler and "
+                             "trainer do not score alike: check temperature, padding side, position ids, dropout, a top-k in the sampler")
+    gap = float(torch.where(mask, k1(logprobs, ref_logprobs), 0.0).abs().max())
+    if gap > tolerance:
+        raise InvariantError(f"step 0: |log π − log π_ref| is {gap:.2g} nats at some token, expected 0 ± {tolerance:g}. The reference is not "
+                             "the policy that training starts from: check which checkpoint, and whether an adapter is switched off")
+    if rewards is not None:
+        charged = (scores - rewards.sum(1))[mask.any(1)]
+        logged = kl_coef * torch.where(mask, k1(logprobs, ref_logprobs), 0.0).sum(1)[mask.any(1)]
+        if not torch.allclose(charged, logged, atol=1e-3 * (1 + float(scores.abs().max()))):
+            raise InvariantError("step 0: the KL in the reward is not the KL that is logged")
+
+
+def _collect(state: PPOState, config: PPOConfig) -> tuple[Rollout, Tensor]:
+    texts = _draw_prompts(state.prompts, config.prompts_per_iteration, seeded(config.seed, state.iteration, 2))
+    texts = [text for text in texts for _ in range(config.samples_per_prompt)]
+    ids, mask = encode_prompts(state.tokenizer, texts)
+    rollout = sample(state.policy, ids, mask, max_new_tokens=config.max_new_tokens, eos_token_id=state.tokenizer.eos_token_id,
+                     pad_token_id=state.tokenizer.pad_token_id, generator=seeded(config.seed, state.iteration),
+                     temperature=config.temperature)
+    scores = torch.as_tensor(state.reward(texts, decode_responses(state.tokenizer, rollout)), dtype=torch.float32).to(ids.device)
+    if scores.shape != (len(texts),):
+        raise ValueError(f"reward returned shape {tuple(scores.shape)}, expected ({len(texts)},): one score a response")
+    if not torch.isfinite(scores).all():
+        row = int((~torch.isfinite(scores)).nonzero()[0])
+        raise NonFinite(f"reward returned {float(scores[row])} for response {row} of iteration {state.iteration}; nothing was changed")
+    return rollout, scores
+
+
+def _draw_prompts(strata: list[list[str]], n: int, generator: torch.Generator) -> list[str]:
+    which = torch.arange(n) % len(strata)
+    picks = torch.rand(n, generator=generator)
+    return [strata[s][int(u * len(strata[s]))] for s, u in zip(which.tolist(), picks.tolist(), strict=True)]
+
+
+def _response_values(critic: nn.Module, ids: Tensor, attention: Tensor, response_mask: Tensor) -> Tensor:
+    """V(prompt, tokens before t): read one position before the token, 0 outside the response."""
+    length = response_mask.shape[1]
+    return torch.where(response_mask, token_values(critic, ids, attention, length + 1)[:, :-1], 0.0)
+
+
+def _demonstrations(state: PPOState, config: PPOConfig, step: int) -> Rollout | None:
+    if not config.ptx_coef:
+        return None
+    from alignkit.dpo import encode_rows
+
+    picks = torch.randint(len(state.demonstrations), (config.minibatch_size,), generator=seeded(config.seed, state.iteration, step, 3))
+    rows = [state.demonstrations[i] for i in picks.tolist()]
+    return to_device(encode_rows(state.tokenizer, rows, "completion", config.max_new_tokens), state.policy.device)
+
+
+def _variance(values: Tensor, mask: Tensor) -> Tensor:
+    mean = masked_mean(values, mask)
+    return masked_mean((values - mean).square(), mask)
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def _same_shape(name: str, tensor: Tensor, **others: Tensor) -> None:
+    for other, value in others.items():
+        if value.shape != tensor.shape:
+            raise ValueError(f"{other} has shape {tuple(value.shape)}, expected {tuple(tensor.shape)} (the shape of {name})")
