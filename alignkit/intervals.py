@@ -1,0 +1,103 @@
+"""95 % intervals by paired cluster bootstrap: prompt keys are drawn again, with all their paraphrases and samples.
+
+Samples of one prompt, and paraphrases of one question, resemble each other; so the question (its *key*) is what is
+drawn. Every figure here is a ratio of sums over keys, Σ_k w_k a_k / Σ_k w_k b_k, so that 2,000 resamples of all figures
+are two matrix products. The same weights serve every checkpoint: differences between checkpoints are paired.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+LEVEL = 0.95
+_Z = 1.959963984540054
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval; f"{estimate:.1%}" prints all three. low, high: None with too few keys to tell."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+    def __format__(self, spec: str) -> str:
+        value = format(self.value, spec or ".3f")
+        if self.low is None:
+            return value
+        return f"{value} [{format(self.low, spec or '.3f')}, {format(self.high, spec or '.3f')}]"
+
+    def __str__(self) -> str:
+        return format(self, "")
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low is not None and (self.low > 0 or self.high < 0)
+
+
+class Bootstrap:
+    """Resampling weights (R, K): how often each of K keys is drawn in each of R resamples, within its stratum.
+
+    strata: the stratum of each key (K,), such as its class: a set that holds fixed numbers of keys of each class is
+    drawn again with the same numbers. Weights depend on strata, resamples and seed alone.
+    """
+
+    def __init__(self, strata, resamples: int = 2000, seed: int = 0):
+        strata = np.asarray(strata)
+        rng = np.random.default_rng(seed)
+        self.strata = strata
+        self.weights = np.zeros((resamples, len(strata)))
+        for stratum in sorted(set(strata.tolist())):
+            members = np.flatnonzero(strata == stratum)
+            even = np.full(len(members), 1 / len(members))
+            self.weights[:, members] = rng.multinomial(len(members), even, size=resamples)
+
+    def estimates(self, numerators: np.ndarray, denominators: np.ndarray) -> list[Estimate]:
+        """Estimates of M ratios Σ_k a_k / Σ_k b_k with a, b (M, K). A key with b = 0 does not belong to that ratio."""
+        draws = self._ratios(numerators, denominators)
+        return [self._estimate(a.sum() / b.sum(), draw, [b])
+                for a, b, draw in zip(numerators, denominators, draws, strict=True)]
+
+    def differences(self, first: tuple[np.ndarray, np.ndarray],
+                    second: tuple[np.ndarray, np.ndarray]) -> list[Estimate]:
+        """Estimates of M differences, second − first, of ratios given as (a, b), each (M, K), on the same resamples."""
+        draws = self._ratios(*second) - self._ratios(*first)
+        values = second[0].sum(1) / second[1].sum(1) - first[0].sum(1) / first[1].sum(1)
+        return [self._estimate(value, draw, [b1, b2])
+                for value, draw, b1, b2 in zip(values, draws, first[1], second[1], strict=True)]
+
+    def _ratios(self, numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
+        """(M, R)."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return (numerators @ self.weights.T) / (denominators @ self.weights.T)
+
+    def _estimate(self, value: float, draws: np.ndarray, denominators: list[np.ndarray]) -> Estimate:
+        used = np.any([b > 0 for b in denominators], axis=0)
+        keys, strata = int(used.sum()), len(set(self.strata[used].tolist()))
+        if keys - strata < 2:
+            return Estimate(float(value), None, None)
+        tail = _tail(keys, strata)
+        low, high = np.nanquantile(draws, [tail, 1 - tail])
+        return Estimate(float(value), float(min(low, value)), float(max(high, value)))
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share, (low, high): for `successes` of `n` independent trials. (Wilson 1927)"""
+    share, z2 = successes / n, _Z**2
+    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def _tail(keys: int, strata: int) -> float:
+    """Probability to cut off at each end of the bootstrap distribution: the expanded percentile interval.
+
+    Resampling K keys in H strata gives a variance smaller by (K − H) / K, and tails of the normal rather than of
+    Student's t; Φ(−√(K / (K − H)) · t_{K−H}) corrects for both. (Hesterberg 2015, §5.3; t by Cornish and Fisher's
+    expansion)
+    """
+    freedom = keys - strata
+    z = _Z
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return 0.5 * math.erfc(math.sqrt(keys / freedom) * t / math.sqrt(2))

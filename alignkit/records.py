@@ -1,0 +1,235 @@
+"""A run's records: run.json, results.json and metrics.jsonl of each stage, summary.json; hashes of configs and data.
+
+Needs neither torch nor transformers. JSON here has no NaN and no infinity: a number that is not there is left out or
+None.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import uuid
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+
+STAGES = ("sft", "reward", "ppo", "frozen", "dpo")
+
+
+class RunError(ValueError):
+    """A run directory belongs to another run, or one of its records cannot be read."""
+
+
+def start_run(run: str | Path, model: str, data: str, seed: int) -> Path:
+    """The run directory, made if need be, with what is true of the whole run in run.json. Every notebook starts here.
+
+    Raises RunError that lists the differing keys if the directory belongs to a run of another model, data or seed.
+    """
+    run = Path(run)
+    facts = {"model": str(model), "data": str(data), "seed": int(seed)}
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"run directory {run} cannot be made: {error}") from error
+    before = _read(run / "run.json", {})
+    differing = [f"{key} was {before[key]!r}, now {value!r}" for key, value in facts.items()
+                 if before.get(key, value) != value]
+    if differing:
+        raise RunError(f"{run} belongs to another run: {'; '.join(differing)}. Choose another run directory, or delete "
+                       "this one")
+    if before != facts:
+        try:
+            write_json(run / "run.json", {**before, **facts})
+        except OSError as error:
+            raise RunError(f"run directory {run} cannot be written: {error}") from error
+    return run
+
+
+def write_results(run: str | Path, stage: str, results: Mapping) -> dict:
+    """Write RUN/STAGE/results.json and rebuild RUN/summary.json; returns the summary.
+
+    results: numbers, text, lists and mappings. Raises ValueError with the place of a NaN or an infinity; nothing is
+    written then.
+    """
+    run = Path(run)
+    if not re.fullmatch(r"[a-z][a-z0-9_-]*", stage):
+        raise ValueError(f"stage is {stage!r}, expected a short name such as {', '.join(STAGES)}")
+    (run / stage).mkdir(parents=True, exist_ok=True)
+    write_json(run / stage / "results.json", plain(results, f"results of {stage}"))
+    return _summarise(run)
+
+
+def record_seconds(run: str | Path, notebook: str, seconds: float) -> dict:
+    """Note in RUN/seconds.json how long a notebook took, and rebuild RUN/summary.json; returns the summary."""
+    run = Path(run)
+    if not math.isfinite(seconds) or seconds < 0:
+        raise ValueError(f"seconds of {notebook} is {seconds}, expected a duration of 0 or more")
+    write_json(run / "seconds.json", {**_read(run / "seconds.json", {}), notebook: round(float(seconds), 3)})
+    return _summarise(run)
+
+
+def append_metrics(path: str | Path, row: Mapping) -> None:
+    """Add one row to a metrics.jsonl, as one line in one write.
+
+    A torn last line, left by a killed process, is cut off first. Raises ValueError, naming the metric, on NaN or
+    infinity.
+    """
+    path = Path(path)
+    line = json.dumps(plain(row, "metrics"), allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not _ends_whole(path):
+        trim_metrics(path)
+    with path.open("ab", buffering=0) as file:
+        file.write(line.encode())
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The rows of a metrics.jsonl; [] if there is no file. Changes nothing, so a run that is still writing can be read.
+
+    A torn last line is left out with a warning. Raises RunError with file and line if another line is not a JSON
+    object.
+    """
+    rows, torn = _metrics(Path(path))
+    if torn:
+        warnings.warn(f"{path}: the last line is torn (the process that wrote it was killed, or is still writing); it "
+                      f"was left out, {len(rows)} rows are whole", stacklevel=2)
+    return rows
+
+
+def trim_metrics(path: str | Path, last_step: int | None = None) -> list[dict]:
+    """Cut off a torn last line and, to resume from a checkpoint at `last_step`, the rows after it; returns the rest."""
+    path = Path(path)
+    rows, torn = _metrics(path)
+    kept = [row for row in rows if last_step is None or row.get("step", 0) <= last_step]
+    if torn:
+        warnings.warn(f"{path}: the last line was torn (the process that wrote it was killed) and has been removed",
+                      stacklevel=2)
+    if len(kept) < len(rows) or not _ends_whole(path):
+        write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+    return kept
+
+
+def content_hash(value) -> str:
+    """SHA-256 (hex) of the canonical JSON of `value`: sorted keys, no spaces, UTF-8. Raises ValueError on NaN."""
+    text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def config_hash(config) -> str:
+    """SHA-256 (hex) of a config: a dataclass or a mapping. The order of the fields does not matter."""
+    return content_hash(config)
+
+
+def data_hash(rows: Iterable) -> str:
+    """SHA-256 (hex) of rows in their order (dicts or strings), one row at a time."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(content_hash(row).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of python, alignkit and the libraries that decide the numbers: name -> version, for those installed."""
+    found = {"python": platform.python_version()}
+    for name in ("alignkit", "torch", "transformers", "trl", "peft", "numpy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def plain(value, where: str = "value"):
+    """`value` as plain JSON types: dataclasses, paths, NumPy and torch numbers and arrays converted.
+
+    Raises ValueError with the place of a number that is NaN or infinite, TypeError on anything that JSON has no word
+    for.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, f"{where}[{position}]") for position, item in enumerate(value)]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist(), where)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}; JSON has no such number (leave it out or use None)")
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{where} is of type {type(value).__name__}, expected numbers, text, lists, mappings, a dataclass")
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write `value` as JSON, atomically. Raises as `plain` does."""
+    value = plain(value, Path(path).name)
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Replace the file `path` by `content` in one step: a reader, or a crash, sees the old bytes or the new ones."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _summarise(run: Path) -> dict:
+    found = {path.parent.name: _read(path, {}) for path in sorted(run.glob("*/results.json"))}
+    order = [stage for stage in STAGES if stage in found] + [stage for stage in found if stage not in STAGES]
+    facts = _read(run / "run.json", {})
+    summary = {
+        "versions": versions(), "seed": facts.get("seed"), "model": facts.get("model"), "data": facts.get("data"),
+        "stages": {stage: found[stage] for stage in order}, "seconds": _read(run / "seconds.json", {}),
+    }
+    write_json(run / "summary.json", summary)
+    return summary
+
+
+def _read(path: Path, default):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
+    except ValueError as error:
+        raise RunError(f"{path} is not valid JSON ({error}); delete it and run that stage again") from error
+
+
+def _metrics(path: Path) -> tuple[list[dict], bool]:
+    """Rows of a metrics file, and whether its last line is torn."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], False
+    lines = content.split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError:
+            row = False
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number < len(lines):
+            raise RunError(f"{path}:{number}: not a JSON object: {line[:80]!r}")
+    return rows, bool(lines[-1]) and not isinstance(row, dict)
+
+
+def _ends_whole(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
