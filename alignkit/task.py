@@ -1,0 +1,267 @@
+"""What a run trains and is tested on: one interface to the desk world and to files of any model's data.
+
+    task = load_task("desk", tokenizer, seed=0)             # or load_task("pairs.jsonl.gz", tokenizer, seed=0)
+    task.demonstrations(1000, seed=0)                       # for SFT
+    task.preference_pairs(policy, tokenizer, 500, seed=0)   # for the reward model and for DPO
+    task.train_prompts, task.heldout_prompts                # for PPO, and for the frozen evaluation set
+
+No prompt is on both sides. The desk world holds out whole keys (four paraphrases each); a file's prompts are divided
+by a seeded hash of their normalised text, so equal prompts stay together in whatever file or row.
+"""
+
+import hashlib
+import os
+import unicodedata
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from alignkit.data import ChatText, DataError, Rows, encode_pair, encode_pairs, encode_text, load_rows
+from alignkit.sampling import generate_texts
+from alignkit.world import MAX_PHRASES, World, phrase_ids
+
+SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Prompts, demonstrations and preference pairs of a run, in two parts that share no prompt.
+
+    name: "desk" or the file; world: the desk world, None for files (then there is no gold, no labels but the file's);
+    train_kinds, heldout_kinds: the class of each prompt, "all" for files; heldout_keys: paraphrases share a key, so
+    that a bootstrap can draw whole clusters; max_new_tokens: tokens in a response; notes: what was left out or cut.
+    """
+
+    name: str
+    seed: int
+    world: World | None
+    train_prompts: list[str] = field(repr=False)
+    train_kinds: list[str] = field(repr=False)
+    heldout_prompts: list[str] = field(repr=False)
+    heldout_keys: list[int] = field(repr=False)
+    heldout_kinds: list[str] = field(repr=False)
+    max_new_tokens: int
+    notes: tuple[str, ...] = ()
+
+    def demonstrations(self, n: int | None = None, seed: int = 0) -> list[dict]:
+        """`n` rows prompt / completion on training prompts; from a file at most as many as it has, None for all."""
+        raise NotImplementedError
+
+    def preference_pairs(self, policy, tokenizer, n: int | None = None, seed: int = 0, annotator: str = "default",
+                         split: str = "train", noise: float | None = None) -> list[dict]:
+        """`n` rows prompt / chosen / rejected on the prompts of `split`, "train" or "heldout".
+
+        Desk: two responses of `policy` to each prompt, labelled by `annotator` with `noise` (its share of flipped
+        labels; None: the annotator's own); pairs of equal responses are drawn again, and a policy that says one thing
+        gives fewer than n. File: its own pairs, at most as many as it has, None for all; policy may be None.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeskTask(Task):
+    """The desk world as a task. messiness: of the demonstrators, 0 to 1 (see `World.demonstrations`)."""
+
+    messiness: float = 0.7
+
+    def demonstrations(self, n: int | None = None, seed: int = 0) -> list[dict]:
+        n = len(self.train_prompts) if n is None else n
+        return self.world.demonstrations(n, messiness=self.messiness, seed=seed)
+
+    def preference_pairs(self, policy, tokenizer, n: int | None = None, seed: int = 0, annotator: str = "default",
+                         split: str = "train", noise: float | None = None) -> list[dict]:
+        prompts = {"train": self.train_prompts, "heldout": self.heldout_prompts}[_known_split(split)]
+        rng, rows = np.random.default_rng([self.seed, seed, SPLITS.index(split)]), []
+        n = len(prompts) if n is None else n
+        for _ in range(10):
+            if len(rows) >= n:
+                break
+            drawn = [prompts[i] for i in np.resize(rng.permutation(len(prompts)), n - len(rows))]
+            responses = generate_texts(policy, tokenizer, drawn, max_new_tokens=self.max_new_tokens, samples=2,
+                                       seed=int(rng.integers(2**31)))
+            first, second = zip(*responses, strict=True)
+            rows += self.world.preference_pairs(drawn, list(first), list(second), annotator=annotator, noise=noise,
+                                                seed=int(rng.integers(2**31)))
+        return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileTask(Task):
+    """A file, saved data set or Hub id as a task. kind: of its rows; train_rows, heldout_rows: its rows by part."""
+
+    kind: str
+    train_rows: list[dict] = field(repr=False)
+    heldout_rows: list[dict] = field(repr=False)
+
+    def demonstrations(self, n: int | None = None, seed: int = 0) -> list[dict]:
+        if self.kind == "prompts":
+            raise DataError(f"{self.name}: has prompts only; SFT needs demonstrations (prompt, completion) or pairs")
+        name = "chosen" if self.kind == "pairs" else "completion"
+        rows = [{"prompt": row["prompt"], "completion": row[name]} for row in self.train_rows if row[name].strip()]
+        return _shuffled(rows, n, seed)
+
+    def preference_pairs(self, policy, tokenizer, n: int | None = None, seed: int = 0, annotator: str = "default",
+                         split: str = "train", noise: float | None = None) -> list[dict]:
+        if self.kind != "pairs":
+            raise DataError(f"{self.name}: has {self.kind}; the reward model and DPO need pairs (chosen, rejected)")
+        if annotator != "default" or noise is not None:
+            raise ValueError(f"annotator is {annotator!r} and noise {noise}, expected 'default' and None: a file has "
+                             "its own labels; annotators live in the desk world (data='desk')")
+        return _shuffled(self.heldout_rows if _known_split(split) == "heldout" else self.train_rows, n, seed)
+
+
+def load_task(data: str | os.PathLike, tokenizer, seed: int = 0, *, skip_bad: bool = False,
+              max_new_tokens: int | None = None, max_length: int = 512, heldout_share: float = 0.1) -> Task:
+    """The desk world for "desk", else the `file_task` of a file, a saved data set or a Hub id.
+
+    max_new_tokens: None is 4 for the desk, 32 for files. The other options are for files alone.
+    Raises DataError on bad rows, unless skip_bad, and ValueError if the desk world meets another model's tokenizer.
+    """
+    if str(data) == "desk":
+        phrase_ids(tokenizer)
+        return desk_task(seed, max_new_tokens=max_new_tokens or MAX_PHRASES)
+    return file_task(data, tokenizer, seed, skip_bad=skip_bad, max_new_tokens=max_new_tokens or 32,
+                     max_length=max_length, heldout_share=heldout_share)
+
+
+def desk_task(seed: int = 0, *, messiness: float = 0.7, max_new_tokens: int = MAX_PHRASES) -> DeskTask:
+    """The desk world of `seed` as a task."""
+    world = World(seed)
+    return DeskTask(
+        name="desk", seed=seed, world=world, messiness=messiness, max_new_tokens=max_new_tokens,
+        train_prompts=[prompt.text for prompt in world.train_prompts],
+        train_kinds=[prompt.kind for prompt in world.train_prompts],
+        heldout_prompts=[prompt.text for prompt in world.heldout_prompts],
+        heldout_keys=[prompt.key for prompt in world.heldout_prompts],
+        heldout_kinds=[prompt.kind for prompt in world.heldout_prompts],
+    )
+
+
+def file_task(source: str | os.PathLike, tokenizer, seed: int = 0, *, kind: str | None = None,
+              heldout_share: float = 0.1, max_length: int = 512, max_new_tokens: int = 32,
+              skip_bad: bool = False) -> FileTask:
+    """Rows of a source, shortened to the model's context and divided in two parts by prompt.
+
+    max_length: the context in tokens (the tokenizer's own limit, if lower, holds). A prompt longer than max_length −
+    max_new_tokens loses its beginning, a response that does not fit behind its prompt loses its end, both at the border
+    of a token; `notes` counts them. Prompts are divided after that, as the model will see them.
+    Raises DataError as `load_rows` does, and if there are fewer than two different prompts.
+    """
+    limit = min(max_length, tokenizer.model_max_length)
+    if not 0 < max_new_tokens < limit - 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 1 to {limit - 2} (max_length is {limit})")
+    if not 0 < heldout_share < 1:
+        raise ValueError(f"heldout_share is {heldout_share}, expected a share between 0 and 1")
+    loaded = load_rows(source, kind, tokenizer=tokenizer, skip_bad=skip_bad)
+    rows, notes = _fit(loaded, tokenizer, limit, max_new_tokens)
+    prompts = {}  # normalised -> as first written
+    for row in rows:
+        if row["prompt"]:
+            prompts.setdefault(_normal(row["prompt"]), row["prompt"])
+    if len(prompts) < 2:
+        raise DataError(f"{loaded.source}: {len(prompts)} different prompts; expected at least 2, one to hold out "
+                        "(rows of plain text have none: give prompt and completion)")
+    order = sorted(prompts, key=lambda text: _position(text, seed))
+    count = sum(_position(text, seed) < heldout_share for text in order)
+    held = set(order[: min(max(count, 1), len(order) - 1)])  # neither part is empty
+    train_prompts = [prompt for text, prompt in prompts.items() if text not in held]
+    heldout_prompts = [prompt for text, prompt in prompts.items() if text in held]
+    return FileTask(
+        name=loaded.source, seed=seed, world=None, kind=loaded.kind, max_new_tokens=max_new_tokens, notes=notes,
+        train_prompts=train_prompts, train_kinds=["all"] * len(train_prompts),
+        heldout_prompts=heldout_prompts, heldout_keys=list(range(len(heldout_prompts))),
+        heldout_kinds=["all"] * len(heldout_prompts),
+        train_rows=[row for row in rows if _normal(row["prompt"]) not in held],
+        heldout_rows=[row for row in rows if _normal(row["prompt"]) in held],
+    )
+
+
+def is_heldout(prompt: str, seed: int = 0, share: float = 0.1) -> bool:
+    """Whether the split of `seed` holds a prompt out: its hash, over all prompts uniform in [0, 1), is below `share`.
+
+    The text is normalised first (Unicode NFKC, case, spaces), so copies of a prompt never fall apart.
+    """
+    return _position(_normal(prompt), seed) < share
+
+
+def _normal(prompt: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
+
+
+def _position(normal: str, seed: int) -> float:
+    salt = int(seed).to_bytes(8, "big", signed=True)
+    digest = hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=8, salt=salt).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _known_split(split: str) -> str:
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected one of {', '.join(SPLITS)}")
+    return split
+
+
+def _shuffled(rows: list[dict], n: int | None, seed: int) -> list[dict]:
+    return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:n]]
+
+
+def _fit(rows: Rows, tokenizer, limit: int, max_new_tokens: int) -> tuple[list[dict], tuple[str, ...]]:
+    """The rows, shortened so that prompt, response and EOS fit in `limit` tokens, and notes on what was done."""
+    known, tokens, unknown = {}, 0, 0
+    for prompt in dict.fromkeys(row["prompt"] for row in rows):
+        ids = encode_text(tokenizer, prompt)
+        tokens, unknown = tokens + len(ids), unknown + ids.count(tokenizer.unk_token_id)
+        fits = len(ids) <= limit - max_new_tokens
+        known[prompt] = prompt if fits else _end_of(tokenizer, prompt, limit - max_new_tokens)
+    prompts = [known[row["prompt"]] for row in rows]
+    columns = {"prompt": prompts}
+    for name in [name for name in rows[0] if name != "prompt"]:
+        columns[name] = [row[name] for row in rows]
+        pairs, _ = encode_pairs(tokenizer, prompts, columns[name])
+        for index, (head, ids) in enumerate(pairs):
+            if len(head) + len(ids) >= limit:
+                room = limit - len(head) - 1
+                columns[name][index] = _start_of(tokenizer, prompts[index], columns[name][index], room)
+    fitted = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    cut_prompts = sum(new["prompt"] != row["prompt"] for new, row in zip(fitted, rows, strict=True))
+    cut_responses = sum(any(new[name] != row[name] for name in row if name != "prompt")
+                        for new, row in zip(fitted, rows, strict=True))
+    if rows.kind == "pairs":
+        fitted = [row for row in fitted if row["chosen"].strip() != row["rejected"].strip()]
+    dropped = len(rows) - len(fitted)
+    notes = [*([f"{rows.skipped:,} bad rows left out"] if rows.skipped else []), *rows.warnings]
+    notes += [f"{count:,} of {len(rows):,} rows: {what}" for count, what in (
+        (cut_prompts, f"the prompt was longer than {limit - max_new_tokens:,} tokens and lost its beginning"),
+        (cut_responses, f"prompt and response were longer than {limit:,} tokens and the response lost its end"),
+        (dropped, "left out, chosen and rejected are equal in what is left of them")) if count]
+    if unknown > 0.1 * tokens:
+        notes.append(f"the tokenizer does not know {unknown / tokens:.0%} of the prompts' tokens: is the model right?")
+    return fitted, tuple(notes)
+
+
+def _offsets(tokenizer, text: str) -> list[tuple[int, int]]:
+    if not tokenizer.is_fast:
+        raise DataError("a text is too long, and only a fast tokenizer can cut it; raise max_length or cut the data")
+    return tokenizer(str(text), add_special_tokens=False, split_special_tokens=not isinstance(text, ChatText),
+                     return_offsets_mapping=True, verbose=False)["offset_mapping"]
+
+
+def _end_of(tokenizer, prompt: str, limit: int) -> str:
+    """The last tokens of a prompt, at most `limit` with BOS. A rendered conversation keeps its BOS."""
+    offsets = _offsets(tokenizer, prompt)
+    bos = tokenizer.bos_token or ""
+    front = bos if isinstance(prompt, ChatText) and prompt.startswith(bos) else ""
+    for kept in range(min(limit, len(offsets)), 0, -1):
+        piece = type(prompt)(front + prompt[offsets[-kept][0]:])
+        if len(encode_text(tokenizer, piece)) <= limit:
+            return piece
+    raise DataError(f"no end of the prompt {prompt[:40]!r} fits in {limit} tokens")
+
+
+def _start_of(tokenizer, prompt: str, response: str, limit: int) -> str:
+    """The first tokens of a response, at most `limit` behind its prompt."""
+    offsets = _offsets(tokenizer, response)
+    for kept in range(min(limit, len(offsets)), 0, -1):
+        piece = type(response)(response[: offsets[kept - 1][1]])
+        if len(encode_pair(tokenizer, prompt, piece)[1]) <= limit:
+            return piece
+    return type(response)("")
