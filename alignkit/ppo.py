@@ -41,12 +41,12 @@ class PPOConfig:
     critic_warmup: first iterations that train the critic alone. lr_decay: linear decay of both rates to 0 over `iterations`.
     """
 
-    iterations: int = 40
+    iterations: int = 30
     prompts_per_iteration: int = 256
     samples_per_prompt: int = 1
     max_new_tokens: int = 4
     temperature: float = 1.0
-    kl_coef: float = 0.35
+    kl_coef: float = 0.2
     target_kl: float | None = None
     kl_horizon: int = 10_000
     max_kl: float | None = None
@@ -62,10 +62,10 @@ class PPOConfig:
     score_clip: float = math.inf
     whiten_rewards: bool = False
     whiten_advantages: bool = True
-    epochs: int = 4
+    epochs: int = 2
     minibatch_size: int = 64
-    learning_rate: float = 1e-3
-    critic_learning_rate: float = 3e-3
+    learning_rate: float = 5e-4
+    critic_learning_rate: float = 2e-3
     max_grad_norm: float = 1.0
     critic_warmup: int = 0
     lr_decay: bool = False

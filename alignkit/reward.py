@@ -25,9 +25,9 @@ class RewardConfig:
     centre: weight of (r_chosen + r_rejected)², which keeps scores near 0 (TRL's center_rewards_coefficient).
     """
 
-    epochs: float = 6
+    epochs: float = 4
     batch_size: int = 128
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     max_length: int = 512
     centre: float = 0.01
     seed: int = 0

@@ -16,11 +16,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every run 
 class SFTConfig:
     """What a user can turn. Defaults are for the desk world.
 
-    epochs, batch_size: passes over the rows, rows a step. learning_rate: AdamW's, constant after a short warm-up, then cosine to 0.
+    epochs, batch_size: passes over the rows, rows a step. learning_rate: AdamW's, after a short warm-up, falling to 0 as a cosine.
     max_length: tokens a row; longer ones are cut at the end.
     """
 
-    epochs: float = 5
+    epochs: float = 4
     batch_size: int = 256
     learning_rate: float = 2e-3
     max_length: int = 512
