@@ -94,7 +94,7 @@ class Report:
 
     def __str__(self) -> str:
         what = {"pairs": "preference pairs", None: "no readable rows"}.get(self.kind, self.kind)
-        counts = f"{self.rows:,} rows, {self.rows - self.bad_rows:,} good, {self.bad_rows:,} bad"
+        counts = f"{self.rows:,} row{'s' * (self.rows != 1)}, {self.rows - self.bad_rows:,} good, {self.bad_rows:,} bad"
         more = [f"... and more: only the first {PROBLEM_LIMIT:,} problems are listed"]
         return "\n".join([*map(str, self.problems), *(more if len(self.problems) >= PROBLEM_LIMIT else []),
                           *(f"{self.source}: warning: {warning}" for warning in self.warnings),
@@ -261,7 +261,9 @@ class _Scan:
                      for note, (count, lines) in self._noted.items())
 
     def _note(self, note: str, line: int) -> None:
-        entry = self._noted.setdefault(note if len(self._noted) < 50 else "and more of this kind", [0, []])
+        if note not in self._noted and len(self._noted) >= 50:
+            note = "there is more to say, which is not listed"
+        entry = self._noted.setdefault(note, [0, []])
         entry[0] += 1
         if len(entry[1]) < 5:
             entry[1].append(line)
@@ -281,7 +283,7 @@ class _Scan:
         filled = {name for record in head for name, value in record.items() if value is not None}
         if self.kind is None:
             votes = collections.Counter(filter(None, map(_kinds, head))).most_common(1)
-            names = ", ".join(sorted(map(repr, set().union(*head))))
+            names = ", ".join(sorted(map(repr, set().union(*head))))[:1000]
             if not votes:
                 raise Fault(f"the columns are {names}; expected prompt, chosen, rejected (preference pairs); prompt, "
                             "completion, or messages, or text (demonstrations); or prompt alone")
@@ -407,13 +409,21 @@ def encode_text(tokenizer, text: str, add_special_tokens: bool = True) -> list[i
 
     In `ChatText` the special tokens are real and nothing is added: the template wrote BOS if there is to be one.
     """
-    chat = isinstance(text, ChatText)
-    ids = tokenizer(str(text), add_special_tokens=add_special_tokens and not chat, split_special_tokens=not chat,
-                    verbose=False)["input_ids"]
-    eos = tokenizer.eos_token_id
-    if not chat and add_special_tokens and len(ids) > 1 and ids[-1] == eos:  # some tokenizers put EOS after every text
-        ids = ids[:-1]
-    return ids
+    return encode_texts(tokenizer, [text], add_special_tokens)[0]
+
+
+def encode_texts(tokenizer, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+    """`encode_text` of each text, faster."""
+    rows: list[list[int]] = [[] for _ in texts]
+    for chat in (False, True):
+        places = [place for place, text in enumerate(texts) if isinstance(text, ChatText) == chat]
+        if places:
+            found = tokenizer([str(texts[place]) for place in places], split_special_tokens=not chat,
+                              add_special_tokens=add_special_tokens and not chat, verbose=False)["input_ids"]
+            for place, ids in zip(places, found, strict=True):
+                adds_eos = not chat and add_special_tokens and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+                rows[place] = ids[:-1] if adds_eos else ids
+    return rows
 
 
 def encode_pair(tokenizer, prompt: str, response: str) -> tuple[list[int], list[int]]:
@@ -428,18 +438,16 @@ def encode_pair(tokenizer, prompt: str, response: str) -> tuple[list[int], list[
 
 def encode_pairs(tokenizer, prompts: list[str], responses: list[str]) -> tuple[list[tuple[list[int], list[int]]], int]:
     """`encode_pair` of each prompt and response, and how many of them had to be tokenised apart."""
-    pairs, apart, known = [], 0, {}
-    for prompt, response in zip(prompts, responses, strict=True):
-        chat = isinstance(prompt, ChatText)
-        if (chat, prompt) not in known:
-            known[chat, prompt] = encode_text(tokenizer, prompt)
-        head, ids = known[chat, prompt], None
-        if chat == isinstance(response, ChatText):
-            joint = encode_text(tokenizer, ChatText(prompt + response) if chat else prompt + response)
-            ids = joint[len(head):] if joint[:len(head)] == head else None
-        if ids is None:
-            ids, apart = _encode_alone(tokenizer, response), apart + 1
-        pairs.append((head, ids))
+    heads = encode_texts(tokenizer, prompts)
+    alike = [isinstance(prompt, ChatText) == isinstance(response, ChatText)
+             for prompt, response in zip(prompts, responses, strict=True)]
+    joints = encode_texts(tokenizer, [type(prompt)(prompt + response) if same else ""
+                                      for prompt, response, same in zip(prompts, responses, alike, strict=True)])
+    pairs, apart = [], 0
+    for head, joint, response, same in zip(heads, joints, responses, alike, strict=True):
+        whole = same and joint[:len(head)] == head
+        apart += not whole
+        pairs.append((head, joint[len(head):] if whole else _encode_alone(tokenizer, response)))
     return pairs, apart
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from alignkit.data import encode_texts
 from alignkit.models import autocast, position_ids
 
 
@@ -57,11 +58,12 @@ def right_pad(sequences: list[list[int]], pad_token_id: int) -> tuple[Tensor, Te
 
 
 def encode_prompts(tokenizer, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Token ids (B, P), left-padded, and mask (B, P) of prompt texts. Special tokens written in a prompt stay text.
+    """Token ids (B, P), left-padded, and mask (B, P) of prompt texts. Special tokens written in a prompt stay text
+    (in a `ChatText`, which a chat template wrote, they are real).
 
     Raises ValueError, naming the row, if a prompt has no tokens.
     """
-    rows = tokenizer(list(prompts), add_special_tokens=True, split_special_tokens=True).input_ids
+    rows = encode_texts(tokenizer, list(prompts))
     for number, row in enumerate(rows):
         if not row:
             raise ValueError(f"prompt {number} is empty: it has no tokens")

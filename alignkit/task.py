@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from alignkit.data import ChatText, DataError, Rows, encode_pair, encode_pairs, encode_text, load_rows
+from alignkit.data import ChatText, DataError, Rows, encode_pair, encode_pairs, encode_text, encode_texts, load_rows
 from alignkit.sampling import generate_texts
 from alignkit.world import MAX_PHRASES, World, phrase_ids
 
@@ -51,9 +51,10 @@ class Task:
                          split: str = "train", noise: float | None = None) -> list[dict]:
         """`n` rows prompt / chosen / rejected on the prompts of `split`, "train" or "heldout".
 
-        Desk: two responses of `policy` to each prompt, labelled by `annotator` with `noise` (its share of flipped
-        labels; None: the annotator's own); pairs of equal responses are drawn again, and a policy that says one thing
-        gives fewer than n. File: its own pairs, at most as many as it has, None for all; policy may be None.
+        Desk: two responses of `policy` to each prompt, the prompts drawn evenly over the classes, labelled by
+        `annotator` with `noise` (its share of flipped labels; None: the annotator's own); pairs of equal responses are
+        drawn again, and a policy that says one thing gives fewer than n. File: its own pairs, at most as many as it
+        has, None for all; policy may be None.
         """
         raise NotImplementedError
 
@@ -70,13 +71,14 @@ class DeskTask(Task):
 
     def preference_pairs(self, policy, tokenizer, n: int | None = None, seed: int = 0, annotator: str = "default",
                          split: str = "train", noise: float | None = None) -> list[dict]:
-        prompts = {"train": self.train_prompts, "heldout": self.heldout_prompts}[_known_split(split)]
+        parts = {"train": (self.train_prompts, self.train_kinds), "heldout": (self.heldout_prompts, self.heldout_kinds)}
+        prompts, kinds = parts[_known_split(split)]
         rng, rows = np.random.default_rng([self.seed, seed, SPLITS.index(split)]), []
         n = len(prompts) if n is None else n
         for _ in range(10):
             if len(rows) >= n:
                 break
-            drawn = [prompts[i] for i in np.resize(rng.permutation(len(prompts)), n - len(rows))]
+            drawn = _evenly(prompts, kinds, n - len(rows), rng)
             responses = generate_texts(policy, tokenizer, drawn, max_new_tokens=self.max_new_tokens, samples=2,
                                        seed=int(rng.integers(2**31)))
             first, second = zip(*responses, strict=True)
@@ -200,6 +202,13 @@ def _known_split(split: str) -> str:
     return split
 
 
+def _evenly(prompts: list[str], kinds: list[str], n: int, rng) -> list[str]:
+    """`n` prompts, as many of each kind: rare classes (risky ones) would hardly be labelled otherwise."""
+    members = [[i for i, its in enumerate(kinds) if its == kind] for kind in sorted(set(kinds))]
+    strata = [np.resize(rng.permutation(places), n) for places in members]
+    return [prompts[i] for i in np.stack(strata, 1).ravel()[:n]]
+
+
 def _shuffled(rows: list[dict], n: int | None, seed: int) -> list[dict]:
     return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:n]]
 
@@ -207,8 +216,8 @@ def _shuffled(rows: list[dict], n: int | None, seed: int) -> list[dict]:
 def _fit(rows: Rows, tokenizer, limit: int, max_new_tokens: int) -> tuple[list[dict], tuple[str, ...]]:
     """The rows, shortened so that prompt, response and EOS fit in `limit` tokens, and notes on what was done."""
     known, tokens, unknown = {}, 0, 0
-    for prompt in dict.fromkeys(row["prompt"] for row in rows):
-        ids = encode_text(tokenizer, prompt)
+    unique = list(dict.fromkeys(row["prompt"] for row in rows))
+    for prompt, ids in zip(unique, encode_texts(tokenizer, unique), strict=True):
         tokens, unknown = tokens + len(ids), unknown + ids.count(tokenizer.unk_token_id)
         fits = len(ids) <= limit - max_new_tokens
         known[prompt] = prompt if fits else _end_of(tokenizer, prompt, limit - max_new_tokens)

@@ -1,5 +1,6 @@
 """Reading and validating data: each bad input has a test that reads the message; each format gives its rows."""
 
+import collections
 import csv
 import gzip
 import io
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alignkit import data, files
 from alignkit.data import ChatText, DataError, check, encode_pair, encode_pairs, encode_text, load_rows
+from alignkit.sampling import encode_prompts
 from alignkit.task import DeskTask, desk_task, file_task, is_heldout, load_task
 from alignkit.world import desk_tokenizer
 
@@ -234,6 +236,11 @@ def test_warnings_count_and_give_the_first_places(write, tokenizer):
     }
     assert load_rows(path, tokenizer=tokenizer).warnings == report.warnings
     assert f"{path}: warning: the row repeats" in str(report)
+
+
+def test_warnings_do_not_grow_with_the_file(write):
+    report = check(write("pairs.jsonl", [PAIR | {f"column {i}": 1, "prompt": f"{i}?"} for i in range(300)]))
+    assert report.ok and len(report.warnings) == 51 and "not listed: 250 times" in report.warnings[-1]
 
 
 def test_a_prompt_longer_than_the_context_is_refused_when_the_context_is_given(write, tokenizer):
@@ -611,6 +618,9 @@ def test_a_rendered_conversation_keeps_its_special_tokens_and_gets_no_bos(tokeni
     assert ids == tokenizer.apply_chat_template([USER], add_generation_prompt=True)["input_ids"]
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2 and tokenizer.bos_token_id not in ids
     assert tokenizer.convert_tokens_to_ids("<|im_start|>") not in encode_text(tokenizer, HEAD)
+    batch, mask = encode_prompts(tokenizer, [ChatText(HEAD), "a", HEAD])  # the sampler sees the same tokens
+    rows = [row[keep].tolist() for row, keep in zip(batch, mask, strict=True)]
+    assert rows == [ids, encode_text(tokenizer, "a"), encode_text(tokenizer, HEAD)]
 
 
 def test_a_tokenizer_that_ends_every_text_with_eos(tokenizer):
@@ -677,10 +687,12 @@ def test_hh_rlhf_is_read_as_1500_pairs_and_nothing_is_lost():
 
 
 @needs_shared
-def test_hh_rlhf_as_a_task_fits_the_context_and_keeps_its_parts_apart():
+def test_hh_rlhf_as_a_task_fits_the_context_and_keeps_its_parts_apart(write):
     tok = AutoTokenizer.from_pretrained(STORIES)
-    task = load_task(HH, tok, seed=0, max_new_tokens=16, max_length=256)
-    assert 50 < len(task.heldout_prompts) < 250 and task.heldout_keys == list(range(len(task.heldout_prompts)))
+    with gzip.open(HH) as lines:
+        path = write("hh.jsonl.gz", b"".join(line for line, _ in zip(lines, range(400), strict=False)))
+    task = load_task(path, tok, seed=0, max_new_tokens=16, max_length=256)
+    assert 20 < len(task.heldout_prompts) < 70 and task.heldout_keys == list(range(len(task.heldout_prompts)))
     assert not {" ".join(text.split()) for text in task.train_prompts} & {
         " ".join(text.split()) for text in task.heldout_prompts
     }
@@ -822,11 +834,11 @@ def test_desk_pairs_come_from_the_policy_and_the_annotator():
     pairs = task.preference_pairs(policy, tokenizer, 40, seed=5)
     assert len(pairs) == 40 and all(row["chosen"] != row["rejected"] for row in pairs)
     assert {row["prompt"] for row in pairs} <= set(task.train_prompts)
-    assert (
-        pairs
-        == task.preference_pairs(policy, tokenizer, 40, seed=5)
-        != task.preference_pairs(policy, tokenizer, 40, seed=6)
-    )
+    assert pairs == task.preference_pairs(policy, tokenizer, 40, seed=5)
+    other = task.preference_pairs(policy, tokenizer, 400, seed=6)
+    assert pairs != other[:40]
+    kinds = collections.Counter(task.world.find(row["prompt"]).kind for row in other)
+    assert len(kinds) == 4 and min(kinds.values()) > 80  # every class about as often
     held = task.preference_pairs(policy, tokenizer, 40, seed=5, split="heldout", annotator="expert", noise=0.0)
     assert {row["prompt"] for row in held} <= set(task.heldout_prompts)
     with pytest.raises(ValueError, match="annotator is 'nobody'"):
