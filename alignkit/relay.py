@@ -42,7 +42,7 @@ __all__ = ["InvariantError", "Manifest", "ManifestError", "RunError", "advice", 
 
 MANIFEST = "manifest.json"
 LINEAGE = "lineage.json"
-RUN_FILES = ("results.json", "metrics.jsonl", "evaluation.json")  # a run's records may lie beside a frozen checkpoint
+RUN_FILES = ("results.json", "metrics.jsonl", "evaluation.json", "samples.json")  # a run's records may lie beside it
 PICKLES = (".bin", ".pt", ".pt2", ".pth", ".pkl", ".pickle", ".ckpt")
 CHECKPOINT_FILES = re.compile(
     r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|config\.json|generation_config\.json"
@@ -135,7 +135,7 @@ def verify(directory: str | Path) -> Manifest:
     """Check every byte of a frozen checkpoint against its manifest; returns the manifest.
 
     Raises ManifestError that names each file that is missing, was added, or has another size or hash. Only a run's own
-    records (results.json, metrics.jsonl, evaluation.json) may lie beside the files that the manifest lists.
+    records (RUN_FILES) may lie beside the files that the manifest lists.
     """
     directory = Path(directory)
     try:
