@@ -1,6 +1,7 @@
 """Supervised fine-tuning: a thin front on TRL's SFTTrainer, which sees only the response (and its EOS) as labels."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,13 +53,15 @@ def trainer_arguments(name: str, config, model: nn.Module, **more):
     import trl
 
     on_gpu = model.device.type == "cuda"
-    return getattr(trl, name)(
-        output_dir=os.fspath(Path(os.environ.get("TMPDIR", "/tmp")) / "alignkit-trainer"), num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size, learning_rate=config.learning_rate, lr_scheduler_type="cosine",
-        warmup_steps=0.05, max_length=config.max_length, seed=config.seed, bf16=on_gpu, use_cpu=not on_gpu,
-        gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1, logging_nan_inf_filter=False,
-        disable_tqdm=True, max_grad_norm=1.0, **more,
-    )
+    with warnings.catch_warnings():  # gradient_checkpointing has a new name, which older transformers do not know
+        warnings.simplefilter("ignore", FutureWarning)
+        return getattr(trl, name)(
+            output_dir=os.fspath(Path(os.environ.get("TMPDIR", "/tmp")) / "alignkit-trainer"), num_train_epochs=config.epochs,
+            per_device_train_batch_size=config.batch_size, learning_rate=config.learning_rate, lr_scheduler_type="cosine",
+            warmup_steps=0.05, max_length=config.max_length, seed=config.seed, bf16=on_gpu, use_cpu=not on_gpu,
+            gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1, logging_nan_inf_filter=False,
+            disable_tqdm=True, max_grad_norm=1.0, **more,
+        )
 
 
 def run_trainer(trainer) -> list[dict]:
@@ -68,4 +71,6 @@ def run_trainer(trainer) -> list[dict]:
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.model.eval()
+    # accelerate leaves a `forward` bound to this very object: a deep copy (PPO's reference, say) would run the original's weights
+    trainer.model.__dict__.pop("forward", None)
     return [{"step": row["step"], **{k: v for k, v in row.items() if k != "step"}} for row in trainer.state.log_history if "loss" in row]
