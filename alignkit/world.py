@@ -102,7 +102,7 @@ class World:
 
     >>> world = World(seed=0)
     >>> len(world.prompts), len(world.train_prompts), len(world.heldout_prompts)
-    (2560, 1792, 768)
+    (2560, 1796, 764)
     """
 
     def __init__(self, seed: int = 0):
@@ -271,17 +271,16 @@ def phrase_counts(responses: list[str]) -> np.ndarray:
 
 
 def desk_tokenizer() -> PreTrainedTokenizerFast:
-    """A Hugging Face fast tokenizer in which every sentence of a response, and every word of a prompt, is one token.
+    """A Hugging Face fast tokenizer in which every sentence of a response, and every part of a prompt's template, is one token.
 
-    `<bos>` is put in front; decode(encode(text)) == text for every text of the world. Pad, bos, eos and unk are four tokens.
+    "How do I| kill| the process| at work|?": with `<bos>` in front every prompt has six tokens, which is what makes the world fast.
+    decode(encode(text)) == text for every text of the world; other words are `<unk>`. Pad, bos, eos and unk are four tokens.
     """
-    pattern = "|".join(re.escape(sentence) for sentence in SENTENCES.values()) + r"| ?[A-Za-z']+|[^A-Za-z']"
-    texts = [template.format(verb=verb, object=thing, context=context) for template in TEMPLATES
-             for verb in ORDINARY_VERBS + DUAL_VERBS for thing in ORDINARY_OBJECTS + SAFE_TARGETS + PEOPLE_AND_PLACES
-             for context in CONTEXTS]
-    words = sorted({word for text in texts for word in re.findall(r" ?[A-Za-z']+|[^A-Za-z']", text)})
-    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
-    vocabulary = {token: number for number, token in enumerate([*special, *SENTENCES.values(), *words])}
+    slots = [f" {word}" for word in ORDINARY_VERBS + DUAL_VERBS + ORDINARY_OBJECTS + SAFE_TARGETS + PEOPLE_AND_PLACES + CONTEXTS]
+    frame = [part for text in TEMPLATES for part in text.split(" {verb} {object} {context}")]
+    tokens = [*SENTENCES.values(), *dict.fromkeys(frame), *slots]
+    pattern = "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) + r"| ?[^\s.,?!]+|."
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *tokens])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()

@@ -124,12 +124,12 @@ def test_one_token_ppo_reaches_the_closed_form_optimum():
     config = PPOConfig(iterations=60, prompts_per_iteration=1024, minibatch_size=512, max_new_tokens=1, kl_coef=0.4, epochs=2,
                        learning_rate=1e-3, critic_learning_rate=5e-3, lr_decay=True)
     critic = tiny_reward_model(tokenizer, hidden=16)
-    state = PPOState.start(policy, tokenizer, lambda p, texts: [values[t] for t in texts], ["How"], config, critic=critic)
+    state = PPOState.start(policy, tokenizer, lambda p, texts: [values[t] for t in texts], ["?"], config, critic=critic)
     ids = [*phrase_ids(tokenizer), tokenizer.eos_token_id]
     r = torch.tensor([*list(values.values())[1:], values[""]], dtype=torch.float64)
 
     def logprobs(model):
-        prompt, mask = encode_prompts(tokenizer, ["How"])
+        prompt, mask = encode_prompts(tokenizer, ["?"])
         with torch.no_grad():
             return model(input_ids=prompt, attention_mask=mask).logits[0, -1, ids].double().log_softmax(-1)
 

@@ -187,7 +187,7 @@ def test_messiness_makes_demonstrations_worse_and_0_is_mostly_right():
         WORLD.demonstrations(1, messiness=2)
 
 
-def test_the_tokenizer_reads_every_sentence_as_one_token_and_loses_nothing(tmp_path):
+def test_the_tokenizer_reads_every_sentence_as_one_token_every_prompt_as_six_and_loses_nothing(tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = desk_tokenizer()
@@ -197,6 +197,8 @@ def test_the_tokenizer_reads_every_sentence_as_one_token_and_loses_nothing(tmp_p
         assert tokenizer(SENTENCES[name], add_special_tokens=False).input_ids == [token]
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
+    assert {len(row) for row in tokenizer([prompt.text for prompt in WORLD.prompts]).input_ids} == {6}
+    assert tokenizer("How do I kill time?").input_ids.count(tokenizer.unk_token_id) == 1
     for prompt in WORLD.prompts[::7]:
         text = prompt.text + render(("POLITE", prompt.answer, "CAUTION"))
         for its in (tokenizer, again):
