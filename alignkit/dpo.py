@@ -28,7 +28,7 @@ class DPOConfig:
 
     beta: the price of KL, the same quantity as PPO's kl_coef: a larger beta keeps the policy closer to the reference.
     loss_type: "sigmoid" (DPO), "ipo" or "hinge". label_smoothing: the share of labels assumed flipped (cDPO), sigmoid only.
-    length_normalised: log-probs per token rather than per response. max_new_tokens: responses, EOS included, are cut there.
+    length_normalised: the loss is on log-probs per token rather than per response (what is logged stays per response). max_new_tokens: responses, EOS included, are cut there.
     epochs, batch_size: passes over the pairs, pairs a step. learning_rate, max_grad_norm: AdamW's and the clip. warmup: the share of steps
     over which the rate rises linearly. precompute_reference: score all pairs with the reference once, before training.
     """
@@ -141,17 +141,16 @@ def encode_rows(tokenizer, rows: list[dict], column: str, max_new_tokens: int) -
     return rollout_from_ids(prompts, responses, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
 
 
-def response_logps(policy: nn.Module, responses: Rollout, length_normalised: bool = False) -> Tensor:
-    """log π(response | prompt) (B,), nats a response, or nats a token if length_normalised. Differentiable."""
-    logps = sequence_logps(token_logprobs(response_logits(policy, responses), responses.response_ids), responses.response_mask)
-    return logps / responses.response_mask.sum(1).clamp(min=1) if length_normalised else logps
+def response_logps(policy: nn.Module, responses: Rollout) -> Tensor:
+    """log π(response | prompt) (B,), nats a response. Differentiable."""
+    return sequence_logps(token_logprobs(response_logits(policy, responses), responses.response_ids), responses.response_mask)
 
 
 @torch.no_grad()
-def with_reference(ref_policy: nn.Module, pairs: Pairs, *, length_normalised: bool = False, batch_size: int = 256) -> Pairs:
+def with_reference(ref_policy: nn.Module, pairs: Pairs, *, batch_size: int = 256) -> Pairs:
     """The same pairs with the reference's log-probs, computed once."""
-    logps = [torch.cat([response_logps(ref_policy, side[start : start + batch_size], length_normalised)
-                        for start in range(0, len(side), batch_size)]) for side in (pairs.chosen, pairs.rejected)]
+    logps = [torch.cat([response_logps(ref_policy, side[start : start + batch_size]) for start in range(0, len(side), batch_size)])
+             for side in (pairs.chosen, pairs.rejected)]
     return Pairs(pairs.chosen, pairs.rejected, *logps)
 
 
@@ -162,13 +161,17 @@ def dpo_step(policy: nn.Module, optimizer: torch.optim.Optimizer, pairs: Pairs, 
     """
     if pairs.ref_chosen_logps is None:
         raise ValueError("pairs carry no reference log-probs; call with_reference(ref_policy, pairs) first")
-    logps = [response_logps(policy, side, config.length_normalised) for side in (pairs.chosen, pairs.rejected)]
+    sides = (pairs.chosen, pairs.rejected)
+    logps = [response_logps(policy, side) for side in sides]
     refs = (pairs.ref_chosen_logps, pairs.ref_rejected_logps)
-    loss = dpo_loss(*logps, *refs, beta=config.beta, loss_type=config.loss_type, label_smoothing=config.label_smoothing).mean()
+    tokens = [side.response_mask.sum(1).clamp(min=1) if config.length_normalised else 1 for side in sides]
+    loss = dpo_loss(*(values / count for values, count in zip([*logps, *refs], tokens * 2, strict=True)), beta=config.beta,
+                    loss_type=config.loss_type, label_smoothing=config.label_smoothing).mean()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], config.max_grad_norm)
-    if not torch.isfinite(norm):
+    loss = loss.detach()
+    if not torch.isfinite(norm + loss):
         raise NonFinite(f"DPO step {step} has loss {float(loss):.3g} and gradient norm {float(norm):.3g}; the weights were left as they were")
     optimizer.step()
     with torch.no_grad():
@@ -194,7 +197,7 @@ def dpo(policy: nn.Module, tokenizer, rows: list[dict], config: DPOConfig, *, re
     ref_policy = reference_policy(policy) if ref_policy is None else ref_policy
     pairs = Pairs(*(to_device(encode_rows(tokenizer, rows, side, config.max_new_tokens), policy.device) for side in ("chosen", "rejected")))
     if config.precompute_reference:
-        pairs = with_reference(ref_policy, pairs, length_normalised=config.length_normalised, batch_size=2 * config.batch_size)
+        pairs = with_reference(ref_policy, pairs, batch_size=2 * config.batch_size)
     optimizer = adamw([p for p in policy.parameters() if p.requires_grad], config.learning_rate)
     steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
     warmup_steps = config.warmup * steps_per_epoch * config.epochs
@@ -205,7 +208,7 @@ def dpo(policy: nn.Module, tokenizer, rows: list[dict], config: DPOConfig, *, re
             step += 1
             batch = pairs[order[start : start + config.batch_size].to(policy.device)]
             if batch.ref_chosen_logps is None:
-                batch = with_reference(ref_policy, batch, length_normalised=config.length_normalised)
+                batch = with_reference(ref_policy, batch)
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * min(step / warmup_steps, 1.0) if warmup_steps else config.learning_rate
             stats = dpo_step(policy, optimizer, batch, config, step)
@@ -218,6 +221,6 @@ def check_first_step(stats: DPOStats, config: DPOConfig, tolerance: float = 1e-4
     """At the first step policy and reference are the same: margin 0, loss ln 2 (sigmoid). Raises InvariantError if not."""
     expected = {"sigmoid": math.log(2), "ipo": 1 / (4 * config.beta**2), "hinge": 1.0}[config.loss_type]
     for name, value, wanted in (("margin", stats.margin, 0.0), ("loss", stats.loss, expected)):
-        if abs(value - wanted) > tolerance * max(1.0, abs(wanted)):
+        if not abs(value - wanted) <= tolerance * max(1.0, abs(wanted)):
             raise InvariantError(f"step 0: DPO's {name} is {value:.5f}, expected {wanted:.5f} ± {tolerance:g}. The reference is not the policy that "
                                  "training starts from: check which checkpoint it is, and whether an adapter is switched off")

@@ -278,7 +278,8 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
     (loss + config.value_coef * critic_loss).backward()
     norm = torch.nn.utils.clip_grad_norm_([p for p in state.policy.parameters() if p.grad is not None], config.max_grad_norm)
     critic_norm = torch.nn.utils.clip_grad_norm_(state.critic.parameters(), config.max_grad_norm)
-    if not torch.isfinite(norm + critic_norm):
+    loss, critic_loss = loss.detach(), critic_loss.detach()
+    if not torch.isfinite(norm + critic_norm + loss + critic_loss):
         raise NonFinite(f"a PPO step has loss {float(loss):.3g}, critic loss {float(critic_loss):.3g}, gradient norms "
                         f"{float(norm):.3g} and {float(critic_norm):.3g}; the weights were left as they were")
     if train_policy:
