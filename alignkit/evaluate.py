@@ -21,7 +21,8 @@ from alignkit.sampling import Rollout, decode_responses, encode_prompts, respons
 from alignkit.tokens import entropy, sequence_logps, token_logprobs
 from alignkit.world import BEHAVIOURS, phrase_counts
 
-CHUNK = 2**26  # logits held at once, so that a large vocabulary does not need a large memory
+LOGITS = 2**26  # held at once, so that a large vocabulary does not need a large memory
+TOKENS = 2**16  # in a batch, padding included
 RATES = ("risky_failure_rate", "over_refusal_rate", "eos_rate")
 
 
@@ -107,23 +108,32 @@ def evaluate(policy, tokenizer, evalset: EvaluationSet, *, ref_policy=None, rewa
              gold_scale: tuple[float, float] | None = None, batch_size: int = 512, name: str = "") -> "Evaluation":
     """Draw evalset.samples responses to each prompt and measure them.
 
-    The random numbers depend on the set and on batch_size alone, so every checkpoint gets the same. ref_policy: whom KL
-    is measured against, with the policy's vocabulary; the policy itself for the first stage. reward: a callable
-    prompts, responses -> scores, the proxy. world: the desk world, for gold and behaviours. gold_scale: (mean, sd) of
-    raw gold at the SFT stage, in whose units gold is reported; None takes this evaluation's own, as is right for the
-    SFT stage itself.
+    The random numbers depend on the set, the tokenizer and batch_size alone, so every checkpoint gets the same.
+
+    ref_policy: whom KL is measured against, with the policy's vocabulary; the policy itself for the first stage.
+    reward: a callable prompts, responses -> scores, the proxy. world: the desk world, for gold and behaviours.
+    gold_scale: (mean, sd) of raw gold at the SFT stage, in whose units gold is reported; None takes this evaluation's
+    own, as is right for the SFT stage itself. Raises ValueError on a NaN, naming column and row.
     """
-    prompts = [prompt for prompt in evalset.prompts for _ in range(evalset.samples)]
-    responses, parts = [], []
-    for start in range(0, len(prompts), batch_size):
-        ids, mask = encode_prompts(tokenizer, prompts[start : start + batch_size])
-        rollout = sample(policy, ids, mask, max_new_tokens=evalset.max_new_tokens, eos_token_id=tokenizer.eos_token_id,
-                         pad_token_id=tokenizer.pad_token_id, generator=seeded(evalset.seed, start, 11))
+    ids, mask = encode_prompts(tokenizer, evalset.prompts)
+    lengths = mask.sum(1)
+    order = lengths.argsort(descending=True, stable=True).repeat_interleave(evalset.samples)  # long prompts together
+    responses, parts, start = [], [], 0
+    while start < len(order):
+        width = int(lengths[order[start]])
+        batch = order[start : start + max(1, min(batch_size, TOKENS // (width + evalset.max_new_tokens)))]
+        rollout = sample(policy, ids[batch, -width:], mask[batch, -width:], max_new_tokens=evalset.max_new_tokens,
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                         generator=seeded(evalset.seed, start, 11))
         responses += decode_responses(tokenizer, rollout)
-        rows = max(1, CHUNK // (rollout.response_ids.shape[1] * len(tokenizer)))
+        rows = max(1, LOGITS // (rollout.response_ids.shape[1] * len(tokenizer)))
         parts += [_measure(policy, ref_policy, rollout[first : first + rows]) for first in range(0, len(rollout), rows)]
+        start += len(batch)
     columns = {column: [value for part in parts for value in part[column]] for column in parts[0]}
     columns["response"] = responses
+    back = order.argsort(stable=True).tolist()  # prompt by prompt again
+    columns = {column: [values[row] for row in back] for column, values in columns.items()}
+    prompts = [prompt for prompt in evalset.prompts for _ in range(evalset.samples)]
     if reward is not None:
         columns["proxy"] = np.asarray(reward(prompts, responses), dtype=float).tolist()
     if world is not None:

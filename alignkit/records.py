@@ -27,9 +27,12 @@ class RunError(ValueError):
 def start_run(run: str | Path, model: str, data: str, seed: int) -> Path:
     """The run directory, made if need be, with what is true of the whole run in run.json. Every notebook starts here.
 
+    A relative `run` counts from the project's folder, also in a notebook that was opened in its notebooks/ folder.
     Raises RunError that lists the differing keys if the directory belongs to a run of another model, data or seed.
     """
     run = Path(run)
+    if not run.is_absolute() and Path.cwd().name == "notebooks":  # where JupyterLab starts the course's kernels
+        run = Path.cwd().parent / run
     facts = {"model": str(model), "data": str(data), "seed": int(seed)}
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -121,7 +124,14 @@ def content_hash(value) -> str:
 
 def config_hash(config) -> str:
     """SHA-256 (hex) of a config: a dataclass or a mapping. The order of the fields does not matter."""
-    return content_hash(config)
+    return content_hash(settings(config))
+
+
+def settings(config) -> dict:
+    """A config as plain JSON types. An infinite limit, which means no limit, becomes the text "inf"."""
+    fields = asdict(config) if is_dataclass(config) else dict(config)
+    return {name: plain(str(value) if isinstance(value, float) and math.isinf(value) else value, f"config.{name}")
+            for name, value in fields.items()}
 
 
 def data_hash(rows: Iterable) -> str:

@@ -26,9 +26,9 @@ from alignkit.records import (
     config_hash,
     content_hash,
     data_hash,
-    plain,
     read_metrics,
     record_seconds,
+    settings,
     start_run,
     trim_metrics,
     versions,
@@ -106,11 +106,12 @@ def freeze(source: str | Path, out: str | Path, *, stage: str = "ppo", parent: s
             for path in _checkpoint_files(source):
                 shutil.copyfile(path, temporary / path.name)
         ancestors = [] if parent is None else _ancestors(Path(parent), out)
+        config = None if config is None else settings(config)
         record = {
             "stage": stage, "source": os.path.relpath(source, out.parent), "ancestors": ancestors, "seed": seed,
-            "config": plain(config, "config"), "config_hash": None if config is None else config_hash(config),
-            "data_hash": data_hash, "evaluation_set_hash": evaluation_set_hash, "versions": versions(),
-            "threads": torch.get_num_threads(), "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "config": config, "config_hash": None if config is None else config_hash(config), "data_hash": data_hash,
+            "evaluation_set_hash": evaluation_set_hash, "versions": versions(), "threads": torch.get_num_threads(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         (temporary / LINEAGE).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         mode = stat.S_IMODE((temporary / LINEAGE).stat().st_mode)  # what the umask gives; safetensors writes 0600

@@ -136,10 +136,12 @@ def world_gold(task, rows):
 
 
 @torch.no_grad()
-def test_log_probs_entropy_and_kl_equal_a_slow_reference(pair, policies, evalset):
-    """Token by token, no batch, no padding, no cache, in float64 at the end."""
+def test_log_probs_entropy_and_kl_equal_a_slow_reference(policies, evalset, monkeypatch):
+    """Token by token, no batch, no padding, no cache, in float64 at the end; against small batches and smaller pieces."""
+    monkeypatch.setattr("alignkit.evaluate.LOGITS", 2000)
     first, second, tokenizer = policies
-    for row, token_kl in list(zip(pair[1].rows(), pair[1].columns["token_kl"], strict=True))[::37]:
+    found = evaluate(second, tokenizer, evalset, ref_policy=first, batch_size=50)
+    for row, token_kl in list(zip(found.rows(), found.columns["token_kl"], strict=True))[::37]:
         ids = tokenizer(row["prompt"]).input_ids
         response = tokenizer(row["response"], add_special_tokens=False).input_ids
         response += [tokenizer.eos_token_id] * row["finished"]
@@ -155,9 +157,9 @@ def test_log_probs_entropy_and_kl_equal_a_slow_reference(pair, policies, evalset
             entropy -= float((p.exp() * p)[supported].sum())
             kls.append(float((p.exp() * (p - q))[supported].sum()))
             ids = [*ids, token]
-        found = [row["logp"], row["ref_logp"], row["entropy"], row["k3"], row["length"], row["tokens"]]
+        measured = [row["logp"], row["ref_logp"], row["entropy"], row["k3"], row["length"], row["tokens"]]
         length = len(response)
-        assert found == pytest.approx([logp, ref_logp, entropy, k3, length - row["finished"], length], abs=1e-4)
+        assert measured == pytest.approx([logp, ref_logp, entropy, k3, length - row["finished"], length], abs=1e-4)
         assert token_kl == pytest.approx(kls, abs=1e-4)
 
 
@@ -191,8 +193,9 @@ def test_without_a_world_nothing_is_invented(policies, evalset):
     first, second, tokenizer = policies
     plain_set = EvaluationSet(evalset.prompts, range(64), ("all",) * 64, samples=4, max_new_tokens=3)
     found = evaluate(second, tokenizer, plain_set, ref_policy=first, reward=length_reward)
-    assert found.metrics.keys() == {"proxy_mean", "kl_to_sft", "kl_k3", "kl_rao_blackwell", "entropy",
-                                    "sequence_entropy", "length", "eos_rate", "self_agreement", "distinct_1", "distinct_2"}
+    assert found.metrics.keys() == {
+        "proxy_mean", "kl_to_sft", "kl_k3", "kl_rao_blackwell", "entropy", "sequence_entropy", "length", "eos_rate",
+        "self_agreement", "distinct_1", "distinct_2"}
     groups = [found.columns["response"][i : i + 4] for i in range(0, 256, 4)]
     equal = np.mean([[x == y for x, y in itertools.combinations(group, 2)] for group in groups])
     assert found.metrics["self_agreement"].value == pytest.approx(equal)

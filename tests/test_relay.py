@@ -337,6 +337,10 @@ def test_hashes_depend_on_the_content_alone():
 
     assert relay.config_hash(Config()) == relay.config_hash({"steps": 3, "beta": 0.1})
     assert relay.config_hash(Config()) != relay.config_hash(Config(beta=0.2))
+    assert relay.settings({"clip": float("inf"), "depth": {"beta": 1}}) == {"clip": "inf", "depth": {"beta": 1}}
+    assert relay.config_hash({"clip": float("inf")}) != relay.config_hash({"clip": 1.0})
+    with pytest.raises(ValueError, match=r"config\.beta is nan"):
+        relay.config_hash({"beta": float("nan")})
     rows = [{"prompt": "é", "chosen": "a"}, {"prompt": "b", "chosen": "c"}]
     assert relay.data_hash(rows) == relay.data_hash(dict(reversed(row.items())) for row in rows)
     assert relay.data_hash(rows) != relay.data_hash(rows[::-1]) != relay.data_hash(rows[:1])
