@@ -35,7 +35,7 @@ def noisy_policy(seed: int, scale: float = 0.2):
 
 @pytest.fixture(scope="module")
 def desk():
-    """A reference, a policy near it, the tokenizer, six prompts of several lengths and their ids."""
+    """A reference, a policy near it, the tokenizer, six prompts and their ids, of which the last two are shortened."""
     reference, tokenizer = noisy_policy(1)
     policy = copy.deepcopy(reference)
     generator = torch.Generator().manual_seed(5)
@@ -44,7 +44,8 @@ def desk():
             parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
     prompts = [WORLD.heldout_prompts[i] for i in (0, 101, 202, 333, 404, 515)]
     ids, mask = encode_prompts(tokenizer, [prompt.text for prompt in prompts])
-    assert not mask.all(), "the prompts should need padding"
+    for row, length in ((4, 4), (5, 3)):  # the world's prompts are all as long: these two lose their first tokens
+        ids[row, :-length], mask[row, :-length] = tokenizer.pad_token_id, False
     where = {"phrase_ids": phrase_ids(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     logps, ref_logps = (exact.trie_logps(model, ids, mask, **where) for model in (policy, reference))
     return {"reference": reference, "policy": policy, "tokenizer": tokenizer, "prompts": prompts, "ids": ids,
@@ -147,14 +148,15 @@ def test_batch_padding_and_chunks_change_nothing(desk, monkeypatch):
 
 
 def test_each_prefix_is_computed_once(desk):
-    tokens = []
+    """The prompt, then 1, 11, 121 rows of eleven siblings, then one path. Before that a trial of the first levels."""
+    shapes = []
     hook = desk["policy"].register_forward_pre_hook(
-        lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True)
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
     exact.response_logps(desk["policy"], desk["tokenizer"], desk["prompts"][:1])
     hook.remove()
     length = int(desk["mask"][0].sum())
-    trial = length + 11 + 121 + length + 2  # the first levels and one path, to see whether the model takes a 4-D mask
-    assert sum(tokens) == length + 11 + 121 + 1331 + length + 3 + trial
+    trial = [(1, length), (1, 11), (11, 11), (1, length + 2)]
+    assert shapes == [*trial, (1, length), (1, 11), (11, 11), (121, 11), (1, length + 3)]
 
 
 GROUPED = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -256,6 +258,7 @@ def test_proxy_table_is_what_the_scorer_says(desk, kind):
     read = exact.proxy_table(scorer, desk["prompts"], small)
     scored = exact.proxy_table(lambda prompts, responses: scorer(prompts, responses), desk["prompts"], small)
     assert read.shape == (6, 133) and (read - scored).abs().max() < 1e-5
+    assert exact._trie_scores(scorer, [prompt.text for prompt in desk["prompts"]], small) is not None
     texts, whole = SPACE.texts(), exact.proxy_table(scorer, desk["prompts"][:1], SPACE)
     chosen = torch.randint(len(SPACE), (100,), generator=torch.Generator().manual_seed(0))
     own = scorer([desk["prompts"][0].text] * 100, [texts[i] for i in chosen.tolist()])
@@ -332,7 +335,8 @@ def test_frontier_is_concave_rises_and_has_slope_beta(desk):
     assert (slopes <= curve.beta[:-1] + 1e-9).all() and (slopes >= curve.beta[1:] - 1e-9).all()
     assert curve.reward[0] == pytest.approx(exact.expectation(desk["ref_logps"], desk["gold"]).mean())
     assert curve.reward[-1] == pytest.approx(desk["gold"].max(1).values.mean())
-    assert curve.other.shape == curve.kl.shape
+    middle = exact.optimum(desk["ref_logps"], desk["gold"], float(curve.beta[7]))[0]
+    assert curve.other[7] == pytest.approx(exact.expectation(middle, desk["rewards"]).mean().item())
 
 
 def test_frontier_between_its_points(desk):
@@ -393,8 +397,10 @@ def test_best_of_n_in_closed_form_with_ties():
     ref_logps = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64).log()
     logps = exact.best_of_n(ref_logps, torch.tensor([[1.0, 0.0, 1.0, 2.0]], dtype=torch.float64), 2)
     assert torch.allclose(logps.exp(), torch.tensor([[0.08, 0.04, 0.24, 0.64]], dtype=torch.float64))
-    equal = exact.best_of_n(ref_logps, torch.zeros(1, 4, dtype=torch.float64), 50)
-    assert torch.allclose(equal, ref_logps)
+    for same in ([0.0, 0.0, 0.0, 0.0], [0.3, 0.1 + 0.2, 0.3, 0.3]):  # equal up to rounding is equal
+        equal = exact.best_of_n(ref_logps, torch.tensor([same], dtype=torch.float64), 50)
+        assert torch.allclose(equal, ref_logps)
+        assert exact.frontier(ref_logps, torch.tensor([same], dtype=torch.float64), []).kl[-1] < 1e-12
 
 
 def test_best_of_n_is_what_drawing_gives():
@@ -635,7 +641,14 @@ def test_cache_hits_misses_and_survives_a_torn_file(desk, tmp_path, monkeypatch)
     for file in tmp_path.iterdir():
         file.write_bytes(file.read_bytes()[:100])
     assert torch.allclose(read(), first, atol=1e-6) and len(calls) == 5
-    assert all(file.suffix == ".npy" for file in tmp_path.iterdir())
+
+    def fails(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(exact.os, "replace", fails)
+    with pytest.raises(OSError, match="disk full"):
+        read(deep=3)
+    assert all(file.suffix == ".npy" for file in tmp_path.iterdir())  # nothing half-written stays
 
 
 def test_the_reward_table_is_cached_by_weights_and_normalisation(desk, tmp_path):
@@ -711,6 +724,9 @@ def test_sampled_kl_cannot_pass_its_ceiling(desk):
     found = exact.sampled_optimum(rewards[:, draw(ref_logps[0], 32)], 1e-3)
     assert kl > math.log(32) and found.kl.item() <= math.log(32) + 1e-9
     assert found.ceiling.item() == pytest.approx(math.log(32)) and found.effective.item() < 3
+    index = draw(desk["logps"][0], 32)[None]  # from another policy: one sample again, and its log π/π_ref on top
+    found = exact.sampled_optimum(rewards[0][index], 1e-4, logps=desk["logps"][0][index], ref_logps=ref_logps[0][index])
+    assert found.effective.item() == pytest.approx(1) and found.kl.item() == pytest.approx(found.ceiling.item())
     with pytest.raises(ValueError, match="go together"):
         exact.sampled_optimum(rewards, 1.0, logps=ref_logps)
     with pytest.raises(ValueError, match="beta is -1"):
