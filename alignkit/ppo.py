@@ -41,7 +41,7 @@ class PPOConfig:
     critic_warmup: first iterations that train the critic alone. lr_decay: linear decay of both rates to 0 over `iterations`.
     """
 
-    iterations: int = 30
+    iterations: int = 40
     prompts_per_iteration: int = 256
     samples_per_prompt: int = 1
     max_new_tokens: int = 4
@@ -62,13 +62,13 @@ class PPOConfig:
     score_clip: float = math.inf
     whiten_rewards: bool = False
     whiten_advantages: bool = True
-    epochs: int = 2
-    minibatch_size: int = 64
-    learning_rate: float = 5e-4
+    epochs: int = 4
+    minibatch_size: int = 128
+    learning_rate: float = 1e-3
     critic_learning_rate: float = 2e-3
     max_grad_norm: float = 1.0
     critic_warmup: int = 0
-    lr_decay: bool = False
+    lr_decay: bool = True
     seed: int = 0
 
     def __post_init__(self):

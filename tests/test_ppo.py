@@ -58,10 +58,11 @@ def test_policy_loss_equals_a_slow_reference_and_its_gradient_is_zero_exactly_wh
     logprobs = (random(6, 5, seed=5, scale=0.4)).requires_grad_()
     old, advantages = random(6, 5, seed=6, scale=0.1), random(6, 5, seed=7)
     loss = policy_loss(logprobs, old, advantages, 0.2)
+    found = loss.detach()
     for b in range(6):
         for t in range(5):
             ratio, a = math.exp(float(logprobs[b, t].detach() - old[b, t])), float(advantages[b, t])
-            assert float(loss[b, t]) == pytest.approx(-min(ratio * a, min(max(ratio, 0.8), 1.2) * a), abs=1e-12)
+            assert float(found[b, t]) == pytest.approx(-min(ratio * a, min(max(ratio, 0.8), 1.2) * a), abs=1e-12)
     loss.sum().backward()
     dead = clipped(logprobs, old, advantages, 0.2)
     assert 0 < dead.float().mean() < 1
@@ -169,7 +170,7 @@ def test_logged_kl_is_the_kl_that_is_charged():
     state = make_state(config)
     ppo_iteration(state, config)
     stats = ppo_iteration(state, config)
-    assert stats.kl_to_ref > 0.01
+    assert abs(stats.kl_to_ref) > 0.01  # k1 can be negative; it is what is charged all the same
     assert stats.rlhf_reward == pytest.approx(stats.score - 0.7 * stats.kl_to_ref, abs=1e-4)
 
 
