@@ -140,7 +140,8 @@ def reward_report(scorer: RewardScorer, pairs: list[dict], world=None) -> dict:
     accuracy_labels: share of pairs ranked as labelled, with a 95 % Wilson interval in accuracy_labels_ci95. ece, reliability: calibration, as
     `expected_calibration_error`. margin_bins: accuracy by size of the margin (quintiles). length_bias: correlation of score and length
     (words) across all responses. mean, std: the normalisation. score_mean, score_std: of these responses after it.
-    With a `world` and rows that carry `probability`: bayes_accuracy (the best any model can do on these labels in expectation),
+    With a `world` and rows that carry `probability`: bayes_accuracy (the best any model can do on these labels in expectation), also as
+    `bayes` of each margin bin,
     accuracy_gold (share ranked as gold ranks them, ties left out), gold_correlation, politeness_bias (correlation of the score's residual
     on gold with the number of polite phrases) and length_bias in phrases, also of the residual.
     Raises ValueError if there are no pairs.
@@ -153,12 +154,12 @@ def reward_report(scorer: RewardScorer, pairs: list[dict], world=None) -> dict:
     margins = scores[: len(pairs)] - scores[len(pairs) :]
     correct = np.where(margins == 0, 0.5, margins > 0)
     ece, reliability = expected_calibration_error(margins)
-    order = np.argsort(np.abs(margins))
+    quintiles = np.array_split(np.argsort(np.abs(margins)), min(5, len(pairs)))
     report = {
         "pairs": len(pairs), "accuracy_labels": float(correct.mean()), "accuracy_labels_ci95": list(_wilson(correct.sum(), len(pairs))),
         "ece": float(ece), "reliability": reliability,
         "margin_bins": [{"margin": float(np.abs(margins[rows]).mean()), "accuracy": float(correct[rows].mean()), "count": len(rows)}
-                        for rows in np.array_split(order, min(5, len(pairs)))],
+                        for rows in quintiles],
         "mean": scorer.mean, "std": scorer.std,
         "score_mean": float((scores.mean() - scorer.mean) / scorer.std), "score_std": float(scores.std() / scorer.std),
         "length_bias": _correlation(scores, np.array([len(text.split()) for text in chosen + rejected])),
@@ -171,6 +172,8 @@ def reward_report(scorer: RewardScorer, pairs: list[dict], world=None) -> dict:
         gold_margins = gold[: len(pairs)] - gold[len(pairs) :]
         clear = np.abs(gold_margins) > 1e-9
         chance = np.array([row["probability"] for row in pairs])
+        for row, members in zip(report["margin_bins"], quintiles, strict=True):
+            row["bayes"] = float(np.maximum(chance, 1 - chance)[members].mean())
         slope, intercept = np.polyfit(gold, scores, 1)
         residual = scores - slope * gold - intercept
         report |= {
