@@ -28,7 +28,7 @@ from alignkit.sampling import NonFinite, encode_prompts, seeded
 from alignkit.world import SENTENCES, World, phrase_ids
 
 TEXTS = list(SENTENCES.values())
-PROMPTS = [prompt.text for prompt in World(0).train_prompts[::23]]  # of all four templates: ragged
+PROMPTS = [prompt.text * (1 + number % 2) for number, prompt in enumerate(World(0).train_prompts[::23])]  # ragged
 
 
 def noisy_policy(seed):

@@ -25,7 +25,7 @@ def weights(policy):
 
 
 def labelled(tokenizer, rows):
-    """Token ids and labels (B, L): labels at the response and its EOS, −100 elsewhere; written apart from the package."""
+    """Token ids and labels (B, L): labels at the response and its EOS, −100 elsewhere; our own."""
     width = 24
     ids, labels = torch.full((len(rows), width), tokenizer.pad_token_id), torch.full((len(rows), width), -100)
     for number, row in enumerate(rows):
