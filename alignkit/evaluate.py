@@ -133,7 +133,7 @@ def evaluate(policy, tokenizer, evalset: EvaluationSet, *, ref_policy=None, rewa
     columns["response"] = responses
     back = order.argsort(stable=True).tolist()  # prompt by prompt again
     columns = {column: [values[row] for row in back] for column, values in columns.items()}
-    prompts = [prompt for prompt in evalset.prompts for _ in range(evalset.samples)]
+    prompts, responses = [prompt for prompt in evalset.prompts for _ in range(evalset.samples)], columns["response"]
     if reward is not None:
         columns["proxy"] = np.asarray(reward(prompts, responses), dtype=float).tolist()
     if world is not None:

@@ -16,8 +16,9 @@ from alignkit.evaluate import Evaluation, EvaluationSet, difference, evaluate, e
 from alignkit.intervals import Bootstrap, Estimate, wilson
 from alignkit.models import load_policy, save_model
 from alignkit.relay import ManifestError, freeze, start_run
+from alignkit.sampling import generate_texts, left_pad
 from alignkit.task import desk_task
-from alignkit.world import BEHAVIOURS, KINDS
+from alignkit.world import BEHAVIOURS, KINDS, phrase_counts
 
 
 def length_reward(prompts, responses):
@@ -128,16 +129,49 @@ def test_metrics_equal_slow_hand_computations(pair, evalset, task):
         counts = Counter(row["behaviour"] for row in rows if row["kind"] == kind)
         for behaviour in BEHAVIOURS:
             assert b.behaviour_shares[kind][behaviour].value == pytest.approx(counts[behaviour] / counts.total())
-    assert world_gold(task, rows) == pytest.approx([row["gold"] for row in rows])
 
 
-def world_gold(task, rows):
-    return [float(task.world.gold(task.world.find(row["prompt"]), np.array([row["phrases"]]))[0]) for row in rows]
+def test_responses_come_from_the_policy_that_is_asked(policies, evalset, task):
+    """The same rates as `generate_texts` gives, which has no order of its own, within sampling noise."""
+    first, _, tokenizer = policies
+    many = EvaluationSet(**{**vars(evalset), "samples": 30})
+    found = evaluate(first, tokenizer, many, world=task.world, batch_size=100)
+    texts = generate_texts(first, tokenizer, list(many.prompts), max_new_tokens=4, seed=1, samples=30)
+    prompts = [prompt for prompt in many.prompts for _ in range(30)]
+    behaviours = np.array(task.world.behaviours(prompts, [text for group in texts for text in group]))
+    for kind in KINDS:
+        of_kind = behaviours[np.repeat(many.kinds, 30) == kind]
+        for behaviour in BEHAVIOURS:
+            share = found.behaviour_shares[kind][behaviour].value
+            assert share == pytest.approx((of_kind == behaviour).mean(), abs=4.5 * np.sqrt(2 * 0.25 / len(of_kind)))
+
+
+@torch.no_grad()
+def test_prompts_of_different_lengths_keep_their_responses(policies, evalset, task, monkeypatch):
+    """They are sampled in another order than they are reported in."""
+    _, second, tokenizer = policies
+    encoded = [[tokenizer.bos_token_id] * (1 + 7 * number % 5) + tokenizer(prompt, add_special_tokens=False).input_ids
+               for number, prompt in enumerate(evalset.prompts)]
+    monkeypatch.setattr("alignkit.evaluate.encode_prompts",
+                        lambda tokenizer, prompts: left_pad(encoded, tokenizer.pad_token_id))
+    found = evaluate(second, tokenizer, evalset, reward=length_reward, world=task.world, batch_size=50)
+    for number, row in enumerate(found.rows()):
+        asked, said = [row["prompt"]], [row["response"]]
+        assert row["proxy"] == length_reward(asked, said) and row["phrases"] == phrase_counts(said)[0].tolist()
+        assert row["gold"] == task.world.gold_scores(asked, said)[0]
+        assert [row["behaviour"]] == task.world.behaviours(asked, said)
+        if number % 17 == 0:
+            response = tokenizer(row["response"], add_special_tokens=False).input_ids
+            response += [tokenizer.eos_token_id] * row["finished"]
+            ids = torch.tensor([encoded[number // 6] + response])
+            logprobs = second(input_ids=ids).logits[0, -len(response) - 1 : -1].log_softmax(-1)
+            logp = sum(float(logprobs[place, token]) for place, token in enumerate(response))
+            assert row["logp"] == pytest.approx(logp, abs=1e-4)
 
 
 @torch.no_grad()
 def test_log_probs_entropy_and_kl_equal_a_slow_reference(policies, evalset, monkeypatch):
-    """Token by token, no batch, no padding, no cache, in float64 at the end; against small batches and smaller pieces."""
+    """Token by token, no batch, no padding, no cache, in float64 at the end; against small batches."""
     monkeypatch.setattr("alignkit.evaluate.LOGITS", 2000)
     first, second, tokenizer = policies
     found = evaluate(second, tokenizer, evalset, ref_policy=first, batch_size=50)
