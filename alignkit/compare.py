@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from html import escape
 from pathlib import Path
 
 from alignkit.evaluate import Evaluation, EvaluationSet, difference, evaluate, evaluation_set, win_rate
@@ -272,11 +271,7 @@ def _write(comparison: Comparison, out: Path) -> None:
 
 def _page(comparison: Comparison, pictures: Sequence[tuple[bytes, str]]) -> str:
     """compare.html: table, pictures (PNG and alt text) and sample responses; all text is escaped."""
-    from alignkit.report import figure, page, table
-    from alignkit.text import visible
-
-    def text(value) -> str:
-        return escape(visible(value))
+    from alignkit.page import figure, page, section, table, text
 
     head, *lines = [[text(cell) for cell in line] for line in comparison.cells()]
     said = [[f"{text(sample['prompt'])}<small>{text(sample['kind'])}</small>",
@@ -284,10 +279,10 @@ def _page(comparison: Comparison, pictures: Sequence[tuple[bytes, str]]) -> str:
                for responses in sample["responses"].values())] for sample in comparison.samples()]
     return page("alignkit: checkpoints compared", [
         f"<header><p class=kicker>alignkit</p><h1>{text(' · '.join(comparison.evaluations))}</h1></header>",
-        "<section><h2>What they measure</h2>"
-        + table("The same held-out prompts and random numbers for each checkpoint", head, lines, "wide")
-        + "".join(f"<p>{text(remark)}</p>" for remark in comparison.remarks()) + "</section>",
-        f"<section><div class=charts>{''.join(figure(png, alt) for png, alt in pictures)}</div></section>",
-        "<section><h2>What they say</h2>"
-        + table("Sampled responses", ["Prompt", *map(text, comparison.evaluations)], said, "said wide") + "</section>",
+        section("What they measure",
+                table("The same held-out prompts and random numbers for each checkpoint", head, lines, "wide"),
+                *(f"<p>{text(remark)}</p>" for remark in comparison.remarks())),
+        section("Side by side", f"<div class=charts>{''.join(figure(png, alt) for png, alt in pictures)}</div>"),
+        section("What they say",
+                table("Sampled responses", ["Prompt", *map(text, comparison.evaluations)], said, "said wide")),
     ])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignkit.compare import Comparison, compare, compare_directories
+from alignkit.compare import Comparison, _page, compare, compare_directories
 from alignkit.data import ChatText
 from alignkit.evaluate import Evaluation, EvaluationSet, difference, evaluate, evaluation_set, win_rate
 from alignkit.intervals import Bootstrap, Estimate, wilson
@@ -420,6 +420,14 @@ def test_comparison_as_text_table_csv_and_json(pair):
     assert stored["samples"][0]["responses"].keys() == {"sft", "ppo"}
     alone = compare({"sft": pair[0]})
     assert alone.differences == {} and "sft" in str(alone)
+
+
+def test_what_a_model_says_is_text_on_the_page(pair):
+    evil = "<script>alert(1)</script><button data-commandlinker-command=x>\x1b[31m\u202egnp.exe"
+    said = Evaluation(pair[0].set, {**pair[0].columns, "response": [evil] * 384}, pair[0].gold_scale)
+    page = _page(compare({"<b>sft</b>": said}), [])
+    assert "&lt;script&gt;alert(1)" in page and "&lt;b&gt;sft" in page
+    assert not [mark for mark in ("<script", "<button", "<b>", "\x1b", "\u202e") if mark in page]
 
 
 @pytest.fixture(scope="module")
