@@ -12,6 +12,7 @@ import uuid
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PhiConfig
 from transformers import PhiForCausalLM, PhiForSequenceClassification
@@ -209,10 +210,22 @@ def _load(auto, model, **config_options):
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **config_options)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        loaded = auto.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
-    except OSError as error:
+        loaded, found = auto.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+                                             output_loading_info=True, ignore_mismatched_sizes=True)
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"model {name!r} could not be read: {str(error).splitlines()[0]} (expected a folder with config.json, "
                          "tokenizer files and *.safetensors, a Hub id that is cached or online, or 'tiny')") from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(f"model {name!r} needs code of its own (auto_map), which is never run; expected an architecture that "
+                         "transformers has") from error
+    lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if lacking:  # transformers would fill them with random numbers
+        raise ValueError(f"model {name!r} has no weights of the right shape for {lacking[0]!r}{' and others' * (len(lacking) > 1)}; expected a "
+                         f"checkpoint that was saved as {type(loaded).__name__}")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError(f"model {name!r} has no tokenizer files beside its weights; save its tokenizer to the same folder")
     _give_pad_token(loaded, tokenizer)
     tokenizer.padding_side = "right"
     for module in loaded.modules():  # dropout off: the policy that is scored must be the policy that sampled
