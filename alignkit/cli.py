@@ -1,18 +1,22 @@
 """The `alignkit` command: notebooks as jobs, data and checkpoints checked, checkpoints compared.
 
-Exit codes: 0 done; 1 it did not work, with one message and no traceback; 2 wrong usage; 130 interrupted. ALIGNKIT_TRACEBACK=1
-shows tracebacks all the same. What a command needs is imported when it runs, so that `alignkit --help` is quick.
+Exit codes: 0 done; 1 it did not work, with one message and no traceback; 2 wrong usage; 130 interrupted.
+ALIGNKIT_TRACEBACK=1 shows tracebacks all the same. What a command needs is imported when it runs, so that
+`alignkit --help` is quick.
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from alignkit import __version__
+
 EXPECTED = {  # errors that have said all there is to say: module -> names; looked up only in modules that were imported
-    "alignkit.data": ("DataError",),
+    "alignkit.files": ("DataError",),
     "alignkit.parameters": ("ParameterError",),
     "alignkit.records": ("RunError",),
     "alignkit.jobs": ("RunInUse",),
@@ -21,13 +25,15 @@ EXPECTED = {  # errors that have said all there is to say: module -> names; look
 }
 
 
+class Refused(ValueError):
+    """What a command was asked to do cannot be done with what it was given."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. `arguments` defaults to the command line."""
     options = _parser().parse_args(arguments)
-    try:
-        signal.signal(signal.SIGTERM, _interrupt)  # a job ends as with Ctrl-C: its notebook may save, and its record says so
-    except ValueError:
-        pass  # not in the main thread
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C: the notebook may save, and the job's record says so
     try:
         return options.command(options) or 0
     except KeyboardInterrupt:
@@ -45,39 +51,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="alignkit", description="RLHF you can run: SFT, reward model, PPO, frozen checkpoint, DPO.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    about = "RLHF you can run: SFT, reward model, PPO, frozen checkpoint, DPO."
+    parser = argparse.ArgumentParser(prog="alignkit", description=about)
+    parser.add_argument("--version", action="version", version=f"alignkit {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(name, command, text, *arguments):
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        sub.set_defaults(command=command)
-        for flags, settings in arguments:
-            sub.add_argument(*flags, **settings)
+    def add(name: str, command, about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+        added.set_defaults(command=command)
+        return added
 
-    out = (("--out",), {"required": True, "type": _folder, "metavar": "DIR"})
-    parameters = (("-p", "--parameter"), {"action": "append", "default": [], "type": _assignment, "metavar": "NAME=VALUE",
-                                          "dest": "parameters", "help": "a parameter of the notebooks; may be repeated"})
-    timeout = (("--timeout",), {"type": _seconds, "metavar": "SECONDS", "help": "give a notebook up after so long"})
-    data = (("--data",), {"default": "desk", "metavar": "D", "help": "`desk`, a file, a folder or a Hub id (default: desk)"})
-    add("course", _course, "run the series of notebooks as one job; run again, it resumes", out,
-        (("--model",), {"default": "tiny", "metavar": "M", "help": "`tiny`, a folder or a Hub id (default: tiny)"}), data, parameters, timeout)
-    add("run", _run, "run one notebook as a job",
-        (("notebook",), {"metavar": "NOTEBOOK", "help": "a path, or the name or number of one of alignkit's notebooks"}),
-        out, parameters, timeout, (("--force",), {"action": "store_true", "help": "run it even if it was done already"}))
-    add("check", _check, "validate prompts, demonstrations or preference data: exit 1 if a row is bad",
-        (("source",), {"metavar": "FILE", "help": "a file, a folder or a Hub id"}))
-    add("freeze", _freeze, "make a frozen checkpoint: weights, tokenizer, lineage and a SHA-256 manifest",
-        (("checkpoint",), {"type": _folder, "metavar": "DIR"}), out)
-    add("verify", _verify, "check a frozen checkpoint against its manifest: exit 1 if a byte differs",
-        (("checkpoint",), {"type": _folder, "metavar": "DIR"}))
-    add("compare", _compare, "evaluate checkpoints side by side on the frozen evaluation set",
-        (("checkpoints",), {"nargs": "+", "type": _folder, "metavar": "DIR"}), data, out)
-    add("report", _report, "write report.html of a run directory again", (("run",), {"type": _folder, "metavar": "DIR"}))
+    def add_out(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--out", required=True, type=_folder, metavar="DIR")
+
+    def add_data(command: argparse.ArgumentParser) -> None:
+        about = "`desk`, a file, a folder or a Hub id (default: desk)"
+        command.add_argument("--data", default="desk", metavar="D", help=about)
+
+    def add_job(command: argparse.ArgumentParser) -> None:
+        add_out(command)
+        about = "a parameter of the notebooks; may be repeated"
+        command.add_argument(
+            "-p", dest="parameters", action="append", default=[], type=_assignment, metavar="NAME=VALUE", help=about
+        )
+        command.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="give a notebook up after so long")
+
+    course = add("course", _course, "run the series of notebooks as one job; run again, it resumes")
+    course.add_argument("--model", default="tiny", metavar="M", help="`tiny`, a folder or a Hub id (default: tiny)")
+    add_data(course)
+    add_job(course)
+
+    run = add("run", _run, "run one notebook as a job")
+    run.add_argument(
+        "notebook", metavar="NOTEBOOK", help="a path, or the name or number of one of alignkit's notebooks"
+    )
+    add_job(run)
+    run.add_argument("--force", action="store_true", help="run it even if it was done already")
+
+    check = add("check", _check, "validate prompts, demonstrations or preference data: exit 1 if a row is bad")
+    check.add_argument("source", metavar="FILE", help="a file, a folder or a Hub id")
+
+    freeze = add("freeze", _freeze, "make a frozen checkpoint: weights, tokenizer, lineage and a SHA-256 manifest")
+    freeze.add_argument("checkpoint", type=_folder, metavar="DIR")
+    add_out(freeze)
+
+    verify = add("verify", _verify, "check a frozen checkpoint against its manifest: exit 1 if a byte differs")
+    verify.add_argument("checkpoint", type=_folder, metavar="DIR")
+
+    compare = add("compare", _compare, "evaluate checkpoints side by side on the frozen evaluation set")
+    compare.add_argument("checkpoints", nargs="+", type=_folder, metavar="DIR")
+    add_data(compare)
+    add_out(compare)
+
+    report = add("report", _report, "write report.html of a run directory again")
+    report.add_argument("run", type=_folder, metavar="DIR")
     return parser
 
 
-# --- commands ----------------------------------------------------------------------------------------------------------
+# --- commands --------------------------------------------------------------------------------------------------------
 
 
 def _course(options: argparse.Namespace) -> None:
@@ -94,7 +125,9 @@ def _course(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     from alignkit import jobs
 
-    executed = jobs.run_notebook(options.notebook, options.out, _parameters(options), timeout=options.timeout, force=options.force)
+    executed = jobs.run_notebook(
+        options.notebook, options.out, _parameters(options), timeout=options.timeout, force=options.force
+    )
     print(f"executed notebook: {_shown(executed)}")
 
 
@@ -110,7 +143,10 @@ def _check(options: argparse.Namespace) -> int:
 def _freeze(options: argparse.Namespace) -> None:
     from alignkit.relay import freeze, verify
 
-    out = freeze(options.checkpoint, options.out)
+    try:
+        out = freeze(options.checkpoint, options.out)
+    except ValueError as error:
+        raise Refused(str(error)) from error
     print(f"frozen: {_shown(out)}, {_files(verify(out))}")
 
 
@@ -121,7 +157,13 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    raise NotImplementedError
+    from alignkit.compare import compare_directories
+    from alignkit.jobs import absolute
+    from alignkit.text import visible
+
+    comparison = compare_directories(options.checkpoints, absolute("data", options.data), options.out)
+    print(visible(comparison, limit=10**6))
+    print(f"\npage: {_shown(options.out / 'compare.html')}; also compare.md, .csv, .json and pictures")
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -130,14 +172,7 @@ def _report(options: argparse.Namespace) -> None:
     print(_shown(build_report(options.run)))
 
 
-# --- arguments ---------------------------------------------------------------------------------------------------------
-
-
-class _Version(argparse.Action):
-    def __call__(self, parser, *_):
-        from importlib.metadata import version
-
-        parser.exit(0, f"alignkit {version('alignkit')}\n")
+# --- arguments -------------------------------------------------------------------------------------------------------
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -174,7 +209,7 @@ def _parameters(options: argparse.Namespace) -> dict[str, str]:
     return given
 
 
-# --- small things ------------------------------------------------------------------------------------------------------
+# --- small things ----------------------------------------------------------------------------------------------------
 
 
 def _interrupt(_signal, _frame) -> None:
@@ -182,14 +217,17 @@ def _interrupt(_signal, _frame) -> None:
 
 
 def _is_expected(error: Exception) -> bool:
-    if isinstance(error, OSError) and error.filename is not None or isinstance(error, FileNotFoundError | FileExistsError):
-        return True
-    return any(isinstance(error, getattr(sys.modules[module], name, ()))
-               for module, names in EXPECTED.items() if module in sys.modules for name in names)
+    return isinstance(error, OSError | Refused) or any(
+        isinstance(error, getattr(sys.modules[module], name, ()))
+        for module, names in EXPECTED.items()
+        if module in sys.modules
+        for name in names
+    )
 
 
 def _files(manifest) -> str:
-    return f"{len(manifest.files)} files, {sum(file['size'] for file in manifest.files.values()):,} bytes, hash {manifest.hash[:12]}"
+    size = sum(file["size"] for file in manifest.files.values())
+    return f"{len(manifest.files)} files, {size:,} bytes, hash {manifest.hash[:12]}"
 
 
 def _shown(path: Path) -> str:

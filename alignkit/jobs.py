@@ -1,8 +1,8 @@
 """Notebooks as jobs: one notebook, or the whole course, in a run directory that can be resumed.
 
-RUN/jobs.json says of each notebook how far it came, written before, during and last of all: whether a notebook finished is
-never judged from the notebook itself. A job is known by its key: the notebook's source, its parameters, the code of alignkit
-and what the notebooks before it left in RUN. A finished job with the same key is not repeated.
+RUN/jobs.json says of each notebook how far it came, written before, during and last of all: whether a notebook finished
+is never judged from the notebook itself. A job is known by its key: the notebook's source, its parameters, the code of
+alignkit and what the notebooks before it left in RUN. A finished job with the same key is not repeated.
 """
 
 import contextlib
@@ -10,15 +10,14 @@ import hashlib
 import json
 import os
 import shutil
-import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from alignkit.parameters import ParameterError, check_name, check_parameters, notebook_parameters, unknown_name
+from alignkit.progress import Progress, clock
 from alignkit.records import RunError, content_hash, plain, record_seconds, start_run, write_json
 
 try:
@@ -26,8 +25,19 @@ try:
 except ImportError:  # Windows has no flock: there, nobody stops two jobs in one folder
     fcntl = None
 
-__all__ = ["CHAIN", "NotebookFailed", "ParameterError", "RunInUse", "check_parameters", "course", "find_notebook", "find_notebooks",
-           "notebook_parameters", "run_notebook"]
+__all__ = [
+    "CHAIN",
+    "NotebookFailed",  # noqa: F822 (by __getattr__)
+    "ParameterError",
+    "RunInUse",
+    "absolute",
+    "check_parameters",
+    "course",
+    "find_notebook",
+    "find_notebooks",
+    "notebook_parameters",
+    "run_notebook",
+]
 
 CHAIN = {  # the notebooks of the course, in order, and the folder of RUN that is each one's own
     "00_the_world": None,
@@ -37,8 +47,10 @@ CHAIN = {  # the notebooks of the course, in order, and the folder of RUN that i
     "04_freeze_and_evaluate": "frozen",
     "05_dpo": "dpo",
 }
-RECORDS = ("results.json", "metrics.jsonl", "evaluation.json", "samples.json")  # later notebooks may add to these in any folder
-PRESENTATION = ("cli.py", "jobs.py", "kernel.py", "parameters.py", "report.py", "text.py")  # changes nothing in a run
+# what later notebooks may add to, in any folder
+RECORDS = ("results.json", "metrics.jsonl", "evaluation.json", "samples.json")
+# code that changes nothing in a run
+PRESENTATION = ("cli.py", "jobs.py", "kernel.py", "page.py", "parameters.py", "progress.py", "report.py")
 
 
 class RunInUse(RuntimeError):
@@ -64,7 +76,7 @@ def find_notebooks() -> dict[str, Path]:
 
 
 def find_notebook(notebook: str | Path) -> Path:
-    """A notebook by path, by name (`03_ppo`) or by number (`3` or `03`). Raises FileNotFoundError that lists those there are."""
+    """A notebook by path, by name (`03_ppo`) or by number (`3`, `03`). Raises FileNotFoundError that lists them."""
     path, known = Path(notebook), find_notebooks()
     if path.suffix == ".ipynb" and path.is_file():
         return path.absolute()
@@ -72,16 +84,25 @@ def find_notebook(notebook: str | Path) -> Path:
     number = name.zfill(2) + "_" if name.isdecimal() else None
     found = known.get(name) or next((known[other] for other in known if number and other.startswith(number)), None)
     if not found:
-        raise FileNotFoundError(f"no notebook {str(notebook)!r}; expected a path to an .ipynb file or one of: {', '.join(known) or 'none'}")
+        raise FileNotFoundError(
+            f"no notebook {str(notebook)!r}; expected a path to an .ipynb file or one of: {', '.join(known) or 'none'}"
+        )
     return found
 
 
-def run_notebook(notebook: str | Path, out: str | Path, parameters: Mapping[str, object] | None = None, *,
-                 timeout: float | None = None, progress: bool = True, force: bool = False) -> Path:
-    """Run one notebook in the run directory `out`, unless that was done already; returns the executed notebook, out/NAME.ipynb.
+def run_notebook(
+    notebook: str | Path,
+    out: str | Path,
+    parameters: Mapping[str, object] | None = None,
+    *,
+    timeout: float | None = None,
+    progress: bool = True,
+    force: bool = False,
+) -> Path:
+    """Run one notebook in the run directory `out`, unless that was done already; returns the executed notebook.
 
-    parameters: name -> value, checked before a kernel starts; `run` is set to `out`. timeout: seconds. progress: print one
-    line about it. force: run even if it was done. Raises ParameterError; RunInUse; NotebookFailed, which names the cell.
+    parameters: name -> value, checked before a kernel starts; `run` is set to `out`. timeout: seconds. progress: print
+    one line about it. force: run even if it was done. Raises ParameterError; RunInUse; NotebookFailed, with the cell.
     """
     notebook, out = find_notebook(notebook), _run_directory(out)
     job = _job(notebook, out, parameters or {})
@@ -89,12 +110,20 @@ def run_notebook(notebook: str | Path, out: str | Path, parameters: Mapping[str,
         return _run(job, timeout=timeout, progress=progress, force=force)
 
 
-def course(out: str | Path, model: str = "tiny", data: str = "desk", parameters: Mapping[str, object] | None = None, *,
-           notebooks: Sequence[str | Path] = tuple(CHAIN), timeout: float | None = None, progress: bool = True) -> Path:
+def course(
+    out: str | Path,
+    model: str = "tiny",
+    data: str = "desk",
+    parameters: Mapping[str, object] | None = None,
+    *,
+    notebooks: Sequence[str | Path] = tuple(CHAIN),
+    timeout: float | None = None,
+    progress: bool = True,
+) -> Path:
     """Run the series of notebooks in order as one job, then write report.html; returns the run directory.
 
-    Each notebook gets those of `parameters` that it knows; one that none knows is refused, before the first kernel starts.
-    What was finished by an earlier call is not repeated. When a notebook fails, what came before it is kept and reported.
+    Each notebook gets those of `parameters` that it knows; one that none knows is refused, before a kernel starts. What
+    an earlier call finished is not repeated. When a notebook fails, what came before it is kept and reported.
     Raises as `run_notebook` does, and RunError if `out` belongs to a run of another model, data or seed.
     """
     from alignkit.report import build_report
@@ -108,7 +137,9 @@ def course(out: str | Path, model: str = "tiny", data: str = "desk", parameters:
         if name not in everywhere:
             raise ParameterError(unknown_name(name, everywhere, "no notebook of the course has such a parameter"))
     jobs = [_job(path, out, {name: value for name, value in given.items() if name in known[path]}) for path in paths]
-    facts = {name: next((job.values[name] for job in jobs if name in job.values), None) for name in ("model", "data", "seed")}
+    facts = {
+        name: next((job.values[name] for job in jobs if name in job.values), None) for name in ("model", "data", "seed")
+    }
     if facts["seed"] is None:
         facts["seed"] = everywhere["seed"].default if "seed" in everywhere else 0
     with _locked(out):
@@ -147,13 +178,18 @@ def _job(notebook: Path, out: Path, given: Mapping[str, object]) -> _Job:
     if "run" in given:
         raise ParameterError("run: the run directory is given by `--out` (out=…), not as a parameter")
     if (out / notebook.name).resolve() == notebook.resolve():
-        raise ParameterError(f"out is {str(out)!r}, the folder of the notebook itself: it would be overwritten by its executed copy")
-    values = {name: _absolute(name, value) for name, value in check_parameters(notebook, given).items()}
+        raise ParameterError(
+            f"out is {str(out)!r}, the folder of the notebook itself: it would be overwritten by its executed copy"
+        )
+    values = {name: absolute(name, value) for name, value in check_parameters(notebook, given).items()}
     return _Job(notebook, out, values | ({"run": str(out)} if "run" in notebook_parameters(notebook) else {}))
 
 
-def _absolute(name: str, value: object) -> object:
-    """Paths on this machine made absolute; the names `tiny` and `desk`, Hub ids and all else as they are."""
+def absolute(name: str, value: object) -> object:
+    """The value of parameter `name`, with a path made absolute; `tiny`, `desk`, Hub ids and all else as they are.
+
+    Raises ParameterError if a `model` or `data` that can only be a path is not there.
+    """
     if not isinstance(value, str) or value in ("tiny", "desk"):
         return value
     path = os.path.abspath(os.path.expanduser(value))
@@ -185,7 +221,9 @@ def _locked(out: Path) -> Iterator[None]:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 lock.seek(0)
-                raise RunInUse(f"{out} is in use by {lock.read().strip() or 'another process'}; wait for it, or choose another --out") from None
+                raise RunInUse(
+                    f"{out} is in use by {lock.read().strip() or 'another process'}; wait, or choose another --out"
+                ) from None
         lock.truncate(0)
         lock.write(f"pid {os.getpid()} since {_now()}\n")
         lock.flush()
@@ -197,10 +235,10 @@ def _run(job: _Job, *, timeout: float | None, progress: bool, force: bool = Fals
     records = _read_jobs(job.out)
     before, key = records.get(job.name, {}), _key(job, records)
     changed = _changed(job, before, key)
-    line = _Progress(job.name, before.get("seconds")) if progress else None
+    line = Progress(job.name, before.get("seconds")) if progress else None
     if not changed and not force:
         if line:
-            line.say(f"done already, in {_clock(before['seconds'])}")
+            line.say(f"done already, in {clock(before['seconds'])}")
         return job.executed
     if before and before.get("key") != key:
         _set_aside(job, before)
@@ -224,12 +262,12 @@ def _run(job: _Job, *, timeout: float | None, progress: bool, force: bool = Fals
     except BaseException as error:
         note(status=getattr(error, "status", "failed"), error=str(error))
         if line:
-            line.end(f"{record['status'].upper()} after {_clock(record['seconds'])}")
+            line.end(f"{record['status'].upper()} after {clock(record['seconds'])}")
         raise
     note(status="finished", made=_made(job.folder))
     record_seconds(job.out, job.name, record["seconds"])
     if line:
-        line.end(f"done in {_clock(record['seconds'])}")
+        line.end(f"done in {clock(record['seconds'])}")
     return job.executed
 
 
@@ -237,43 +275,64 @@ def _execute(job: _Job, timeout: float | None, on_cell) -> None:
     from alignkit.kernel import NotebookFailed, execute
 
     env = {**os.environ, "ALIGNKIT_HEADLESS": "1"}
-    for name, value in {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-                        **({"OMP_NUM_THREADS": "1"} if job.values.get("model", "tiny") == "tiny" else {})}.items():
+    for name, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        **({"OMP_NUM_THREADS": "1"} if job.values.get("model", "tiny") == "tiny" else {}),
+    }.items():
         env.setdefault(name, value)  # the tiny model's matrices are too small to be worth a second thread
     try:
         execute(job.notebook, job.executed, job.values, env=env, cwd=Path.cwd(), timeout=timeout, on_cell=on_cell)
     except NotebookFailed as error:
         how = {"failed": "failed", "timeout": "ran out of time", "interrupted": "was interrupted"}[error.status]
-        raise NotebookFailed(f"{job.name} {how}{': ' if error.cell is None else ' in '}{error}", error.status, error.cell,
-                             error.error) from None
+        raise NotebookFailed(
+            f"{job.name} {how}{': ' if error.cell is None else ' in '}{error}", error.status, error.cell, error.error
+        ) from None
 
 
 def _key(job: _Job, records: Mapping[str, dict]) -> dict[str, object]:
     """What decides the outcome of a job, part by part, so that a difference can be named."""
     earlier = {name: record.get("made") for name, record in records.items() if name < job.name and record.get("made")}
-    files = {name: _digest(Path(value)) for name, value in job.values.items()
-             if name != "run" and isinstance(value, str) and os.path.isabs(value) and os.path.exists(value)}
-    return plain({
-        "notebook": hashlib.sha256(job.notebook.read_bytes()).hexdigest(),
-        "parameters": {name: job.values.get(name, known.default) for name, known in notebook_parameters(job.notebook).items()
-                       if name != "run"},
-        "files": files,
-        "alignkit": _code_hash(),
-        "earlier": content_hash(earlier),
-    })
+    files = {
+        name: _digest(Path(value))
+        for name, value in job.values.items()
+        if name != "run" and isinstance(value, str) and os.path.isabs(value) and os.path.exists(value)
+    }
+    return plain(
+        {
+            "notebook": hashlib.sha256(job.notebook.read_bytes()).hexdigest(),
+            "parameters": {
+                name: job.values.get(name, known.default)
+                for name, known in notebook_parameters(job.notebook).items()
+                if name != "run"
+            },
+            "files": files,
+            "alignkit": _code_hash(),
+            "earlier": content_hash(earlier),
+        }
+    )
 
 
 def _changed(job: _Job, before: Mapping, key: Mapping) -> str:
     """Why a job has to run (again); "" if it is finished and nothing changed."""
     was = before.get("key", {})
     if before.get("status") != "finished":
-        return f"{before.get('status', 'not')} before".replace("running", "interrupted").replace("not before", "not run yet")
+        return f"{before.get('status', 'not')} before".replace("running", "interrupted").replace(
+            "not before", "not run yet"
+        )
     if was.get("parameters") != key["parameters"]:
         old, new = was.get("parameters", {}), key["parameters"]
-        differing = [f"{name} was {old[name]!r}, now {new[name]!r}" for name in new if name in old and old[name] != new[name]]
+        differing = [
+            f"{name} was {old[name]!r}, now {new[name]!r}" for name in new if name in old and old[name] != new[name]
+        ]
         return "; ".join(differing) or "the notebook has other parameters now"
-    reasons = {"notebook": "the notebook changed", "files": "the model or data changed", "alignkit": "alignkit's code changed",
-               "earlier": "an earlier stage changed"}
+    reasons = {
+        "notebook": "the notebook changed",
+        "files": "the model or data changed",
+        "alignkit": "alignkit's code changed",
+        "earlier": "an earlier stage changed",
+    }
     for part, reason in reasons.items():
         if was.get(part) != key[part]:
             return reason
@@ -285,7 +344,7 @@ def _changed(job: _Job, before: Mapping, key: Mapping) -> str:
 
 
 def _set_aside(job: _Job, before: Mapping) -> None:
-    """Clear a job's folder of what it made with another key: what it can make again is deleted, all else moved to RUN/aside."""
+    """Clear a job's folder of what another key made: delete what can be made again, move all else to RUN/aside."""
     if not job.folder or not job.folder.exists():
         return
     if before.get("status") == "finished" and _made(job.folder) == before.get("made"):
@@ -299,25 +358,35 @@ def _set_aside(job: _Job, before: Mapping) -> None:
 
 
 def _made(folder: Path | None) -> dict[str, str]:
-    """SHA-256 of each file in a job's folder, by path below RUN; without the records, which later notebooks may add to."""
+    """SHA-256 of each file in a job's folder, by path below RUN; without records, which later notebooks may change."""
     if folder is None or not folder.is_dir():
         return {}
-    return {path.relative_to(folder.parent).as_posix(): _digest(path) for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.name not in RECORDS}
+    return {
+        path.relative_to(folder.parent).as_posix(): _digest(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in RECORDS
+    }
 
 
 def _digest(path: Path) -> str:
     """SHA-256 of a file's bytes; of a folder, the names, sizes and times of what is in it."""
     if path.is_dir():
-        return content_hash([[str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns]
-                             for file in sorted(path.rglob("*")) if file.is_file()])
+        return content_hash(
+            [
+                [str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns]
+                for file in sorted(path.rglob("*"))
+                if file.is_file()
+            ]
+        )
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _code_hash() -> str:
     package = Path(__file__).parent
-    return content_hash({path.name: _digest(path) for path in sorted(package.glob("*.py")) if path.name not in PRESENTATION})
+    return content_hash(
+        {path.name: _digest(path) for path in sorted(package.glob("*.py")) if path.name not in PRESENTATION}
+    )
 
 
 def _read_jobs(out: Path) -> dict[str, dict]:
@@ -333,43 +402,4 @@ def _read_jobs(out: Path) -> dict[str, dict]:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _clock(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
-
-
-class _Progress:
-    """One line about one notebook: redrawn in a terminal, else printed when it begins, every minute, and when it ends."""
-
-    def __init__(self, name: str, expected: float | None):
-        self.name, self.expected, self.live = name, expected, sys.stdout.isatty()
-        self.started, self.place, self.bar = time.monotonic(), "starting", ""
-        self.over, self.thread = threading.Event(), None
-
-    def say(self, what: str) -> None:
-        print(f"{self.name:<24}{what}", flush=True)
-
-    def at(self, cell: int, cells: int) -> None:
-        filled = round(20 * cell / cells)
-        self.place, self.bar = f"cell {cell + 1} of {cells}", "█" * filled + "░" * (20 - filled)
-        if not self.thread:
-            self.thread = threading.Thread(target=self._tick, daemon=True)
-            self.thread.start()
-
-    def end(self, what: str) -> None:
-        self.over.set()
-        if self.thread:
-            self.thread.join()
-        print("\r\x1b[K" if self.live else "", end="")
-        self.say(what)
-
-    def _tick(self) -> None:
-        while not self.over.wait(0.25 if self.live else 60):
-            seconds = time.monotonic() - self.started
-            left = f", about {_clock(self.expected - seconds)} left" if self.expected and self.expected > seconds else ""
-            if self.live:
-                print(f"\r\x1b[K{self.name:<24}{self.bar} {self.place}, {_clock(seconds)}{left}", end="", flush=True)
-            else:
-                self.say(f"{self.place}, {_clock(seconds)}{left}")
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,8 +1,8 @@
 """One notebook in one kernel, through papermill, and the truth about how it ended.
 
-Papermill's own engine leaves a notebook in which every cell says `completed` when its kernel was killed, loses the kernel's
-last words, and takes whatever kernel is called python3 on this machine. `execute` raises NotebookFailed instead, with the
-cell and the reason, and uses the Python that it runs under.
+Papermill's own engine leaves a notebook in which every cell says `completed` when its kernel was killed, loses the
+kernel's last words, and takes whatever kernel is called python3 on this machine. `execute` raises NotebookFailed
+instead, with the cell and the reason, and uses the Python that it runs under.
 """
 
 import signal
@@ -24,29 +24,46 @@ ENGINE = "alignkit"
 
 
 class NotebookFailed(RuntimeError):
-    """A notebook did not reach its end. status: "failed", "timeout" or "interrupted"; cell: 0-based, None if none was reached."""
+    """A notebook did not reach its end. status: "failed", "timeout", "interrupted"; cell: from 0, None: none began."""
 
     def __init__(self, message: str, status: str = "failed", cell: int | None = None, error: str = ""):
         super().__init__(message)
         self.status, self.cell, self.error = status, cell, error
 
 
-def execute(notebook: Path, executed: Path, parameters: Mapping[str, object], *, env: Mapping[str, str], cwd: Path,
-            timeout: float | None = None, on_cell: Callable[[int, int], None] | None = None) -> None:
+def execute(
+    notebook: Path,
+    executed: Path,
+    parameters: Mapping[str, object],
+    *,
+    env: Mapping[str, str],
+    cwd: Path,
+    timeout: float | None = None,
+    on_cell: Callable[[int, int], None] | None = None,
+) -> None:
     """Run `notebook` with `parameters` and leave it, with its outputs so far, in `executed`.
 
-    timeout: seconds for the whole notebook. on_cell(index, number of cells): called before each cell, counted from 0 as in
-    `notebook`. Raises NotebookFailed: an error in a cell, a kernel that died, the timeout, or Ctrl-C.
+    timeout: seconds for the whole notebook. on_cell(index, number of cells): called before each cell, counted from 0 as
+    in `notebook`. Raises NotebookFailed: an error in a cell, a kernel that died, the timeout, or Ctrl-C.
     """
     watch = _Watch(on_cell, timeout)
     with tempfile.TemporaryFile() as log:
         try:
             # papermill fills {…} in paths in from the parameters
-            execute_notebook(*(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, executed)),
-                             parameters=dict(parameters), engine_name=ENGINE, kernel_name="python3", language="python",
-                             progress_bar=False, watch=watch, start={"env": dict(env), "cwd": str(cwd), "stdout": log, "stderr": log})
+            execute_notebook(
+                *(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, executed)),
+                parameters=dict(parameters),
+                engine_name=ENGINE,
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                watch=watch,
+                start={"env": dict(env), "cwd": str(cwd), "stdout": log, "stderr": log},
+            )
         except PapermillExecutionError as error:
-            raise watch.failure(f"{error.ename}: {error.evalue}" if error.evalue else error.ename, count=error.exec_count) from None
+            raise watch.failure(
+                f"{error.ename}: {error.evalue}" if error.evalue else error.ename, count=error.exec_count
+            ) from None
         except DeadKernelError:
             raise watch.failure(_last_words(watch.exit_code, log)) from None
         except CellTimeoutError:
@@ -78,7 +95,11 @@ class _Watch:
         return None if self.end is None else max(1, round(self.end - time.monotonic()))
 
     def failure(self, error: str, status: str = "failed", count: int | None = None) -> NotebookFailed:
-        place = "" if self.cell is None else f"cell {self.cell + 1}{f' (In [{count}])' if count else ''}, `{self.line[:100]}`: "
+        place = (
+            ""
+            if self.cell is None
+            else f"cell {self.cell + 1}{f' (In [{count}])' if count else ''}, `{self.line[:100]}`: "
+        )
         return NotebookFailed(place + error, status, self.cell, error)
 
 
@@ -96,7 +117,9 @@ class _Client(PapermillNotebookClient):
         try:
             return super().execute_cell(cell, index, **options)
         except BaseException as error:
-            self.nb_man.cell_exception(cell, cell_index=index)  # or papermill writes `completed`, here and in all later cells
+            self.nb_man.cell_exception(
+                cell, cell_index=index
+            )  # or papermill writes `completed`, here and in all later cells
             self._stop(error)
             raise
 
@@ -108,12 +131,16 @@ class _Client(PapermillNotebookClient):
         elif isinstance(error, CellTimeoutError):
             self.shutdown_kernel = "immediate"
         elif isinstance(error, KeyboardInterrupt) and process and process.poll() is None:
-            process.send_signal(signal.SIGINT)  # training code may write a checkpoint; shutdown then waits 5 s, and kills
+            process.send_signal(
+                signal.SIGINT
+            )  # training code may write a checkpoint; shutdown then waits 5 s, and kills
 
 
 class _Engine(NBClientEngine):
     @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, log_output=False, watch=None, start=None, start_timeout=60, **_ignored):
+    def execute_managed_notebook(
+        cls, nb_man, kernel_name, log_output=False, watch=None, start=None, start_timeout=60, **_ignored
+    ):
         return _Client(nb_man, watch, startup_timeout=start_timeout, kernel_name=kernel_name).execute(**start)
 
 
@@ -122,8 +149,12 @@ papermill_engines.register(ENGINE, _Engine)
 
 class _ThisPython(KernelSpecManager):
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        return KernelSpec(argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], display_name="Python 3",
-                          language="python", metadata={"debugger": False})
+        return KernelSpec(
+            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+            display_name="Python 3",
+            language="python",
+            metadata={"debugger": False},
+        )
 
 
 def _last_words(exit_code: int | None, log) -> str:

@@ -1,8 +1,8 @@
 """A notebook's parameters, read without running it; and values for them, refused before a kernel starts.
 
 The parameters of a notebook are the assignments in its cell tagged `parameters`, each a name and a literal, with an
-annotation (`steps: int = 40`) where the literal does not tell the type, and a comment that says what it is for. Papermill
-itself only warns of an unknown name, takes a value of any type, and runs a "name" that contains code.
+annotation (`steps: int = 40`) where the literal does not tell the type, and a comment that says what it is for.
+Papermill itself only warns of an unknown name, takes a value of any type, and runs a "name" that contains code.
 """
 
 import ast
@@ -26,7 +26,7 @@ class ParameterError(ValueError):
 
 @dataclass(frozen=True)
 class Parameter:
-    """type: a key of TYPES, or "" when neither the default (None) nor an annotation tells; element: the type of a list's items."""
+    """type: a key of TYPES, "" when neither default nor annotation tells; element: the type of a list's items."""
 
     name: str
     default: object
@@ -43,7 +43,7 @@ class Parameter:
 def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
     """The parameters of a notebook in their order, by name; {} if it has no cell tagged `parameters`. Runs nothing.
 
-    Raises ParameterError if the file is not a notebook, or that cell has anything but comments and literals given to names.
+    Raises ParameterError if the file is not a notebook, or that cell has more than comments and names given literals.
     """
     notebook = Path(notebook)
     try:
@@ -58,17 +58,20 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
         body = ast.parse(source).body
     except SyntaxError as error:
         raise ParameterError(f"{notebook}: the cell tagged `parameters` is not valid Python: {error}") from None
-    comments = {token.start[0]: token.string.lstrip("# ") for token in tokenize.generate_tokens(StringIO(source).readline)
-                if token.type == tokenize.COMMENT}
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
     found = (_parameter(statement, comments, notebook) for statement in body if not _is_text(statement))
     return {parameter.name: parameter for parameter in found}
 
 
 def check_parameters(notebook: str | Path, given: Mapping[str, object]) -> dict[str, object]:
-    """`given` (name -> a value, or its text as typed on a command line) as values of the types that the notebook expects.
+    """`given` (name -> a value, or its text as typed on a command line) as values of the types that the notebook has.
 
-    Raises ParameterError that lists everything wrong: a name that is not a plain name or not one of the notebook's, with
-    the closest ones; a value that is not of the type, with what came.
+    Raises ParameterError that lists everything wrong: a name that is not a plain name or not one of the notebook's,
+    with the closest ones; a value that is not of the type, with what came.
     """
     known = notebook_parameters(notebook)
     values, wrong = {}, []
@@ -86,7 +89,7 @@ def check_parameters(notebook: str | Path, given: Mapping[str, object]) -> dict[
 
 
 def check_name(name: object) -> None:
-    """Raise ParameterError unless `name` can be a parameter: an identifier that is no keyword and starts with a letter."""
+    """Raise ParameterError unless `name` can be a parameter: an identifier, no keyword, that starts with a letter."""
     plain = isinstance(name, str) and name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
     if not plain or name.startswith("_"):
         raise ParameterError(f"parameter name is {name!r}, expected a plain name such as `seed`")
@@ -104,23 +107,34 @@ def _is_text(statement: ast.stmt) -> bool:
 
 
 def _parameter(statement: ast.stmt, comments: Mapping[int, str], notebook: Path) -> Parameter:
-    target = statement.targets[0] if isinstance(statement, ast.Assign) and len(statement.targets) == 1 else \
-        getattr(statement, "target", None)
+    target = (
+        statement.targets[0]
+        if isinstance(statement, ast.Assign) and len(statement.targets) == 1
+        else getattr(statement, "target", None)
+    )
     try:
         if not isinstance(target, ast.Name) or isinstance(statement, ast.AugAssign):
             raise ValueError
         default = ast.literal_eval(statement.value)
     except (ValueError, TypeError, AttributeError, SyntaxError):
-        raise ParameterError(f"{notebook}: line {statement.lineno} of the cell tagged `parameters` is {ast.unparse(statement)!r}, "
-                             "expected NAME = literal") from None
+        raise ParameterError(
+            f"{notebook}: line {statement.lineno} of the cell tagged `parameters` is {ast.unparse(statement)!r}, "
+            "expected NAME = literal"
+        ) from None
     kind, optional, element = _annotation(getattr(statement, "annotation", None))
     if not kind and default is not None:
         kind = type(default).__name__
     if kind == "list" and not element and default:
         kinds = {type(item).__name__ for item in default}
         element = kinds.pop() if len(kinds) == 1 else "float" if kinds == {"int", "float"} else ""
-    return Parameter(target.id, default, kind if kind in TYPES else "", optional or default is None, element,
-                     comments.get(statement.end_lineno, ""))
+    return Parameter(
+        target.id,
+        default,
+        kind if kind in TYPES else "",
+        optional or default is None,
+        element,
+        comments.get(statement.end_lineno, ""),
+    )
 
 
 def _annotation(node: ast.expr | None) -> tuple[str, bool, str]:
@@ -147,7 +161,10 @@ def _convert(parameter: Parameter, value: object) -> object:
     if parameter.optional and (value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null"))):
         return None
     if parameter.type == "list":
-        return [_one(item, parameter.element, f"{parameter.name}[{at}]", parameter) for at, item in enumerate(_items(parameter, value))]
+        return [
+            _one(item, parameter.element, f"{parameter.name}[{at}]", parameter)
+            for at, item in enumerate(_items(parameter, value))
+        ]
     return _one(value, parameter.type, parameter.name, parameter)
 
 

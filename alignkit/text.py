@@ -5,7 +5,13 @@ from __future__ import annotations
 import unicodedata
 
 _KEPT = {"\n", "\t", "\u200c", "\u200d"}  # line feed, tab, and the joiners that scripts and emoji need
-_HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # control, format (bidi, zero width), lone surrogate, line and paragraph separators
+_HIDDEN = {
+    "Cc",
+    "Cf",
+    "Cs",
+    "Zl",
+    "Zp",
+}  # control, format (bidi, zero width), lone surrogate, line and paragraph separators
 
 
 def visible(text: object, limit: int = 400) -> str:

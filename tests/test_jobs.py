@@ -12,7 +12,15 @@ import nbformat
 import pytest
 
 from alignkit import jobs
-from alignkit.jobs import NotebookFailed, ParameterError, RunInUse, check_parameters, course, notebook_parameters, run_notebook
+from alignkit.jobs import (
+    NotebookFailed,
+    ParameterError,
+    RunInUse,
+    check_parameters,
+    course,
+    notebook_parameters,
+    run_notebook,
+)
 from alignkit.records import RunError
 
 PARAMETERS = """\
@@ -30,9 +38,11 @@ limit: float | None = None"""
 def notebook(path: Path, *cells: str, parameters: str = PARAMETERS) -> Path:
     """A notebook with a parameters cell and the given code cells."""
     nb = nbformat.v4.new_notebook()
-    nb.cells = [nbformat.v4.new_markdown_cell("# toy"),
-                nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
-                *map(nbformat.v4.new_code_cell, cells)]
+    nb.cells = [
+        nbformat.v4.new_markdown_cell("# toy"),
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        *map(nbformat.v4.new_code_cell, cells),
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(nb, path)
     return path
@@ -40,9 +50,11 @@ def notebook(path: Path, *cells: str, parameters: str = PARAMETERS) -> Path:
 
 def keep(folder: str, expression: str = "seed") -> str:
     """A cell that leaves `expression` in RUN/folder/made.txt, and counts how often it ran in RUN/folder.count."""
-    return (f"from pathlib import Path\nPath(run, {folder!r}).mkdir(exist_ok=True)\n"
-            f"with open(Path(run, '{folder}.count'), 'a') as f: f.write('x')\n"
-            f"Path(run, {folder!r}, 'made.txt').write_text(str({expression}))")
+    return (
+        f"from pathlib import Path\nPath(run, {folder!r}).mkdir(exist_ok=True)\n"
+        f"with open(Path(run, '{folder}.count'), 'a') as f: f.write('x')\n"
+        f"Path(run, {folder!r}, 'made.txt').write_text(str({expression}))"
+    )
 
 
 def ran(out: Path, folder: str) -> int:
@@ -58,8 +70,10 @@ def _same_code(monkeypatch):
 @pytest.fixture
 def no_kernel(monkeypatch):
     """Fails the test if a notebook is executed."""
+
     def refuse(*_args, **_options):
         pytest.fail("a kernel was started")
+
     monkeypatch.setattr(jobs, "_execute", refuse)
 
 
@@ -75,36 +89,54 @@ def test_parameters_are_read_with_type_default_and_comment(tmp_path):
 
 
 def test_values_are_converted_from_what_is_typed_on_a_command_line(tmp_path):
-    given = {"steps": "3", "rate": "1e-4", "greedy": "yes", "name": " 'a'\n\"\"\"b", "sizes": "3,4", "limit": "none", "seed": 7}
+    given = {
+        "steps": "3",
+        "rate": "1e-4",
+        "greedy": "yes",
+        "name": ' \'a\'\n"""b',
+        "sizes": "3,4",
+        "limit": "none",
+        "seed": 7,
+    }
     assert check_parameters(notebook(tmp_path / "x.ipynb"), given) == {
-        "steps": 3, "rate": 1e-4, "greedy": True, "name": " 'a'\n\"\"\"b", "sizes": [3, 4], "limit": None, "seed": 7}
+        "steps": 3,
+        "rate": 1e-4,
+        "greedy": True,
+        "name": ' \'a\'\n"""b',
+        "sizes": [3, 4],
+        "limit": None,
+        "seed": 7,
+    }
     assert check_parameters(tmp_path / "x.ipynb", {"rate": 2, "sizes": "[]"}) == {"rate": 2.0, "sizes": []}
 
 
-@pytest.mark.parametrize("name, value, says", [
-    ("stepz", 3, r"stepz: x has no such parameter; did you mean steps\?"),
-    ("zzz", 3, "it has: run, model, seed, steps"),
-    ("x=1; open('pwned','w'); y", 3, "expected a plain name"),
-    ("class", 3, "expected a plain name"),
-    ("__import__", 3, "expected a plain name"),
-    ("_", 3, "expected a plain name"),
-    ("ѕeed", 3, "expected a plain name"),  # a Cyrillic letter
-    ("steps", "ten", "steps is 'ten', expected an int; the parameter is steps .int, default 40."),
-    ("steps", 3.5, "steps is 3.5, expected an int"),
-    ("steps", True, "steps is True, expected an int"),
-    ("steps", None, "steps is None, expected an int"),
-    ("rate", "nan", "rate is 'nan', expected a finite number"),
-    ("rate", "fast", "rate is 'fast', expected a finite number"),
-    ("rate", 10**400, "expected a finite number"),
-    ("greedy", "maybe", "greedy is 'maybe', expected true or false"),
-    ("greedy", 1, "greedy is 1, expected true or false"),
-    ("name", 3, "name is 3, expected a str"),
-    ("name", "\udcff", "not text"),
-    ("sizes", "1,two", r"sizes\[1\] is 'two', expected an int"),
-    ("sizes", 3, "sizes is 3, expected a list"),
-    ("run", "elsewhere", "run: the run directory is given by `--out`"),
-    ("model", "./nowhere", "there is no such file or folder"),
-])
+@pytest.mark.parametrize(
+    "name, value, says",
+    [
+        ("stepz", 3, r"stepz: x has no such parameter; did you mean steps\?"),
+        ("zzz", 3, "it has: run, model, seed, steps"),
+        ("x=1; open('pwned','w'); y", 3, "expected a plain name"),
+        ("class", 3, "expected a plain name"),
+        ("__import__", 3, "expected a plain name"),
+        ("_", 3, "expected a plain name"),
+        ("ѕeed", 3, "expected a plain name"),  # a Cyrillic letter
+        ("steps", "ten", "steps is 'ten', expected an int; the parameter is steps .int, default 40."),
+        ("steps", 3.5, "steps is 3.5, expected an int"),
+        ("steps", True, "steps is True, expected an int"),
+        ("steps", None, "steps is None, expected an int"),
+        ("rate", "nan", "rate is 'nan', expected a finite number"),
+        ("rate", "fast", "rate is 'fast', expected a finite number"),
+        ("rate", 10**400, "expected a finite number"),
+        ("greedy", "maybe", "greedy is 'maybe', expected true or false"),
+        ("greedy", 1, "greedy is 1, expected true or false"),
+        ("name", 3, "name is 3, expected a str"),
+        ("name", "\udcff", "not text"),
+        ("sizes", "1,two", r"sizes\[1\] is 'two', expected an int"),
+        ("sizes", 3, "sizes is 3, expected a list"),
+        ("run", "elsewhere", "run: the run directory is given by `--out`"),
+        ("model", "./nowhere", "there is no such file or folder"),
+    ],
+)
 def test_bad_parameters_are_refused_before_a_kernel_starts(tmp_path, no_kernel, name, value, says):
     with pytest.raises(ParameterError, match=says):
         run_notebook(notebook(tmp_path / "x.ipynb"), tmp_path / "run", {name: value})
@@ -138,14 +170,25 @@ def test_a_notebook_runs_headless_with_its_parameters_and_only_once(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     (tmp_path / "model").mkdir()
-    seen = ("import json, os, sys\nfrom pathlib import Path\nwith open(Path(run, 'count'), 'a') as f: f.write('x')\n"
-            "Path(run, 'seen.json').write_text(json.dumps([seed, rate, name, model, os.getcwd(), sys.executable, "
-            "os.environ['ALIGNKIT_HEADLESS'], os.environ.get('OMP_NUM_THREADS')]))")
+    seen = (
+        "import json, os, sys\nfrom pathlib import Path\nwith open(Path(run, 'count'), 'a') as f: f.write('x')\n"
+        "Path(run, 'seen.json').write_text(json.dumps([seed, rate, name, model, os.getcwd(), sys.executable, "
+        "os.environ['ALIGNKIT_HEADLESS'], os.environ.get('OMP_NUM_THREADS')]))"
+    )
     source, out = notebook(tmp_path / "x.ipynb", seen), tmp_path / "a run {odd}"
-    hostile = "'; import os #\n\"\"\" \\ {seed} \u202e é"
+    hostile = '\'; import os #\n""" \\ {seed} \u202e é'
     executed = run_notebook(source, "a run {odd}", {"seed": "3", "name": hostile})
     assert executed == out / "x.ipynb"
-    assert json.loads((out / "seen.json").read_text()) == [3, 1, hostile, "tiny", str(tmp_path), sys.executable, "1", "1"]
+    assert json.loads((out / "seen.json").read_text()) == [
+        3,
+        1,
+        hostile,
+        "tiny",
+        str(tmp_path),
+        sys.executable,
+        "1",
+        "1",
+    ]
     assert (status(out)["status"], status(out)["cells"]) == ("finished", 3)
     assert json.loads((out / "summary.json").read_text())["seconds"]["x"] == status(out)["seconds"]
     run_notebook(source, out, {"name": hostile, "seed": 3})
@@ -153,12 +196,19 @@ def test_a_notebook_runs_headless_with_its_parameters_and_only_once(tmp_path, mo
     run_notebook(source, out, {"name": hostile, "seed": 3, "model": "model"})
     assert "model was 'tiny', now " in capsys.readouterr().out
     seen = json.loads((out / "seen.json").read_text())
-    assert (seen[3], seen[7]) == (str(tmp_path / "model"), None)  # absolute; and threads are left alone for other models
+    assert (seen[3], seen[7]) == (
+        str(tmp_path / "model"),
+        None,
+    )  # absolute; and threads are left alone for other models
 
 
 def test_an_error_names_its_cell_and_keeps_what_was_done(tmp_path):
-    source = notebook(tmp_path / "x.ipynb", "print('before')", "\n# a note\nraise ValueError('no such luck')", "print('after')")
-    with pytest.raises(NotebookFailed, match=r"x failed in cell 4 \(In \[\d\]\), `# a note`: ValueError: no such luck") as caught:
+    source = notebook(
+        tmp_path / "x.ipynb", "print('before')", "\n# a note\nraise ValueError('no such luck')", "print('after')"
+    )
+    with pytest.raises(
+        NotebookFailed, match=r"x failed in cell 4 \(In \[\d\]\), `# a note`: ValueError: no such luck"
+    ) as caught:
         run_notebook(source, tmp_path / "run", {"seed": 1})
     assert (caught.value.cell, caught.value.status) == (3, "failed")
     assert status(tmp_path / "run")["status"] == "failed"
@@ -167,17 +217,25 @@ def test_an_error_names_its_cell_and_keeps_what_was_done(tmp_path):
 
 
 def test_a_killed_kernel_is_a_failure_with_a_reason(tmp_path):
-    source = notebook(tmp_path / "x.ipynb", "import os, sys\nos.write(2, b'last words')\nos.kill(os.getpid(), 9)", "print('never')")
+    source = notebook(
+        tmp_path / "x.ipynb", "import os, sys\nos.write(2, b'last words')\nos.kill(os.getpid(), 9)", "print('never')"
+    )
     with pytest.raises(NotebookFailed, match="(?s)cell 3.*the kernel died.*SIGKILL.*memory ran out"):
         run_notebook(source, tmp_path / "run")
     assert status(tmp_path / "run")["status"] == "failed" and "SIGKILL" in status(tmp_path / "run")["error"]
-    states = [cell["metadata"]["papermill"]["status"] for cell in json.loads((tmp_path / "run" / "x.ipynb").read_text())["cells"]]
+    states = [
+        cell["metadata"]["papermill"]["status"]
+        for cell in json.loads((tmp_path / "run" / "x.ipynb").read_text())["cells"]
+    ]
     assert states[-2:] == ["failed", "pending"]  # not `completed`
 
 
 def test_a_hanging_cell_runs_out_of_time_and_leaves_no_process(tmp_path):
-    source = notebook(tmp_path / "x.ipynb", "import os, time\nfrom pathlib import Path\nPath(run, 'pid').write_text(str(os.getpid()))",
-                      "time.sleep(600)")
+    source = notebook(
+        tmp_path / "x.ipynb",
+        "import os, time\nfrom pathlib import Path\nPath(run, 'pid').write_text(str(os.getpid()))",
+        "time.sleep(600)",
+    )
     started = time.monotonic()
     with pytest.raises(NotebookFailed, match=r"x ran out of time in cell 4.*not done after 4 s \(timeout\)"):
         run_notebook(source, tmp_path / "run", timeout=4)
@@ -189,11 +247,18 @@ def test_a_hanging_cell_runs_out_of_time_and_leaves_no_process(tmp_path):
 
 def test_interrupt_lets_the_notebook_save_and_two_jobs_cannot_share_a_folder(tmp_path):
     """Ctrl-C and kill -TERM on `alignkit run`; while it runs, a second job in the same folder is refused."""
-    source = notebook(tmp_path / "x.ipynb", "import time\nfrom pathlib import Path\ntry:\n    Path(run, 'ready').touch()\n    time.sleep(600)\n"
-                      "finally:\n    Path(run, 'saved').touch()")
+    source = notebook(
+        tmp_path / "x.ipynb",
+        "import time\nfrom pathlib import Path\ntry:\n    Path(run, 'ready').touch()\n    time.sleep(600)\n"
+        "finally:\n    Path(run, 'saved').touch()",
+    )
     out = tmp_path / "run"
-    job = subprocess.Popen([sys.executable, "-m", "alignkit.cli", "run", str(source), "--out", str(out)], stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT, text=True)
+    job = subprocess.Popen(
+        [sys.executable, "-m", "alignkit.cli", "run", str(source), "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         wait_for(out / "ready", job)
         with pytest.raises(RunInUse, match=f"in use by pid {job.pid} since 20"):
@@ -207,10 +272,15 @@ def test_interrupt_lets_the_notebook_save_and_two_jobs_cannot_share_a_folder(tmp
 
 
 def test_a_killed_job_frees_the_folder_and_runs_again(tmp_path, capsys):
-    source = notebook(tmp_path / "x.ipynb", "import time\nfrom pathlib import Path\nagain = Path(run, 'ready').exists()\nPath(run, 'ready').touch()\n"
-                      "if not again: time.sleep(600)")
+    source = notebook(
+        tmp_path / "x.ipynb",
+        "import time\nfrom pathlib import Path\nagain = Path(run, 'ready').exists()\nPath(run, 'ready').touch()\n"
+        "if not again: time.sleep(600)",
+    )
     out = tmp_path / "run"
-    job = subprocess.Popen([sys.executable, "-m", "alignkit.cli", "run", str(source), "--out", str(out)], stdout=subprocess.DEVNULL)
+    job = subprocess.Popen(
+        [sys.executable, "-m", "alignkit.cli", "run", str(source), "--out", str(out)], stdout=subprocess.DEVNULL
+    )
     try:
         wait_for(out / "ready", job)
     finally:
@@ -230,7 +300,9 @@ def wait_for(path: Path, job: subprocess.Popen) -> None:
     pytest.fail(f"{path} did not appear")
 
 
-@pytest.mark.parametrize("out, says", [("file/run", "cannot be made"), ("a\0b", "cannot be made"), ("x" * 5000, "cannot be made")])
+@pytest.mark.parametrize(
+    "out, says", [("file/run", "cannot be made"), ("a\0b", "cannot be made"), ("x" * 5000, "cannot be made")]
+)
 def test_a_run_directory_that_cannot_be_used_is_refused(tmp_path, monkeypatch, no_kernel, out, says):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
@@ -253,9 +325,11 @@ def read(folder: str) -> str:
 def test_the_course_resumes_and_repeats_what_a_change_touches(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     fails = "from pathlib import Path\nif not Path(run, 'mended').exists(): raise RuntimeError('not yet')"
-    series = [notebook(tmp_path / "01_sft.ipynb", keep("sft"), parameters="run = ''\nseed = 0\nmodel = 'tiny'"),
-              notebook(tmp_path / "02_reward_model.ipynb", keep("reward", "pairs"), parameters="run = ''\npairs = 5"),
-              notebook(tmp_path / "03_ppo.ipynb", fails, read("sft"), keep("ppo", "before"), parameters="run = ''\nseed = 0")]
+    series = [
+        notebook(tmp_path / "01_sft.ipynb", keep("sft"), parameters="run = ''\nseed = 0\nmodel = 'tiny'"),
+        notebook(tmp_path / "02_reward_model.ipynb", keep("reward", "pairs"), parameters="run = ''\npairs = 5"),
+        notebook(tmp_path / "03_ppo.ipynb", fails, read("sft"), keep("ppo", "before"), parameters="run = ''\nseed = 0"),
+    ]
     out = tmp_path / "run"
 
     def go(**parameters):
@@ -288,14 +362,18 @@ def test_the_course_resumes_and_repeats_what_a_change_touches(tmp_path, monkeypa
 
     with pytest.raises(RunError, match="seed was 0, now 1"):
         go(seed=1, pairs=6)
-    with pytest.raises(ParameterError, match=r"sed: no notebook of the course has such a parameter; did you mean seed\?"):
+    with pytest.raises(
+        ParameterError, match=r"sed: no notebook of the course has such a parameter; did you mean seed\?"
+    ):
         go(sed=1)
     with pytest.raises(ParameterError, match="seed is 'x', expected an int"):
         go(seed="x")
     assert counts() == [2, 2, 2]
 
 
-def test_what_a_job_made_with_other_parameters_is_cleared_and_what_it_did_not_make_is_moved_aside(tmp_path, monkeypatch):
+def test_what_a_job_made_with_other_parameters_is_cleared_and_what_it_did_not_make_is_moved_aside(
+    tmp_path, monkeypatch
+):
     made = ["1"]
 
     def pretend(job, _timeout, on_cell):
@@ -323,7 +401,9 @@ def test_every_notebook_of_the_course_is_there_and_its_parameters_can_be_read():
     for name, path in found.items():
         parameters = notebook_parameters(path)
         assert {"run", "seed"} <= set(parameters), name
-        assert all(parameter.type for parameter in parameters.values()), f"{name}: a default of None needs an annotation"
+        assert all(parameter.type for parameter in parameters.values()), (
+            f"{name}: a default of None needs an annotation"
+        )
 
 
 def test_a_notebook_is_found_by_path_name_and_number(tmp_path, monkeypatch):

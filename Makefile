@@ -1,0 +1,51 @@
+# make course    install into .venv (once), run notebooks 00-05 without a screen into runs/course; run again, it resumes
+# make test      install into .venv (once), run the whole test suite
+# make lab       open JupyterLab on the notebooks
+# make mutants   break the formulas on purpose, one at a time, and see that the tests notice
+# make bench     time rollout, scoring, PPO update and DPO step, each beside its baselines
+# make clean     remove .venv and caches; runs/ stays
+#
+# ARGS is passed on:  make course ARGS="-p seed=1"     make test ARGS="tests/test_ppo.py -x"
+# PYTHON picks the Python that .venv is made from:  make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+ARGS ?=
+
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: help install course test lab mutants bench clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(f"alignkit needs Python 3.11 or later; $(PYTHON) is {v}. Another one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/pip || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); } || { rm -rf $(VENV); echo "On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "Installing into $(VENV): once, some minutes ..."
+	@$(BIN)/python -m pip install -qq --progress-bar off --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+course: $(INSTALLED)
+	@$(BIN)/alignkit course --out runs/course $(ARGS)
+
+test: $(INSTALLED)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+
+lab: $(INSTALLED)
+	@$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_the_world.ipynb $(ARGS)
+
+mutants: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(ARGS)
+
+bench: $(INSTALLED)
+	@mkdir -p runs
+	@$(BIN)/python -m benchmarks.steps --json runs/steps.json $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

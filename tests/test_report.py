@@ -1,0 +1,169 @@
+"""report.html: what is in it, and what text of models and files cannot do to it."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import nbformat
+import pytest
+
+from alignkit.page import figure, page, table, text
+from alignkit.records import RunError, record_seconds, start_run, write_results
+from alignkit.report import build_report, overview
+from alignkit.text import visible
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    '"><button data-commandlinker-command="x">ok</button>',
+    "[click](javascript:alert(1))",
+    "$$\\href{javascript:alert(1)}{x}$$",
+    "</td></table><iframe src=//example.org>",
+    "\x1b[31mred\x1b[0m \x1b]8;;http://example.org\x07link\x1b]8;;\x07",
+    "\u202egnp.exe\u2066 \u200b \ud800 \x00",
+    "A" * 1_000_000,
+]
+
+
+class _Seen(HTMLParser):
+    """Collects the tags, attributes and text of a page."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.tags, self.attributes, self.said = [], [], ""
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_data(self, data):
+        self.said += data
+
+
+def policy(gold: float, risky: float) -> dict:
+    shares = {kind: {"answer": 0.25, "unsafe": risky} for kind in ("benign", "risky")}
+    return {
+        "gold_mean": gold,
+        "gold_ci95": [gold - 0.1, gold + 0.1],
+        "risky_failure_rate": risky,
+        "kl_to_sft": 1.5,
+        "behaviour_shares": shares,
+        "config": {"kl_coef": 0.05},
+    }
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run directory as five notebooks leave it, with hostile text wherever text can be."""
+    run = start_run(tmp_path / "a <b>run", "tiny", HOSTILE[0], 0)
+    for stage, results in {
+        "sft": policy(0, 0.31),
+        "reward": {"accuracy_labels": 0.712, "bayes_accuracy": 0.744, "ece": 0.03, HOSTILE[1]: HOSTILE[2]},
+        "ppo": policy(-0.62, 0.03),
+        "dpo": policy(0.66, 0.02),
+    }.items():
+        write_results(run, stage, results)
+    for stage in ("sft", "dpo"):
+        rows = [{"prompt": words, "stage": stage, "response": words, "kind": words} for words in HOSTILE]
+        (run / stage / "samples.json").write_text(json.dumps(rows))
+    record_seconds(run, "01_sft", 12.5)
+    nb = nbformat.v4.new_notebook()
+    for caption, tags in (("A chart for the report", ["report"]), ("Another chart", [])):
+        cell = nbformat.v4.new_code_cell(f"# {caption} {HOSTILE[0]}\nplot()", metadata={"tags": tags})
+        bundle = {"image/png": base64.b64encode(PNG).decode(), "text/html": HOSTILE[0]}
+        facts = {"image/png": {"alt": f"what it shows {HOSTILE[1]}", "width": 1}}
+        cell.outputs = [nbformat.v4.new_output("display_data", bundle, metadata=facts)]
+        nb.cells.append(cell)
+    cell = nbformat.v4.new_code_cell("x", metadata={"tags": ["report"]})
+    cell.outputs = [nbformat.v4.new_output("display_data", {"image/png": "bm90IGEgcG5n"})]
+    nb.cells.append(cell)
+    nbformat.write(nb, run / "01_sft.ipynb")
+    failed = {"status": "failed", "error": f"03_ppo failed in cell 3, `x`: ValueError: {HOSTILE[1]}"}
+    (run / "jobs.json").write_text(json.dumps({"01_sft": {"status": "finished"}, "03_ppo": failed}))
+    return run
+
+
+def test_hostile_text_is_only_ever_text(run):
+    source = build_report(run).read_text()
+    seen = _Seen(source)
+    assert not {"script", "iframe", "button", "object", "embed", "form", "base"} & set(seen.tags)
+    assert all(value.startswith("data:image/png;base64,") for _, name, value in seen.attributes if name == "src")
+    assert all(re.fullmatch(r"#?[\w.]+", value) for _, name, value in seen.attributes if name == "href")
+    assert not [name for _, name, _ in seen.attributes if name.startswith("on") or name == "style"]
+    assert "<script>alert(1)</script>" in seen.said  # it is there, to be read
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\u200b]", source)
+    assert "⟨U+202E⟩" in seen.said and "␛[31m" in seen.said
+    assert "[1,000,000 characters, the first 400 are shown]" in seen.said and len(source) < 100_000
+    assert "default-src 'none'" in source and "http" not in source.replace("http-equiv", "").replace(
+        "http://example", ""
+    )
+
+
+def test_the_page_shows_the_chain_the_figures_the_tagged_charts_and_how_to_repeat_it(run):
+    said = _Seen(build_report(run).read_text()).said
+    for words in (
+        "SFT",
+        "Reward model",
+        "PPO",
+        "Freeze & evaluate",
+        "DPO",
+        "not run",
+        "31.0%",
+        "−0.620",
+        "−0.720 to −0.520",
+    ):
+        assert words in said, words
+    assert "03_ppo: failed" in said and "ValueError: <img" in said
+    assert "A chart for the report" in said and "Another chart" not in said
+    assert "alignkit course --out 'runs/a <b>run' --data '<script>" in said
+    assert "Accuracy: 71.2%" in overview(run) and "report.html" in overview(run)
+
+
+def test_every_table_has_a_caption_and_headings_and_every_picture_alt_text(run):
+    source = build_report(run).read_text()
+    seen = _Seen(source)
+    assert seen.tags.count("table") == seen.tags.count("caption") > 5
+    assert seen.tags.count("table") == len(re.findall(r"<thead><tr><th scope=col>", source))
+    assert [value for tag, name, value in seen.attributes if (tag, name) == ("img", "alt")] == [
+        f"what it shows {HOSTILE[1]}"
+    ]
+
+
+def test_charts_of_a_notebook_without_tags_are_all_shown(run):
+    nb = nbformat.read(run / "01_sft.ipynb", 4)
+    for cell in nb.cells:
+        cell.metadata.pop("tags", None)
+    nbformat.write(nb, run / "01_sft.ipynb")
+    assert "Another chart" in build_report(run).read_text()
+
+
+def test_a_report_is_made_of_whatever_is_there(tmp_path):
+    (tmp_path / "jobs.json").write_text('{"01_sft": {"status": "running"}, "x": 3}')
+    (tmp_path / "summary.json").write_text("{torn")
+    (tmp_path / "01_sft.ipynb").write_text("{")
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "samples.json").write_text('[1, {"prompt": "p"}, {"prompt": ["p"], "response": null}]')
+    assert "not finished" in build_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize("name", [".", "nowhere"])
+def test_a_folder_that_is_no_run_is_refused(tmp_path, name):
+    with pytest.raises(RunError, match="is not a run directory"):
+        build_report(tmp_path / name)
+
+
+def test_the_pieces_of_a_page():
+    assert figure(b"GIF89a", "alt") == "" and 'alt="a &lt;b&gt;"' in figure(PNG, "a <b>")
+    assert table("nothing", ["a"], []) == ""
+    assert "<title>&lt;b&gt;</title>" in page("<b>", ["", "x"])
+    assert text('<a href="x">') == "&lt;a href=&quot;x&quot;&gt;"
+
+
+def test_visible_text_keeps_what_can_be_seen_and_spells_out_the_rest():
+    assert visible("é\n\t→ \x1b[1m \u202e \x7f") == "é\n\t→ ␛[1m ⟨U+202E⟩ ␡"
+    assert visible("abc", 2) == "ab… [3 characters, the first 2 are shown]"
