@@ -1,0 +1,352 @@
+// The panel of TrainingCockpit: plain ESM for anywidget, no build step, nothing loaded from elsewhere.
+// Rule: text reaches the page through textContent only. Model text is never parsed as HTML.
+
+const SVG = "http://www.w3.org/2000/svg";
+const ICONS = { Play: "M3 2 13 8 3 14Z", Pause: "M3 2h4v12H3ZM9 2h4v12H9Z", Step: "M2 2 9 8 2 14ZM10 2h3v12h-3Z", Stop: "M3 3h10v10H3Z" };
+const CSS = `
+.akc{--ink:var(--jp-ui-font-color1,#222);--soft:var(--jp-ui-font-color2,#616161);--line:var(--jp-border-color2,#d0d0d0);
+ --paper:var(--jp-layout-color0,#fff);--panel:var(--jp-layout-color1,#fff);--shade:var(--jp-layout-color2,#f0f0f0);--brand:var(--jp-brand-color1,#0072B2);
+ font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--ink);background:var(--panel);
+ border:1px solid var(--line);border-radius:6px;padding:10px 14px 12px;margin:2px 0;max-width:1240px;box-sizing:border-box}
+.akc *{box-sizing:border-box}
+.akc-head{display:flex;flex-wrap:wrap;align-items:center;gap:6px 12px}
+.akc-title{font-size:15px;font-weight:600}
+.akc-state{padding:0 9px;border-radius:9px;border:1px solid currentColor;font-size:12px}
+.akc-state[data-state=running]{color:#009E73}.akc-state[data-state=paused]{color:#D55E00}
+.akc-place{color:var(--soft);font-variant-numeric:tabular-nums}
+.akc-buttons{margin-left:auto;display:flex;gap:6px}
+.akc button{font:inherit;color:var(--ink);background:var(--shade);border:1px solid var(--line);border-radius:4px;padding:3px 12px 3px 9px;
+ min-height:28px;cursor:pointer;display:inline-flex;align-items:center;gap:6px}
+.akc button:hover:enabled{border-color:var(--brand)}
+.akc button:disabled,.akc input:disabled{opacity:.45;cursor:default}
+.akc :focus-visible{outline:2px solid var(--brand);outline-offset:1px}
+.akc button svg{width:12px;height:12px;fill:currentColor}
+.akc progress{appearance:none;width:100%;height:4px;border:0;margin:8px 0 4px;display:block;background:var(--shade);border-radius:2px;overflow:hidden}
+.akc progress::-webkit-progress-bar{background:var(--shade)}.akc progress::-webkit-progress-value{background:var(--brand)}
+.akc progress::-moz-progress-bar{background:var(--brand)}
+.akc-controls{display:grid;grid-template-columns:repeat(auto-fit,minmax(310px,1fr));gap:2px 28px;margin:6px 0 2px}
+.akc-control{display:grid;grid-template-columns:minmax(84px,auto) 1fr 86px;align-items:center;gap:0 10px}
+.akc-control label{font-family:var(--jp-code-font-family,monospace);font-size:12px}
+.akc-control input[type=range]{width:100%;accent-color:var(--brand);margin:6px 0}
+.akc-control input[type=number]{font:inherit;width:100%;color:var(--ink);background:var(--paper);border:1px solid var(--line);border-radius:3px;padding:1px 4px}
+.akc-wait{grid-column:2/4;font-size:11px;line-height:13px;min-height:13px;color:#D55E00}
+.akc-note{color:#D55E00;font-size:12px}.akc-note:empty{display:none}
+.akc-grid{display:grid;gap:10px 22px;margin-top:6px}
+.akc figure{margin:0;min-width:0}.akc figcaption{font-weight:600;font-size:12px}
+.akc-shares{font-size:11px;color:var(--soft);font-weight:400}
+.akc svg.akc-plot{display:block;width:100%;overflow:visible;font:11px var(--jp-ui-font-family,system-ui,sans-serif);touch-action:pan-y}
+.akc-plot text{fill:var(--soft)}.akc-plot .grid{stroke:var(--line);stroke-width:1;shape-rendering:crispEdges}
+.akc-plot .mark{stroke:var(--ink);stroke-width:1;stroke-dasharray:3 3}.akc-plot .cursor{stroke:var(--soft);stroke-width:1}
+.akc-plot .series{fill:none;stroke-width:1.8;stroke-linejoin:round}
+.akc-plot .halo{paint-order:stroke;stroke:var(--panel);stroke-width:3.5px;stroke-linejoin:round;font-weight:600;fill:var(--ink)}
+.akc-plot .marktext{fill:var(--ink);paint-order:stroke;stroke:var(--panel);stroke-width:3px;font-size:10px}
+.akc table.akc-samples{border-collapse:collapse;width:100%;margin:10px 0 0;font-size:12px;table-layout:fixed}
+.akc-samples caption{text-align:left;font-weight:600;padding-bottom:2px;color:var(--ink)}
+.akc-samples th,.akc-samples td{text-align:left;vertical-align:top;padding:3px 10px 3px 0;border-top:1px solid var(--line);
+ white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;color:var(--ink);background:none}
+.akc-samples th{color:var(--soft);font-weight:600;border-top:0}.akc-samples tr>:first-child{width:38%}
+.akc-samples tr{background:none!important}
+.akc-log{color:var(--soft);font-size:11px;margin-top:8px}`;
+
+const short = (key) => key.split("/").pop();
+const number = (v) => v == null ? "–" : v === 0 ? "0" : Math.abs(v) >= 1e4 || Math.abs(v) < 1e-3 ? v.toExponential(1) : String(+v.toPrecision(3));
+
+function make(parent, tag, attributes = {}, text) {
+  const svg = parent instanceof SVGElement || tag === "svg";
+  const node = svg ? document.createElementNS(SVG, tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  if (text != null) node.textContent = text;
+  parent.append(node);
+  return node;
+}
+
+function nice(low, high, n) {
+  const raw = (high - low) / n, power = 10 ** Math.floor(Math.log10(raw));
+  const step = power * ([1, 2, 2.5, 5, 10].find((m) => m * power >= raw * 0.999) ?? 10), ticks = [];
+  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) ticks.push(+(k * step).toPrecision(12));
+  return ticks;
+}
+
+function thin(points, most = 900) { // the smallest and the largest of each bucket: peaks stay
+  if (points.length <= most) return points;
+  const size = Math.ceil(2 * points.length / most), kept = [];
+  for (let i = 0; i < points.length; i += size) {
+    const part = points.slice(i, i + size).filter((p) => p[1] != null).sort((a, b) => a[1] - b[1]);
+    if (part.length) kept.push(...[part[0], part[part.length - 1]].sort((a, b) => a[0] - b[0]));
+  }
+  return kept;
+}
+
+function at(points, x) { // the last point at or before x
+  let low = 0, high = points.length;
+  while (low < high) { const mid = (low + high) >> 1; points[mid][0] <= x ? (low = mid + 1) : (high = mid); }
+  return points[low - 1];
+}
+
+class Plot { // what line charts and bands share: size, x axis, marks, cursor
+  constructor(view, parent, height) {
+    this.view = view; this.height = height;
+    this.svg = make(parent, "svg", { class: "akc-plot", height, tabindex: 0, role: "img", "data-lm-suppress-shortcuts": "true" });
+    this.svg.addEventListener("pointermove", (e) => view.point(this.iteration(e.clientX - this.svg.getBoundingClientRect().left)));
+    this.svg.addEventListener("pointerleave", () => view.point(null));
+    this.svg.addEventListener("blur", () => view.point(null));
+    this.svg.addEventListener("keydown", (e) => {
+      const by = { ArrowLeft: -1, ArrowRight: 1, PageDown: -10, PageUp: 10 }[e.key], last = view.store.state?.done ?? 0;
+      if (by) { view.point(Math.min(Math.max((view.cursor ?? last) + by, 1), last)); e.preventDefault(); }
+    });
+  }
+  iteration(px) { return Math.round((px - this.left) / (this.width - this.left - this.right) * this.end); }
+  frame(low, high, ticks, label, room = 0) {
+    const width = this.svg.clientWidth || 300, right = room < width / 3 ? room : 14;
+    Object.assign(this, { width, left: 44, right, top: 16, bottom: 30, end: this.view.end() });
+    const { height, left, top, bottom, svg, end } = this;
+    svg.replaceChildren();
+    this.x = (v) => left + v / end * (width - left - right);
+    this.y = (v) => top + (high - v) / (high - low) * (height - top - bottom);
+    for (const t of ticks) {
+      make(svg, "line", { class: "grid", x1: left, x2: width - right, y1: this.y(t), y2: this.y(t) });
+      make(svg, "text", { x: left - 6, y: this.y(t) + 4, "text-anchor": "end" }, label(t));
+    }
+    for (const t of nice(0, end, width > 360 ? 5 : 4).filter((t) => t % 1 === 0))
+      make(svg, "text", { x: this.x(t), y: height - bottom + 14, "text-anchor": "middle" }, String(t));
+    make(svg, "text", { x: (left + width - right) / 2, y: height - 3, "text-anchor": "middle" }, this.view.xlabel);
+  }
+  finish(labels) {
+    const { svg, top, bottom, height, width } = this, ends = [-1e9, -1e9];
+    for (const m of labels ? this.view.store.marks : []) {
+      const x = this.x(m.step), text = `${short(m.name)} ${number(m.old)} → ${number(m.new)}`, size = text.length * 5.4;
+      const right = x + 4 + size < width, from = right ? x + 3 : x - 3 - size, row = ends.findIndex((e) => e < from);
+      make(svg, "line", { class: "mark", x1: x, x2: x, y1: top - 4, y2: height - bottom });
+      if (row < 0) continue; // no room: the line stays, the number is in the log
+      make(svg, "text", { class: "marktext", x: right ? x + 3 : x - 3, y: top - 6 + row * 11, "text-anchor": right ? "start" : "end" }, text);
+      ends[row] = from + size;
+    }
+    if (this.view.cursor != null) make(svg, "line", { class: "cursor", x1: this.x(this.view.cursor), x2: this.x(this.view.cursor), y1: top, y2: height - bottom });
+  }
+}
+
+class Chart extends Plot {
+  constructor(view, parent, chart) {
+    const figure = make(parent, "figure");
+    make(figure, "figcaption", {}, chart.title);
+    super(view, figure, 176);
+    Object.assign(this, chart);
+  }
+  draw() {
+    const { store, cursor } = this.view, series = this.keys.map((key) => store.points[key] ?? []);
+    const values = series.flat().map((p) => p[1]).filter((v) => v != null);
+    let low = values.reduce((a, b) => Math.min(a, b), Infinity), high = values.reduce((a, b) => Math.max(a, b), -Infinity);
+    if (!values.length) [low, high] = [0, 1];
+    if (low > 0 && low < 0.5 * high) low = 0;
+    const pad = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
+    if (low !== 0) low -= pad;
+    high += pad;
+    const ticks = nice(low, high, 4), digits = Math.max(0, ...ticks.map((t) => (String(t).split(".")[1] ?? "").length));
+    const room = 34 + 6.6 * Math.max(...this.keys.map((key) => short(key).length + 5));
+    this.frame(low, high, ticks, (t) => Math.abs(t) >= 1e4 || digits > 4 ? number(t) : t.toFixed(digits), room);
+    const heads = [];
+    series.forEach((points, i) => {
+      const { lines } = this.view.config, [colour, dash] = lines[i % lines.length];
+      let d = "", pen = "M";
+      for (const [x, v] of thin(points)) {
+        if (v == null) { pen = "M"; continue; }
+        d += `${pen}${this.x(x).toFixed(1)} ${this.y(v).toFixed(1)}`; pen = "L";
+      }
+      make(this.svg, "path", { class: "series", d, stroke: colour, "stroke-dasharray": dash });
+      const head = at(points, cursor ?? Infinity);
+      if (head) heads.push({ x: this.x(head[0]), y: head[1] == null ? this.height / 2 : this.y(head[1]), colour, text: `${short(this.keys[i])} ${number(head[1])}` });
+    });
+    this.finish(true);
+    heads.sort((a, b) => a.y - b.y);
+    heads.forEach((h, i) => { h.ly = Math.max(h.y - 6, this.top + 8, i ? heads[i - 1].ly + 13 : 0); });
+    const over = (heads.at(-1)?.ly ?? 0) - (this.height - this.bottom - 4);
+    for (const h of heads) {
+      const right = h.x + 10 + h.text.length * 6.4 < this.width;
+      make(this.svg, "circle", { cx: h.x, cy: h.y, r: 3, fill: h.colour });
+      const label = make(this.svg, "text", { class: "halo", x: right ? h.x + 8 : h.x - 8, y: h.ly - Math.max(over, 0), "text-anchor": right ? "start" : "end" });
+      make(label, "tspan", { style: `fill:${h.colour}` }, "● ");
+      make(label, "tspan", {}, h.text);
+    }
+    if (!values.length) make(this.svg, "text", { x: this.width / 2, y: this.height / 2, "text-anchor": "middle" }, "no values yet");
+    this.svg.setAttribute("aria-label", `${this.title}. ${heads.map((h) => h.text).join(", ") || "no values yet"}`);
+  }
+}
+
+class Bands extends Plot { // shares of behaviours of one prompt class, stacked
+  constructor(view, parent, kind) {
+    const figure = make(parent, "figure"), caption = make(figure, "figcaption", {}, `${kind} prompts: share of responses (%)`);
+    super(view, figure, 132);
+    this.kind = kind;
+    this.words = make(figure, "div", { class: "akc-shares" });
+  }
+  draw() {
+    const { store, cursor } = this.view, rows = store.shares.filter(([, s]) => s[this.kind]).map(([x, s]) => [x, s[this.kind]]);
+    if (!rows.length) return;
+    this.frame(0, 1, [0, 0.5, 1], (t) => `${100 * t}`, 14);
+    const head = at(rows, cursor ?? Infinity) ?? rows[0], words = [];
+    let under = rows.map(() => 0);
+    for (const name of store.behaviours) {
+      const over = rows.map(([, s], i) => under[i] + (s[name] ?? 0)), share = head[1][name] ?? 0;
+      const up = rows.map(([x], i) => `${this.x(x).toFixed(1)} ${this.y(over[i]).toFixed(1)}`);
+      const down = rows.map(([x], i) => `${this.x(x).toFixed(1)} ${this.y(under[i]).toFixed(1)}`).reverse();
+      const colour = this.view.config.behaviours[name] ?? "#999999";
+      make(this.svg, "path", { d: `M${[...up, ...down].join("L")}Z`, fill: colour, stroke: "var(--panel)", "stroke-width": 1 });
+      const at_ = rows.indexOf(head), middle = (over[at_] + under[at_]) / 2, x = this.x(head[0]);
+      if (share >= 0.13) {
+        const left = x - this.left > 12 + 6.4 * name.length;
+        make(this.svg, "text", { class: "halo", x: left ? x - 5 : x + 6, y: this.y(middle) + 4, "text-anchor": left ? "end" : "start" }, name);
+      }
+      if (share > 0) words.push(`${name} ${Math.round(100 * share)} %`);
+      under = over;
+    }
+    this.finish(false);
+    this.words.textContent = words.join(" · ");
+    this.svg.setAttribute("aria-label", `${this.kind} prompts, share of responses: ${words.join(", ")}`);
+  }
+}
+
+class View {
+  constructor(model, el, store) {
+    Object.assign(this, { model, store, config: model.get("config"), cursor: null, dirty: {}, bands: {}, timers: {} });
+    this.xlabel = this.config.mode === "watch" ? "step" : "iteration";
+    const root = this.root = make(el, "section", { class: "akc", "aria-label": `Training: ${this.config.title}` });
+    make(root, "style", {}, CSS);
+    const head = make(root, "div", { class: "akc-head" });
+    make(head, "span", { class: "akc-title" }, this.config.title);
+    this.state = make(head, "span", { class: "akc-state", role: "status" });
+    this.place = make(head, "span", { class: "akc-place" });
+    if (this.config.mode !== "watch") this.addButtons(make(head, "div", { class: "akc-buttons", role: "group", "aria-label": "Run" }));
+    else make(head, "span", { class: "akc-place", style: "margin-left:auto" }, "to stop: Interrupt in the toolbar");
+    this.progress = make(root, "progress", { max: this.config.total ?? 1, value: 0, "aria-label": "Progress" });
+    this.note = make(root, "div", { class: "akc-note", role: "status" });
+    this.inputs = {};
+    const controls = make(root, "div", { class: "akc-controls" });
+    if (this.config.mode !== "watch") for (const control of this.config.controls) this.addControl(controls, control);
+    this.grid = make(root, "div", { class: "akc-grid" });
+    this.charts = this.config.charts.map((chart) => new Chart(this, this.grid, chart));
+    this.bandGrid = make(root, "div", { class: "akc-grid" });
+    this.table = make(root, "table", { class: "akc-samples", hidden: "" });
+    if (this.config.log) make(root, "div", { class: "akc-log" }, `log: ${this.config.log}`);
+    this.observer = new ResizeObserver(() => this.draw());
+    this.observer.observe(root);
+    this.beat = setInterval(() => { if (this.store.state?.name === "paused") this.model.send({ type: "alive" }); }, 2000);
+  }
+  addButtons(group) {
+    this.buttons = {};
+    for (const name of ["Pause", "Step", "Stop"]) {
+      const button = this.buttons[name] = make(group, "button", { type: "button", "data-lm-suppress-shortcuts": "true" });
+      make(make(button, "svg", { viewBox: "0 0 16 16", "aria-hidden": "true" }), "path", { d: ICONS[name] });
+      make(button, "span", {}, name);
+      button.addEventListener("click", () => this.model.send({ type: button.textContent.toLowerCase() }));
+    }
+    this.buttons.Step.title = "one iteration, then pause";
+    this.buttons.Stop.title = "end the run here and keep it";
+  }
+  addControl(parent, control) {
+    const row = make(parent, "div", { class: "akc-control" }), id = `akc-${Math.random().toString(36).slice(2)}`, { name, stops } = control;
+    make(row, "label", { for: id }, name);
+    const own = { "data-lm-suppress-shortcuts": "true", "data-control": name };
+    const slider = make(row, "input", { type: "range", id, min: 0, max: stops.length - 1, step: 1, ...own });
+    const box = make(row, "input", { type: "number", min: stops[0], max: stops.at(-1), step: "any", "aria-label": `${name}, exact value`, ...own });
+    const wait = make(row, "span", { class: "akc-wait", role: "status" });
+    const show = (v) => {
+      slider.value = stops.reduce((best, s, i) => Math.abs(s - v) < Math.abs(stops[best] - v) ? i : best, 0);
+      slider.setAttribute("aria-valuetext", number(v));
+      box.value = v;
+    };
+    const ask = (v) => {
+      this.dirty[name] = v;
+      clearTimeout(this.timers[name]); // the last of a burst is sent
+      this.timers[name] = setTimeout(() => this.model.send({ type: "set", name, value: v }), 60);
+      wait.textContent = `${number(v)} from the next iteration on`;
+    };
+    slider.addEventListener("input", () => { const v = stops[+slider.value]; slider.setAttribute("aria-valuetext", number(v)); box.value = v; ask(v); });
+    box.addEventListener("change", () => { const v = Math.min(Math.max(+box.value, stops[0]), stops.at(-1)); show(v); ask(v); });
+    this.inputs[name] = { slider, box, wait, show };
+    show(control.start);
+  }
+  end() {
+    const last = Math.max(1, ...Object.values(this.store.points).map((p) => p.at(-1)?.[0] ?? 1));
+    return Math.max(this.config.total ?? 0, last);
+  }
+  point(x) { if (x !== this.cursor) { this.cursor = x; this.draw(); } }
+  draw() {
+    cancelAnimationFrame(this.frame);
+    this.frame = requestAnimationFrame(() => { this.header(); this.pictures(); });
+  }
+  pictures() {
+    for (const grid of [this.grid, this.bandGrid]) { // columns that fill their rows: four charts stand 2 × 2, not 3 + 1
+      const n = grid.childElementCount, rows = Math.ceil(n / Math.max(1, Math.floor(this.root.clientWidth / 290)));
+      grid.style.gridTemplateColumns = `repeat(${Math.max(1, Math.ceil(n / rows) || 1)}, minmax(0, 1fr))`;
+    }
+    for (const chart of this.charts) chart.draw();
+    for (const kind of new Set(this.store.shares.flatMap(([, s]) => Object.keys(s)))) (this.bands[kind] ??= new Bands(this, this.bandGrid, kind)).draw();
+    const { samples } = this.store;
+    if (!samples || samples === this.shown) return;
+    this.shown = samples;
+    this.table.replaceChildren();
+    this.table.hidden = false;
+    make(this.table, "caption", {}, `Samples at ${this.xlabel} ${samples.step}`);
+    for (const [tag, cells] of [["th", ["prompt", "response"]], ...samples.pairs.map((p) => ["td", p])]) {
+      const row = make(this.table, "tr");
+      for (const text of cells) make(row, tag, {}, text);
+    }
+  }
+  header() {
+    const state = this.store.state;
+    if (!state) return;
+    if (this.state.textContent !== state.name) this.state.textContent = state.name;
+    this.state.dataset.state = state.name;
+    this.place.textContent = state.place;
+    this.progress.value = state.done;
+    if (this.note.textContent !== state.note) this.note.textContent = state.note;
+    if (this.buttons) {
+      const { Pause: toggle, Step, Stop } = this.buttons, name = state.name === "paused" ? "Play" : "Pause";
+      toggle.lastChild.textContent = name;
+      toggle.firstChild.firstChild.setAttribute("d", ICONS[name]);
+      for (const button of [toggle, Step, Stop]) button.disabled = state.over;
+    }
+    for (const [name, { slider, box, wait, show }] of Object.entries(this.inputs)) {
+      const value = state.waiting[name] ?? state.controls[name];
+      if (this.dirty[name] === value) delete this.dirty[name];
+      slider.disabled = box.disabled = state.over || this.config.mode === "replay";
+      if (name in this.dirty) continue;
+      if (document.activeElement !== box) show(value);
+      wait.textContent = name in state.waiting ? `${number(value)} from the next iteration on` : "";
+    }
+  }
+  dispose() { clearInterval(this.beat); this.observer.disconnect(); cancelAnimationFrame(this.frame); this.root.remove(); }
+}
+
+export default () => {
+  const store = { views: new Set(), rows: 0, points: {}, shares: [], behaviours: [], marks: [], samples: null, state: null };
+  const receive = (model, message) => {
+    if (message.whole) Object.assign(store, { rows: 0, points: {}, shares: [], marks: [] });
+    if (message.from === store.rows) {
+      store.rows = message.to;
+      for (const [key, points] of Object.entries(message.points)) (store.points[key] ??= []).push(...points);
+      store.shares.push(...message.shares);
+      store.marks.push(...message.marks);
+      for (const [, kinds] of message.shares) for (const part of Object.values(kinds))
+        for (const name of Object.keys(part)) if (!store.behaviours.includes(name)) store.behaviours.push(name);
+    } else if (message.from > store.rows) model.send({ type: "sync" }); // something was missed
+    store.samples = message.samples ?? store.samples;
+    store.state = message.state;
+    for (const view of store.views) view.draw();
+  };
+  return {
+    initialize({ model }) {
+      model.on("msg:custom", (message) => receive(model, message));
+      const leave = () => model.send({ type: "gone" });
+      window.addEventListener("pagehide", leave);
+      model.send({ type: "sync" });
+      return () => window.removeEventListener("pagehide", leave);
+    },
+    render({ model, el }) {
+      const view = new View(model, el, store);
+      store.views.add(view);
+      view.draw();
+      return () => { store.views.delete(view); view.dispose(); if (!store.views.size) model.send({ type: "gone" }); };
+    },
+  };
+};

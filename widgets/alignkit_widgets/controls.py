@@ -1,0 +1,80 @@
+"""What can be steered: the range of a slider, its stops, and the changes that wait for the next iteration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Control:
+    """A number between `low` and `high` (both reachable) that begins at `start`; `log` spaces the slider by factors."""
+
+    low: float
+    high: float
+    start: float
+    log: bool = False
+
+    @classmethod
+    def parse(cls, name: str, spec: object) -> Control:
+        """From (low, high, start) or (low, high, start, "log"). Raises ValueError for anything else."""
+        parts = tuple(spec) if isinstance(spec, (tuple, list)) else ()
+        good = len(parts) in (3, 4) and all(_is_number(p) for p in parts[:3]) and parts[3:] in ((), ("log",))
+        if not good:
+            raise ValueError(
+                f"controls[{name!r}] is {spec!r}, expected (low, high, start) or (low, high, start, 'log')"
+            )
+        control = cls(*(float(p) for p in parts[:3]), log=len(parts) == 4)
+        if not (control.low < control.high and control.low <= control.start <= control.high):
+            raise ValueError(f"controls[{name!r}] is {spec!r}, expected low < high and low <= start <= high")
+        if control.log and control.low < 0:
+            raise ValueError(f"controls[{name!r}] is {spec!r}: a slider with log spacing cannot go below 0")
+        return control
+
+    def stops(self, n: int = 100) -> list[float]:
+        """About n + 1 ascending values that the slider stops at, to three digits; the ends and `start` among them.
+
+        With log spacing from 0, the stops are 0 and then four decades below `high`.
+        """
+        if self.log:
+            low = self.low or self.high / 1e4
+            inner = [low * (self.high / low) ** (i / n) for i in range(n + 1)]
+        else:
+            inner = [self.low + (self.high - self.low) * i / n for i in range(n + 1)]
+        rounded = {float(f"{v:.3g}") for v in inner}
+        return sorted({v for v in rounded if self.low <= v <= self.high} | {self.low, self.high, self.start})
+
+
+class Controls:
+    """The values in force, and those that wait to take effect."""
+
+    def __init__(self, specs: Mapping[str, object]) -> None:
+        self.ranges = {name: Control.parse(name, spec) for name, spec in specs.items()}
+        self.values = {name: control.start for name, control in self.ranges.items()}
+        self.waiting: dict[str, float] = {}
+
+    def ask(self, name: object, value: object) -> None:
+        """Note a change for the next iteration, cut to the control's range. What makes no sense is ignored: a message
+        from a page must not be able to end a run."""
+        control = self.ranges.get(name) if isinstance(name, str) else None
+        if control is not None and _is_number(value):
+            self.waiting[name] = min(max(float(value), control.low), control.high)
+
+    def take(self) -> dict[str, tuple[float, float]]:
+        """Put the waiting changes into force and return {name: (old, new)} of those that changed something."""
+        changed = {n: (self.values[n], v) for n, v in self.waiting.items() if v != self.values[n]}
+        self.values.update(self.waiting)
+        self.waiting = {}
+        return changed
+
+    def force(self, values: Mapping[str, float]) -> None:
+        """Let exactly `values` wait for the next iteration. Raises ValueError for a name that is no control."""
+        unknown = sorted(set(values) - set(self.ranges))
+        if unknown:
+            raise ValueError(f"replay names the controls {unknown}, expected some of {sorted(self.ranges)}")
+        self.waiting = {name: float(value) for name, value in values.items()}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,67 @@
+"""The cockpit's other half in the browser: an anywidget that is fed by custom messages only.
+
+Synced traits are held back while an awaiting cell runs (ipykernel 7.4); custom messages get through, both ways.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from pathlib import Path
+
+import anywidget
+import traitlets
+from IPython.display import display
+
+from alignkit import plots
+
+
+class Panel(anywidget.AnyWidget):
+    """The view is `cockpit.js`; `config` is what never changes during a run (title, charts, controls)."""
+
+    _esm = (Path(__file__).parent / "cockpit.js").read_text(encoding="utf-8")
+    config = traitlets.Dict().tag(sync=True)
+
+
+class PanelDisplay:
+    """One panel shown in one cell, and replaced by a picture in the end."""
+
+    def __init__(self, config: dict, on_message: Callable[[dict], None]) -> None:
+        faces = {name: colour for name, (colour, _) in plots.BEHAVIOUR_FACES.items()}
+        lines = [[colour, _dashes(line)] for colour, _, line, _ in plots.SERIES]
+        self.panel = Panel(config=config | {"behaviours": faces, "lines": lines})
+        self.panel.on_msg(lambda _, content, __: on_message(content) if isinstance(content, dict) else None)
+        view = {"model_id": self.panel.model_id, "version_major": 2, "version_minor": 0}
+        self.handle = display(
+            {
+                "application/vnd.jupyter.widget-view+json": view,
+                "text/plain": f"{config['title']}: a live panel stands here while the cell runs, then a picture.",
+            },
+            raw=True,
+            display_id=True,
+        )
+
+    def send(self, message: dict) -> None:
+        """Queue one custom message for every view of the panel."""
+        self.panel.send(message)
+
+    def replace(self, picture: tuple[bytes, dict], text: str) -> None:
+        """Put a picture, (PNG, metadata), where the panel was; `text` shows where there are no pictures."""
+        data, metadata = _bundle(picture, text)
+        self.handle.update(data, metadata=metadata, raw=True)
+
+
+def display_png(picture: tuple[bytes, dict], text: str) -> None:
+    """Show a picture, (PNG, metadata), below what the cell has shown so far."""
+    data, metadata = _bundle(picture, text)
+    display(data, metadata=metadata, raw=True)
+
+
+def _bundle(picture: tuple[bytes, dict], text: str) -> tuple[dict, dict]:
+    png, metadata = picture
+    return {"image/png": base64.b64encode(png).decode(), "text/plain": text}, {"image/png": metadata}
+
+
+def _dashes(line: str | tuple) -> str:
+    """A line style of matplotlib, in units of the line's width, as an SVG stroke-dasharray for lines of 1.8 pixels."""
+    return "" if line == "-" else " ".join(f"{1.8 * length:g}" for length in line[1])

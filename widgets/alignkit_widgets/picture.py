@@ -1,0 +1,47 @@
+"""The picture that stays when a run is over: its charts, and what the policy did at first and in the end."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+
+from alignkit import plots
+
+_SCALE = 1.5  # pixels drawn for each CSS pixel
+
+
+def draw_run(config: dict, rows: list[dict], marks: list[dict], place: str) -> tuple[bytes, dict]:
+    """One PNG of a run, and its metadata for the notebook: width and height in CSS pixels, and the alt text.
+
+    `config` holds "title", "mode" and "charts"; `rows` and `marks` are the session's; `place` says how far it came.
+    Raises ValueError if no row has a metric that is charted.
+    """
+    panels = {chart["title"]: chart["keys"] for chart in config["charts"]}
+    changes = [(mark["step"], f"{mark['name']} {mark['old']:.3g} → {mark['new']:.3g}") for mark in marks]
+    unit = "step" if config["mode"] == "watch" else "iteration"
+    title = f"{config['title']}: {place}"
+    figures = [plots.plot_metrics(rows, panels, columns=min(4, len(panels)), xlabel=unit, marks=changes, title=title)]
+    shared = [row for row in rows if "shares" in row]
+    if shared:
+        ends = {f"{unit} {row['step']}": row["shares"] for row in (shared[0], shared[-1])}
+        axes = plots.plot_behaviour(ends)
+        axes.set_ylabel("")
+        figures.append(axes.get_figure())
+    images = [_pixels(figure) for figure in figures]
+    width = max(image.shape[1] for image in images)
+    padded = [np.pad(i, ((0, 16), (0, width - i.shape[1]), (0, 0)), constant_values=255) for i in images]
+    picture, buffer = np.concatenate(padded), io.BytesIO()
+    imsave(buffer, picture, format="png")
+    size = {"width": round(picture.shape[1] / _SCALE), "height": round(picture.shape[0] / _SCALE)}
+    return buffer.getvalue(), size | {"alt": "; ".join([title, *map(plots.describe, figures)])}
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    figure.set_dpi(96 * _SCALE)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
