@@ -108,11 +108,14 @@ def load_reward(source: str | Path, *, device: str = "auto"):
     if not colon:
         raise ValueError(f"reward is {source!r}, expected a reward model's folder or 'module:function'")
     try:
-        return getattr(importlib.import_module(module), function)
+        reward = getattr(importlib.import_module(module), function)
     except ImportError as error:
         raise ValueError(f"reward {source!r}: module {module!r} could not be imported ({error})") from error
     except AttributeError:
         raise ValueError(f"reward {source!r}: module {module!r} has no {function!r}") from None
+    if not callable(reward):
+        raise ValueError(f"reward {source!r}: {function!r} is not a function")
+    return reward
 
 
 def expected_calibration_error(margins: np.ndarray, bins: int = 10) -> tuple[float, list[dict]]:

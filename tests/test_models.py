@@ -1,4 +1,4 @@
-"""Models: the tiny one's support, folders that come back bit by bit, what is refused, LoRA's reference, reward models."""
+"""Models: the tiny one's support, folders that come back bit by bit, what is refused, LoRA's reference, critics."""
 
 import copy
 import json
