@@ -175,8 +175,8 @@ def test_a_separable_preference_is_learned_from_ln_2_within_a_few_steps():
 def test_the_loss_is_bradley_terry_on_the_scorer_s_own_scores(centre):
     """Trainer and scorer read the reward at the same token."""
     model = noisy_model(3)
-    pairs = [{"prompt": p, "chosen": a, "rejected": b} for p, a,
-             b in zip(PROMPTS, RESPONSES, RESPONSES[1:] + RESPONSES[:1], strict=True)]
+    others = RESPONSES[1:] + RESPONSES[:1]
+    pairs = [{"prompt": p, "chosen": a, "rejected": b} for p, a, b in zip(PROMPTS, RESPONSES, others, strict=True)]
     scorer = RewardScorer(model, TOKENIZER)
     chosen, rejected = (scorer.raw(PROMPTS, [row[side] for row in pairs]) for side in ("chosen", "rejected"))
     log = train_reward_model(model, TOKENIZER, pairs, replace(QUICK, learning_rate=0.0, centre=centre))
