@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -104,7 +103,7 @@ def freeze(source: str | Path, out: str | Path, *, stage: str = "ppo", parent: s
             _save_merged(source, temporary, model, tokenizer)
         else:
             for path in _checkpoint_files(source):
-                shutil.copyfile(path, temporary / path.name)
+                shutil.copyfile(path, temporary / path.name)  # not its mode: a source of mode 0600 is readable here
         ancestors = [] if parent is None else _ancestors(Path(parent), out)
         config = None if config is None else settings(config)
         record = {
@@ -114,9 +113,6 @@ def freeze(source: str | Path, out: str | Path, *, stage: str = "ppo", parent: s
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         (temporary / LINEAGE).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        mode = stat.S_IMODE((temporary / LINEAGE).stat().st_mode)  # what the umask gives; safetensors writes 0600
-        for path in temporary.iterdir():
-            path.chmod(mode)
         manifest = Manifest({path.name: _fingerprint(path) for path in sorted(temporary.iterdir())})
         if out.exists() and any(out.iterdir()):
             _refuse_unless_same(out, manifest, record)

@@ -335,6 +335,20 @@ def test_paired_differences_cover_and_are_narrower_than_unpaired():
     assert good / 300 >= 0.92 and np.mean(paired) < 0.3 * np.mean(unpaired)
 
 
+def test_an_evaluation_draws_keys_within_their_kind(pair):
+    """With as many keys of each kind in every resample, and the same draws for every checkpoint of the set."""
+    evalset, weights = pair[1].set, pair[1].bootstrap.weights
+    kind_of = dict(zip(evalset.keys, evalset.kinds, strict=True))
+    of_key = np.array([kind_of[key] for key in sorted(kind_of)])
+    for kind in KINDS:
+        assert (weights[:, of_key == kind].sum(1) == 4).all()
+    assert np.array_equal(weights, pair[0].bootstrap.weights)
+    gold = (np.array(pair[1].columns["gold"]) - pair[1].gold_scale[0]) / pair[1].gold_scale[1]
+    sums = np.array([gold[np.repeat(evalset.keys, 6) == key].sum() for key in sorted(kind_of)])
+    [estimate] = Bootstrap(of_key, seed=evalset.seed).estimates(sums[None], np.full((1, 16), 24.0))
+    assert vars(estimate) == pytest.approx(vars(pair[1].metrics["gold_mean"]))
+
+
 def test_two_thousand_resamples_of_every_metric_take_well_under_a_second(pair):
     fresh = Evaluation(pair[1].set, pair[1].columns, pair[1].gold_scale)
     start = time.perf_counter()

@@ -139,6 +139,7 @@ def test_freezing_the_same_again_does_nothing_and_anything_else_is_refused(sourc
 
 
 def test_files_get_the_mode_of_the_umask(source, tmp_path):
+    (source / "model.safetensors").chmod(0o600)  # as safetensors itself would leave it
     for umask, mode in ((0o027, 0o640), (0o022, 0o644)):
         before = os.umask(umask)
         try:
@@ -225,6 +226,17 @@ def test_leftovers_of_a_killed_freeze_go_and_those_of_a_living_one_stay(source, 
         freeze(source, tmp_path / "frozen")
         assert names(tmp_path) == ["frozen", "frozen.tmp-living"]
         other.communicate("\n")
+
+
+def test_another_freeze_of_the_same_name_leaves_a_running_one_alone(source, tmp_path, monkeypatch):
+    flush = relay._flush
+
+    def interrupted(path):
+        relay._sweep(tmp_path / "frozen")  # what another process does when it begins
+        flush(path)
+
+    monkeypatch.setattr(relay, "_flush", interrupted)
+    verify(freeze(source, tmp_path / "frozen"))
 
 
 def test_a_full_disk_leaves_nothing_half(source, tmp_path, monkeypatch):
@@ -383,6 +395,8 @@ DESK = {"gold_mean": 0.5, "risky_failure_rate": 0.02, "over_refusal_rate": 0.01,
                 evaluation("ppo80", **{**DESK, "gold_mean": 0.1, "proxy_mean": 2.0, "kl_to_sft": 6.0})),
      "ppo80 is over-optimised at a KL of 6.0 nats: its proxy rose while gold fell. Go back to ppo20"),
     (comparison(evaluation("sft", **DESK), evaluation(**DESK)), "cannot be told from that of sft"),
+    (comparison(evaluation("sft", **DESK), evaluation(**{**DESK, "gold_mean": 0.1, "proxy_mean": 0.1})),
+     "Nothing here asks for more training: freeze sft."),  # worse in both: not over-optimised, just worse
     (comparison(evaluation("sft", **{**DESK, "proxy_mean": 0.0, "entropy": 2.0}),
                 evaluation(**{**DESK, "entropy": 0.3})),
      "Entropy fell from 2.00 to 0.30"),
