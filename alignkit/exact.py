@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
+from alignkit.dpo import dpo_loss
 from alignkit.models import autocast, body, position_ids
 from alignkit.sampling import encode_prompts
 from alignkit.world import MAX_PHRASES, SENTENCES, Prompt, World, phrase_ids
@@ -90,6 +91,20 @@ class Responses:
         ids = columns[self.sequences]  # −1 is pad
         ids[step == self.length[:, None]] = eos_token_id
         return ids, step <= self.length[:, None]
+
+    def below(self, values: Tensor) -> Tensor:
+        """Sum of values (…, N) over each response and all that continue it: (…, N).
+
+        The entry of response i is Σ_y v(y) over the y that begin with its phrases: below(π) is the probability of every
+        prefix, and below(π v) / below(π) is E_π[v | the response begins so].
+        """
+        if values.shape[-1] != len(self):
+            raise ValueError(f"values has shape {tuple(values.shape)}, expected (…, {len(self)}) (all responses)")
+        sums = values.clone()
+        for length in reversed(range(self.max_phrases)):
+            children = sums[..., self.level(length + 1)].unflatten(-1, (-1, self.phrases))
+            sums[..., self.level(length)] += children.sum(-1)
+        return sums
 
     def texts(self, sentences: Sequence[str] = tuple(SENTENCES.values())) -> list[str]:
         """The N response texts: the phrases' sentences put together."""
@@ -512,6 +527,41 @@ def optimum(ref_logps: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, Te
     tilted = ref_logps + rewards / beta
     log_z = tilted.logsumexp(1)
     return tilted - log_z[:, None], log_z
+
+
+def tabular_dpo(ref_logps: Tensor, first: Tensor, second: Tensor, wins: Tensor, beta: float, *,
+                start: Tensor | None = None, loss_type: str = "sigmoid", steps: int = 500) -> Tensor:
+    """DPO where the policy is a table: the log-probs (N,) that minimise the DPO loss of M pairs of responses to one prompt.
+
+    Σ_m [w_m L(first ≻ second) + (1 − w_m) L(second ≻ first)] / M, with L = `dpo.dpo_loss`, by L-BFGS in float64.
+    ref_logps: (N,). first, second: (M,) int64, which responses. wins: (M,) in [0, 1], the share of labels that prefer
+    the first: with every pair of responses and w = σ(Δr), the minimiser is the optimum π* of r. start: (N,) log-probs
+    to begin with, the reference if left out. It matters: the loss says nothing about responses that no pair names, and
+    has no minimum where a response wins (or loses) every comparison. There the answer is how far `steps` steps came.
+    Raises ValueError on shapes that do not fit. (Rafailov et al. 2023, eq. 7)
+    """
+    if ref_logps.ndim != 1 or not first.shape == second.shape == wins.shape == (len(wins),):
+        raise ValueError(f"ref_logps has shape {tuple(ref_logps.shape)}, first, second and wins {tuple(first.shape)}, "
+                         f"{tuple(second.shape)}, {tuple(wins.shape)}; expected (N,) and three times (M,)")
+    ref_logps, wins = ref_logps.double(), wins.double()
+    start = ref_logps if start is None else start.double()
+    moved = torch.zeros_like(start, requires_grad=True)  # β (log π − log π_start) + a constant: well scaled for any β
+    references = ref_logps[first], ref_logps[second]
+    optimiser = torch.optim.LBFGS([moved], max_iter=steps, max_eval=4 * steps, tolerance_grad=1e-12,
+                                  tolerance_change=1e-16, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        scores = start + moved / beta  # log π up to a constant, which no margin contains
+        pair = scores[first], scores[second]
+        forth = dpo_loss(*pair, *references, beta=beta, loss_type=loss_type)
+        back = dpo_loss(*pair[::-1], *references[::-1], beta=beta, loss_type=loss_type)
+        loss = (wins * forth + (1 - wins) * back).mean()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    return (start + moved.detach() / beta).log_softmax(0)
 
 
 @dataclass(frozen=True, eq=False)

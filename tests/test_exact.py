@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, MistralConfig
 
 from alignkit import exact
-from alignkit.dpo import dpo_loss
 from alignkit.kl import k1, k3
 from alignkit.models import add_lora, load_policy, position_ids, reward_model_from, tiny_reward_model
 from alignkit.reward import RewardScorer
@@ -558,29 +557,68 @@ def test_score_gradient_refuses_weights_of_another_shape(small):
 # ---- DPO in the table world
 
 
-def test_population_dpo_reaches_the_optimum():
-    """Every pair of 13 responses, labelled with its Bradley–Terry probability: the minimiser of the DPO loss is π*."""
-    beta = 0.5
-    ref_logps, rewards = table(1, 13)
-    first, second = torch.combinations(torch.arange(13)).T
-    wins = torch.sigmoid(rewards[0, first] - rewards[0, second])
-    scores = torch.zeros(13, dtype=torch.float64, requires_grad=True)
-    optimiser = torch.optim.LBFGS([scores], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16,
-                                  line_search_fn="strong_wolfe")
+def all_pairs(rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Every pair of responses (N,), and the Bradley–Terry probability that the first wins."""
+    first, second = torch.combinations(torch.arange(len(rewards))).T
+    return first, second, torch.sigmoid(rewards[first] - rewards[second])
 
-    def closure():
-        optimiser.zero_grad()
-        logps = scores.log_softmax(0)
-        pair = (logps[first], logps[second], ref_logps[0, first], ref_logps[0, second])
-        swapped = (pair[1], pair[0], pair[3], pair[2])
-        loss = (wins * dpo_loss(*pair, beta=beta) + (1 - wins) * dpo_loss(*swapped, beta=beta)).mean()
-        loss.backward()
-        return loss
 
-    optimiser.step(closure)
+@pytest.mark.parametrize("beta", [0.2, 0.5, 2.0])
+def test_population_dpo_reaches_the_optimum(beta):
+    ref_logps, rewards = table(1, 40)
     best = exact.optimum(ref_logps, rewards, beta)[0]
-    assert exact.response_kl(scores.detach().log_softmax(0)[None], best).item() < 1e-8
-    assert exact.response_kl(ref_logps, best).item() > 0.1
+    found = exact.tabular_dpo(ref_logps[0], *all_pairs(rewards[0]), beta)
+    assert exact.response_kl(found[None], best).item() < 1e-8
+    assert exact.response_kl(ref_logps, best).item() > 0.01
+    assert torch.allclose(found.exp().sum(), torch.ones((), dtype=torch.float64))
+
+
+def test_population_dpo_finds_the_same_optimum_from_anywhere_and_without_a_reference_another():
+    ref_logps, rewards = table(1, 25)
+    pairs, beta = all_pairs(rewards[0]), 0.5
+    elsewhere = exact.tabular_dpo(ref_logps[0], *pairs, beta, start=table(1, 25, seed=7)[0][0])
+    assert exact.response_kl(elsewhere[None], exact.optimum(ref_logps, rewards, beta)[0]).item() < 1e-8
+    uniform = torch.full_like(ref_logps, 1 / 25).log()
+    without = exact.tabular_dpo(uniform[0], *pairs, beta)
+    assert exact.response_kl(without[None], exact.optimum(uniform, rewards, beta)[0]).item() < 1e-8
+    assert exact.response_kl(without[None], exact.optimum(ref_logps, rewards, beta)[0]).item() > 0.1
+
+
+def test_tabular_dpo_leaves_what_no_pair_names_to_its_start():
+    """Xu et al. 2024, table 1: π_ref = (½, ½, 0), one pair, and a third response that the loss does not see."""
+    ref_logps = torch.tensor([0.5, 0.5, 1e-9], dtype=torch.float64).log_softmax(0)
+    pair = torch.tensor([0]), torch.tensor([1]), torch.tensor([0.8])
+    from_reference = exact.tabular_dpo(ref_logps, *pair, 1.0).exp()
+    assert torch.allclose(from_reference, torch.tensor([0.8, 0.2, 0.0], dtype=torch.float64), atol=1e-6)
+    elsewhere = exact.tabular_dpo(ref_logps, *pair, 1.0, start=torch.tensor([0.1, 0.1, 0.8]).log()).exp()
+    assert torch.allclose(elsewhere, torch.tensor([0.2, 0.05, 0.8], dtype=torch.float64) / 1.05, atol=1e-6)
+
+
+def test_deterministic_labels_have_no_minimum_with_dpo_and_one_with_ipo():
+    """Azar et al. 2023, §5.2: with y₁ ≻ y₂ certain DPO goes to π(y₁) = 1 for every β, IPO to σ(1/β)."""
+    ref_logps = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+    pair = torch.tensor([0]), torch.tensor([1]), torch.tensor([1.0])
+    for beta in (0.2, 1.0, 5.0):
+        assert exact.tabular_dpo(ref_logps, *pair, beta, steps=200).exp()[0] > 0.98
+        ipo = exact.tabular_dpo(ref_logps, *pair, beta, loss_type="ipo").exp()[0]
+        assert ipo.item() == pytest.approx(1 / (1 + math.exp(-1 / (2 * beta))), abs=1e-6)
+
+
+def test_tabular_dpo_names_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"first, second and wins \(2,\), \(3,\), \(2,\)"):
+        exact.tabular_dpo(torch.zeros(4), torch.arange(2), torch.arange(3), torch.zeros(2), 1.0)
+
+
+def test_below_sums_over_all_continuations():
+    space = exact.response_space(3, 3)
+    values = torch.randn(2, len(space), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sums = space.below(values)
+    for i in range(len(space)):
+        start = space.sequences[i, : space.length[i]]
+        under = (space.sequences[:, : len(start)] == start).all(1)
+        assert torch.allclose(sums[:, i], values[:, under].sum(1))
+    with pytest.raises(ValueError, match=r"values has shape \(5,\), expected \(…, 40\)"):
+        space.below(torch.zeros(5))
 
 
 # ---- pruning
