@@ -291,7 +291,7 @@ def _samples(seen: _Run) -> str:
 
 
 def _said(responses: Sequence) -> str:
-    return "".join(f"<p>{text(response) or '<i>(empty)</i>'}</p>" for response in responses[:3]) or "–"
+    return "".join(f"<p>{text(response).strip() or '<i>(empty)</i>'}</p>" for response in responses[:3]) or "–"
 
 
 def _reproduce(seen: _Run) -> str:
