@@ -1,7 +1,6 @@
 """Notebooks as jobs: what is refused before a kernel starts, how a job ends, and what a second run repeats."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
