@@ -72,8 +72,8 @@ def lab(tmp_path_factory):
     environment.pop("ALIGNKIT_HEADLESS", None)
     token = "browser-tests"
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
-    command += ["--ServerApp.port_retries=0", "--LabApp.expose_app_in_browser=True"]
-    command += [f"--IdentityProvider.token={token}"]
+    command += ["--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"]
+    command += ["--LabApp.expose_app_in_browser=True", "--JupyterNotebookApp.expose_app_in_browser=True"]
     with open(home / "server.log", "w") as log:
         server = subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:

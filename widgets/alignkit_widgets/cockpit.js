@@ -38,6 +38,7 @@ const CSS = `
 .akc-plot text{fill:var(--soft)}.akc-plot .grid{stroke:var(--line);stroke-width:1;shape-rendering:crispEdges}
 .akc-plot .mark{stroke:var(--ink);stroke-width:1;stroke-dasharray:3 3}.akc-plot .cursor{stroke:var(--soft);stroke-width:1}
 .akc-plot .series{fill:none;stroke-width:1.8;stroke-linejoin:round}
+[data-jp-theme-light=false] .akc .series,[data-jp-theme-light=false] .akc circle,[data-jp-theme-light=false] .akc tspan:first-child{filter:brightness(1.4)}
 .akc-plot .halo{paint-order:stroke;stroke:var(--panel);stroke-width:3.5px;stroke-linejoin:round;font-weight:600;fill:var(--ink)}
 .akc-plot .marktext{fill:var(--ink);paint-order:stroke;stroke:var(--panel);stroke-width:3px;font-size:10px}
 .akc table.akc-samples{border-collapse:collapse;width:100%;margin:10px 0 0;font-size:12px;table-layout:fixed}
@@ -98,7 +99,7 @@ class Plot { // what line charts and bands share: size, x axis, marks, cursor
   iteration(px) { return Math.round((px - this.left) / (this.width - this.left - this.right) * this.end); }
   frame(low, high, ticks, label, room = 0) {
     const width = this.svg.clientWidth || 300, right = room < width / 3 ? room : 14;
-    Object.assign(this, { width, left: 44, right, top: 16, bottom: 30, end: this.view.end() });
+    Object.assign(this, { width, left: 44, right, top: this.view.store.marks.length ? 26 : 14, bottom: 30, end: this.view.end() });
     const { height, left, top, bottom, svg, end } = this;
     svg.replaceChildren();
     this.x = (v) => left + v / end * (width - left - right);
@@ -109,12 +110,12 @@ class Plot { // what line charts and bands share: size, x axis, marks, cursor
     }
     for (const t of nice(0, end, width > 360 ? 5 : 4).filter((t) => t % 1 === 0))
       make(svg, "text", { x: this.x(t), y: height - bottom + 14, "text-anchor": "middle" }, String(t));
-    make(svg, "text", { x: (left + width - right) / 2, y: height - 3, "text-anchor": "middle" }, this.view.xlabel);
+    make(svg, "text", { x: (left + width - right) / 2, y: height - 3, "text-anchor": "middle" }, this.view.config.unit);
   }
   finish(labels) {
     const { svg, top, bottom, height, width } = this, ends = [-1e9, -1e9];
     for (const m of labels ? this.view.store.marks : []) {
-      const x = this.x(m.step), text = `${short(m.name)} ${number(m.old)} → ${number(m.new)}`, size = text.length * 5.4;
+      const x = this.x(m.step), text = `${m.name} ${number(m.old)} → ${number(m.new)}`, size = text.length * 5.4;
       const right = x + 4 + size < width, from = right ? x + 3 : x - 3 - size, row = ends.findIndex((e) => e < from);
       make(svg, "line", { class: "mark", x1: x, x2: x, y1: top - 4, y2: height - bottom });
       if (row < 0) continue; // no room: the line stays, the number is in the log
@@ -142,7 +143,7 @@ class Chart extends Plot {
     if (low !== 0) low -= pad;
     high += pad;
     const ticks = nice(low, high, 4), digits = Math.max(0, ...ticks.map((t) => (String(t).split(".")[1] ?? "").length));
-    const room = 34 + 6.6 * Math.max(...this.keys.map((key) => short(key).length + 5));
+    const room = 34 + 6.4 * Math.max(...this.view.config.charts.flatMap((c) => c.keys).map((key) => this.view.label(key).length + 5));
     this.frame(low, high, ticks, (t) => Math.abs(t) >= 1e4 || digits > 4 ? number(t) : t.toFixed(digits), room);
     const heads = [];
     series.forEach((points, i) => {
@@ -154,7 +155,7 @@ class Chart extends Plot {
       }
       make(this.svg, "path", { class: "series", d, stroke: colour, "stroke-dasharray": dash });
       const head = at(points, cursor ?? Infinity);
-      if (head) heads.push({ x: this.x(head[0]), y: head[1] == null ? this.height / 2 : this.y(head[1]), colour, text: `${short(this.keys[i])} ${number(head[1])}` });
+      if (head) heads.push({ x: this.x(head[0]), y: head[1] == null ? this.height / 2 : this.y(head[1]), colour, text: `${this.view.label(this.keys[i])} ${number(head[1])}` });
     });
     this.finish(true);
     heads.sort((a, b) => a.y - b.y);
@@ -208,7 +209,6 @@ class Bands extends Plot { // shares of behaviours of one prompt class, stacked
 class View {
   constructor(model, el, store) {
     Object.assign(this, { model, store, config: model.get("config"), cursor: null, dirty: {}, bands: {}, timers: {} });
-    this.xlabel = this.config.mode === "watch" ? "step" : "iteration";
     const root = this.root = make(el, "section", { class: "akc", "aria-label": `Training: ${this.config.title}` });
     make(root, "style", {}, CSS);
     const head = make(root, "div", { class: "akc-head" });
@@ -265,10 +265,13 @@ class View {
     this.inputs[name] = { slider, box, wait, show };
     show(control.start);
   }
-  end() {
+  end() { // of the x axis: the run's, or less while only a little of a long run is done
     const last = Math.max(1, ...Object.values(this.store.points).map((p) => p.at(-1)?.[0] ?? 1));
-    return Math.max(this.config.total ?? 0, last);
+    let end = 20;
+    while (end < 1.25 * last) end *= 2;
+    return Math.max(last, 2 * end < (this.config.total ?? Infinity) ? end : this.config.total);
   }
+  label(key) { return this.config.labels[key] ?? short(key); }
   point(x) { if (x !== this.cursor) { this.cursor = x; this.draw(); } }
   draw() {
     cancelAnimationFrame(this.frame);
@@ -286,7 +289,7 @@ class View {
     this.shown = samples;
     this.table.replaceChildren();
     this.table.hidden = false;
-    make(this.table, "caption", {}, `Samples at ${this.xlabel} ${samples.step}`);
+    make(this.table, "caption", {}, `Samples at ${this.config.unit} ${samples.step}`);
     for (const [tag, cells] of [["th", ["prompt", "response"]], ...samples.pairs.map((p) => ["td", p])]) {
       const row = make(this.table, "tr");
       for (const text of cells) make(row, tag, {}, text);

@@ -119,8 +119,9 @@ class TrainingCockpit:
         rows = self.rows or (read_metrics(self.log) if self.log is not None else [])
         if not rows:
             raise ValueError("there is nothing to draw: this cockpit ran no iteration and has no log of an earlier run")
-        place = self.session.status()["place"] if self.session else f"iteration {rows[-1]['step']}"
-        return draw_run(self._config("watch"), rows, marks_of(rows), place)
+        if self.session is not None:
+            return draw_run(self.session.config, rows, self.session.marks, self.session.status()["place"])
+        return draw_run(self._config("watch", "step"), rows, marks_of(rows), f"step {rows[-1]['step']}")
 
     def show(self) -> None:
         """Display `picture()`: after a reload, say, or in another notebook."""
@@ -128,12 +129,15 @@ class TrainingCockpit:
 
         display_png(self.picture(), self.title)
 
-    def open(self, mode: str, start: int = 0) -> Remote:
-        """Start a session; `mode` is "control" or "watch". What opens a session must close it (`session.close`)."""
+    def open(self, mode: str, start: int = 0, unit: str = "iteration") -> Remote:
+        """Start a session: `mode` is "control", "replay" or "watch", `unit` what the x axis counts.
+
+        What opens a session must close it (`session.close`).
+        """
         controls = Controls(self.specs)
         remote = Remote(controls, self.patience)
         self.session = remote.session = Session(
-            self._config(mode), controls, log=self.log, start=start, every=self.every, on_message=remote.receive
+            self._config(mode, unit), controls, log=self.log, start=start, every=self.every, on_message=remote.receive
         )
         return remote
 
@@ -156,7 +160,7 @@ class TrainingCockpit:
             raise ValueError("total is None, expected the number of iterations to run")
         return range(start + 1, self.total + 1)
 
-    def _config(self, mode: str) -> dict:
+    def _config(self, mode: str, unit: str) -> dict:
         controls = [
             {"name": name, "stops": control.stops(), "start": control.start}
             for name, control in Controls(self.specs).ranges.items()
@@ -166,6 +170,7 @@ class TrainingCockpit:
             "charts": [{"title": name, "keys": keys} for name, keys in self.charts],
             "total": self.total,
             "mode": mode,
+            "unit": unit,
             "controls": controls,
             "log": str(self.log) if self.log is not None else "",
         }

@@ -29,7 +29,8 @@ class PanelDisplay:
     def __init__(self, config: dict, on_message: Callable[[dict], None]) -> None:
         faces = {name: colour for name, (colour, _) in plots.BEHAVIOUR_FACES.items()}
         lines = [[colour, _dashes(line)] for colour, _, line, _ in plots.SERIES]
-        self.panel = Panel(config=config | {"behaviours": faces, "lines": lines})
+        labels = {key: name for key, (name, _) in plots.METRICS.items()}
+        self.panel = Panel(config=config | {"behaviours": faces, "lines": lines, "labels": labels})
         self.panel.on_msg(lambda _, content, __: on_message(content) if isinstance(content, dict) else None)
         view = {"model_id": self.panel.model_id, "version_major": 2, "version_minor": 0}
         self.handle = display(

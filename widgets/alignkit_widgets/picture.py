@@ -17,13 +17,12 @@ _SCALE = 1.5  # pixels drawn for each CSS pixel
 def draw_run(config: dict, rows: list[dict], marks: list[dict], place: str) -> tuple[bytes, dict]:
     """One PNG of a run, and its metadata for the notebook: width and height in CSS pixels, and the alt text.
 
-    `config` holds "title", "mode" and "charts"; `rows` and `marks` are the session's; `place` says how far it came.
+    `config` holds "title", "unit" and "charts"; `rows` and `marks` are the session's; `place` says how far it came.
     Raises ValueError if no row has a metric that is charted.
     """
     panels = {chart["title"]: chart["keys"] for chart in config["charts"]}
     changes = [(mark["step"], f"{mark['name']} {mark['old']:.3g} → {mark['new']:.3g}") for mark in marks]
-    unit = "step" if config["mode"] == "watch" else "iteration"
-    title = f"{config['title']}: {place}"
+    unit, title = config["unit"], f"{config['title']}: {place}"
     figures = [plots.plot_metrics(rows, panels, columns=min(4, len(panels)), xlabel=unit, marks=changes, title=title)]
     shared = [row for row in rows if "shares" in row]
     if shared:

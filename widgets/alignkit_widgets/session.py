@@ -71,7 +71,7 @@ class Session:
         """What the header of the panel says."""
         ran = self.done - self.start
         left = self.busy / ran * (self.total - self.done) if ran and self.total else None
-        place = f"iteration {self.done}" + (f" of {self.total}" if self.total else "")
+        place = f"{self.config['unit']} {self.done}" + (f" of {self.total}" if self.total else "")
         if self.state in OVER:
             place += f", {self.state} after {clock(self.busy)}"
         elif left is not None:

@@ -23,7 +23,7 @@ class CockpitCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Open the charts; the run is as long as the Trainer says."""
         self.cockpit.total = state.max_steps
-        self.session = self.cockpit.open("watch", start=state.global_step).session
+        self.session = self.cockpit.open("watch", start=state.global_step, unit="step").session
         self._seen = time.perf_counter()
         _at_the_end_of_the_cell(self.session)
 
