@@ -40,7 +40,7 @@ class DPOConfig:
     max_new_tokens: int = 4
     epochs: int = 3
     batch_size: int = 128
-    learning_rate: float = 5e-4
+    learning_rate: float = 3e-4
     max_grad_norm: float = 1.0
     warmup: float = 0.1
     precompute_reference: bool = True
