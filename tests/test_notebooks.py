@@ -1,0 +1,77 @@
+"""The notebooks as files, and the solutions of their exercises: a solution that no longer passes its own check is noticed."""
+
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from alignkit.jobs import CHAIN, run_notebook
+from alignkit.parameters import notebook_parameters
+from alignkit.records import start_run
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("[0-9]*.ipynb"))
+SMALL = {  # notebook -> parameters with which its solutions are run, in this order, in one run directory
+    "00_the_world": {},
+    "01_sft": {"demonstrations": 2400, "epochs": 2.0, "eval_prompts": 64, "eval_samples": 4},
+    "02_reward_model": {"pairs": 1000, "heldout_pairs": 400, "epochs": 2.0, "scale_samples": 256},
+}
+
+
+def tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_committed_clean_and_has_the_course_shape(path):
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    assert notebook.nbformat_minor >= 5 and "widgets" not in notebook.metadata
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None, f"{cell.id} has outputs"
+            assert len(cell.source.splitlines()) <= 40, f"{cell.id} is longer than a screen"
+        if "report" in tags(cell):
+            assert cell.source.startswith("# "), f"{cell.id}: a chart of report.html begins with its caption, a comment"
+    assert notebook.cells[0].source.startswith(f"# {path.stem[:2]} ")
+    if path.stem in CHAIN:
+        assert {"run", "model", "data", "seed"} <= set(notebook_parameters(path))
+        assert tags(notebook.cells[1]) == ["parameters"]
+
+
+def solved(path: Path) -> nbformat.NotebookNode:
+    """The notebook with each stub tagged `exercise` replaced by the code in the next cell tagged `solution`."""
+    notebook, stub = nbformat.read(path, 4), None
+    for cell in notebook.cells:
+        if "exercise" in tags(cell):
+            stub = cell
+        elif "solution" in tags(cell):
+            stub.source = re.search(r"```python\n(.*?)```", cell.source, re.DOTALL)[1]
+            stub = None
+    assert stub is None, f"{stub.id} has no solution"
+    return notebook
+
+
+def test_the_solutions_of_the_exercises_pass_their_checks(tmp_path):
+    for name, parameters in SMALL.items():
+        path = tmp_path / "solved" / f"{name}.ipynb"
+        path.parent.mkdir(exist_ok=True)
+        nbformat.write(solved(next(path for path in NOTEBOOKS if path.stem == name)), path)
+        executed = nbformat.read(run_notebook(path, tmp_path / "run", parameters, progress=False), 4)
+        checks = [cell for cell in executed.cells if cell.cell_type == "code" and cell.get("id", "").startswith("check-")]
+        assert checks
+        for cell in checks:
+            said = "".join(output.get("text", "") for output in cell.outputs)
+            assert said and "not answered" not in said, f"{name}, {cell.id}: {said!r}"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["stages"]["sft"]["proxy_mean"] is not None and summary["stages"]["reward"]["bayes_accuracy"] > 0.6
+
+
+def test_a_run_is_in_the_project_folder_also_for_a_notebook_opened_in_jupyterlab(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    for place in (tmp_path, tmp_path / "notebooks"):
+        monkeypatch.chdir(place)
+        assert start_run("runs/course", "tiny", "desk", 0).resolve() == tmp_path / "runs" / "course"
