@@ -947,7 +947,7 @@ def _width(text: str, size: float) -> float:
 def _number(value: float, span: float = 1.0) -> str:
     """A figure with the digits that tell values apart that spread over `span`."""
     digits = int(np.clip(1 - np.floor(np.log10(max(span, 1e-9) / 2.5)), 0, 4))
-    return f"{value:.{digits}f}".replace("-", "−")
+    return f"{value:z.{digits}f}".replace("-", "−")
 
 
 def _signed(value: float, span: float = 1.0) -> str:
