@@ -3,51 +3,6 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 const ICONS = { Play: "M3 2 13 8 3 14Z", Pause: "M3 2h4v12H3ZM9 2h4v12H9Z", Step: "M2 2 9 8 2 14ZM10 2h3v12h-3Z", Stop: "M3 3h10v10H3Z" };
-const CSS = `
-.akc{--ink:var(--jp-ui-font-color1,#222);--soft:var(--jp-ui-font-color2,#616161);--line:var(--jp-border-color2,#d0d0d0);
- --paper:var(--jp-layout-color0,#fff);--panel:var(--jp-layout-color1,#fff);--shade:var(--jp-layout-color2,#f0f0f0);--brand:var(--jp-brand-color1,#0072B2);
- font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--ink);background:var(--panel);
- border:1px solid var(--line);border-radius:6px;padding:10px 14px 12px;margin:2px 0;max-width:1240px;box-sizing:border-box}
-.akc *{box-sizing:border-box}
-.akc-head{display:flex;flex-wrap:wrap;align-items:center;gap:6px 12px}
-.akc-title{font-size:15px;font-weight:600}
-.akc-state{padding:0 9px;border-radius:9px;border:1px solid currentColor;font-size:12px}
-.akc-state[data-state=running]{color:#009E73}.akc-state[data-state=paused]{color:#D55E00}
-.akc-place{color:var(--soft);font-variant-numeric:tabular-nums}
-.akc-buttons{margin-left:auto;display:flex;gap:6px}
-.akc button{font:inherit;color:var(--ink);background:var(--shade);border:1px solid var(--line);border-radius:4px;padding:3px 12px 3px 9px;
- min-height:28px;cursor:pointer;display:inline-flex;align-items:center;gap:6px}
-.akc button:hover:enabled{border-color:var(--brand)}
-.akc button:disabled,.akc input:disabled{opacity:.45;cursor:default}
-.akc :focus-visible{outline:2px solid var(--brand);outline-offset:1px}
-.akc button svg{width:12px;height:12px;fill:currentColor}
-.akc progress{appearance:none;width:100%;height:4px;border:0;margin:8px 0 4px;display:block;background:var(--shade);border-radius:2px;overflow:hidden}
-.akc progress::-webkit-progress-bar{background:var(--shade)}.akc progress::-webkit-progress-value{background:var(--brand)}
-.akc progress::-moz-progress-bar{background:var(--brand)}
-.akc-controls{display:grid;grid-template-columns:repeat(auto-fit,minmax(310px,1fr));gap:2px 28px;margin:6px 0 2px}
-.akc-control{display:grid;grid-template-columns:minmax(84px,auto) 1fr 86px;align-items:center;gap:0 10px}
-.akc-control label{font-family:var(--jp-code-font-family,monospace);font-size:12px}
-.akc-control input[type=range]{width:100%;accent-color:var(--brand);margin:6px 0}
-.akc-control input[type=number]{font:inherit;width:100%;color:var(--ink);background:var(--paper);border:1px solid var(--line);border-radius:3px;padding:1px 4px}
-.akc-wait{grid-column:2/4;font-size:11px;line-height:13px;min-height:13px;color:#D55E00}
-.akc-note{color:#D55E00;font-size:12px}.akc-note:empty{display:none}
-.akc-grid{display:grid;gap:10px 22px;margin-top:6px}
-.akc figure{margin:0;min-width:0}.akc figcaption{font-weight:600;font-size:12px}
-.akc-shares{font-size:11px;color:var(--soft);font-weight:400}
-.akc svg.akc-plot{display:block;width:100%;overflow:visible;font:11px var(--jp-ui-font-family,system-ui,sans-serif);touch-action:pan-y}
-.akc-plot text{fill:var(--soft)}.akc-plot .grid{stroke:var(--line);stroke-width:1;shape-rendering:crispEdges}
-.akc-plot .mark{stroke:var(--ink);stroke-width:1;stroke-dasharray:3 3}.akc-plot .cursor{stroke:var(--soft);stroke-width:1}
-.akc-plot .series{fill:none;stroke-width:1.8;stroke-linejoin:round}
-[data-jp-theme-light=false] .akc .series,[data-jp-theme-light=false] .akc circle,[data-jp-theme-light=false] .akc tspan:first-child{filter:brightness(1.4)}
-.akc-plot .halo{paint-order:stroke;stroke:var(--panel);stroke-width:3.5px;stroke-linejoin:round;font-weight:600;fill:var(--ink)}
-.akc-plot .marktext{fill:var(--ink);paint-order:stroke;stroke:var(--panel);stroke-width:3px;font-size:10px}
-.akc table.akc-samples{border-collapse:collapse;width:100%;margin:10px 0 0;font-size:12px;table-layout:fixed}
-.akc-samples caption{text-align:left;font-weight:600;padding-bottom:2px;color:var(--ink)}
-.akc-samples th,.akc-samples td{text-align:left;vertical-align:top;padding:3px 10px 3px 0;border-top:1px solid var(--line);
- white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;color:var(--ink);background:none}
-.akc-samples th{color:var(--soft);font-weight:600;border-top:0}.akc-samples tr>:first-child{width:38%}
-.akc-samples tr{background:none!important}
-.akc-log{color:var(--soft);font-size:11px;margin-top:8px}`;
 
 const short = (key) => key.split("/").pop();
 const number = (v) => v == null ? "–" : v === 0 ? "0" : Math.abs(v) >= 1e4 || Math.abs(v) < 1e-3 ? v.toExponential(1) : String(+v.toPrecision(3));
@@ -119,7 +74,7 @@ class Plot { // what line charts and bands share: size, x axis, marks, cursor
       const right = x + 4 + size < width, from = right ? x + 3 : x - 3 - size, row = ends.findIndex((e) => e < from);
       make(svg, "line", { class: "mark", x1: x, x2: x, y1: top - 4, y2: height - bottom });
       if (row < 0) continue; // no room: the line stays, the number is in the log
-      make(svg, "text", { class: "marktext", x: right ? x + 3 : x - 3, y: top - 6 + row * 11, "text-anchor": right ? "start" : "end" }, text);
+      make(svg, "text", { class: "marktext", x: right ? x + 3 : x - 3, y: 9 + row * 11, "text-anchor": right ? "start" : "end" }, text);
       ends[row] = from + size;
     }
     if (this.view.cursor != null) make(svg, "line", { class: "cursor", x1: this.x(this.view.cursor), x2: this.x(this.view.cursor), y1: top, y2: height - bottom });
@@ -130,9 +85,17 @@ class Chart extends Plot {
   constructor(view, parent, chart) {
     const figure = make(parent, "figure");
     make(figure, "figcaption", {}, chart.title);
-    super(view, figure, 176);
+    const legend = make(figure, "div", { class: "akc-legend" });
+    super(view, figure, 168);
     Object.assign(this, chart);
+    this.values = chart.keys.map((key, i) => {
+      const entry = make(legend, "span"), [colour, dash] = this.style(i);
+      make(make(entry, "svg", { width: 26, height: 8, "aria-hidden": "true" }), "path", { class: "series", d: "M1 4H25", stroke: colour, "stroke-dasharray": dash });
+      make(entry, "span", {}, ` ${view.label(key)} `);
+      return make(entry, "b");
+    });
   }
+  style(i) { const { lines } = this.view.config; return lines[i % lines.length]; }
   draw() {
     const { store, cursor } = this.view, series = this.keys.map((key) => store.points[key] ?? []);
     const values = series.flat().map((p) => p[1]).filter((v) => v != null);
@@ -143,11 +106,12 @@ class Chart extends Plot {
     if (low !== 0) low -= pad;
     high += pad;
     const ticks = nice(low, high, 4), digits = Math.max(0, ...ticks.map((t) => (String(t).split(".")[1] ?? "").length));
-    const room = 34 + 6.4 * Math.max(...this.view.config.charts.flatMap((c) => c.keys).map((key) => this.view.label(key).length + 5));
+    const names = this.keys.length > 1 ? this.keys.map((key) => this.view.label(key)) : [];
+    const room = 24 + 6.6 * Math.max(0, ...names.map((name) => name.length));
     this.frame(low, high, ticks, (t) => Math.abs(t) >= 1e4 || digits > 4 ? number(t) : t.toFixed(digits), room);
     const heads = [];
     series.forEach((points, i) => {
-      const { lines } = this.view.config, [colour, dash] = lines[i % lines.length];
+      const [colour, dash] = this.style(i);
       let d = "", pen = "M";
       for (const [x, v] of thin(points)) {
         if (v == null) { pen = "M"; continue; }
@@ -155,21 +119,19 @@ class Chart extends Plot {
       }
       make(this.svg, "path", { class: "series", d, stroke: colour, "stroke-dasharray": dash });
       const head = at(points, cursor ?? Infinity);
-      if (head) heads.push({ x: this.x(head[0]), y: head[1] == null ? this.height / 2 : this.y(head[1]), colour, text: `${this.view.label(this.keys[i])} ${number(head[1])}` });
+      this.values[i].textContent = head ? number(head[1]) : "";
+      if (head && head[1] != null) heads.push({ x: this.x(head[0]), y: this.y(head[1]), colour, text: names[i] ?? "" });
     });
     this.finish(true);
     heads.sort((a, b) => a.y - b.y);
-    heads.forEach((h, i) => { h.ly = Math.max(h.y - 6, this.top + 8, i ? heads[i - 1].ly + 13 : 0); });
+    heads.forEach((h, i) => { h.ly = Math.max(h.y + 4, this.top + 8, i ? heads[i - 1].ly + 13 : 0); });
     const over = (heads.at(-1)?.ly ?? 0) - (this.height - this.bottom - 4);
     for (const h of heads) {
-      const right = h.x + 10 + h.text.length * 6.4 < this.width;
       make(this.svg, "circle", { cx: h.x, cy: h.y, r: 3, fill: h.colour });
-      const label = make(this.svg, "text", { class: "halo", x: right ? h.x + 8 : h.x - 8, y: h.ly - Math.max(over, 0), "text-anchor": right ? "start" : "end" });
-      make(label, "tspan", { style: `fill:${h.colour}` }, "● ");
-      make(label, "tspan", {}, h.text);
+      if (h.x + 8 + h.text.length * 6.4 < this.width) make(this.svg, "text", { class: "halo", x: h.x + 8, y: h.ly - Math.max(over, 0) }, h.text);
     }
     if (!values.length) make(this.svg, "text", { x: this.width / 2, y: this.height / 2, "text-anchor": "middle" }, "no values yet");
-    this.svg.setAttribute("aria-label", `${this.title}. ${heads.map((h) => h.text).join(", ") || "no values yet"}`);
+    this.svg.setAttribute("aria-label", `${this.title}. ${this.keys.map((key, i) => `${this.view.label(key)} ${this.values[i].textContent}`).join(", ")}`);
   }
 }
 
@@ -210,7 +172,6 @@ class View {
   constructor(model, el, store) {
     Object.assign(this, { model, store, config: model.get("config"), cursor: null, dirty: {}, bands: {}, timers: {} });
     const root = this.root = make(el, "section", { class: "akc", "aria-label": `Training: ${this.config.title}` });
-    make(root, "style", {}, CSS);
     const head = make(root, "div", { class: "akc-head" });
     make(head, "span", { class: "akc-title" }, this.config.title);
     this.state = make(head, "span", { class: "akc-state", role: "status" });

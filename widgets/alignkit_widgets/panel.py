@@ -20,6 +20,7 @@ class Panel(anywidget.AnyWidget):
     """The view is `cockpit.js`; `config` is what never changes during a run (title, charts, controls)."""
 
     _esm = (Path(__file__).parent / "cockpit.js").read_text(encoding="utf-8")
+    _css = (Path(__file__).parent / "cockpit.css").read_text(encoding="utf-8")
     config = traitlets.Dict().tag(sync=True)
 
 

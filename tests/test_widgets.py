@@ -1,0 +1,314 @@
+"""The cockpit without a browser: its log, its controls, its ends, and what it says where nobody watches."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from types import SimpleNamespace
+
+import alignkit_widgets.session as session_module
+import nbformat
+import pytest
+from alignkit_widgets import TrainingCockpit, replay
+from alignkit_widgets.controls import Control, Controls
+from alignkit_widgets.headless import has_front_end
+from alignkit_widgets.runlog import marks_of
+
+from alignkit.records import read_metrics
+
+CHARTS = [("KL (nats)", ["kl"])]
+CONTROLS = {"kl_coef": (0.0, 1.0, 0.05, "log"), "clip_range": (0.05, 0.5, 0.2)}
+
+
+class Walk:
+    """A little run that its controls change: deterministic, and with a memory, as training has."""
+
+    def __init__(self) -> None:
+        self.at, self.seen = 0.0, []
+
+    def __call__(self, controls: dict) -> dict:
+        self.seen.append(controls)
+        self.at += controls["clip_range"] / (1 + 10 * controls["kl_coef"])
+        return {"kl": self.at}
+
+
+def cockpit(tmp_path, total=6, **options) -> TrainingCockpit:
+    options = {"controls": CONTROLS, "log": tmp_path / "ppo" / "metrics.jsonl"} | options
+    return TrainingCockpit("PPO", CHARTS, total, **options)
+
+
+def test_every_row_has_its_step_its_metrics_and_the_controls_it_ran_with(tmp_path):
+    rows = cockpit(tmp_path).run_sync(Walk())
+    assert rows == read_metrics(tmp_path / "ppo" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[2]["controls"] == {"kl_coef": 0.05, "clip_range": 0.2}
+
+
+def test_run_and_run_sync_do_the_same(tmp_path):
+    assert asyncio.run(cockpit(tmp_path).run(Walk())) == cockpit(tmp_path).run_sync(Walk())
+
+
+def test_a_step_may_be_awaited(tmp_path):
+    walk = Walk()
+
+    async def step(controls):
+        await asyncio.sleep(0)
+        return walk(controls)
+
+    assert asyncio.run(cockpit(tmp_path).run(step)) == cockpit(tmp_path).run_sync(Walk())
+
+
+def steered(tmp_path, messages: dict[int, list[dict]]):
+    """A run of ten iterations in which `messages` arrive before the iterations that they are listed under."""
+    one, walk = cockpit(tmp_path, total=10), Walk()
+    opened = one.open
+
+    def open_and_script(*arguments, **options):
+        remote = opened(*arguments, **options)
+        turn = remote.turn
+
+        async def scripted_turn():
+            for message in messages.get(len(walk.seen) + 1, []):
+                remote.receive(message)
+            return await turn()
+
+        remote.turn = scripted_turn
+        return remote
+
+    one.open = open_and_script
+    return one, walk, asyncio.run(one.run(walk))
+
+
+def test_a_change_takes_effect_at_the_next_iteration_and_the_log_replays_the_run(tmp_path):
+    changes = {
+        4: [{"type": "set", "name": "kl_coef", "value": 0.1}],
+        7: [{"type": "set", "name": "kl_coef", "value": 0}],
+    }
+    one, _, rows = steered(tmp_path, changes)
+    assert [row["controls"]["kl_coef"] for row in rows] == [0.05] * 3 + [0.1] * 3 + [0.0] * 4
+    assert one.session.marks == marks_of(rows)
+    assert [(m["step"], m["old"], m["new"]) for m in one.session.marks] == [(4, 0.05, 0.1), (7, 0.1, 0.0)]
+    unsteered = cockpit(tmp_path, total=10, log=None).run_sync(Walk())
+    assert unsteered != rows
+    again = cockpit(tmp_path, total=10, log=tmp_path / "again.jsonl")
+    assert asyncio.run(again.run(Walk(), replay=replay(tmp_path / "ppo" / "metrics.jsonl"))) == rows
+
+
+def test_stop_ends_the_run_and_keeps_it(tmp_path):
+    one, walk, rows = steered(tmp_path, {4: [{"type": "stop"}]})
+    assert len(walk.seen) == len(rows) == 3 and one.session.state == "stopped"
+
+
+def test_pause_step_and_play(tmp_path):
+    async def press(remote):
+        for message in ({"type": "step"}, {"type": "alive"}, {"type": "step"}, {"type": "play"}):
+            for _ in range(50):
+                await asyncio.sleep(0)
+            states.append((len(walk.seen), remote.session.state))
+            remote.receive(message)
+
+    one, walk, states = cockpit(tmp_path), Walk(), []
+
+    async def run():
+        opened = one.open
+        one.open = lambda *a, **o: opened(*a, **o)
+
+        def first(controls):
+            if not walk.seen:
+                remote.receive({"type": "pause"})
+                tasks.append(asyncio.get_running_loop().create_task(press(remote)))
+            return walk(controls)
+
+        tasks = []
+        remote = one.open("control")
+        one.open = lambda *a, **o: remote
+        return await one.run(first)
+
+    rows = asyncio.run(run())
+    assert states == [(1, "paused"), (2, "paused"), (2, "paused"), (3, "paused")]
+    assert len(rows) == 6 and one.session.state == "finished"
+
+
+def test_a_paused_run_whose_page_is_gone_goes_on(tmp_path):
+    one = cockpit(tmp_path, patience=0.1)
+    remote = one.open("control")
+    one.open = lambda *a, **o: remote
+    remote.receive({"type": "pause"})
+    assert len(asyncio.run(one.run(Walk()))) == 6
+    assert "was gone" in remote.session.note
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {},
+        {"type": 3},
+        {"type": "set"},
+        {"type": "set", "name": "kl_coef", "value": "0.1"},
+        {"type": "set", "name": "kl_coef", "value": math.nan},
+        {"type": "set", "name": "kl_coef", "value": True},
+        {"type": "set", "name": "sampler", "value": 1},
+        {"type": "set", "name": ["kl_coef"], "value": 1},
+    ],
+)
+def test_a_message_that_makes_no_sense_changes_nothing(tmp_path, message):
+    _, _, rows = steered(tmp_path, {4: [message]})
+    assert rows == cockpit(tmp_path, total=10).run_sync(Walk())
+
+
+def test_a_value_outside_the_range_is_cut_to_it():
+    controls = Controls(CONTROLS)
+    controls.ask("kl_coef", 7)
+    assert controls.take() == {"kl_coef": (0.05, 1.0)} and controls.values["kl_coef"] == 1.0
+    controls.ask("kl_coef", 1.0)
+    assert controls.take() == {}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, asyncio.CancelledError])
+@pytest.mark.parametrize("way", ["run", "run_sync"])
+def test_an_end_by_exception_leaves_a_whole_log(tmp_path, error, way):
+    walk, one = Walk(), cockpit(tmp_path)
+
+    def step(controls):
+        if len(walk.seen) == 3:
+            raise error("in the middle")
+        return walk(controls)
+
+    with pytest.raises(error):
+        asyncio.run(one.run(step)) if way == "run" else one.run_sync(step)
+    assert [row["step"] for row in read_metrics(tmp_path / "ppo" / "metrics.jsonl")] == [1, 2, 3]
+    assert one.session.state == ("failed" if error is RuntimeError else "interrupted")
+
+
+def test_stop_iteration_ends_a_run_early(tmp_path):
+    logged = iter([{"kl": 0.1}, {"kl": 0.2}])
+    assert len(cockpit(tmp_path).run_sync(lambda controls: next(logged))) == 2
+    logged = iter([{"kl": 0.1}, {"kl": 0.2}])
+    assert len(asyncio.run(cockpit(tmp_path).run(lambda controls: next(logged)))) == 2
+
+
+def test_a_run_that_goes_on_keeps_the_rows_and_the_controls_up_to_there(tmp_path):
+    whole = steered(tmp_path, {2: [{"type": "set", "name": "kl_coef", "value": 0.3}]})[2]
+    walk = Walk()
+    for row in whole[:4]:
+        walk(row["controls"])
+    assert cockpit(tmp_path, total=10).run_sync(walk, start=4) == whole
+    assert read_metrics(tmp_path / "ppo" / "metrics.jsonl") == whole
+    assert len(cockpit(tmp_path, total=2).run_sync(Walk())) == 2, "a new run begins a new log"
+    assert len(read_metrics(tmp_path / "ppo" / "metrics.jsonl")) == 2
+
+
+def test_what_json_has_no_word_for_is_null_and_said(tmp_path):
+    one = cockpit(tmp_path, total=1)
+    one.run_sync(lambda controls: {"kl": math.nan})
+    text = (tmp_path / "ppo" / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["kl"] is None
+    assert one.session.note == "kl is nan at iteration 1"
+
+
+def test_a_metric_that_is_no_number_is_refused_by_name(tmp_path):
+    with pytest.raises(TypeError, match=r"metric 'kl' is \[1\] \(list\), expected a number"):
+        cockpit(tmp_path).run_sync(lambda controls: {"kl": [1]})
+
+
+def test_a_chart_that_nothing_fills_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match=r"charts name \['kl'\], which the run did not report; it reported \['loss'\]"):
+        cockpit(tmp_path).run_sync(lambda controls: {"loss": 1.0})
+
+
+@pytest.mark.parametrize(
+    "spec", [(0.0, 1.0), 0.5, (0.0, 1.0, 2.0), (1.0, 0.0, 0.5), (0, 1, math.nan), (-1, 1, 0, "log")]
+)
+def test_a_bad_control_is_refused_by_name(tmp_path, spec):
+    with pytest.raises(ValueError, match=r"controls\['kl_coef'\]"):
+        cockpit(tmp_path, controls={"kl_coef": spec})
+
+
+@pytest.mark.parametrize("spec", [(0.0, 1.0, 0.05), (0.0, 1.0, 0.05, "log"), (1e-6, 1e-2, 3.3e-4, "log"), (0, 7, 7)])
+def test_a_slider_reaches_both_ends_and_the_start(spec):
+    control = Control.parse("x", spec)
+    stops = control.stops()
+    assert stops == sorted(set(stops)) and len(stops) > 60
+    assert stops[0] == control.low and stops[-1] == control.high and control.start in stops
+
+
+def test_bad_arguments_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="total is 0"):
+        cockpit(tmp_path, total=0)
+    with pytest.raises(ValueError, match="total is None"):
+        cockpit(tmp_path, total=None).run_sync(Walk())
+    with pytest.raises(ValueError, match="chart 'KL' has the metrics 'kl'"):
+        TrainingCockpit("PPO", [("KL", "kl")], 3)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        cockpit(tmp_path).picture()
+    with pytest.raises(ValueError, match="no row with 'controls'"):
+        cockpit(tmp_path, controls=None).run_sync(lambda controls: {"kl": 1.0})
+        replay(tmp_path / "ppo" / "metrics.jsonl")
+
+
+def test_without_a_front_end_the_run_says_a_line_and_shows_no_widget(tmp_path, capsys):
+    assert not has_front_end()
+    one = cockpit(tmp_path)
+    one.run_sync(Walk())
+    assert capsys.readouterr().out == "PPO: iteration 6 of 6, finished after 0:00 | kl 0.8\n"
+    assert one.session.feed.panel is None
+
+
+@pytest.mark.parametrize(("said", "kernel", "stdin", "there"), [
+    ("", True, True, True), ("", True, False, False), ("", False, True, False),
+    ("1", True, True, False), ("0", True, False, True), ("0", False, False, True),
+])  # fmt: skip
+def test_who_is_watching(monkeypatch, said, kernel, stdin, there):
+    shell = SimpleNamespace(kernel=SimpleNamespace(_allow_stdin=stdin)) if kernel else None
+    monkeypatch.setattr("alignkit_widgets.headless._shell", lambda: shell)
+    monkeypatch.setenv("ALIGNKIT_HEADLESS", said)
+    assert has_front_end() == there
+
+
+def test_the_picture_can_be_drawn_again_from_the_log(tmp_path):
+    one, _, _ = steered(tmp_path, {4: [{"type": "set", "name": "kl_coef", "value": 0.1}]})
+    for of in (one, cockpit(tmp_path)):
+        png, metadata = of.picture()
+        assert png.startswith(b"\x89PNG") and len(png) < 200_000
+        assert "KL (nats)" in metadata["alt"] and metadata["width"] > 200
+
+
+def test_a_picture_that_fails_does_not_cost_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(session_module, "in_kernel", lambda: True)
+    monkeypatch.setattr("alignkit_widgets.picture.draw_run", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="could not be drawn: ZeroDivisionError"):
+        assert len(cockpit(tmp_path).run_sync(Walk())) == 6
+
+
+def test_a_trainers_log_becomes_rows(tmp_path):
+    one = cockpit(tmp_path, total=None, controls=None)
+    callback, state = one.callback(), SimpleNamespace(max_steps=3, global_step=0)
+    callback.on_train_begin(None, state, None)
+    for state.global_step in (1, 2, 3):
+        callback.on_log(None, state, None, logs={"kl": 1.0 * state.global_step, "text": "no number"})
+    callback.on_log(None, state, None, logs={"train_runtime": 1.0})
+    callback.on_train_end(None, state, None)
+    assert one.rows == [{"step": i, "kl": 1.0 * i} for i in (1, 2, 3)] == read_metrics(one.log)
+    assert one.session.status()["place"].startswith("step 3 of 3, finished")
+
+
+@pytest.mark.slow
+def test_a_notebook_without_a_front_end_keeps_a_picture_and_no_widget(tmp_path, monkeypatch):
+    """As papermill and nbconvert run it; the environment does not say that nobody is there."""
+    from nbclient import NotebookClient
+
+    monkeypatch.delenv("ALIGNKIT_HEADLESS", raising=False)
+    source = (
+        "from alignkit_widgets import TrainingCockpit\n"
+        "one = TrainingCockpit('PPO', [('KL (nats)', ['kl'])], 5, controls={'kl_coef': (0, 1, 0.1)}, log='m.jsonl')\n"
+        "rows = await one.run(lambda controls: {'kl': controls['kl_coef'], 'samples': [('a?', '\\x1b[31mb')]})"
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert "widgets" not in notebook.metadata
+    text, picture, samples = notebook.cells[0].outputs
+    assert "iteration 5 of 5, finished" in text["text"]
+    assert set(picture["data"]) == {"image/png", "text/plain"}
+    assert "␛[31mb" in samples["text"]
+    assert len(read_metrics(tmp_path / "m.jsonl")) == 5
