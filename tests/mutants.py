@@ -1,0 +1,361 @@
+"""Break the package on purpose, one place at a time, and see that a test notices: `make mutants`.
+
+Each mutant is a mistake that somebody has made, or could make, and the one quick test that has to fail for it. A mutant
+that survives is a hole in the tests. Every one runs in a copy of the package, so the working tree is never touched.
+
+    python -m tests.mutants              all of them (first, that all the tests pass as long as nothing is broken)
+    python -m tests.mutants dpo.py gae   those whose file or reason contains one of the words
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 300  # seconds for one mutant
+PROCESSES = multiprocessing.get_context("forkserver")  # what is imported there, every mutant has at once
+PROCESSES.set_forkserver_preload(["pytest", "numpy", "torch.optim", "transformers.models.phi.modeling_phi", "peft"])
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """In alignkit/`file`, `old` (found exactly once, whatever the white space) becomes `new`; `test` has to fail."""
+
+    file: str
+    old: str
+    new: str
+    reason: str
+    test: str
+
+
+MUTANTS = [
+    # tokens and KL
+    Mutant("tokens.py", "kept = torch.where(mask, values, 0.0)", "kept = values", "padding counts in a masked mean",
+           "test_tokens.py::test_what_lies_outside_the_mask_never_counts"),
+    Mutant("tokens.py", "return kept.sum() / mask.sum().clamp(min=1)", "return kept.mean()",
+           "a masked mean divides by the padding too", "test_tokens.py::test_what_lies_outside_the_mask_never_counts"),
+    Mutant("tokens.py", "centred = torch.where(mask, values - mean, 0.0)", "centred = values - mean",
+           "whitening without the mask", "test_tokens.py::test_whitened_values_have_mean_0_and_variance_1"),
+    Mutant("tokens.py", "return scaled if shift_mean else", "return scaled if not shift_mean else",
+           "whitening's flag inverted (torchtune)", "test_tokens.py::test_whitened_values_have_mean_0_and_variance_1"),
+    Mutant("tokens.py", "return torch.where(response_mask, logprobs, 0.0).sum(-1)", "return logprobs.sum(-1)",
+           "log-probs of padding in a response's", "test_tokens.py::test_what_lies_outside_the_mask_never_counts"),
+    Mutant("tokens.py", "-torch.where(logprobs > -80", "torch.where(logprobs > -80", "sign of the entropy",
+           "test_tokens.py::test_entropy_of_a_uniform_choice_is_log_n_also_with_impossible_tokens"),
+    Mutant("kl.py", "return logprobs - ref_logprobs", "return ref_logprobs - logprobs", "k1 with its arguments swapped",
+           "test_tokens.py::test_k1_and_k3_are_unbiased_for_samples_of_the_first_argument_and_k2_is_not"),
+    Mutant("kl.py", "log_ratio = ref_logprobs - logprobs", "log_ratio = logprobs - ref_logprobs",
+           "k3 with its arguments swapped (rlhf-book)",
+           "test_tokens.py::test_k1_and_k3_are_unbiased_for_samples_of_the_first_argument_and_k2_is_not"),
+    Mutant("kl.py", "torch.expm1(log_ratio) - log_ratio", "torch.exp(log_ratio) - 1 - log_ratio",
+           "k3 that rounds below 0", "test_tokens.py::test_k3_is_never_negative_not_even_where_float32_rounds"),
+    # PPO
+    Mutant("ppo.py", "-kl_coef * k1(logprobs, ref_logprobs)", "kl_coef * k1(logprobs, ref_logprobs)",
+           "KL is rewarded instead of charged",
+           "test_ppo.py::test_token_rewards_charge_kl_everywhere_and_add_the_score_once_at_the_last_token"),
+    Mutant("ppo.py", "last = (response_mask.sum(1) - 1).clamp(min=0)",
+           "last = response_mask.sum(1).clamp(max=response_mask.shape[1] - 1)",
+           "the score in the slot after the last token (TRL)",
+           "test_ppo.py::test_token_rewards_charge_kl_everywhere_and_add_the_score_once_at_the_last_token"),
+    Mutant("ppo.py", "next_value = values[:, t + 1] if", "next_value = values[:, t] if",
+           "GAE looks at the same value twice",
+           "test_ppo.py::test_gae_equals_its_definition_on_ragged_responses"),
+    Mutant("ppo.py", "following = torch.where(response_mask[:, t], delta + gamma * gae_lambda * following, 0.0)",
+           "following = delta + gamma * following", "GAE without lambda and mask",
+           "test_ppo.py::test_gae_equals_its_definition_on_ragged_responses"),
+    Mutant("ppo.py", "return advantages, advantages + values", "return advantages, advantages",
+           "returns without the values", "test_ppo.py::test_gae_equals_its_definition_on_ragged_responses"),
+    Mutant("ppo.py", "-torch.minimum(ratio", "-torch.maximum(ratio", "max for min in the surrogate",
+           "test_ppo.py::test_policy_loss_equals_a_slow_reference_and_its_gradient_is_zero_exactly_where_clipped"),
+    Mutant("ppo.py", "return -torch.minimum(ratio", "return torch.minimum(ratio", "sign of the surrogate",
+           "test_ppo.py::test_policy_loss_at_ratio_1_has_the_policy_gradient"),
+    Mutant("ppo.py", "ratio.clamp(1 - clip_range, 1 + clip_range)", "ratio.clamp(max=1 + clip_range)",
+           "clipped on one side only",
+           "test_ppo.py::test_policy_loss_equals_a_slow_reference_and_its_gradient_is_zero_exactly_where_clipped"),
+    Mutant("ppo.py", "((ratio > 1 + clip_range) & (advantages > 0))", "((ratio > 1 + clip_range) & (advantages < 0))",
+           "the clip fraction counts the wrong side",
+           "test_ppo.py::test_policy_loss_equals_a_slow_reference_and_its_gradient_is_zero_exactly_where_clipped"),
+    Mutant("ppo.py", "0.5 * torch.maximum((values - returns)", "0.5 * torch.minimum((values - returns)",
+           "min for max in the value loss", "test_ppo.py::test_value_loss_equals_a_slow_reference"),
+    Mutant("ppo.py", "kl_coef * (1 + min(", "kl_coef * (1 - min(", "the adaptive coefficient runs away",
+           "test_ppo.py::test_the_adaptive_controller_is_zieglers"),
+    Mutant("ppo.py", "token_values(critic, ids, attention, length + 1)[:, :-1]",
+           "token_values(critic, ids, attention, length)", "the critic reads one position late",
+           "test_ppo_step.py::test_an_iteration_hands_its_steps_the_numbers_of_a_slow_reference"),
+    Mutant("ppo.py", "config.missing_eos_penalty * (~rollout", "2 * config.missing_eos_penalty * (~rollout",
+           "the missing-EOS penalty charged twice",
+           "test_ppo.py::test_missing_eos_penalty_is_charged_once_and_only_without_eos"),
+    Mutant("ppo.py", "* (~rollout.finished)", "* (rollout.finished)", "EOS is punished",
+           "test_ppo.py::test_missing_eos_penalty_is_charged_once_and_only_without_eos"),
+    Mutant("ppo.py", "rewards = whiten(rewards, mask, shift_mean=False)", "rewards = whiten(rewards, mask)",
+           "whitened rewards lose their mean",
+           "test_ppo_step.py::test_an_iteration_hands_its_steps_the_numbers_of_a_slow_reference"),
+    Mutant("ppo.py", "advantages = whiten(advantages, mask)", "returns = whiten(returns, mask)",
+           "the returns whitened instead of the advantages",
+           "test_ppo.py::test_gamma_and_lambda_and_whitening_reach_the_advantages"),
+    Mutant("ppo.py", "logits = response_logits(state.policy, rollout, config.temperature) old_logprobs",
+           "logits = response_logits(state.policy, rollout)\n        old_logprobs", "temperature in the sampler only",
+           "test_ppo.py::test_temperature_is_that_of_sampling_and_of_scoring"),
+    Mutant("ppo.py", "logits = response_logits(state.policy, rollout, config.temperature) logprobs",
+           "logits = response_logits(state.policy, rollout)\n    logprobs", "no temperature in the step",
+           "test_ppo_step.py::test_the_first_minibatch_of_a_warmed_or_cooled_policy_has_ratio_1"),
+    Mutant("ppo.py", "ref_logits = response_logits(state.ref_policy, rollout, config.temperature)",
+           "ref_logits = response_logits(state.ref_policy, rollout)", "the reference is read at another temperature",
+           "test_ppo_step.py::test_an_iteration_hands_its_steps_the_numbers_of_a_slow_reference"),
+    Mutant("ppo.py", "loss - config.entropy_coef", "loss + config.entropy_coef", "sign of the entropy bonus",
+           "test_ppo_step.py::test_a_step_is_that_of_a_slow_loop_over_tokens"),
+    Mutant("ppo.py", "loss = loss + config.ptx_coef * ptx", "loss = loss - config.ptx_coef * ptx", "sign of ptx",
+           "test_ppo_step.py::test_a_step_is_that_of_a_slow_loop_over_tokens"),
+    Mutant("ppo.py", "advantages, config.clip_range), mask)", "advantages, config.clip_range), mask | True)",
+           "the surrogate averaged over padding",
+           "test_ppo_step.py::test_padding_a_minibatch_changes_neither_weights_nor_measurements"),
+    Mutant("ppo.py", "if not torch.isfinite(norm + critic_norm + loss + critic_loss)", "if False", "steps into NaN",
+           "test_ppo.py::test_a_loss_that_is_not_finite_leaves_the_weights"),
+    Mutant("ppo.py", "if gap > tolerance", "if False", "a wrong reference goes unseen",
+           "test_ppo.py::test_a_wrong_reference_stops_the_run_and_says_so"),
+    Mutant("ppo.py", "which = torch.arange(n) % len(strata)", "which = torch.zeros(n, dtype=torch.long)",
+           "prompts from the first class only", "test_ppo.py::test_prompts_are_drawn_evenly_from_the_strata"),
+    # DPO
+    Mutant("dpo.py", "- implicit_reward(policy_rejected_logps", "+ implicit_reward(policy_rejected_logps",
+           "sign of the margin", "test_dpo.py::test_what_depends_on_the_prompt_alone_cancels"),
+    Mutant("dpo.py", "return beta * (logps - ref_logps)", "return beta * logps", "the reference ignored",
+           "test_dpo.py::test_each_loss_equals_a_slow_reference"),
+    Mutant("dpo.py", "refs = (pairs.ref_chosen_logps, pairs.ref_rejected_logps)",
+           "refs = (pairs.ref_rejected_logps, pairs.ref_chosen_logps)", "the reference's log-probs swapped",
+           "test_dpo.py::test_statistics_are_of_before_the_step_and_make_sense"),
+    Mutant("dpo.py", "return -(1 - label_smoothing) * F.logsigmoid(margin)", "return -F.logsigmoid(margin)",
+           "cDPO without (1 − ε)",
+           "test_dpo.py::test_cdpo_is_at_rest_where_sigma_of_the_margin_is_one_minus_epsilon"),
+    Mutant("dpo.py", "(margin / beta - 1 / (2 * beta))", "(margin / beta + 1 / (2 * beta))", "sign of IPO's target",
+           "test_dpo.py::test_ipo_is_least_where_the_log_ratio_gap_is_one_over_two_beta"),
+    Mutant("dpo.py", "(margin / beta - 1 / (2 * beta))", "(margin - 1 / (2 * beta))", "β twice in IPO",
+           "test_dpo.py::test_ipo_is_least_where_the_log_ratio_gap_is_one_over_two_beta"),
+    Mutant("dpo.py", "return (1 - margin).relu()", "return (-margin).relu()", "hinge without its margin",
+           "test_dpo.py::test_the_loss_at_margin_0_has_a_known_value"),
+    Mutant("dpo.py", "[*ids, tokenizer.eos_token_id][:max_new_tokens]",
+           "[*ids[: max_new_tokens - 1], tokenizer.eos_token_id]",
+           "EOS after a response that was cut", "test_dpo.py::test_eos_ends_a_response_if_it_fits"),
+    Mutant("dpo.py", "if step == 1 and starts_at_reference", "if False", "a wrong start goes unseen",
+           "test_dpo.py::test_a_reference_that_is_not_the_start_stops_the_run_only_if_it_should_be"),
+    Mutant("dpo.py", "torch.isfinite(norm + loss)", "torch.isfinite(norm)", "an infinite loss goes unseen",
+           "test_dpo.py::test_a_loss_that_is_not_finite_leaves_the_weights"),
+    Mutant("dpo.py", "min(step / warmup_steps, 1.0)", "min((step - 1) / warmup_steps, 1.0)", "a first step of 0",
+           "test_dpo.py::test_warmup_rises_linearly_over_its_share_of_the_steps"),
+    Mutant("dpo.py", "shifts = [float((own - ref).mean())", "shifts = [float((ref - own).mean())", "sign of the shifts",
+           "test_dpo.py::test_statistics_are_of_before_the_step_and_make_sense"),
+    # SFT
+    Mutant("sft.py", "mask = [0] * len(prompt)", "mask = [1] * len(prompt)", "the prompt is a label",
+           "test_sft.py::test_the_prompt_is_no_label"),
+    Mutant("sft.py", "[1] * (len(completion) + 1)", "[1] * len(completion) + [0]", "EOS is no label",
+           "test_sft.py::test_the_prompt_is_no_label"),
+    # the sampler
+    Mutant("sampling.py", "token, logprob = _inverse_cdf(scaled, uniform)",
+           "kept = scaled.topk(min(50, scaled.shape[1])).indices\n"
+           "        scaled = torch.full_like(scaled, -torch.inf).scatter(1, kept, scaled.gather(1, kept))\n"
+           "        token, logprob = _inverse_cdf(scaled, uniform)", "top-k in the sampler",
+           "test_sampling.py::test_there_is_no_hidden_top_k"),
+    Mutant("sampling.py", "output.logits[:, -1].float() / temperature", "output.logits[:, -1].float()",
+           "temperature ignored",
+           "test_sampling.py::test_temperature_divides_the_logits_of_sampling_and_of_the_log_probs"),
+    Mutant("sampling.py", "alive = alive & (token != eos_token_id)", "alive = alive & True", "nothing ends at EOS",
+           "test_sampling.py::test_a_response_ends_with_eos_and_only_padding_follows"),
+    Mutant("sampling.py", "logprobs.append(torch.where(alive, logprob, 0.0))", "logprobs.append(logprob)",
+           "log-probs in the padding", "test_sampling.py::test_a_response_ends_with_eos_and_only_padding_follows"),
+    Mutant("sampling.py", "positions = positions[:, -1:] + 1", "positions = positions[:, -1:]",
+           "every sampled token at one position",
+           "test_sampling.py::test_the_sampler_s_log_probs_are_those_of_a_full_forward_pass"),
+    Mutant("sampling.py", "uniform * cumulative[:, -1:], right=True", "uniform * cumulative[:, -1:], right=False",
+           "a uniform of 0 draws an impossible token",
+           "test_sampling.py::test_a_token_of_probability_0_is_never_drawn_not_even_at_the_edges_of_the_uniform"),
+    Mutant("sampling.py", "if not torch.isfinite(logprobs).any(-1).all()", "if False", "NaN is sampled from",
+           "test_sampling.py::test_weights_that_are_nan_are_refused"),
+    Mutant("sampling.py", ".logits[:, -length - 1 : -1]", ".logits[:, -length:]", "logits of the token itself",
+           "test_sampling.py::test_the_sampler_s_log_probs_are_those_of_a_full_forward_pass"),
+    Mutant("sampling.py", "return logits if temperature == 1.0 else logits / temperature", "return logits",
+           "scoring without the temperature",
+           "test_sampling.py::test_response_logits_at_a_temperature_are_divided_by_it"),
+    Mutant("sampling.py", "finished = torch.tensor([bool(row) and row[-1] == eos_token_id for row in responses])",
+           "finished = torch.tensor([True for row in responses])", "what was cut counts as finished",
+           "test_sampling.py::test_prompts_are_padded_on_the_left_and_responses_on_the_right"),
+    Mutant("data.py", "split_special_tokens=not chat", "split_special_tokens=False", "special tokens become real",
+           "test_sampling.py::test_special_tokens_written_in_a_prompt_stay_text"),
+    # models
+    Mutant("models.py", "(attention_mask.long().cumsum(-1) - 1)",
+           "(torch.ones_like(attention_mask).long().cumsum(-1) - 1)", "positions count the padding",
+           "test_models.py::test_positions_count_real_tokens"),
+    Mutant("models.py", "if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id",
+           "if tokenizer.pad_token_id is None", "padding is EOS",
+           "test_models.py::test_a_model_whose_padding_is_missing_or_eos_gets_another"),
+    Mutant("models.py", "if _has_adapter(policy) and all(", "if _has_adapter(policy) or all(",
+           "the reference of a trained adapter is the base (LLaMA-Factory)",
+           "test_models.py::test_a_trained_adapter_s_reference_is_the_policy_of_that_moment_not_the_base"),
+    Mutant("models.py", "return copy.deepcopy(merged(model)).eval()", "return merged(model).eval()",
+           "the frozen copy is the model itself",
+           "test_models.py::test_a_frozen_copy_shares_nothing_and_cannot_be_trained"),
+    Mutant("models.py", "policy.lm_head.bias.fill_(NEVER)", "policy.lm_head.bias.fill_(-3.0)",
+           "the tiny policy can say other words",
+           "test_models.py::test_the_support_is_eleven_sentences_and_eos_and_stays_so"),
+    Mutant("models.py", "use_safetensors=True", "use_safetensors=None", "pickles are opened",
+           "test_models.py::test_a_folder_with_only_a_pickle_is_refused_and_not_opened"),
+    Mutant("models.py", "if lacking:", "if False:", "a missing head is invented",
+           "test_models.py::test_a_policy_is_not_a_reward_model_nor_the_other_way_round"),
+    Mutant("models.py", "module.p = 0.0", "pass", "dropout stays on", "test_models.py::test_dropout_is_off"),
+    # the reward model
+    Mutant("reward.py", "return [[*prompt, *response, tokenizer.eos_token_id] for", "return [[*prompt, *response] for",
+           "responses scored without EOS", "test_reward.py::test_a_score_is_what_hugging_face_s_classifier_says"),
+    Mutant("reward.py", "mask.sum(1, keepdim=True) - 1", "mask.sum(1, keepdim=True) - 2",
+           "the reward read one token early (pad = EOS)",
+           "test_reward.py::test_the_score_is_read_at_eos_even_where_padding_is_eos"),
+    Mutant("reward.py", "return (self.raw(prompts, responses) - self.mean) / self.std",
+           "return self.raw(prompts, responses) - self.mean", "scores not scaled",
+           "test_reward.py::test_normalised_scores_have_mean_0_and_standard_deviation_1"),
+    Mutant("reward.py", 'abs(row["accuracy"] - row["confidence"])', '(row["confidence"] - row["accuracy"])',
+           "calibration errors cancel", "test_reward.py::test_calibration_error_equals_a_slow_sum"),
+    Mutant("reward.py", "float(np.maximum(chance, 1 - chance).mean())", "float(chance.mean())",
+           "the ceiling counts lost labels as won", "test_reward.py::test_the_report_equals_slow_numbers"),
+    # the world
+    Mutant("world.py", "(1 - 2 * annotator.flips) * clean + annotator.flips", "(1 - 2 * annotator.flips) * clean",
+           "flipped labels lean one way",
+           "test_world.py::test_preference_is_a_probability_whose_two_sides_add_up_to_1"),
+    Mutant("world.py", "_sigmoid(annotator.sharpness * sum(deltas))", "_sigmoid(-annotator.sharpness * sum(deltas))",
+           "the annotator prefers the worse",
+           "test_world.py::test_the_default_annotator_is_bradley_terry_on_gold_and_two_biases"),
+    Mutant("world.py", "wins = draws[i] < chance", "wins = draws[i] > chance", "chosen and rejected swapped",
+           "test_world.py::test_preference_pairs_follow_the_probability_and_the_noise_dial"),
+    Mutant("world.py", "helpful = (2.0 * right - 0.8 * wrong", "helpful = (2.0 * right + 0.8 * wrong",
+           "gold likes wrong answers", "test_world.py::test_gold_equals_the_slow_table_for_every_short_response"),
+    Mutant("world.py", '- 3.0 * has["UNSAFE"]', '+ 3.0 * has["UNSAFE"]', "gold likes what is unsafe",
+           "test_world.py::test_gold_scores_takes_texts_and_refuses_what_it_does_not_know"),
+    Mutant("world.py", "answers[thing], key in held_out)", "answers[thing], key in held_out and template > 0)",
+           "a held-out question is trained on in other words",
+           "test_world.py::test_train_and_held_out_prompts_share_neither_text_nor_key"),
+    # the exact truth
+    Mutant("exact.py", "ref_logps + rewards / beta", "ref_logps - rewards / beta", "sign of the optimum",
+           "test_exact.py::test_the_optimum_is_better_than_its_neighbours"),
+    Mutant("exact.py", "(ordered.diff(dim=1) > _rounding(rewards))", "(ordered.diff(dim=1) >= 0)",
+           "best-of-n breaks ties by their order", "test_exact.py::test_best_of_n_in_closed_form_with_ties"),
+    Mutant("exact.py", "return math.log(n) - (n - 1) / n", "return math.log(n) - 1", "the bound on best-of-n's KL",
+           "test_exact.py::test_best_of_n_sums_to_one_and_its_kl_is_bounded"),
+    # evaluation, checkpoints, report
+    Mutant("evaluate.py", "np.unique(self.set.keys, return_index=True, return_inverse=True)",
+           "np.unique(np.arange(len(self.set.keys)), return_index=True, return_inverse=True)",
+           "the bootstrap draws prompts instead of keys",
+           "test_evaluate.py::test_an_evaluation_draws_keys_within_their_kind"),
+    Mutant("intervals.py", "draws = self._ratios(*second) - self._ratios(*first)",
+           "draws = self._ratios(*second) - self._ratios(*first)[:, ::-1]", "differences that are not paired",
+           "test_evaluate.py::test_paired_differences_cover_and_are_narrower_than_unpaired"),
+    Mutant("relay.py", 'elif _sha256(path) != expected["sha256"]', "elif False", "the hashes are not compared",
+           "test_relay.py::test_one_flipped_bit_in_any_file_is_seen_and_named"),
+    Mutant("relay.py", "sound = manifest.to_bytes() == written and manifest.files", "sound = manifest.files",
+           "a manifest may be rewritten", "test_relay.py::test_one_flipped_bit_in_any_file_is_seen_and_named"),
+    Mutant("relay.py", 'problems[name] = "was added after freezing"', "pass", "files may be added after freezing",
+           "test_relay.py::test_truncation_deletion_and_additions_are_seen_and_named"),
+    Mutant("page.py", "return html.escape(visible(value, limit), quote=True)", "return visible(value, limit)",
+           "model text is HTML in the report", "test_report.py::test_hostile_text_is_only_ever_text"),
+]
+
+
+def places(source: str, old: str) -> list[re.Match]:
+    """Where `old` is in `source`, however it is wrapped."""
+    tokens = re.findall(r"\w+|[^\w\s]", old)
+    pattern = re.escape(tokens[0])
+    for before, token in itertools.pairwise(tokens):
+        pattern += (r"\s+" if re.fullmatch(r"\w\w", before[-1] + token[0]) else r"\s*") + re.escape(token)
+    return list(re.finditer(pattern, source))
+
+
+def copy_package(folder: str) -> Path:
+    """A copy of what the tests need."""
+    ignore = shutil.ignore_patterns("__pycache__", "browser")
+    for name in ("alignkit", "tests", "notebooks"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, Path(folder) / name, ignore=ignore)
+    shutil.copy2(ROOT / "pyproject.toml", folder)
+    return Path(folder)
+
+
+def run_tests(folder: Path, tests: list[str]) -> tuple[int | None, str]:
+    """pytest's exit status, None if it took too long, and what it said; in a process of its own."""
+    process = PROCESSES.Process(target=_pytest, args=(str(folder), tests))
+    process.start()
+    process.join(TIMEOUT)
+    if process.exitcode is None:
+        process.kill()
+        return None, f"no end after {TIMEOUT} s"
+    return process.exitcode, (folder / "said").read_text(errors="replace")
+
+
+def _pytest(folder: str, tests: list[str]) -> None:
+    os.chdir(folder)
+    said = os.open("said", os.O_WRONLY | os.O_CREAT)
+    os.dup2(said, 1), os.dup2(said, 2)
+    sys.path.insert(0, folder)
+    sys.dont_write_bytecode = True
+    os.environ["PYTHONPATH"] = folder
+    import pytest
+
+    status = pytest.main(["-xq", "--no-header", "-p", "no:cacheprovider", "--tb=line", "--basetemp", "tmp", *tests])
+    import alignkit
+
+    if not alignkit.__file__.startswith(os.path.realpath(folder)):
+        print(f"the tests ran on {alignkit.__file__}")
+        status = 99
+    sys.exit(int(status))
+
+
+def attempt(mutant: Mutant) -> tuple[str, str]:
+    """What became of a mutant, "killed", "SURVIVED" or "BROKEN", and why if it is not killed."""
+    with tempfile.TemporaryDirectory(prefix="mutant-") as temporary:
+        folder = copy_package(temporary)
+        path = folder / "alignkit" / mutant.file
+        source = path.read_text(encoding="utf-8")
+        found = places(source, mutant.old)
+        if len(found) != 1:
+            return "BROKEN", f"{mutant.old!r} is in alignkit/{mutant.file} {len(found)} times, expected once"
+        path.write_text(source[: found[0].start()] + mutant.new + source[found[0].end() :], encoding="utf-8")
+        status, said = run_tests(folder, [f"tests/{mutant.test}"])
+    if status in (0, 1):
+        return ("SURVIVED", mutant.test) if status == 0 else ("killed", "")
+    return "BROKEN", f"{mutant.test} did not run: {said.strip()[-300:]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.partition("\n")[0])
+    parser.add_argument("words", nargs="*", help="only mutants whose file or reason contains one of these")
+    parser.add_argument("-j", "--jobs", type=int, default=min(os.cpu_count() or 1, 4), help="mutants at a time")
+    options = parser.parse_args(arguments)
+    chosen = [mutant for mutant in MUTANTS
+              if not options.words or any(word in f"{mutant.file} {mutant.reason}" for word in options.words)]
+    if not chosen:
+        print(f"no mutant's file or reason contains {' or '.join(options.words)}")
+        return 1
+    os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", OMP_NUM_THREADS="1",
+                      TOKENIZERS_PARALLELISM="false")  # before the first import; conftest.py comes too late here
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutant-") as temporary:
+        tests = sorted({f"tests/{mutant.test}" for mutant in chosen})
+        status, said = run_tests(copy_package(temporary), tests)
+    if status != 0:
+        print(f"the tests do not pass on the package as it is:\n{said[-2000:]}")
+        return 1
+    print(f"{len(tests)} tests pass on the package as it is ({time.monotonic() - begun:.0f} s)")
+    bad = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for mutant, (result, why) in zip(chosen, pool.map(attempt, chosen), strict=True):
+            bad += result != "killed"
+            print(f"{result:<9} {mutant.file:<13} {mutant.reason}{': ' * bool(why)}{why}", flush=True)
+    print(f"{len(chosen) - bad} of {len(chosen)} killed in {time.monotonic() - begun:.0f} s")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
