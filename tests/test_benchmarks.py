@@ -1,0 +1,126 @@
+"""The benchmark of steps runs, and both sides of each of its rows compute the same thing. No time is asserted."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from benchmarks import steps
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """What `--quick` wrote, and the thread count before and after."""
+    file = tmp_path_factory.mktemp("benchmark") / "new" / "steps.json"
+    before = torch.get_num_threads()
+    steps.main(["--quick", "--json", str(file), "--threads", "1"])
+    return json.loads(file.read_text()), (before, torch.get_num_threads())
+
+
+def test_every_row_has_its_sides_with_times_rates_memory_and_ratios(quick):
+    results, _ = quick
+    assert [row["name"] for row in results["rows"]] == list(steps.ROWS)
+    for row in results["rows"]:
+        expected = {"alignkit", "bare"} if row["name"] in steps.PPO_PARTS else {"alignkit", "bare", "trl"}
+        assert set(row["sides"]) == expected and set(row["ratios"]) == expected - {"alignkit"}
+        assert row["flops"] > 0 and row["bytes"] > 0 and row["limit_seconds"] > 0 and row["tokens"] > 0
+        for side in row["sides"].values():
+            assert len(side["seconds"]) == results["rounds"]
+            assert 0 < side["min"] <= side["median"] <= side["max"]
+            assert side["tokens_per_second"] == pytest.approx(row["tokens"] / side["median"])
+            assert side["share_of_limit"] == pytest.approx(row["limit_seconds"] / side["median"])
+            assert side["peak_mb"] is None or side["peak_mb"] >= 0
+        for side, ratio in row["ratios"].items():
+            pairs = zip(row["sides"][side]["seconds"], row["sides"]["alignkit"]["seconds"], strict=True)
+            assert ratio["min"] == pytest.approx(min(theirs / mine for theirs, mine in pairs))
+
+
+def test_the_machine_and_what_was_not_measured_are_told(quick):
+    results, _ = quick
+    assert results["machine"]["threads"] == 1 and results["machine"]["matmul_flops_per_second"] > 0
+    assert results["machine"]["bytes_per_second"] > 0 and len(results["machine"]["load_before"]) == 3
+    assert {"python", "torch", "transformers", "trl"} <= set(results["versions"])
+    assert "TRL PPO" in results["not_measured"]
+    assert "Not measured: TRL PPO" in steps.table(results)
+
+
+def test_the_thread_count_is_left_as_it_was(quick):
+    _, (before, after) = quick
+    assert before == after
+
+
+def test_both_sides_of_each_row_compute_the_same_thing(quick):
+    results, _ = quick
+    compared = {(check["job"], side) for check in results["checks"] for side in check["sides"]}
+    assert compared >= {
+        ("rollout", "bare"),
+        ("scoring", "bare"),
+        ("update", "bare"),
+        *((job, side) for job in ("dpo", "dpo_precomputed", "sft", "reward") for side in ("bare", "trl")),
+    }
+    for check in results["checks"]:
+        assert check["difference"] <= 1e-4, check
+
+
+def test_sides_that_compute_something_else_are_no_benchmark(monkeypatch):
+    """A baseline that scores other rows than it was given is noticed."""
+    work = steps.Work(steps.QUICK)
+    score = steps.BarePPO.score
+    monkeypatch.setattr(steps.BarePPO, "score", lambda self, tokens: score(self, tokens.roll(1, 0)))
+    with pytest.raises(steps.Different, match="rollout|scoring|update"):
+        steps.compare(work)
+
+
+def test_the_reference_matters_to_the_dpo_loss_that_is_compared():
+    """With the policy itself as reference the loss is ln 2; with the other one it is not."""
+    work = steps.Work(steps.QUICK)
+    own = copy.copy(work)
+    own.ref = work.policy
+    for side in (steps.AlignkitDPO, steps.BareDPO):
+        assert abs(side(own, True).step() - math.log(2)) < 1e-6
+        assert abs(side(work, True).step() - math.log(2)) > 1e-3
+
+
+def test_every_response_has_full_length_and_no_special_token():
+    work = steps.Work(steps.QUICK)
+    side = steps.AlignkitPPO(work)
+    side()
+    rollout = side.state.last_rollout
+    assert rollout.response_mask.all() and rollout.response_ids.shape[1] == work.sizes.new_tokens
+    assert not torch.isin(rollout.response_ids, torch.tensor(work.tokenizer.all_special_ids)).any()
+    assert torch.equal(rollout.prompt_ids, steps.BarePPO(work).ids)  # the same prompts on both sides
+
+
+def test_the_work_is_as_the_docs_say():
+    """The full model has 0.92 M parameters; a decoded token costs 2 FLOPs a weight; DPO's reference adds 2 to 6."""
+    sizes = steps.Sizes(prompts=4, pairs=2)
+    work = steps.Work(sizes)
+    parameters = sum(parameter.numel() for parameter in work.policy.parameters())
+    assert parameters == pytest.approx(0.923e6, rel=1e-3)
+    costs = steps.costs(work)
+    assert (
+        len(costs["rollout"].phases) == sizes.new_tokens
+        and costs["rollout"].phases[1][0] == 2 * parameters * sizes.prompts
+    )
+    assert costs["dpo"].phases[0][0] / costs["dpo_precomputed"].phases[0][0] == pytest.approx(8 / 6)
+    lengths = [prompt.count(" w") for prompt in work.prompts]
+    assert max(lengths) == sizes.prompt_tokens and len(set(lengths)) > 1  # ragged
+    whole = sum(lengths) + sizes.prompts * sizes.new_tokens
+    assert costs["update"].tokens == sizes.epochs * whole
+    assert costs["iteration"].limit(1e12, 1e12) == pytest.approx(
+        sum(costs[part].limit(1e12, 1e12) for part in ("rollout", "scoring", "update"))
+    )
+    assert costs["rollout"].limit(math.inf, 1e12) == pytest.approx(
+        sum(moved for _, moved in costs["rollout"].phases) / 1e12
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--threads", "0"]])
+def test_senseless_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit):
+        steps.main(["--quick", *arguments])
+    assert f"{arguments[0]} is 0, expected at least 1" in capsys.readouterr().err
