@@ -543,7 +543,10 @@ def tabular_dpo(ref_logps: Tensor, first: Tensor, second: Tensor, wins: Tensor, 
     if ref_logps.ndim != 1 or not first.shape == second.shape == wins.shape == (len(wins),):
         raise ValueError(f"ref_logps has shape {tuple(ref_logps.shape)}, first, second and wins {tuple(first.shape)}, "
                          f"{tuple(second.shape)}, {tuple(wins.shape)}; expected (N,) and three times (M,)")
-    ref_logps, wins = ref_logps.double(), wins.double()
+    ref_logps = ref_logps.double()
+    which, place, times = torch.stack([first, second]).unique(dim=1, return_inverse=True, return_counts=True)
+    wins = torch.zeros(len(times), dtype=torch.float64).index_add(0, place, wins.double()) / times
+    first, second = which  # the loss is linear in the labels: a pair that was labelled often is one pair with a weight
     start = ref_logps if start is None else start.double()
     moved = torch.zeros_like(start, requires_grad=True)  # β (log π − log π_start) + a constant: well scaled for any β
     references = ref_logps[first], ref_logps[second]
@@ -556,7 +559,7 @@ def tabular_dpo(ref_logps: Tensor, first: Tensor, second: Tensor, wins: Tensor, 
         pair = scores[first], scores[second]
         forth = dpo_loss(*pair, *references, beta=beta, loss_type=loss_type)
         back = dpo_loss(*pair[::-1], *references[::-1], beta=beta, loss_type=loss_type)
-        loss = (wins * forth + (1 - wins) * back).mean()
+        loss = (times * (wins * forth + (1 - wins) * back)).sum() / times.sum()
         loss.backward()
         return loss
 
