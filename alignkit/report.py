@@ -337,12 +337,12 @@ def _number(value: object) -> str:
     """A number with three decimals, or as many as its size asks for; anything else as it is."""
     if not _is_number(value):
         return "–" if value is None else str(value)
-    size = abs(value)
-    if isinstance(value, int) or size >= 1000 or not value:
+    size = abs(value) if abs(value) > 1e-12 else 0  # a mean that is 0 by definition comes out as 1e-17
+    if isinstance(value, int) or size >= 1000 or not size:
         shown = f"{size:,.0f}"
     else:
         shown = f"{size:.3g}" if size >= 100 else f"{size:.3f}" if size >= 1e-3 else f"{size:.2e}"
-    return f"−{shown}" if value < 0 else shown
+    return f"−{shown}" if value < 0 and size else shown
 
 
 def _duration(seconds: float) -> str:
