@@ -331,6 +331,7 @@ def test_a_reference_that_is_not_the_start_stops_the_run_only_if_it_should_be(mo
 def test_the_check_reads_margin_and_loss():
     stats = train(QUICK)[1][0]
     check_first_step(stats, QUICK)
+    check_first_step(replace(stats, margin=0.01), QUICK, tolerance=0.05)
     for wrong in ({"margin": 0.01}, {"margin": math.nan}, {"loss": 0.7}, {"loss": math.inf}):
         with pytest.raises(InvariantError, match=f"DPO's {next(iter(wrong))} is"):
             check_first_step(replace(stats, **wrong), QUICK)
