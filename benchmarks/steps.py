@@ -20,6 +20,7 @@ import logging
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -731,6 +732,7 @@ def measure_all(sizes: Sizes, rounds: int, *, quick: bool = False) -> dict:
     """Compare, measure memory, then time: a dict as the JSON has it."""
     work = Work(sizes)
     jobs = sides(work)
+    print("memory, then the same numbers on all sides", file=sys.stderr)
     peaks = _peaks(jobs)
     checks = compare(work)
     load = [os.getloadavg()]
@@ -738,6 +740,7 @@ def measure_all(sizes: Sizes, rounds: int, *, quick: bool = False) -> dict:
     taken: dict[tuple[str, str], list[float]] = {}
     probes = []
     for number in range(-1, rounds):  # the first warms up
+        print(f"round {number + 1} of {rounds}" if number >= 0 else "warming up", file=sys.stderr)
         probes.append(probe(quick))
         for job, table in jobs.items():
             order = list(table)

@@ -17,7 +17,7 @@ def quick(tmp_path_factory):
     """What `--quick` wrote, and the thread count before and after."""
     file = tmp_path_factory.mktemp("benchmark") / "new" / "steps.json"
     before = torch.get_num_threads()
-    steps.main(["--quick", "--json", str(file), "--threads", "1"])
+    steps.main(["--quick", "--json", str(file), "--threads", "1", "--rounds", "1"])
     return json.loads(file.read_text()), (before, torch.get_num_threads())
 
 
@@ -71,6 +71,7 @@ def test_sides_that_compute_something_else_are_no_benchmark(monkeypatch):
     work = steps.Work(steps.QUICK)
     score = steps.BarePPO.score
     monkeypatch.setattr(steps.BarePPO, "score", lambda self, tokens: score(self, tokens.roll(1, 0)))
+    monkeypatch.setattr(steps, "sides", lambda work: {})  # PPO alone, to be quick
     with pytest.raises(steps.Different, match="rollout|scoring|update"):
         steps.compare(work)
 
