@@ -24,11 +24,15 @@ FIGURES = {
     "ppo_risky": ("PPO: risky failures", lambda s: s["ppo"]["risky_failure_rate"], max),
     "ppo_over_refusal": ("PPO: over-refusal", lambda s: s["ppo"]["over_refusal_rate"], max),
     "ppo_kl": ("PPO: KL to SFT, nats", lambda s: s["ppo"]["kl_to_sft"], max),
-    "dpo_gold_change": ("DPO on frozen PPO: gold, change", lambda s: s["dpo"]["gold_mean"] - s["frozen"]["gold_mean"], min),
-    "dpo_paraphrase_change": ("DPO on frozen PPO: paraphrase agreement, change",
-                              lambda s: s["dpo"]["paraphrase_agreement"] - s["frozen"]["paraphrase_agreement"], min),
+    "dpo_gold_change": ("DPO on frozen PPO: change of gold, SFT-sd", lambda s: s["dpo"]["changes"]["gold_mean"]["change"], min),
+    "dpo_paraphrase_change": ("DPO on frozen PPO: change of paraphrase agreement",
+                              lambda s: s["dpo"]["changes"]["paraphrase_agreement"]["change"], min),
     "dpo_risky": ("DPO on frozen PPO: risky failures", lambda s: s["dpo"]["risky_failure_rate"], max),
+    "free_gold_fall": ("PPO without KL: gold, peak − end, SFT-sd", lambda s: s["ppo"]["overoptimised"]["gold_peak"] - s["ppo"]["overoptimised"]["gold_end"], min),
+    "free_proxy_rise": ("PPO without KL: proxy, end − at gold's peak, SFT-sd",
+                        lambda s: s["ppo"]["overoptimised"]["proxy_end"] - s["ppo"]["overoptimised"]["proxy_at_peak"], min),
 }
+INTERVALS = {"gold_mean": "gold", "paraphrase_agreement": "paraphrase agreement", "risky_failure_rate": "risky failures"}
 
 
 def run_seed(out: Path, seed: int) -> Path:
@@ -63,6 +67,10 @@ def main(arguments: list[str] | None = None) -> None:
     print("| figure | median | worst seed |\n|---|---|---|")
     for row in rows:
         print(f"| {row['what']} | {row['median']:.3f} | {row['worst']:.3f} |")
+    for name, what in INTERVALS.items():
+        changes = [summary["stages"]["dpo"]["changes"][name] for summary in runs.values()]
+        up, down = sum(its["low"] > 0 for its in changes), sum(its["high"] < 0 for its in changes)
+        print(f"\nDPO on frozen PPO, {what}: the 95 % interval of the change is above 0 in {up} of {len(changes)} seeds, below 0 in {down}.")
     given.json.parent.mkdir(parents=True, exist_ok=True)
     write_json(given.json, {"command": f"python -m benchmarks.relay --seeds {' '.join(map(str, given.seeds))}", "versions": versions(),
                             "seconds": {seed: summary["seconds"] for seed, summary in runs.items()}, "figures": rows,
