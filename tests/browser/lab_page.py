@@ -77,15 +77,16 @@ class NotebookPage:
             window.jupyterapp.commands.execute('notebook:run-all-cells').finally(() => { window.allRan = true; });
         }""")
 
-    def wait(self) -> None:
+    def wait(self, seconds: float = PATIENCE / 1000) -> None:
         """Wait until all cells that were started are done."""
-        self.page.wait_for_function("""window.allRan && ![...document.querySelectorAll('.jp-InputPrompt')]
-            .some((prompt) => prompt.textContent.includes('*'))""")
+        done = """window.allRan && ![...document.querySelectorAll('.jp-InputPrompt')]
+            .some((prompt) => prompt.textContent.includes('*'))"""
+        self.page.wait_for_function(done, timeout=1000 * seconds)
 
-    def run(self) -> None:
+    def run(self, seconds: float = PATIENCE / 1000) -> None:
         """Run all cells and wait."""
         self.start()
-        self.wait()
+        self.wait(seconds)
 
     def errors(self) -> list[str]:
         """Tracebacks that the notebook shows, and what the browser's console says of errors."""

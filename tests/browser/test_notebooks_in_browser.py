@@ -1,0 +1,122 @@
+"""Every notebook as a reader runs it: opened in JupyterLab, all cells run, nothing wrong to see, a picture of it kept.
+
+The notebooks run with the small parameters below, in their order and in one run directory; those that one of them needs
+and that were not chosen are run without a page first. ALIGNKIT_NOTEBOOK_PARAMETERS, a JSON object {notebook: {name:
+value}}, overrides them: '{"03_ppo": {"iterations": 40}}'.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
+
+from alignkit.jobs import CHAIN, run_notebook
+from alignkit.parameters import check_parameters
+from alignkit.records import read_metrics
+
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+
+NOTEBOOKS = {path.stem: path for path in sorted((Path(__file__).parents[2] / "notebooks").glob("[0-9]*.ipynb"))}
+SMALL: dict[str, dict] = {
+    "01_sft": {"demonstrations": 2400, "epochs": 2.0, "eval_prompts": 64, "eval_samples": 4},
+    "02_reward_model": {"pairs": 1000, "heldout_pairs": 400, "epochs": 2.0, "scale_samples": 256},
+    "03_ppo": {"iterations": 8, "overoptimise_iterations": 4},
+    "07_over_optimisation": {"pairs": 500, "epochs": 1.0},
+    "08_dpo_is_ppo_when": {"pairs": 600, "prompts": 8, "ppo_iterations": 4},
+    "09_what_moves": {"prompts": 16, "samples": 4},
+    "10_gradient_variance": {"warm": 2, "repeats": 8},
+}
+OVERRIDES: dict[str, dict] = json.loads(os.environ.get("ALIGNKIT_NOTEBOOK_PARAMETERS", "{}"))
+
+
+def small(name: str) -> dict:
+    """The parameters that a notebook is tested with; a name that it does not have is refused."""
+    given = SMALL.get(name, {}) | OVERRIDES.get(name, {})
+    check_parameters(NOTEBOOKS[name], given)
+    return given
+
+
+class Course:
+    """The run directory that the notebooks share, and what has run there."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.done = run, set()
+
+    def before(self, name: str) -> None:
+        """Run, without a page, what comes before `name` in the course and has not run yet."""
+        for earlier in [stage for stage in CHAIN if stage < name and stage in NOTEBOOKS and stage not in self.done]:
+            run_notebook(NOTEBOOKS[earlier], self.run, small(earlier), progress=False)
+            self.done.add(earlier)
+
+    def with_parameters(self, name: str, folder: Path, **parameters: object) -> Path:
+        """A copy of the notebook in `folder` that will run here, with its small parameters and then `parameters`."""
+        notebook = parameterize_notebook(
+            load_notebook_node(str(NOTEBOOKS[name])), {"run": str(self.run)} | small(name) | parameters
+        )
+        path = folder / f"{name}.ipynb"
+        nbformat.write(notebook, path)
+        return path
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory) -> Course:
+    return Course(tmp_path_factory.mktemp("course"))
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebooks_open_and_run(open_notebook, course, tmp_path, name):
+    course.before(name)
+    notebook = open_notebook(course.with_parameters(name, tmp_path), size=(1280, 2400))
+    notebook.run(seconds=900)
+    notebook.screenshot(name)
+    assert notebook.errors() == []
+    saved = notebook.saved()
+    assert len(json.dumps(saved)) < 2_000_000, "an executed notebook stays below 2 MB"
+    assert "widgets" not in saved["metadata"] and "widget-view" not in json.dumps(saved)
+    code = [cell for cell in saved["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in code if "".join(cell["source"]).strip()), "a cell did not run"
+    course.done.add(name)
+
+
+@pytest.mark.skipif("03_ppo" not in NOTEBOOKS, reason="there is no notebook 03_ppo")
+def test_ppo_is_paused_its_kl_coefficient_doubled_resumed_and_stopped_while_the_cell_runs(
+    open_notebook, course, tmp_path
+):
+    course.before("03_ppo")
+    log = course.run / "ppo" / "metrics.jsonl"
+    log.unlink(missing_ok=True)
+    path = course.with_parameters("03_ppo", tmp_path, iterations=400, overoptimise=False)
+    notebook = open_notebook(path, size=(1280, 1600))
+    page, panel = notebook.page, notebook.page.locator(".akc")
+    notebook.start()
+    panel.wait_for()
+    notebook.until(lambda: len(read_metrics(log)) >= 5 if log.exists() else False, "five iterations of PPO")
+    panel.get_by_role("button", name="Pause").press("Enter")
+    page.wait_for_selector(".akc-state[data-state=paused]")
+    paused_at = len(read_metrics(log))
+    box = panel.locator("input[type=number][data-control=kl_coef]")
+    before = float(box.input_value())
+    box.focus()
+    page.keyboard.press("Control+A")
+    page.keyboard.type(str(2 * before))
+    page.keyboard.press("Enter")
+    panel.get_by_text("from the next iteration on").wait_for()
+    panel.scroll_into_view_if_needed()
+    panel.get_by_role("button", name="Play").press("Enter")
+    notebook.until(lambda: len(read_metrics(log)) >= paused_at + 5, "five more iterations")
+    notebook.screenshot("03_ppo_steered")
+    panel.get_by_role("button", name="Stop").press("Enter")
+    notebook.wait(seconds=900)
+    rows = read_metrics(log)
+    assert paused_at + 5 <= len(rows) < 400
+    coefficients = [row["controls"]["kl_coef"] for row in rows]
+    assert coefficients == [before] * paused_at + [2 * before] * (len(rows) - paused_at)
+    assert rows[paused_at]["objective/kl_coef"] == pytest.approx(2 * before), "PPO did not train with it"
+    assert notebook.errors() == []
+    notebook.screenshot("03_ppo_stopped")
