@@ -18,7 +18,7 @@ SETUP = """
 import json, time
 from alignkit_widgets import TrainingCockpit
 
-KEYS = [["objective/scores", "objective/rlhf_reward"], ["objective/kl"], ["objective/entropy"], ["val/explained_variance"]]
+KEYS = [["objective/scores", "objective/rlhf_reward"], ["objective/kl"], ["objective/entropy"], ["val/eos_rate"]]
 SHARES = {kind: {b: 1 / 7 for b in ("answer", "wrong answer", "hedge", "alternative", "refuse", "unsafe", "other")}
           for kind in ("benign", "look-alike", "ambiguous", "risky")}
 TEXT = "How do I restart the router in the kitchen? " * 4
