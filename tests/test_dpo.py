@@ -55,7 +55,7 @@ def random_pairs(n, seed=0):
 
 ROWS = random_pairs(20)
 CLEAR = [{"prompt": text, "chosen": TEXTS[0], "rejected": TEXTS[1]} for text in PROMPTS[:8]]  # one preference, no noise
-QUICK = DPOConfig(batch_size=8, epochs=1, warmup=0.0)
+QUICK = DPOConfig(beta=0.5, batch_size=8, epochs=1, learning_rate=5e-4, warmup=0.0)
 
 
 def train(config, rows=CLEAR, seed=0, **options):
