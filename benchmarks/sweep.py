@@ -3,9 +3,10 @@
     python -m benchmarks.sweep --seeds 0 1 2                 # makes alignkit/sweep.json and docs/closeness.md
     python -m benchmarks.sweep --confirm                     # after a change that should not matter: see below
 
-SFT and reward model are made as in notebooks 01 and 02. A cell (one run) that is in runs/sweep/ and was made by the
-same code is not run again. `--confirm` repeats the small probe that was recorded with the sweep and, if all its figures
-come out the same, records the hashes of the present code; if not, it says which figure changed and leaves the file
+SFT and reward model are made as in notebooks 01 and 02. A cell (one run) that is in runs/sweep/ and was made with the
+same settings is not run again, as long as the code is the same or a small probe (SFT, reward model, PPO and DPO in
+seconds) gives the same figures with the present code. `--confirm` repeats that probe for the file: if all its figures
+come out the same, it records the hashes of the present code; if not, it says which figure changed and leaves the file
 alone.
 """
 
@@ -29,7 +30,7 @@ from alignkit.dpo import DPOConfig, dpo
 from alignkit.models import load_policy, reward_model_from, save_model
 from alignkit.ppo import PPOConfig, PPOState, ppo
 from alignkit.recorded import FILE, load_sweep, source_hashes
-from alignkit.records import config_hash, settings, versions, write_atomically, write_json
+from alignkit.records import config_hash, content_hash, settings, versions, write_atomically, write_json
 from alignkit.reward import RewardConfig, RewardScorer, reward_report, train_reward_model
 from alignkit.sampling import generate_texts
 from alignkit.sft import SFTConfig, train_sft
@@ -64,7 +65,7 @@ class Size:
         return replace(start, seed=seed, **{name: value})
 
 
-COURSE = Size(ppo=PPOConfig(prompts_per_iteration=512, epochs=2))  # twice the responses, each used half as often
+COURSE = Size()
 PROBE = Size(demonstrations=1600, pairs=384, normalise=128, keys=1, sft=SFTConfig(epochs=2),
              reward=RewardConfig(epochs=2), dpo=DPOConfig(epochs=1, batch_size=64),
              ppo=PPOConfig(iterations=3, prompts_per_iteration=64, minibatch_size=32, epochs=2))
@@ -254,10 +255,24 @@ def kept(path: Path, key: dict, make: Callable[[], dict | None]) -> dict:
     return value
 
 
-def base(sources: dict[str, str]) -> dict:
+def generation(folder: Path) -> dict:
+    """Which code the cells in `folder` belong to: {"id", "sources", "probe"}, in generation.json.
+
+    Other code that gives the same probe is the same generation; code that does not begins a new one.
+    """
+    path, sources = folder / "generation.json", source_hashes()
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if known.get("sources") != sources:
+        figures = probe(folder / "probe")
+        same = bool(known) and not differing(known["probe"], figures)
+        known = {"id": known["id"] if same else content_hash(sources), "sources": sources, "probe": figures}
+        write_json(path, known)
+    return known
+
+
+def base(code: str) -> dict:
     """What a world's models and figures were made by; any change makes them again."""
-    return {"sources": {name: sources[name] for name in sources if name not in VALUES},
-            "configs": [config_hash(COURSE.sft), config_hash(COURSE.reward)], "keys": COURSE.keys}
+    return {"code": code, "configs": [config_hash(COURSE.sft), config_hash(COURSE.reward)], "keys": COURSE.keys}
 
 
 @functools.lru_cache(maxsize=1)
@@ -266,18 +281,18 @@ def cell_of(seed: int, folder: Path) -> Cell:
     return Cell(seed, folder / f"seed-{seed}")
 
 
-def world_cell(seed: int, folder: Path, sources: dict[str, str]) -> dict:
+def world_cell(seed: int, folder: Path, code: str) -> dict:
     """Models and curves of a world."""
     torch.set_num_threads(1)
     here = folder / f"seed-{seed}"
-    kept(here / "models.json", base(sources), lambda: make_world(seed, here))
-    return kept(here / "world.json", base(sources), lambda: cell_of(seed, folder).known())
+    kept(here / "models.json", base(code), lambda: make_world(seed, here))
+    return kept(here / "world.json", base(code), lambda: cell_of(seed, folder).known())
 
 
-def run_cell(seed: int, method: str, value: float, folder: Path, sources: dict[str, str]) -> dict:
+def run_cell(seed: int, method: str, value: float, folder: Path, code: str) -> dict:
     """One run, and a line about it."""
     config = COURSE.config(method, value, seed)
-    key = {**base(sources), "source": sources[method], "config": config_hash(config)}
+    key = {**base(code), "config": config_hash(config)}
     path = folder / f"seed-{seed}" / f"{method}-{value:g}.json"
     run = kept(path, key, lambda: cell_of(seed, folder).run(method, value))
     figures = "  ".join(f"{name} {run[name]:6.3f}" for name in ("kl", "proxy", "gold", "share"))
@@ -287,17 +302,19 @@ def run_cell(seed: int, method: str, value: float, folder: Path, sources: dict[s
 
 def sweep(seeds: list[int], folder: Path, workers: int = 1) -> dict:
     """Run what is not there yet; returns what goes into the file."""
-    sources, size = source_hashes(), COURSE
-    todo = [(seed, method, value, folder, sources) for seed in seeds for method in VALUES for value in VALUES[method]]
+    folder.mkdir(parents=True, exist_ok=True)
+    made_by = generation(folder)
+    code = made_by["id"]
+    todo = [(seed, method, value, folder, code) for seed in seeds for method in VALUES for value in VALUES[method]]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        worlds = list(pool.map(world_cell, seeds, [folder] * len(seeds), [sources] * len(seeds)))
+        worlds = list(pool.map(world_cell, seeds, [folder] * len(seeds), [code] * len(seeds)))
         runs = list(pool.map(run_cell, *zip(*todo, strict=True)))
-    configs = {name: settings(getattr(size, name)) for name in ("sft", "reward", "ppo", "dpo")}
+    configs = {name: settings(getattr(COURSE, name)) for name in ("sft", "reward", "ppo", "dpo")}
     return {
         "command": f"python -m benchmarks.sweep --seeds {' '.join(map(str, seeds))}", "versions": versions(),
-        "sources": sources,
-        "configs": {**configs, "data": {"demonstrations": size.demonstrations, "pairs": size.pairs}},
-        "probe": probe(folder / "probe"), "worlds": worlds, "runs": runs,
+        "sources": made_by["sources"], "probe": made_by["probe"],
+        "configs": {**configs, "data": {"demonstrations": COURSE.demonstrations, "pairs": COURSE.pairs}},
+        "worlds": worlds, "runs": runs,
     }
 
 
@@ -327,14 +344,18 @@ PPO with KL ≤ 2 nats: {len(near)} runs, mean share {100 * np.mean(near):.1f} %
 """ + "\n".join(lines) + "\n"
 
 
-def confirm(path: Path, folder: Path, tolerance: float = 1e-3) -> None:
+def differing(before: dict[str, float], now: dict[str, float], tolerance: float = 1e-3) -> list[str]:
+    """What a probe says differently from another."""
+    return [f"{name} was {value:.5f}, now {now[name]:.5f}" for name, value in before.items()
+            if not abs(value - now[name]) <= tolerance]
+
+
+def confirm(path: Path, folder: Path) -> None:
     """Repeat the probe; record the present code's hashes if it gives the same figures. Raises SystemExit if not."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     now = probe(folder / "probe")
-    differing = [f"{name} was {value:.5f}, now {now[name]:.5f}" for name, value in stored["probe"].items()
-                 if not abs(value - now[name]) <= tolerance]
-    if differing:
-        raise SystemExit(f"the code gives other figures: {'; '.join(differing)}. Run again: {stored['command']}")
+    if changed := differing(stored["probe"], now):
+        raise SystemExit(f"the code gives other figures: {'; '.join(changed)}. Run again: {stored['command']}")
     write_compact(path, {**stored, "sources": source_hashes()})
     print(f"the probe gives the same {len(now)} figures; {path} now names the present code")
 
