@@ -286,7 +286,10 @@ def copy_package(folder: str) -> Path:
 def run_tests(folder: Path, tests: list[str]) -> tuple[int | None, str]:
     """pytest's exit status, None if it took too long, and what it said; in a process of its own."""
     process = PROCESSES.Process(target=_pytest, args=(str(folder), tests))
-    process.start()
+    try:
+        process.start()
+    except EOFError:
+        return None, "somebody killed the process that forks"
     process.join(TIMEOUT)
     if process.exitcode is None:
         process.kill()
@@ -325,7 +328,7 @@ def attempt(mutant: Mutant) -> tuple[str, str]:
         status, said = run_tests(folder, [f"tests/{mutant.test}"])
     if status in (0, 1):
         return ("SURVIVED", mutant.test) if status == 0 else ("killed", "")
-    return "BROKEN", f"{mutant.test} did not run: {said.strip()[-300:]}"
+    return "BROKEN", f"{mutant.test} did not run (status {status}): {said.strip()[-300:]}"
 
 
 def main(arguments: list[str] | None = None) -> int:
