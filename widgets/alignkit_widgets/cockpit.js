@@ -222,7 +222,9 @@ class View {
       wait.textContent = `${number(v)} from the next iteration on`;
     };
     slider.addEventListener("input", () => { const v = stops[+slider.value]; slider.setAttribute("aria-valuetext", number(v)); box.value = v; ask(v); });
-    box.addEventListener("change", () => { const v = Math.min(Math.max(+box.value, stops[0]), stops.at(-1)); show(v); ask(v); });
+    const typed = () => { const v = Math.min(Math.max(+box.value, stops[0]), stops.at(-1)); show(v); ask(v); };
+    box.addEventListener("change", typed);
+    box.addEventListener("keydown", (e) => { if (e.key === "Enter") typed(); }); // JupyterLab keeps Enter from making a change
     this.inputs[name] = { slider, box, wait, show };
     show(control.start);
   }
