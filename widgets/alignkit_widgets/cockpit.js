@@ -148,7 +148,8 @@ class Bands extends Plot { // shares of behaviours of one prompt class, stacked
     this.frame(0, 1, [0, 0.5, 1], (t) => `${100 * t}`, 14);
     const head = at(rows, cursor ?? Infinity) ?? rows[0], words = [];
     let under = rows.map(() => 0);
-    for (const name of store.behaviours) {
+    const known = Object.keys(this.view.config.behaviours), labels = [];
+    for (const name of [...known.filter((b) => store.behaviours.includes(b)), ...store.behaviours.filter((b) => !known.includes(b))]) {
       const over = rows.map(([, s], i) => under[i] + (s[name] ?? 0)), share = head[1][name] ?? 0;
       const up = rows.map(([x], i) => `${this.x(x).toFixed(1)} ${this.y(over[i]).toFixed(1)}`);
       const down = rows.map(([x], i) => `${this.x(x).toFixed(1)} ${this.y(under[i]).toFixed(1)}`).reverse();
@@ -157,11 +158,12 @@ class Bands extends Plot { // shares of behaviours of one prompt class, stacked
       const at_ = rows.indexOf(head), middle = (over[at_] + under[at_]) / 2, x = this.x(head[0]);
       if (share >= 0.13) {
         const left = x - this.left > 12 + 6.4 * name.length;
-        make(this.svg, "text", { class: "halo", x: left ? x - 5 : x + 6, y: this.y(middle) + 4, "text-anchor": left ? "end" : "start" }, name);
+        labels.push([{ class: "halo", x: left ? x - 5 : x + 6, y: this.y(middle) + 4, "text-anchor": left ? "end" : "start" }, name]);
       }
       if (share > 0) words.push(`${name} ${Math.round(100 * share)} %`);
       under = over;
     }
+    for (const [place, name] of labels) make(this.svg, "text", place, name); // above all bands
     this.finish(false);
     this.words.textContent = words.join(" · ");
     this.svg.setAttribute("aria-label", `${this.kind} prompts, share of responses: ${words.join(", ")}`);
