@@ -220,10 +220,10 @@ def test_a_trainer_is_watched_live_and_leaves_a_picture(open_notebook, lab, ends
     notebook = open_notebook([SETUP + TRAINER, "train(sft.callback(), 600, 0.02)"])
     notebook.start()
     notebook.page.locator(".akc", has_text="Interrupt in the toolbar").wait_for()
-    notebook.page.wait_for_function("document.querySelector('.akc path.series')?.getAttribute('d').length > 200")
+    notebook.page.wait_for_function("document.querySelector('.akc-plot path.series')?.getAttribute('d').length > 200")
     assert notebook.page.locator(".akc button, .akc input").count() == 0
     notebook.until(lambda: (lab.root / "half").exists(), "half of the run")
-    first = notebook.page.locator(".akc path.series").get_attribute("d").split("L")[0]
+    first = notebook.page.locator(".akc-plot path.series").get_attribute("d").split("L")[0]
     assert float(first.removeprefix("M").split()[0]) < 50, "the first points are missing"
     notebook.screenshot("trainer")
     if ends == "interrupted":
