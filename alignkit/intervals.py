@@ -6,6 +6,7 @@ are two matrix products. The same weights serve every checkpoint: differences be
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +89,21 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def vote_shares(votes: Sequence[str], names: Sequence[str]) -> dict[str, Estimate]:
+    """Share of the votes that each name got, with Wilson's 95 % interval; a "tie" is divided evenly among all names.
+
+    The shares sum to 1; without preference each is 1 / len(names). With ties the interval is a little wide, because a
+    divided vote varies less than a whole one. Votes count as independent: many votes on few prompts tell less than it
+    says. Low and high are None without votes. Raises ValueError on a vote for another name.
+    """
+    if unknown := sorted(set(votes) - {*names, "tie"}):
+        raise ValueError(f"votes name {unknown[0]!r}, expected one of {', '.join(names)}, or 'tie'")
+    if not votes:
+        return {name: Estimate(1 / len(names), None, None) for name in names}
+    won = {name: votes.count(name) + votes.count("tie") / len(names) for name in names}
+    return {name: Estimate(won[name] / len(votes), *wilson(won[name], len(votes))) for name in names}
 
 
 def _tail(keys: int, strata: int) -> float:
