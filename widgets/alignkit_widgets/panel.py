@@ -29,7 +29,7 @@ class PanelDisplay:
 
     def __init__(self, config: dict, on_message: Callable[[dict], None]) -> None:
         faces = {name: colour for name, (colour, _) in plots.BEHAVIOUR_FACES.items()}
-        lines = [[colour, _dashes(line)] for colour, _, line, _ in plots.SERIES]
+        lines = [[colour, dashes(line)] for colour, _, line, _ in plots.SERIES]
         labels = {key: name for key, (name, _) in plots.METRICS.items()}
         self.panel = Panel(config=config | {"behaviours": faces, "lines": lines, "labels": labels})
         self.panel.on_msg(lambda _, content, __: on_message(content) if isinstance(content, dict) else None)
@@ -49,21 +49,22 @@ class PanelDisplay:
 
     def replace(self, picture: tuple[bytes, dict], text: str) -> None:
         """Put a picture, (PNG, metadata), where the panel was; `text` shows where there are no pictures."""
-        data, metadata = _bundle(picture, text)
+        data, metadata = bundle(picture, text)
         self.handle.update(data, metadata=metadata, raw=True)
 
 
 def display_png(picture: tuple[bytes, dict], text: str) -> None:
     """Show a picture, (PNG, metadata), below what the cell has shown so far."""
-    data, metadata = _bundle(picture, text)
+    data, metadata = bundle(picture, text)
     display(data, metadata=metadata, raw=True)
 
 
-def _bundle(picture: tuple[bytes, dict], text: str) -> tuple[dict, dict]:
+def bundle(picture: tuple[bytes, dict], text: str) -> tuple[dict, dict]:
+    """A picture, (PNG, metadata), as IPython's `display` takes it with raw=True: data and metadata by MIME type."""
     png, metadata = picture
     return {"image/png": base64.b64encode(png).decode(), "text/plain": text}, {"image/png": metadata}
 
 
-def _dashes(line: str | tuple) -> str:
+def dashes(line: str | tuple) -> str:
     """A line style of matplotlib, in units of the line's width, as an SVG stroke-dasharray for lines of 1.8 pixels."""
     return "" if line == "-" else " ".join(f"{1.8 * length:g}" for length in line[1])
