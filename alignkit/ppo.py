@@ -421,8 +421,7 @@ def _draw_prompts(strata: list[list[str]], n: int, generator: torch.Generator) -
 
 def _response_values(critic: nn.Module, ids: Tensor, attention: Tensor, response_mask: Tensor) -> Tensor:
     """V(prompt, tokens before t): read one position before the token, 0 outside the response."""
-    length = response_mask.shape[1]
-    return torch.where(response_mask, token_values(critic, ids, attention, length + 1)[:, :-1], 0.0)
+    return torch.where(response_mask, token_values(critic, ids, attention, response_mask.shape[1]), 0.0)
 
 
 def _demonstrations(state: PPOState, config: PPOConfig, step: int) -> Rollout | None:

@@ -115,13 +115,14 @@ def response_logits(policy: nn.Module, rollout: Rollout, temperature: float = 1.
     length = rollout.response_ids.shape[1]
     with autocast(ids.device):
         logits = policy(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False,
-                        **_last_logits(policy, length + 1)).logits[:, -length - 1 : -1]
+                        **_last_logits(policy, length)).logits[:, -length:]
     return logits if temperature == 1.0 else logits / temperature
 
 
 def full_ids(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Prompt and response in one row: token ids (B, P + T) and attention mask (B, P + T)."""
-    return (torch.cat([rollout.prompt_ids, rollout.response_ids], 1), torch.cat([rollout.prompt_mask, rollout.response_mask], 1))
+    """Prompt and response in one row, without the last token, which predicts nothing: ids and attention mask (B, P + T − 1)."""
+    return (torch.cat([rollout.prompt_ids, rollout.response_ids[:, :-1]], 1),
+            torch.cat([rollout.prompt_mask, rollout.response_mask[:, :-1]], 1))
 
 
 def rollout_from_ids(prompts: list[list[int]], responses: list[list[int]], *, eos_token_id: int, pad_token_id: int,

@@ -307,8 +307,8 @@ def test_prompts_are_padded_on_the_left_and_responses_on_the_right():
     made = rollout_from_ids([[5], [6, 7]], [[8, 2], [9]], eos_token_id=2, pad_token_id=0)
     assert made.finished.tolist() == [True, False] and (made.logprobs == 0).all()
     ids, mask = full_ids(made)
-    assert ids.tolist() == [[0, 5, 8, 2], [6, 7, 9, 0]]
-    assert mask.tolist() == [[False, True, True, True], [True, True, True, False]]
+    assert ids.tolist() == [[0, 5, 8], [6, 7, 9]]  # the last token predicts nothing
+    assert mask.tolist() == [[False, True, True], [True, True, True]]
 
 
 def test_a_part_of_a_rollout_is_a_rollout(desk):
