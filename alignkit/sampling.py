@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from alignkit.data import encode_texts
 from alignkit.models import autocast, position_ids
@@ -88,6 +89,8 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
     prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
     mask, positions, cache, inputs = prompt_mask, position_ids(prompt_mask), None, prompt_ids
     alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
+    rows = torch.arange(len(prompt_ids), device=device)  # those that the model still reads
+    padding, nothing = torch.full_like(rows, pad_token_id), torch.zeros(len(prompt_ids), device=device)
     tokens, masks, logprobs = [], [], []
     for _ in range(max_new_tokens):
         with autocast(device):
@@ -96,15 +99,19 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
         cache = output.past_key_values
         scaled = output.logits[:, -1].float() / temperature
         uniform = torch.rand(len(prompt_ids), 1, generator=generator, dtype=torch.float64).to(device)
-        token, logprob = _inverse_cdf(scaled, uniform)
-        tokens.append(torch.where(alive, token, pad_token_id))
-        logprobs.append(torch.where(alive, logprob, 0.0))
+        token, logprob = _inverse_cdf(scaled, uniform[rows])
+        tokens.append(torch.where(alive, padding.scatter(0, rows, token), pad_token_id))
+        logprobs.append(torch.where(alive, nothing.scatter(0, rows, logprob), 0.0))
         masks.append(alive)
-        alive = alive & (token != eos_token_id)
+        alive = alive & (tokens[-1] != eos_token_id)
         if not alive.any():
             break
-        inputs = tokens[-1][:, None]
-        mask = torch.cat([mask, masks[-1][:, None]], 1)
+        going = alive[rows]
+        if 2 * going.sum() <= len(rows) and _selectable(cache):  # half of the rows have ended: they are read no longer
+            rows, mask, positions = rows[going], mask[going], positions[going]
+            cache.batch_select_indices(going.nonzero().squeeze(1))
+        inputs = tokens[-1][rows, None]
+        mask = torch.cat([mask, masks[-1][rows, None]], 1)
         positions = positions[:, -1:] + 1
     return Rollout(prompt_ids, prompt_mask, torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logprobs, 1), ~alive)
 
@@ -174,6 +181,11 @@ def _inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     cumulative = logprobs.double().exp().cumsum(-1)
     token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
     return token.squeeze(1), logprobs.gather(1, token).squeeze(1)
+
+
+def _selectable(cache) -> bool:
+    """Whether rows can be taken out of the cache: all that the model remembers is keys and values, a row a response."""
+    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def _last_logits(policy: nn.Module, keep: int) -> dict[str, int]:

@@ -1,12 +1,14 @@
 """The sampler draws from the whole softmax and nothing else, and what it draws is scored as it was drawn."""
 
 import copy
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PhiConfig, PhiForCausalLM
 
+from alignkit import sampling
 from alignkit.models import load_policy
 from alignkit.sampling import (
     NonFinite,
@@ -152,6 +154,29 @@ def test_a_very_low_temperature_is_hugging_face_s_greedy_decoding(any_model):
     for t in range(length):
         here = own.response_mask[:, t]
         assert torch.allclose(logits[here, t], theirs.logits[t][here], atol=1e-4)
+
+
+def test_rows_that_have_ended_are_read_no_longer_and_the_others_do_not_notice(any_model, monkeypatch):
+    policy, tokenizer, prompts = any_model
+    read = []
+    forward = policy.forward
+    monkeypatch.setattr(policy, "forward", functools.wraps(forward)(lambda **inputs: (read.append(len(inputs["input_ids"])),
+                                                                                    forward(**inputs))[1]))
+    eos = int(draw(policy, tokenizer, prompts, max_new_tokens=3).response_ids.flatten().mode().values)  # what comes often
+    ids, mask = encode_prompts(tokenizer, prompts)
+
+    def drawn():
+        read.clear()
+        made = sample(policy, ids, mask, max_new_tokens=40, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id,
+                      generator=seeded(3))
+        return made, list(read)
+
+    made, counts = drawn()
+    monkeypatch.setattr(sampling, "_selectable", lambda cache: False)
+    plain, all_rows = drawn()
+    assert set(all_rows) == {len(prompts)} and counts[-1] <= len(prompts) / 4 and counts[0] == len(prompts)
+    for name, value in vars(plain).items():
+        assert torch.allclose(getattr(made, name).double(), value.double(), rtol=0, atol=1e-5), name
 
 
 def test_the_same_generator_draws_the_same_and_another_another(desk):
