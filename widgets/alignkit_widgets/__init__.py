@@ -6,9 +6,11 @@ A widget is loaded when it is first used.
 import importlib
 
 _MODULES = {
+    "annotator": ["PreferenceAnnotator"],
     "bradley_terry": ["BradleyTerryExplorer"],
     "clip": ["ClipExplorer"],
     "cockpit": ["TrainingCockpit"],
+    "comparer": ["CheckpointComparer"],
     "dpo_beta": ["BetaExplorer"],
     "explorer": ["Explorer"],
     "frontier": ["FrontierExplorer"],
