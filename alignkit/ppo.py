@@ -264,7 +264,7 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
     loss = surrogate
     if config.entropy_coef:
         loss = loss - config.entropy_coef * masked_mean(entropy(logits), mask)
-    ptx = torch.zeros(())
+    ptx = loss.new_zeros(())
     if demonstrations is not None:
         demo_logprobs = token_logprobs(response_logits(state.policy, demonstrations), demonstrations.response_ids)
         ptx = -masked_mean(demo_logprobs, demonstrations.response_mask)
@@ -287,12 +287,13 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
     state.critic_optimizer.step()
     with torch.no_grad():
         ratio = torch.exp(logprobs - batch.old_logprobs)
-        return {
-            "policy_loss": float(surrogate), "value_loss": float(critic_loss), "ptx_loss": float(ptx), "grad_norm": float(norm),
-            "clip_fraction": float(masked_mean(clipped(logprobs, batch.old_logprobs, batch.advantages, config.clip_range).float(), mask)),
-            "kl_to_old": float(masked_mean(k3(batch.old_logprobs, logprobs), mask)),
-            "ratio": float(masked_mean(ratio, mask)), "ratio_max": float(torch.where(mask, ratio, 0.0).max()),
+        measured = {
+            "policy_loss": surrogate, "value_loss": critic_loss, "ptx_loss": ptx, "grad_norm": norm,
+            "clip_fraction": masked_mean(clipped(logprobs, batch.old_logprobs, batch.advantages, config.clip_range).float(), mask),
+            "kl_to_old": masked_mean(k3(batch.old_logprobs, logprobs), mask),
+            "ratio": masked_mean(ratio, mask), "ratio_max": torch.where(mask, ratio, 0.0).max(),
         }
+        return dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True))  # read from the device once
 
 
 def ppo_iteration(state: PPOState, config: PPOConfig) -> PPOStats:
