@@ -42,7 +42,7 @@ class PPOConfig:
     """
 
     iterations: int = 40
-    prompts_per_iteration: int = 256
+    prompts_per_iteration: int = 512
     samples_per_prompt: int = 1
     max_new_tokens: int = 4
     temperature: float = 1.0
@@ -62,7 +62,7 @@ class PPOConfig:
     score_clip: float = math.inf
     whiten_rewards: bool = False
     whiten_advantages: bool = True
-    epochs: int = 4
+    epochs: int = 2
     minibatch_size: int = 128
     learning_rate: float = 1e-3
     critic_learning_rate: float = 2e-3

@@ -11,7 +11,7 @@ from alignkit.sft import SFTConfig
 PRETRAINED = {
     SFTConfig: {"epochs": 1, "batch_size": 16, "learning_rate": 2e-5},
     RewardConfig: {"epochs": 1, "batch_size": 16, "learning_rate": 1e-5},
-    PPOConfig: {"iterations": 20, "prompts_per_iteration": 64, "minibatch_size": 16, "max_new_tokens": 32, "learning_rate": 3e-6,
+    PPOConfig: {"iterations": 20, "prompts_per_iteration": 64, "epochs": 4, "minibatch_size": 16, "max_new_tokens": 32, "learning_rate": 3e-6,
                 "critic_learning_rate": 1e-5, "kl_coef": 0.05},
     DPOConfig: {"epochs": 1, "batch_size": 16, "learning_rate": 1e-6, "beta": 0.1, "max_new_tokens": 512},
 }

@@ -118,7 +118,7 @@ def test_the_support_is_eleven_sentences_and_eos_and_stays_so(trained_by):
     if trained_by == "sft":
         train_sft(policy, tokenizer, WORLD.demonstrations(64), SFTConfig(epochs=2, batch_size=16, learning_rate=2e-2))
     elif trained_by == "ppo":
-        config = PPOConfig(iterations=2, prompts_per_iteration=32, learning_rate=2e-2, entropy_coef=1.0)
+        config = PPOConfig(iterations=2, prompts_per_iteration=32, epochs=4, learning_rate=2e-2, entropy_coef=1.0)
         list(ppo(PPOState.start(policy, tokenizer, lambda p, r: [float(len(x)) for x in r], PROMPTS, config), config))
     elif trained_by == "lora":
         policy = moved(add_lora(policy), tokenizer)

@@ -115,7 +115,7 @@ def make_state(config, reward=favour("CLARIFY"), seed=0, **options):
     return PPOState.start(policy, tokenizer, reward, PROMPTS, config, **options)
 
 
-SMALL = PPOConfig(iterations=3, prompts_per_iteration=32, minibatch_size=16)
+SMALL = PPOConfig(iterations=3, prompts_per_iteration=32, minibatch_size=16, epochs=4)
 
 
 def test_one_token_ppo_reaches_the_closed_form_optimum():
