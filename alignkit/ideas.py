@@ -49,7 +49,7 @@ def read_response(policy, ref_policy, critic, tokenizer, prompt: str, response: 
                                pad_token_id=tokenizer.pad_token_id)
     with torch.no_grad():
         logits, ref_logits = (response_logits(each, rollout)[0].double().log_softmax(-1) for each in (policy, ref_policy))
-        values = token_values(critic, *full_ids(rollout), len(ids) + 1)[0, :-1].double()
+        values = token_values(critic, *full_ids(rollout), len(ids))[0].double()
     kept = (torch.maximum(logits, ref_logits).exp() > 1e-6).any(0)
     kept[ids] = True
     columns = kept.nonzero()[:, 0].tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +53,8 @@ def small_sweep(seeds=(0, 1)) -> Sweep:
                 seen = truth.proxy + torch.from_numpy(rng.normal(0, spread, truth.proxy.shape))
                 end = measured(truth, exact.optimum(truth.ref_logps, seen, value)[0])
                 gap = exact.gap(end["kl"], end["proxy"], curve)
-                runs.append(RecordedRun(method, value, seed, **end, optimum=gap.optimum, share=gap.share, shares={}, trajectory={},
-                                        by_prompt={}, config="", seconds=0.0))
+                known = {"method": method, "value": value, "seed": seed, **end, "optimum": gap.optimum, "share": gap.share}
+                runs.append(RecordedRun(**{field.name: known.get(field.name, {}) for field in fields(RecordedRun)}))
     return Sweep("tests/small_sweep.py", {}, {}, {}, worlds, tuple(runs), {})
 
 

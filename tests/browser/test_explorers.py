@@ -130,7 +130,7 @@ shift = Shift(("SFT", HOSTILE[0]), tuple(HOSTILE), (tuple(HOSTILE),) * len(HOSTI
     every = '''
 Explorer("all blocks", [Choice("c", {str(i): text for i, text in enumerate(HOSTILE)}, "0", HOSTILE[1])], lambda state: [
     [Text(text) for text in HOSTILE[:2]], [Tokens(HOSTILE[0], HOSTILE, [1.0] * len(HOSTILE))], [Table(HOSTILE[1], HOSTILE, [HOSTILE])],
-    [Bars(HOSTILE[2], {HOSTILE[0]: HOSTILE[1]}, [(text, 0.5) for text in HOSTILE], HOSTILE[3])], [Copy(HOSTILE[0], HOSTILE[3])]])
+    [Bars(HOSTILE[2], {HOSTILE[0]: 'blue'}, [(text, 0.5) for text in HOSTILE], HOSTILE[3])], [Copy(HOSTILE[0], HOSTILE[3])]])
 '''
     notebook = open_notebook([setup + "ShiftViewer(shift)", every], size=(1280, 3200))
     notebook.run()

@@ -114,6 +114,14 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Blocks one below the other, beside other blocks of their row."""
+
+    blocks: Sequence
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Copy:
     """A line to take along, with a button that copies it. Pages only."""
 
@@ -134,7 +142,7 @@ def plain(part: object) -> object:
         return {"kind": type(part).__name__.lower()} | {f.name: plain(getattr(part, f.name)) for f in fields(part)}
     if isinstance(part, Mapping):
         return {visible(name): plain(value) for name, value in part.items()}
-    return [plain(value) for value in (part.tolist() if hasattr(part, "tolist") else part)]
+    return plain(part.tolist()) if hasattr(part, "tolist") else [plain(value) for value in part]
 
 
 def number(value: float, digits: int = 3) -> str:

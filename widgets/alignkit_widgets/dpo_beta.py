@@ -66,6 +66,8 @@ def _rows(state: Mapping) -> list:
     says = f"Margin {fixed(margin, 3, sign=True)}, loss {fixed(loss, 4)}"
     says += f" (ln 2 = 0.6931 at margin 0); weight of the pair in the gradient σ(−margin) = {fixed(pull / beta)}" if kind == "sigmoid" else ""
     says += f", pull β · {number(pull / beta)} = {number(pull)} a nat." if pull else ": no pull left."
+    if pull < 0:
+        says += " Past the margin that this loss aims for: it pulls back."
     if (margin > 0) != (chosen > rejected):
         says += (" Ranked rightly, and yet the rejected response is the likelier one: only the change against the reference counts."
                  if margin > 0 else " Ranked wrongly, although the chosen response is the likelier one: only the change against the reference counts.")

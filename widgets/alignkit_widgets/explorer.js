@@ -148,6 +148,7 @@ class Drawing {
       cells.forEach((cell, c) => make(row, r ? "td" : "th", c < b.left ? {} : { class: "figure" }, cell));
     });
   }
+  stack(parent, b) { for (const block of b.blocks) this[block.kind](make(parent, "div", { class: "ake-stacked" }), block); }
   text(parent, b) { make(parent, "p", b.lead ? { class: "lead", role: "status" } : {}, b.text); }
   tokens(parent, b) {
     const figure = make(parent, "figure"), most = Math.max(1e-9, ...b.values.map(Math.abs));
@@ -207,6 +208,7 @@ class View {
       this.inputs[c.name] = (v) => { input.value = c.stops.reduce((best, s, i) => Math.abs(s - v) < Math.abs(c.stops[best] - v) ? i : best, 0); say(v); };
     } else if (c.kind === "choice") {
       input = make(row, "select", own);
+      if (c.options.some(([, label]) => label.length > 32)) row.classList.add("ake-long");
       for (const [key, label] of c.options) make(input, "option", { value: key }, label);
       input.addEventListener("change", () => ask(input.value));
       this.inputs[c.name] = (v) => { input.value = v; };

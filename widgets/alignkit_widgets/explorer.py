@@ -195,7 +195,7 @@ class Explorer:
     def text(self) -> str:
         """The picture in words and figures: its sentences and its tables."""
         lines = [f"{self.title} ({self.state})"]
-        for block in (block for row in self.rows() for block in row):
+        for block in (part for row in self.rows() for block in row for part in block.get("blocks", [block])):
             if block["kind"] == "text":
                 lines.append(block["text"])
             elif block["kind"] == "table":
@@ -290,8 +290,8 @@ class Explorer:
         names = [name for name, _, _ in parts]
         for name, equals, value in parts:
             if name not in self.controls or not equals or names.count(name) > 1:
-                problem = "twice" if names.count(name) > 1 else "without a value" if name in self.controls else "unknown"
-                raise ValueError(f"state is {text!r}: {name or value!r} is {problem}, expected NAME=VALUE with the names "
+                problem = "unknown" if name not in self.controls else "there twice" if equals else "without a value"
+                raise ValueError(f"state is {text!r}: {name} is {problem}, expected NAME=VALUE with the names "
                                  f"{', '.join(self.controls)}, joined by '&'")
         try:
             return {name: self.controls[name].parse(value) for name, _, value in parts}

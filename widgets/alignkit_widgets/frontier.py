@@ -9,7 +9,7 @@ import numpy as np
 
 from alignkit.enumerated import Enumerated, at_price
 from alignkit.recorded import RecordedRun, Sweep
-from alignkit_widgets.blocks import Axis, Bars, Chart, Copy, Series, Table, Text, fixed, number
+from alignkit_widgets.blocks import Axis, Bars, Chart, Copy, Series, Stack, Table, Text, fixed, number
 from alignkit_widgets.explorer import Button, Choice, Explorer, Slider, Toggle
 
 _BETAS = tuple(float(f"{b:.4g}") for b in np.geomspace(40, 0.02, 40))
@@ -72,16 +72,17 @@ class FrontierExplorer(Explorer):
         here = at_price(curve, beta)
         runs = self._runs(seed) if state.get("runs") else {}
         line = " ".join(f"-p {name} {value:g}" for name, value in self.parameters(state).items())
-        rows = [[Text(self._says(beta, curve, here), lead=True)],
-                [self._plane(seed, beta, here, runs), self._table(beta, here, runs)]]
+        plane, beside, below = self._plane(seed, beta, here, runs), [self._table(beta, here, runs)], []
         if self.truth is not None and seed == self.truth.seed:
-            rows += self._prompt(int(state["prompt"]), beta)
-        return [*rows, [Copy("copy as papermill parameters", line)]]
+            bars, table = self._prompt(int(state["prompt"]), beta)
+            beside, below = [*beside, bars], [[table]]
+        return [[Text(self._says(beta, curve, here), lead=True)], [plane, Stack(beside)], *below,
+                [Copy("copy as papermill parameters", line)]]
 
     def _says(self, beta: float, curve: Mapping, here: Mapping) -> str:
         peak = int(np.argmax(curve["gold"]))
         text = (f"At β = {number(beta)} the best policy is {fixed(here['kl'])} nats from SFT: proxy {fixed(here['proxy'])}, "
-                f"gold {fixed(here['gold'])} SFT-sd. The last nat bought {number(beta)} of proxy. ")
+                f"gold {fixed(here['gold'])} SFT-sd. From there, a nat more buys less than {number(beta)} of proxy. ")
         if 0 < peak < len(curve["gold"]) - 1 and beta < 0.95 * curve["beta"][peak]:
             return text + (f"Gold was highest, {fixed(curve['gold'][peak])}, at β = {number(curve['beta'][peak], 2)}: since "
                            "then more proxy has meant less of what it stands for.")
@@ -105,7 +106,7 @@ class FrontierExplorer(Explorer):
         points = [point for s in series for point in s.points] + [(s[1], v) for each in series for s in each.spans for v in s[2:]]
         low, high = min(y for _, y in points), max(y for _, y in points)
         margin = 0.06 * (high - low)
-        title = "Reward against KL" + (f" · crosses: the range over {len(self.sweep.seeds)} seeds" if runs else "")
+        title = "Reward against KL" + (f" · crosses: the range over {len(self.sweep.seeds)} seeds" if runs and len(self.sweep.seeds) > 1 else "")
         return Chart(title, Axis("KL to SFT, nats a response", 0, 1.03 * max(x for x, _ in points)),
                      Axis("reward, SFT-sd", low - margin, high + margin), series,
                      marks=[("x", here["kl"], f"β = {number(beta)}")], height=360, weight=1.55)
@@ -119,17 +120,16 @@ class FrontierExplorer(Explorer):
         columns = ["policy", "β", "KL", "proxy", "gold", "of possible gain"]
         return Table("At this price", columns if runs else columns[:-1], rows if runs else [rows[0][:-1]], hot=[0])
 
-    def _prompt(self, which: int, beta: float) -> list:
-        truth, prompt = self.truth, self.truth.prompts[which]
+    def _prompt(self, which: int, beta: float) -> tuple[Bars, Table]:
+        truth = self.truth
         best, ref = truth.optimum(which, beta), truth.ref_logps[which]
         now, before = truth.shares(which, best), truth.shares(which, ref)
-        bars = Bars(f"What is done with “{prompt.text}”", {"SFT": "sft", "best at this β": "blue"},
+        bars = Bars("What is done with this prompt", {"SFT": "sft", "best at this β": "blue"},
                     [(name, before[name], now[name]) for name in now], "share of responses", percent=True)
         rows = [[text.strip() or "(nothing)", f"{100 * ref[i].exp():.1f} %", f"{100 * best[i].exp():.1f} %",
                  fixed(truth.proxy[which, i].item(), sign=True), fixed(truth.gold[which, i].item(), sign=True)]
                 for i, text in truth.likeliest(best)]
-        table = Table("Its likeliest responses", ["response", "SFT", "best at β", "proxy", "gold"], rows, weight=1.55)
-        return [[table, bars]]
+        return bars, Table("Its likeliest responses", ["response", "SFT", "at this β", "proxy", "gold"], rows)
 
     def _runs(self, seed: int) -> dict[str, list[RecordedRun]]:
         methods = dict.fromkeys(run.method for run in self.sweep.runs)

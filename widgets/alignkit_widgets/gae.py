@@ -50,6 +50,6 @@ class GAEExplorer(Explorer):
                        Series("this λ", list(zip(places, advantages.tolist(), strict=True)), "blue", big=True)],
                       [("y", 0, "as expected")], height=240)
         source = numbers.source if numbers.source == "made-up figures" else f"answer to “{numbers.source}”"
-        tokens = Tokens(f"Advantage A of each token ({source}); r: its reward, V: what the critic expected before it",
+        tokens = Tokens(f"A: advantage, r: reward, V: what the critic expected · {source}",
                         numbers.tokens, advantages, {"r": rewards, "V": numbers.values})
         return [[Text(says, lead=True)], [tokens], [chart]]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from alignkit.shift import Shift, measure_shift
+from alignkit.text import visible
 from alignkit_widgets.blocks import Axis, Bars, Chart, Series, Table, Text, fixed
 from alignkit_widgets.explorer import Choice, Explorer, Slider
 
@@ -63,8 +64,8 @@ class ShiftViewer(Explorer):
         says = f"{name}: {fixed(total)} nats from {first} on this prompt."
         if at:
             up, down = moved[-1], moved[0]
-            says += (f" Up most: “{tokens[up].strip() or '(end)'}”, {100 * (now[up] - before[up]):+.0f} points. Down most: "
-                     f"“{tokens[down].strip() or '(end)'}”, {100 * (now[down] - before[down]):+.0f} points.".replace("-", "−"))
+            says += (f" Up most: “{visible(tokens[up].strip(), 60)}”, {fixed(100 * (now[up] - before[up]), 0, sign=True)} points. "
+                     f"Down most: “{visible(tokens[down].strip(), 60)}”, {fixed(100 * (now[down] - before[down]), 0, sign=True)}.")
         return [[Text(says, lead=True)], [bars, chart], [Table(f"What {name} says", ["sampled response", "how often"], said)]]
 
 

@@ -28,7 +28,7 @@ class StepThroughExplorer(Explorer):
                     Slider("steps", range(9), 0, "steps made before", between=False),
                     Slider("kl_coef", np.linspace(0, 1, 41).round(3).tolist(), 0.2, "β, price of KL"),
                     Slider("clip", np.linspace(0.05, 0.5, 46).round(2).tolist(), 0.2, "clip range ε"),
-                    Slider("rate", (0.25, 0.5, 1, 2, 4), 1, "learning rate"),
+                    Slider("rate", (0.25, 0.5, 1, 2, 4, 8, 16), 1, "learning rate"),
                     Button("back", "◀ stage", lambda values: {"stage": max(1, values["stage"] - 1)}),
                     Button("next", "stage ▶", lambda values: {"stage": min(last, values["stage"] + 1)})]
         super().__init__("One PPO update, number by number", controls, self._rows, state=state, hide=hide)
@@ -70,4 +70,4 @@ class StepThroughExplorer(Explorer):
         columns = [f"{title} ({unit})" if stage < 4 else title, *(token.strip() for token in numbers.tokens)]
         note = ("Here each position's logits are the parameters, and the step is plain gradient descent; a network shares its weights, and "
                 "a batch whitens its advantages first.")
-        return [[Text(f"{title}. {says}", lead=True)], *strip, [Table("", columns, rows, hot)], [Text(note)]]
+        return [[Text(f"{stage} of {len(STAGES)} · {says}", lead=True)], *strip, [Table("", columns, rows, hot)], [Text(note)]]

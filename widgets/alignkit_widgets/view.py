@@ -22,7 +22,12 @@ class View(anywidget.AnyWidget):
 
 def make_view(config: dict, on_message: Callable[[dict], None]) -> View:
     """A view of an explorer whose messages go to `on_message`."""
-    looks = {name: [colour, marker, dashes(line)] for name, (colour, marker, line) in LOOKS.items()}
-    view = View(config=config | {"looks": looks})
+    view = View(config=view_config(config))
     view.on_msg(lambda _, content, __: on_message(content) if isinstance(content, dict) else None)
     return view
+
+
+def view_config(config: dict) -> dict:
+    """`config` with what `explorer.js` draws with: colour, marker and dashes of each look."""
+    looks = {name: [colour, marker, dashes(line)] for name, (colour, marker, line) in LOOKS.items()}
+    return config | {"looks": looks}
