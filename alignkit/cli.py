@@ -103,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     add_data(compare)
     add_out(compare)
 
+    app = add("app", _app, "a page to train, compare and explore without code, on this machine only")
+    about = "a run directory; an empty or new one gets the desk world's defaults (default: runs/app)"
+    app.add_argument("run", nargs="?", default=Path("runs/app"), type=_folder, metavar="RUN", help=about)
+    app.add_argument("--port", default=0, type=_port, help="where to listen on 127.0.0.1 (default: a free port)")
+
     report = add("report", _report, "write report.html of a run directory again")
     report.add_argument("run", type=_folder, metavar="DIR")
     return parser
@@ -172,6 +177,31 @@ def _report(options: argparse.Namespace) -> None:
     print(_shown(build_report(options.run)))
 
 
+def _app(options: argparse.Namespace) -> None:
+    import asyncio
+
+    import torch
+    from datasets import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    from alignkit.live import open_playground
+
+    disable_progress_bar()
+    disable_progress_bars()
+
+    try:
+        from alignkit_widgets.dashboard import serve
+    except ModuleNotFoundError as error:
+        raise Refused(f"the dashboard needs {error.name}, which is not installed (pip install alignkit)") from error
+    try:
+        playground = open_playground(options.run)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    if playground.model == "tiny":
+        torch.set_num_threads(1)  # matrices this small only get slower with a second thread
+    asyncio.run(serve(playground, options.port))
+
+
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +226,12 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return seconds
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, a number from 0 to 65535")
+    return int(text)
 
 
 def _parameters(options: argparse.Namespace) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import anywidget
 import traitlets
 
-from alignkit.labels import ChoiceLog, Item, word_differences
+from alignkit.labels import UNDECIDED, ChoiceLog, Item, word_differences
 from alignkit.text import visible
 from alignkit_widgets.headless import has_front_end, in_kernel
 
@@ -39,7 +39,7 @@ class Board:
         self.note, self.running, self.finished = "", False, False
         self.at: int | None = None
         self.go(self.next_open(0))
-        self._heard, self._changed = time.monotonic(), asyncio.Event()
+        self._heard = time.monotonic()
 
     # what a kind of board decides
 
@@ -111,15 +111,15 @@ class Board:
         state = self.state()
         for send in self.listeners:
             send(state)
-        self._changed.set()
 
     def state(self) -> dict:
         """Everything that a page shows, as plain JSON."""
         item = self.items[self.at] if self.at is not None else None
+        said = self.log.choices.get(item.id, {}).get("choice") if item else None
         return {
             "item": item and {
                 "id": item.id,
-                "caption": f"{self.at + 1} of {len(self.items)}",
+                "caption": f"{self.at + 1} of {len(self.items)}" + (f" · {said}" if said in UNDECIDED else ""),
                 "prompt": visible(item.prompt, SHOWN),
                 "cards": self.cards(item),
             },
@@ -140,11 +140,14 @@ class Board:
             for place, name in enumerate(item.order)
         ]
 
-    def show(self):
+    def show(self) -> None:
         """Show the board and return at once; without a front end, its picture."""
-        if not has_front_end():
+        if has_front_end():
+            self._display()
+        else:
             self._leave_picture()
-            return None
+
+    def _display(self):
         from IPython.display import display
 
         view = BoardView(config={"title": self.title})
@@ -163,16 +166,13 @@ class Board:
             self.running = False
             self._leave_picture()
             return
-        handle = self.show()
+        handle = self._display()
         try:
             while not self.enough():
-                self._changed.clear()
-                try:
-                    await asyncio.wait_for(self._changed.wait(), timeout=1.0)
-                except TimeoutError:
-                    if time.monotonic() - self._heard > self.patience:
-                        print(f"{self.title}: the page was gone. What was chosen is saved; run the cell again to go on.")
-                        break
+                await asyncio.sleep(0.1)  # and not wait_for, which can lose an interrupt that comes with a press
+                if time.monotonic() - self._heard > self.patience:
+                    print(f"{self.title}: the page was gone. What was chosen is saved; run the cell again to go on.")
+                    break
         finally:
             self.running, self.listeners = False, []
             self._leave_picture(handle)

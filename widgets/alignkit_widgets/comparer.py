@@ -130,7 +130,7 @@ class CheckpointComparer(Board):
         return [
             {
                 "name": name,
-                "text": f"{name}: {votes.count(name)} votes" + (f", {share.value:.0%} of all" if votes else ""),
+                "text": f"{name}: {votes.count(name)} vote{'s' * (votes.count(name) != 1)}" + (f", {share.value:.0%} of all" if votes else ""),
                 "value": share.value,
                 "low": share.low,
                 "high": share.high,

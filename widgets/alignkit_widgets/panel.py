@@ -28,10 +28,7 @@ class PanelDisplay:
     """One panel shown in one cell, and replaced by a picture in the end."""
 
     def __init__(self, config: dict, on_message: Callable[[dict], None]) -> None:
-        faces = {name: colour for name, (colour, _) in plots.BEHAVIOUR_FACES.items()}
-        lines = [[colour, dashes(line)] for colour, _, line, _ in plots.SERIES]
-        labels = {key: name for key, (name, _) in plots.METRICS.items()}
-        self.panel = Panel(config=config | {"behaviours": faces, "lines": lines, "labels": labels})
+        self.panel = Panel(config=config | looks())
         self.panel.on_msg(lambda _, content, __: on_message(content) if isinstance(content, dict) else None)
         view = {"model_id": self.panel.model_id, "version_major": 2, "version_minor": 0}
         self.handle = display(
@@ -51,6 +48,15 @@ class PanelDisplay:
         """Put a picture, (PNG, metadata), where the panel was; `text` shows where there are no pictures."""
         data, metadata = bundle(picture, text)
         self.handle.update(data, metadata=metadata, raw=True)
+
+
+def looks() -> dict:
+    """What `cockpit.js` draws with: colours of behaviours, colour and dashes of lines, names of metrics."""
+    return {
+        "behaviours": {name: colour for name, (colour, _) in plots.BEHAVIOUR_FACES.items()},
+        "lines": [[colour, dashes(line)] for colour, _, line, _ in plots.SERIES],
+        "labels": {key: name for key, (name, _) in plots.METRICS.items()},
+    }
 
 
 def display_png(picture: tuple[bytes, dict], text: str) -> None:

@@ -1,0 +1,161 @@
+"""The dashboard as a user meets it: no code, one page, by mouse and keyboard."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lab_page import ARTIFACTS, PATIENCE
+
+from alignkit.live import make_desk_start
+from alignkit.records import read_metrics, start_run
+from alignkit.reward import RewardConfig
+from alignkit.sft import SFTConfig
+
+pytestmark = pytest.mark.browser
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    """`alignkit app` on a run with a hastily trained start: (its URL, the run directory)."""
+    run = start_run(tmp_path_factory.mktemp("app") / "run", "tiny", "desk", 0)
+    make_desk_start(run, pairs=256, sft=SFTConfig(epochs=1), reward=RewardConfig(epochs=2))
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'widgets'}", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "alignkit.cli", "app", str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as server:
+        said = []
+        while not said or "http://127.0.0.1" not in said[-1]:
+            said.append(server.stdout.readline())
+            assert said[-1], "".join(said)
+        yield said[-1].strip(), run
+        server.terminate()
+        rest = server.stdout.read()
+    assert server.returncode == 0 and "Traceback" not in rest, rest
+
+
+@pytest.fixture
+def open_app(app, chromium):
+    """open_app(theme) -> a page of the dashboard that may speak to nobody else; fails on errors in its console."""
+    contexts, wrong = [], []
+
+    def open_one(theme: str = "light"):
+        contexts.append(chromium.new_context(viewport={"width": 1240, "height": 1000}, color_scheme=theme))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("pageerror", lambda e: wrong.append(e.stack or str(e)))
+        here = app[0].split("/?")[0]
+        page.on("request", lambda r: None if r.url.startswith((here, "data:")) else wrong.append(f"asked for {r.url}"))
+        page.goto(app[0])
+        page.get_by_role("tab", name="Train").wait_for()
+        return page
+
+    yield open_one
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def picture(page, name: str) -> None:
+    """Keep a screenshot."""
+    ARTIFACTS.mkdir(exist_ok=True)
+    page.screenshot(path=ARTIFACTS / f"dashboard_{name}.png")
+
+
+def rows_of(run: Path, number: int) -> list[dict]:
+    """The log of a run that was started in the dashboard."""
+    return read_metrics(run / "app" / f"ppo-{number}" / "metrics.jsonl")
+
+
+def until(page, condition, what: str) -> None:
+    """Wait for something outside the page."""
+    for _ in range(PATIENCE // 100):
+        if condition():
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError(f"waited in vain for {what}")
+
+
+def test_ppo_is_trained_paused_steered_and_stopped_and_a_reload_finds_it_again(open_app, app):
+    page, run = open_app(), app[1]
+    page.get_by_label("Iterations").fill("400")
+    page.get_by_role("button", name="Start a run").press("Enter")
+    until(page, lambda: len(rows_of(run, 1)) >= 3, "three iterations")
+    page.get_by_role("button", name="Pause").click()
+    page.wait_for_selector(".akc-state[data-state=paused]")
+    paused = len(rows_of(run, 1))
+    slider = page.locator("input[type=range][data-control=kl_coef]")
+    slider.focus()
+    for _ in range(3):
+        page.keyboard.press("PageUp")
+    asked = float(page.locator("input[type=number][data-control=kl_coef]").input_value())
+    page.get_by_text("from the next iteration on").wait_for()
+    page.get_by_role("button", name="Step").click()
+    until(page, lambda: len(rows_of(run, 1)) == paused + 1, "one step")
+    page.wait_for_selector(".akc-state[data-state=paused]")
+    assert rows_of(run, 1)[-1]["controls"]["kl_coef"] == asked > 0.2
+    page.locator(".akc-plot .marktext", has_text="kl_coef 0.2 →").first.wait_for()
+
+    page.reload()
+    page.locator(".akc-state[data-state=paused]").wait_for()
+    page.locator(".akc-plot .marktext", has_text="kl_coef 0.2 →").first.wait_for()
+    assert page.get_by_role("button", name="Start a run").is_disabled()
+    page.locator(".akc").get_by_role("button", name="Play").click()
+    until(page, lambda: len(rows_of(run, 1)) > paused + 2, "the run to go on")
+    picture(page, "train_light")
+    page.locator(".akc").get_by_role("button", name="Stop").click()
+    page.get_by_text("it can be compared now").wait_for()
+    assert (run / "app" / "ppo-1" / "model.safetensors").exists()
+    assert page.get_by_role("button", name="Start a run").is_enabled()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_checkpoints_are_compared_by_keyboard(open_app, app, theme):
+    page, run = open_app(theme), app[1]
+    page.get_by_role("tab", name="Train").focus()
+    page.keyboard.press("ArrowRight")
+    page.get_by_role("tab", name="Compare", selected=True).wait_for()
+    assert page.locator("#panel-compare input:checked").count() == 2
+    page.get_by_role("button", name="Compare").press("Enter")
+    page.locator(".akb-card").first.wait_for()
+    log = run / "app" / "votes-sft-app.ppo-1.log.jsonl"
+    before = len(read_metrics(log))
+    page.locator(".akb").focus()
+    page.keyboard.press("ArrowLeft")
+    until(page, lambda: len(read_metrics(log)) == before + 1, "the vote")
+    assert "app/ppo-1" not in page.locator(".akb-cards").inner_text()
+    picture(page, f"compare_{theme}")
+    page.keyboard.press("v")
+    page.locator(".akb-results", has_text="app/ppo-1").wait_for()
+    picture(page, f"named_{theme}")
+    assert json.loads(log.read_text().splitlines()[-1])["blind"] is True
+
+
+def test_the_frontier_answers_the_keyboard_and_trains_at_its_price(open_app, app):
+    page, run = open_app("dark"), app[1]
+    page.get_by_role("tab", name="Frontier").click()
+    page.locator(".ake-plot").first.wait_for()
+    said = page.locator(".ake p").first.inner_text()
+    page.locator(".ake input[type=range]").first.focus()
+    for _ in range(8):
+        page.keyboard.press("ArrowRight")
+    page.wait_for_function("(said) => document.querySelector('.ake p').innerText !== said", arg=said)
+    picture(page, "frontier_dark")
+    page.get_by_role("button", name="train this").click()
+    page.get_by_role("tab", name="Train · running").click()
+    until(page, lambda: (run / "app" / "ppo-2").exists() and len(rows_of(run, 2)) >= 1, "an iteration")
+    picture(page, "train_dark")
+    page.locator(".akc").get_by_role("button", name="Stop").click()
+    page.get_by_text("it can be compared now").wait_for()
+
+
+def test_who_has_no_token_sees_nothing(app, chromium):
+    page = chromium.new_page()
+    answer = page.goto(app[0].split("?")[0])
+    assert answer.status == 403 and "token" in page.inner_text("body") and "alignkit app" in page.inner_text("body")
+    page.close()

@@ -1,0 +1,202 @@
+"""The dashboard without a browser: who gets in, what the server says, how runs begin and end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
+from tornado.websocket import websocket_connect
+
+from alignkit.live import make_desk_start, open_playground
+from alignkit.models import load_policy
+from alignkit.records import RunError, read_metrics, start_run
+from alignkit.reward import RewardConfig
+from alignkit.sft import SFTConfig
+
+dashboard_module = pytest.importorskip("alignkit_widgets.dashboard")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def desk_start(tmp_path_factory) -> Path:
+    """A run directory with a hastily trained SFT policy and reward model."""
+    run = start_run(tmp_path_factory.mktemp("desk") / "run", "tiny", "desk", 0)
+    make_desk_start(run, pairs=64, sft=SFTConfig(epochs=0.2), reward=RewardConfig(epochs=1))
+    return run
+
+
+@pytest.fixture
+def playground(desk_start, tmp_path):
+    """A playground of its own on the shared start."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("sft", "reward", "run.json"):
+        os.symlink(desk_start / name, run / name)
+    return open_playground(run)
+
+
+class Page:
+    """A page of the dashboard: what it was told, and what it says."""
+
+    def __init__(self, connection) -> None:
+        self.connection, self.told = connection, []
+
+    async def until(self, condition, seconds: float = 60.0):
+        """Read messages until one of them makes `condition` true; returns it."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            message = json.loads(await asyncio.wait_for(self.connection.read_message(), seconds))
+            self.told.append(message)
+            if condition(message):
+                return message
+        raise AssertionError(f"waited {seconds} s in vain; told {str(self.told)[-500:]}")
+
+    def say(self, **message) -> None:
+        self.connection.write_message(json.dumps(message))
+
+
+def serving(playground, test) -> None:
+    """Run `await test(dashboard, page)` beside a dashboard."""
+
+    async def run() -> None:
+        dashboard = dashboard_module.Dashboard(playground)
+        dashboard.listen()
+        try:
+            page = Page(await websocket_connect(f"ws://127.0.0.1:{dashboard.port}/socket?token={dashboard.token}"))
+            await test(dashboard, page)
+        finally:
+            await dashboard.close()
+        assert not dashboard.busy
+
+    asyncio.run(run())
+
+
+def status(key, value):
+    """A condition: the status says `value` for `key`."""
+    return lambda message: message.get("status", {}).get(key) == value
+
+
+def test_without_the_token_another_host_or_origin_it_says_403(playground):
+    async def test(dashboard, page):
+        client, here = AsyncHTTPClient(), f"http://127.0.0.1:{dashboard.port}"
+        good = f"?token={dashboard.token}"
+
+        async def code(path: str, **headers) -> int:
+            request = HTTPRequest(here + path, headers={k.title(): v for k, v in headers.items()})
+            return (await client.fetch(request, raise_error=False)).code
+
+        for path in ("/", "/file/board.js", "/socket", "/nothing"):
+            assert await code(path) == 403 and await code(path + "?token=x") == 403, path
+            assert await code(path + good, host=f"evil.example:{dashboard.port}") == 403, path
+            assert await code(path + good, origin="http://evil.example") == 403, path
+        assert await code("/" + good) == 200 and await code("/file/board.js" + good) == 200
+        assert await code("/" + good, host=f"localhost:{dashboard.port}") == 200
+        assert await code("/file/board.py" + good) == 404 and await code("/file/..%2Fdashboard.py" + good) == 404
+        for url, origin in ((f"ws://127.0.0.1:{dashboard.port}/socket", here),
+                            (f"ws://127.0.0.1:{dashboard.port}/socket{good}", "http://evil.example"),
+                            (f"ws://127.0.0.1:{dashboard.port}/socket{good}", "null")):
+            with pytest.raises(HTTPClientError, match="403"):
+                await websocket_connect(HTTPRequest(url, headers={"Origin": origin}))
+
+    serving(playground, test)
+
+
+def test_the_page_loads_nothing_from_elsewhere(playground):
+    async def test(dashboard, page):
+        answer = await AsyncHTTPClient().fetch(dashboard.url)
+        assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
+        assert answer.headers["Referrer-Policy"] == "no-referrer"
+        for name in sorted(dashboard_module.FILES):
+            text = (Path(dashboard_module.__file__).parent / name).read_text(encoding="utf-8")
+            assert not [a for a in re.findall(r"https?://[^\s\"'`]+", text) if a != "http://www.w3.org/2000/svg"], name
+            assert "innerHTML" not in text and "insertAdjacentHTML" not in text, name
+        assert dashboard.server is not None and dashboard.url.startswith("http://127.0.0.1:")
+
+    serving(playground, test)
+
+
+def test_a_run_is_steered_stopped_saved_and_compared(playground):
+    async def test(dashboard, page):
+        page.say(do="train", iterations=200)
+        panel = (await page.until(lambda m: "mount" in m))["mount"]
+        await page.until(lambda m: m.get("to") == panel and m["content"]["state"]["done"] >= 1)
+        page.say(to=panel, content={"type": "set", "name": "kl_coef", "value": 0.7})
+        await page.until(lambda m: m.get("to") == panel and m["content"]["state"]["controls"]["kl_coef"] == 0.7)
+        page.say(do="train", iterations=3)  # one at a time: ignored
+        page.say(to=panel, content={"type": "stop"})
+        await page.until(status("busy", []))
+        rows = read_metrics(playground.run / "app" / "ppo-1" / "metrics.jsonl")
+        assert 2 <= len(rows) < 200 and rows[-1]["controls"]["kl_coef"] == 0.7
+        assert list(playground.checkpoints()) == ["sft", "app/ppo-1"]
+        load_policy(playground.checkpoints()["app/ppo-1"])
+
+        page.say(do="compare", names=["app/ppo-1", "sft", "../../etc", 3])
+        board = (await page.until(lambda m: m.get("kind") == "board"))["mount"]
+        page.say(to=board, content={"type": "sync"})
+        shown = (await page.until(lambda m: m.get("to") == board and m["content"]["item"]))["content"]["item"]
+        page.say(to=board, content={"type": "press", "button": "vote 0", "item": shown["id"]})
+        await page.until(lambda m: m.get("to") == board and m["content"]["done"] == 1)
+        assert len(read_metrics(playground.run / "app" / "votes-sft-app.ppo-1.log.jsonl")) == 1
+
+    serving(playground, test)
+
+
+def test_the_frontier_starts_a_run_at_its_price(playground):
+    async def test(dashboard, page):
+        page.say(do="frontier")
+        panel = (await page.until(lambda m: m.get("kind") == "explorer"))["mount"]
+        page.say(to=panel, content={"type": "set", "n": 1, "values": {"beta": 0.7}})
+        await page.until(lambda m: m.get("to") == panel and m["content"]["n"] == 1)
+        page.say(to=panel, content={"type": "press", "n": 2, "name": "train"})
+        cockpit = await page.until(lambda m: m.get("kind") == "cockpit")
+        assert {c["name"]: c["start"] for c in cockpit["config"]["controls"]}["kl_coef"] == 0.7
+
+    serving(playground, test)  # closing ends the run
+
+
+def test_what_makes_no_sense_is_ignored_and_an_error_is_said(playground):
+    async def test(dashboard, page):
+        for text in ("", "[", "3", "null", '{"do": "drop"}', '{"to": [], "content": {}}', '{"to": "x", "content": {"type": "stop"}}'):
+            page.connection.write_message(text)
+        page.say(do="compare", names="sft")
+        message = await page.until(lambda m: m.get("status", {}).get("said", {}).get("compare"))
+        assert "expected two to six" in message["status"]["said"]["compare"]
+        assert dashboard_module._whole("9", 1, 5) is None and dashboard_module._whole(9, 1, 5) == 5
+
+    serving(playground, test)
+
+
+def test_half_a_run_is_refused_with_a_reason(desk_start, tmp_path):
+    (tmp_path / "half").mkdir()
+    os.symlink(desk_start / "sft", tmp_path / "half" / "sft")
+    with pytest.raises(RunError, match="has no reward/"):
+        open_playground(tmp_path / "half")
+
+
+@pytest.mark.slow
+def test_the_command_prints_its_address_and_ends_cleanly(desk_start, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("sft", "reward", "run.json"):
+        os.symlink(desk_start / name, run / name)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'widgets'}", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "alignkit.cli", "app", str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as app:
+        said = ""
+        while "Ctrl-C" not in said:
+            line = app.stdout.readline()
+            assert line, said
+            said += line
+        assert re.search(r"http://127\.0\.0\.1:\d+/\?token=[\w-]{30,}", said)
+        app.send_signal(signal.SIGINT)
+        said += app.stdout.read()
+        assert app.wait(60) == 0 and "Traceback" not in said, said
