@@ -122,7 +122,7 @@ def test_checkpoints_are_compared_by_keyboard(open_app, app, theme):
     page.get_by_role("tab", name="Compare", selected=True).wait_for()
     assert page.locator("#panel-compare input:checked").count() == 2
     page.get_by_role("button", name="Compare").press("Enter")
-    page.locator(".akb-card").first.wait_for()
+    page.get_by_role("button", name="Show names").wait_for()  # a new board: names are hidden again
     log = run / "app" / "votes-sft-app.ppo-1.log.jsonl"
     before = len(read_metrics(log))
     page.locator(".akb").focus()
