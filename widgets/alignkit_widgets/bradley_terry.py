@@ -33,7 +33,7 @@ def _rows(state: Mapping) -> list:
     true, labels, noise = state["first"] - state["second"], int(state["labels"]), state["noise"]
     wins = labels_for_first(true, labels, noise, int(state["seed"]))
     chance = float(preference_chance(true, noise))
-    places = torch.linspace(-6, 6, 121, dtype=torch.float64)
+    places = torch.linspace(-6, 6, 97, dtype=torch.float64)
     losses = bradley_terry_loss(places, wins, labels)
     x = "difference of the scores, nats"
     curve = [Series("without flips", torch.stack([places, preference_chance(places)], 1), "dotted")] if noise else []

@@ -38,7 +38,7 @@ def objective_and_slope(ratio: torch.Tensor, advantage: float, clip: float) -> t
 def _rows(state: Mapping) -> list:
     ratio, clip = state["ratio"], state["clip"]
     advantage = state["size"] if state["sign"] == "up" else -state["size"]
-    places = torch.linspace(0.4, 1.8, 281, dtype=torch.float64)
+    places = torch.linspace(0.4, 1.8, 141, dtype=torch.float64)
     value, slope, _ = objective_and_slope(places, advantage, clip)
     here = torch.tensor([ratio], dtype=torch.float64)
     (mine,), (its_slope,), (still,) = objective_and_slope(here, advantage, clip)

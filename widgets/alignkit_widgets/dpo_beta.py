@@ -48,7 +48,7 @@ def _rows(state: Mapping) -> list:
     rewards = [float(implicit_reward(logps, ref, beta)) for logps, ref in ((chosen, ref_chosen), (rejected, ref_rejected))]
     margin = rewards[0] - rewards[1]
     reach = max(4.0, np.ceil(1.2 * abs(margin)))
-    places = torch.linspace(-reach, reach, 161, dtype=torch.float64)
+    places = torch.linspace(-reach, reach, 97, dtype=torch.float64)
     losses, pulls = loss_and_pull(places, beta, kind)
     (loss,), (pull,) = (t.tolist() for t in loss_and_pull(torch.tensor([margin], dtype=torch.float64), beta, kind))
     x, mark = Axis("margin, β · nats", -reach, reach), [("x", margin, f"margin {fixed(margin, sign=True)}")]

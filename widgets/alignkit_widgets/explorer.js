@@ -57,14 +57,14 @@ class Drawing {
       make(entry, "span", {}, s.name);
     }
   }
-  chart(parent, b) {
+  chart(parent, b, room) {
     const figure = make(parent, "figure");
     make(figure, "figcaption", {}, b.title);
     const named = b.series.filter((s) => s.name && s.points.length);
     if (named.length > 1) this.legend(figure, named);
     const svg = make(figure, "svg", { class: "ake-plot", height: b.height, role: "img",
       "aria-label": `${b.title}. ${b.y.label} against ${b.x.label}. ${named.map((s) => s.name).join(", ")}` });
-    const width = svg.clientWidth || 480, left = 56, right = 16, top = b.marks.length || b.zones.length ? 18 : 8, bottom = 38;
+    const width = Math.max(200, room), left = 56, right = 16, top = b.marks.length || b.zones.length ? 18 : 8, bottom = 38;
     const scale = (axis, from, to) => {
       const f = axis.log ? Math.log : (v) => v, low = f(axis.low), high = f(axis.high);
       return (v) => from + (to - from) * (f(Math.min(Math.max(v, axis.low), axis.high)) - low) / (high - low);
@@ -148,7 +148,7 @@ class Drawing {
       cells.forEach((cell, c) => make(row, r ? "td" : "th", c < b.left ? {} : { class: "figure" }, cell));
     });
   }
-  stack(parent, b) { for (const block of b.blocks) this[block.kind](make(parent, "div", { class: "ake-stacked" }), block); }
+  stack(parent, b, room) { for (const block of b.blocks) this[block.kind](make(parent, "div", { class: "ake-stacked" }), block, room); }
   text(parent, b) { make(parent, "p", b.lead ? { class: "lead", role: "status" } : {}, b.text); }
   tokens(parent, b) {
     const figure = make(parent, "figure"), most = Math.max(1e-9, ...b.values.map(Math.abs));
@@ -187,9 +187,9 @@ class View {
     this.note = make(root, "div", { class: "ake-note", role: "alert" });
     this.picture = make(root, "div", { class: "ake-picture" });
     if (this.config.state) this.foot = make(root, "div", { class: "ake-foot" });
-    let width = 0;
-    this.observer = new ResizeObserver(() => { if (Math.abs(root.clientWidth - width) > 2) { width = root.clientWidth; this.draw(); } });
-    this.observer.observe(root);
+    this.width = 0; // known from the observer: asking an element for it would lay out the whole page, for each chart
+    this.observer = new ResizeObserver(([{ contentRect: { width } }]) => { if (Math.abs(width - this.width) > 2) { this.width = width; this.draw(); } });
+    this.observer.observe(this.picture);
   }
   button(parent, label, press, name = label) {
     make(parent, "button", { type: "button", "data-control": name, "data-lm-suppress-shortcuts": "true" }, label).addEventListener("click", press);
@@ -221,19 +221,20 @@ class View {
   draw() {
     const { shown, flying, wanted } = this.store;
     this.note.textContent = this.store.silent ? "The kernel does not answer. Is it busy? If it was restarted, run this cell again." : shown?.note ?? "";
-    if (!shown) return;
+    if (!shown || !this.width) return;
     for (const [name, show] of Object.entries(this.inputs)) if (!flying?.values?.[name] && !(name in (wanted?.values ?? {})) && !(name in (flying?.values ?? {}))) show(shown.values[name]);
     const focus = this.picture.contains(document.activeElement) ? [...this.picture.querySelectorAll("button,input")].indexOf(document.activeElement) : -1;
     this.picture.replaceChildren();
-    const narrow = this.root.clientWidth < 640;
+    const narrow = this.width < 620;
     for (const blocks of shown.rows) {
       const row = make(this.picture, "div", { class: "ake-row" });
       row.style.gridTemplateColumns = narrow ? "minmax(0,1fr)" : blocks.map((b) => `minmax(0,${b.weight ?? 1}fr)`).join(" ");
-      for (const block of blocks) this.drawing[block.kind]?.(make(row, "div"), block);
+      const total = blocks.reduce((sum, b) => sum + (b.weight ?? 1), 0), free = this.width - 28 * (blocks.length - 1); // 28: the gap in explorer.css
+      for (const block of blocks) this.drawing[block.kind]?.(make(row, "div"), block, narrow ? this.width : free * (block.weight ?? 1) / total);
     }
     if (focus >= 0) this.picture.querySelectorAll("button,input")[focus]?.focus();
     if (this.foot) { this.foot.replaceChildren(); this.drawing.copy(this.foot, { label: "copy state", text: shown.state }); }
-    this.root.dataset.state = shown.state; // tests and benchmarks wait for it
+    Object.assign(this.root.dataset, { state: shown.state, ms: shown.ms ?? "" }); // tests and benchmarks wait for it
   }
   dispose() { this.observer.disconnect(); this.root.remove(); }
 }

@@ -195,7 +195,7 @@ class Explorer:
     def text(self) -> str:
         """The picture in words and figures: its sentences and its tables."""
         lines = [f"{self.title} ({self.state})"]
-        for block in (part for row in self.rows() for block in row for part in block.get("blocks", [block])):
+        for block in (part for row in self.rows() for one in row for part in one.get("blocks", [one])):
             if block["kind"] == "text":
                 lines.append(block["text"])
             elif block["kind"] == "table":
@@ -288,7 +288,7 @@ class Explorer:
     def _parse(self, text: str) -> dict:
         parts = [part.partition("=") for part in text.split("&")] if text else []
         names = [name for name, _, _ in parts]
-        for name, equals, value in parts:
+        for name, equals, _ in parts:
             if name not in self.controls or not equals or names.count(name) > 1:
                 problem = "unknown" if name not in self.controls else "there twice" if equals else "without a value"
                 raise ValueError(f"state is {text!r}: {name} is {problem}, expected NAME=VALUE with the names "
