@@ -185,11 +185,11 @@ class ChoiceLog:
 
         source: a label file, whose log is read if it lies beside it, or any preference pairs that `load_rows` reads.
         """
-        stored = {(row["prompt"], frozenset(row["responses"].values())): row["responses"].get(row["choice"], row["choice"])
+        stored = {_texts(row["prompt"], row["responses"]): row["responses"].get(row["choice"], row["choice"])
                   for row in _stored(source)}
         done, made = self.choices, 0
         for item in self.items.values():
-            said = stored.get((item.prompt, frozenset(item.responses.values())))
+            said = stored.get(_texts(item.prompt, item.responses))
             if said is not None and item.id not in done:
                 name = said if said in UNDECIDED else next(n for n, text in item.responses.items() if text == said)
                 self.choose(item, name, replayed=str(source))
@@ -216,7 +216,7 @@ def stored_rows(source: str | Path) -> list[dict]:
 
 
 def first_shown(choices: Sequence[Mapping]) -> Estimate | None:
-    """How often the response on the left was chosen, of the choices that were no tie or skip; ½ without position bias."""
+    """How often the left response was chosen, of the choices that were no tie or skip; ½ without position bias."""
     decided = [row for row in choices if row["choice"] not in UNDECIDED]
     left = sum(row["choice"] == row["order"][0] for row in decided)
     return Estimate(left / len(decided), *wilson(left, len(decided))) if decided else None
@@ -289,6 +289,10 @@ def _length_bias(scorer: RewardScorer, rows: Sequence[Mapping]) -> float:
         _, place, count = np.unique(values, return_inverse=True, return_counts=True)
         ranks.append((np.cumsum(count) - (count - 1) / 2)[place])  # ties share their mean rank
     return float(np.corrcoef(*ranks)[0, 1]) if min(np.std(r) for r in ranks) > 0 else 0.0
+
+
+def _texts(prompt: str, responses: Mapping[str, str]) -> tuple:
+    return prompt, frozenset(responses.values())
 
 
 def _check_texts(where: str, texts: Mapping[str, object]) -> None:

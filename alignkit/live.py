@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
@@ -80,6 +81,7 @@ class LivePPO:
     folder: Path
     config: PPOConfig
     state: PPOState = field(repr=False)
+    _lock: Lock = field(default_factory=Lock, repr=False)  # a run may be saved from another thread than it trains in
 
     @property
     def controls(self) -> dict[str, tuple]:
@@ -93,7 +95,8 @@ class LivePPO:
 
     def step(self, controls: Mapping[str, float]) -> dict:
         """One iteration with the controls as they are now: metrics, samples, and in the desk world shares."""
-        measured = ppo_iteration(self.state, replace(self.config, **controls)).log()
+        with self._lock:
+            measured = ppo_iteration(self.state, replace(self.config, **controls)).log()
         del measured["step"]
         rollout, tokenizer, world = self.state.last_rollout, self.state.tokenizer, self.of.task.world
         prompts = [tokenizer.decode(ids[mask], skip_special_tokens=True)
@@ -111,7 +114,8 @@ class LivePPO:
     def save(self) -> Path | None:
         """Write the policy as it is now to its folder; None, and no folder, if no iteration was done."""
         if self.state.iteration:
-            return save_model(self.state.policy, self.state.tokenizer, self.folder)
+            with self._lock:
+                return save_model(self.state.policy, self.state.tokenizer, self.folder)
         for path in self.folder.iterdir():
             path.unlink()
         self.folder.rmdir()

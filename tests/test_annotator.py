@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
@@ -122,7 +121,8 @@ for item in items:
 def test_a_killed_process_loses_nothing(tmp_path):
     path = tmp_path / "labels.jsonl"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(path)], stdout=subprocess.PIPE, text=True, env=environment)
+    command = [sys.executable, "-c", CHILD, str(path)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     said = [child.stdout.readline().strip() for _ in range(25)]
     child.send_signal(signal.SIGKILL)
     said += child.stdout.read().split()
@@ -272,7 +272,7 @@ def test_a_policy_that_says_one_thing_gives_no_pairs():
 def desk():
     """A reward model trained on the desk world's default annotator, and more pairs."""
     world, rng = World(0), np.random.default_rng(0)
-    policy, tokenizer = load_policy("tiny", device="cpu")
+    _, tokenizer = load_policy("tiny", device="cpu")
     train, held = world.train_prompts[::3], world.heldout_prompts
 
     def pairs(prompts, seed):

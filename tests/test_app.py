@@ -165,7 +165,7 @@ def test_the_frontier_starts_a_run_at_its_price(playground):
 
 def test_what_makes_no_sense_is_ignored_and_an_error_is_said(playground):
     async def test(dashboard, page):
-        for text in ("", "[", "3", "null", '{"do": "drop"}', '{"to": [], "content": {}}', '{"to": "x", "content": {"type": "stop"}}'):
+        for text in ("", "[", "3", "null", '{"do": "drop"}', '{"to": [], "content": {}}', '{"to": "x", "content": {}}'):
             page.connection.write_message(text)
         page.say(do="compare", names="sft")
         message = await page.until(lambda m: m.get("status", {}).get("said", {}).get("compare"))

@@ -1,4 +1,4 @@
-"""The boards without a browser: what a page sends, what it is shown, what is left where nobody watches; the statistic."""
+"""The boards without a browser: what a page sends and is shown, what is left where nobody watches; the statistic."""
 
 from __future__ import annotations
 
@@ -224,7 +224,8 @@ def test_headless_a_stored_file_is_replayed(tmp_path, headless, capsys):
     assert "1 label, 1 tied" in capsys.readouterr().out
     from_file = PreferenceAnnotator(None, tmp_path / "third.jsonl", labels=tmp_path / "labels.jsonl")
     assert len(asyncio.run(from_file.run())) == 1 and from_file.enough()
-    other = PreferenceAnnotator([{"prompt": "other", "a": "x", "b": "y"}], tmp_path / "o.jsonl", labels=tmp_path / "labels.jsonl")
+    unknown = [{"prompt": "other", "a": "x", "b": "y"}]
+    other = PreferenceAnnotator(unknown, tmp_path / "o.jsonl", labels=tmp_path / "labels.jsonl")
     with pytest.raises(ValueError, match="has no label on any of the 1 pairs"):
         asyncio.run(other.run())
 
@@ -263,7 +264,8 @@ def test_run_ends_when_enough_is_labelled_or_the_page_is_gone(tmp_path, monkeypa
 def test_a_picture_shows_what_is_blind_blind(checkpoints, tmp_path):
     board = comparer(checkpoints, tmp_path)
     png, metadata = board.picture()
-    assert png.startswith(b"\x89PNG") and metadata["width"] > 800 and board.items[2].prompt.split("?")[0] in metadata["alt"]
+    assert png.startswith(b"\x89PNG") and metadata["width"] > 800
+    assert board.items[2].prompt.split("?")[0] in metadata["alt"]
     assert "cautious" not in metadata["alt"]
     board.press("reveal", None)
     assert "cautious: 0 votes" in board.picture()[1]["alt"]

@@ -22,7 +22,9 @@ ROWS = [
     {"prompt": "How do I pay the bill at work?", "a": " Fill in the online form.", "b": ""},
 ]
 '''
-RUN = 'annotator = PreferenceAnnotator(ROWS, "{name}.jsonl")\nlabels = await annotator.run()\nprint(len(labels), "labels")'
+RUN = """annotator = PreferenceAnnotator(ROWS, "{name}.jsonl")
+labels = await annotator.run()
+print(len(labels), "labels")"""
 
 COMPARE = '''
 import torch
@@ -137,7 +139,8 @@ def test_a_page_that_is_loaded_again_does_not_hang_the_cell(open_notebook, lab):
 
 
 def test_model_text_is_text(open_notebook, lab):
-    hostile = f"HOSTILE = {HOSTILE!r} | {{'long': 'x' * 1_000_000}}\nROWS = [{{'prompt': text, 'a': text, 'b': text + ' b'}} for text in HOSTILE.values()]"
+    hostile = f"HOSTILE = {HOSTILE!r} | {{'long': 'x' * 1_000_000}}\n"
+    hostile += "ROWS = [{'prompt': text, 'a': text, 'b': text + ' b'} for text in HOSTILE.values()]"
     notebook = open_notebook([ANNOTATE + hostile, RUN.format(name="hostile")], size=(1180, 1100))
     notebook.start()
     seen = ""
@@ -160,7 +163,7 @@ def test_model_text_is_text(open_notebook, lab):
     assert len(json.dumps(saved)) < 1_000_000
     kinds = {kind for cell in saved["cells"] for output in cell["outputs"] for kind in output.get("data", {})}
     assert kinds == {"image/png", "text/plain"}
-    assert [row["chosen"] for row in load_rows(lab.root / "hostile.jsonl")][0].startswith("<script>")
+    assert load_rows(lab.root / "hostile.jsonl")[0]["chosen"].startswith("<script>")
     assert notebook.errors() == []
 
 

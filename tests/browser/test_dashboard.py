@@ -27,7 +27,8 @@ def app(tmp_path_factory):
     make_desk_start(run, pairs=256, sft=SFTConfig(epochs=1), reward=RewardConfig(epochs=2))
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'widgets'}", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "alignkit.cli", "app", str(run)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as server:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as server:
         said = []
         while not said or "http://127.0.0.1" not in said[-1]:
             said.append(server.stdout.readline())

@@ -50,7 +50,15 @@ class PreferenceAnnotator(Board):
 
     @classmethod
     def from_policy(
-        cls, policy, tokenizer, prompts: Sequence[str], path: str | Path, *, max_new_tokens: int, seed: int = 0, **options
+        cls,
+        policy,
+        tokenizer,
+        prompts: Sequence[str],
+        path: str | Path,
+        *,
+        max_new_tokens: int,
+        seed: int = 0,
+        **options,
     ) -> PreferenceAnnotator:
         """Label pairs of different responses that `policy` gives to `prompts`."""
         rows = sample_pairs(policy, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed)

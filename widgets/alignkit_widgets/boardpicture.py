@@ -35,12 +35,13 @@ def _draw(title: str, status: str, items: list, results: list) -> tuple[bytes, d
     top = 0.62
     for height, prompt, cards in blocks:
         for number, line in enumerate(prompt):
-            ax.text(0.12, top + 0.16 + _LINE * number, _text(line), fontsize=_SIZE, color=plots.INK, fontweight="bold", **_PLAIN)
+            y = top + 0.16 + _LINE * number
+            ax.text(0.12, y, _text(line), fontsize=_SIZE, color=plots.INK, fontweight="bold", **_PLAIN)
         y, width = top + 0.1 + _LINE * len(prompt), _card_width(len(cards))
         for place, (head, lines) in enumerate(cards):
             x = 0.12 + place * (width + 0.16)
-            ax.add_patch(FancyBboxPatch((x, y), width, top + height - y - 0.16, boxstyle="round,pad=0,rounding_size=0.05",
-                                        fc="#fafafa", ec=plots.EDGE, lw=0.8))
+            shape = {"boxstyle": "round,pad=0,rounding_size=0.05", "fc": "#fafafa", "ec": plots.EDGE, "lw": 0.8}
+            ax.add_patch(FancyBboxPatch((x, y), width, top + height - y - 0.16, **shape))
             ax.text(x + 0.1, y + 0.19, head, fontsize=8.5, fontweight="bold", color=plots.MUTED, **_PLAIN)
             for number, line in enumerate(lines):
                 _draw_line(ax, x + 0.1, y + 0.42 + _LINE * number, line)
@@ -66,9 +67,12 @@ def _block(prompt: str, cards: list) -> tuple[float, list, list]:
     asked = _wrap([(prompt, False)], (_WIDTH - 0.24) / 1.17)[:4]
     drawn = []
     for card in cards:
-        head = " · ".join(filter(None, (card["label"], card["name"], card["tag"], "chosen ✓" if card["chosen"] else "")))
+        chosen = "chosen ✓" if card["chosen"] else ""
+        head = " · ".join(filter(None, (card["label"], card["name"], card["tag"], chosen)))
         lines = _wrap(card["pieces"] or [("(says nothing)", False)], _card_width(len(cards)) - 0.2)
-        drawn.append((head, lines if len(lines) <= _LINES else [*lines[: _LINES - 1], [("… (more in the notebook)", False)]]))
+        if len(lines) > _LINES:
+            lines = [*lines[: _LINES - 1], [("… (more in the notebook)", False)]]
+        drawn.append((head, lines))
     rows = max(len(lines) for _, lines in drawn)
     return 0.2 + _LINE * len(asked) + 0.42 + _LINE * rows + 0.14, asked, drawn
 
@@ -114,7 +118,8 @@ def _result(ax, top: float, row: dict) -> None:
     ax.plot([left, left + wide], [y, y], color=plots.GRID, lw=5, solid_capstyle="butt")
     ax.plot([left + wide * row["low"], left + wide * row["high"]], [y, y], color=plots.BLUE, lw=1.6)
     ax.plot([left + wide * row["value"]], [y], marker="s", ms=5, color=plots.BLUE)
-    ax.text(left + wide + 0.1, y + 0.04, f"{row['low']:.0%} to {row['high']:.0%}", fontsize=8, color=plots.MUTED, **_PLAIN)
+    said = f"{row['low']:.0%} to {row['high']:.0%}"
+    ax.text(left + wide + 0.1, y + 0.04, said, fontsize=8, color=plots.MUTED, **_PLAIN)
 
 
 def _inches(text: str) -> float:

@@ -1,4 +1,4 @@
-"""CheckpointComparer: the same prompts to two or more checkpoints, side by side, blind if you like, with votes counted."""
+"""CheckpointComparer: the same prompts to two or more checkpoints, side by side, blind if you like; votes counted."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ class CheckpointComparer(Board):
         )
         differing = [row for row in rows if len({text.strip() for text in row["responses"].values()}) > 1]
         if not differing:
-            raise ValueError(f"{', '.join(checkpoints)} say the same to all {len(rows)} prompts; there is nothing to compare")
+            names = ", ".join(checkpoints)
+            raise ValueError(f"{names} say the same to all {len(rows)} prompts; there is nothing to compare")
         self.names, self.same, self.blind = list(checkpoints), len(rows) - len(differing), blind
         items = choice_items(differing, seed)
         if not blind:
@@ -67,12 +68,12 @@ class CheckpointComparer(Board):
         super().__init__(title, items, path, patience)
 
     async def run(self) -> dict:
-        """Show the board until Done is pressed; returns `shares()`. Without a front end, the picture of the first prompts."""
+        """Show the board until Done is pressed; without a front end, its first prompts. Returns `shares()`."""
         await self.watch()
         return self.shares()
 
     def shares(self) -> dict:
-        """Share of the votes of each checkpoint, as an Estimate with Wilson's interval; ties are divided, skips left out."""
+        """Share of the votes of each checkpoint, with Wilson's interval; ties are divided, skips left out."""
         votes = [row["choice"] for row in self.log.choices.values() if row["choice"] != "skip"]
         return vote_shares(votes, self.names)
 
@@ -130,7 +131,8 @@ class CheckpointComparer(Board):
         return [
             {
                 "name": name,
-                "text": f"{name}: {votes.count(name)} vote{'s' * (votes.count(name) != 1)}" + (f", {share.value:.0%} of all" if votes else ""),
+                "text": f"{name}: {votes.count(name)} vote{'s' * (votes.count(name) != 1)}"
+                + (f", {share.value:.0%} of all" if share.low is not None else ""),
                 "value": share.value,
                 "low": share.low,
                 "high": share.high,

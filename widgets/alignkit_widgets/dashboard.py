@@ -33,8 +33,10 @@ from alignkit_widgets.view import view_config
 HERE = Path(__file__).parent
 FILES = {f"{name}.{kind}" for name in ("dashboard", "cockpit", "board", "explorer") for kind in ("js", "css")}
 TYPES = {".js": "text/javascript", ".css": "text/css"}
-POLICY = ("default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src {sockets}; img-src data:; "
-          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+POLICY = ("default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src {sockets}; "
+          "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+HEADERS = {"Server": "alignkit", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff",
+           "Cache-Control": "no-store", "Cross-Origin-Resource-Policy": "same-origin"}
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>alignkit</title><link rel="stylesheet" href="/file/dashboard.css?token={token}">
@@ -49,7 +51,9 @@ MOST = 500  # iterations of a run
 class Channel:
     """What a widget has in place of a Jupyter comm: its messages to every page, and theirs to it."""
 
-    def __init__(self, dashboard: Dashboard, tab: str, kind: str, config: dict, receive: Callable[[dict], None]) -> None:
+    def __init__(
+        self, dashboard: Dashboard, tab: str, kind: str, config: dict, receive: Callable[[dict], None]
+    ) -> None:
         self.dashboard, self.receive = dashboard, receive
         self.mount = {"mount": f"{tab}-{secrets.token_hex(4)}", "tab": tab, "kind": kind, "config": config}
 
@@ -122,11 +126,14 @@ class Dashboard:
 
     def status(self) -> dict:
         """What the page says around the widgets."""
-        names = list(self.of.checkpoints())
         return {
             "status": {
-                "run": visible(self.of.run, 200), "checkpoints": names, "said": {k: visible(v) for k, v in self.said.items()},
-                "busy": list(self.busy), "most": MOST, "frontier": self.of.task.world is not None,
+                "run": visible(self.of.run, 200),
+                "checkpoints": list(self.of.checkpoints()),
+                "said": {tab: visible(said) for tab, said in self.said.items()},
+                "busy": list(self.busy),
+                "most": MOST,
+                "frontier": self.of.task.world is not None,
             }
         }
 
@@ -185,7 +192,8 @@ class Dashboard:
             await cockpit.run(step)
         finally:
             where = await asyncio.shield(asyncio.to_thread(live.save))
-            self.said["train"] = f"Saved in {where}, with the log; it can be compared now." if where else "Nothing was trained."
+            saved = f"Saved in {where}, with the log; it can be compared now."
+            self.said["train"] = saved if where else "Nothing was trained."
 
     async def _compare(self, names: list[str]) -> None:
         folders = {name: self.of.checkpoints()[name] for name in names}
@@ -237,16 +245,15 @@ class Guarded(RequestHandler):
 
     def set_default_headers(self) -> None:
         """No other page may frame, read or cache what is here, or learn the token."""
-        for name, value in {"Content-Security-Policy": self.settings["policy"], "Referrer-Policy": "no-referrer", "Server": "alignkit",
-                            "X-Content-Type-Options": "nosniff", "Cache-Control": "no-store",
-                            "Cross-Origin-Resource-Policy": "same-origin"}.items():
+        self.set_header("Content-Security-Policy", self.settings["policy"])
+        for name, value in HEADERS.items():
             self.set_header(name, value)
 
     def write_error(self, status_code: int, **_) -> None:
         """The status in words: no traceback leaves this machine."""
         self.set_header("Content-Type", "text/plain; charset=utf-8")
-        self.finish("403: the address that `alignkit app` printed has a token; use that one" if status_code == 403
-                    else f"{status_code}")
+        said = "403: the address that `alignkit app` printed has a token; use that one"
+        self.finish(said if status_code == 403 else f"{status_code}")
 
 
 class PageHandler(Guarded):
