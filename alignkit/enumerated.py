@@ -1,4 +1,4 @@
-"""Some prompts of a world with all their responses: what SFT says, what it is worth, and what is best at each price of KL.
+"""Some prompts with all their responses: what SFT says, what it is worth, and what is best at each price of KL.
 
 The tables that the frontier's slider reads. Everything is exact, for the policy and the reward model that made them.
 """
@@ -76,7 +76,7 @@ def enumerate_world(policy, tokenizer, scorer, world: World, prompts: Sequence[P
 
 
 def at_price(frontier: Mapping[str, Sequence[float | None]], beta: float) -> dict[str, float]:
-    """Where the optimum for β is: every column of `frontier` but "beta", by a cubic through the four nearest β in log β.
+    """Where the optimum for β is: every column of `frontier` but "beta", by a cubic in log β through the nearest four.
 
     frontier: "beta" and columns beside it; a β of None, 0 or ∞ is left out. Exact at its β; between those of the
     recorded sweep, 20 % apart, off by some 0.1 %. Raises ValueError outside their range.
@@ -86,7 +86,8 @@ def at_price(frontier: Mapping[str, Sequence[float | None]], beta: float) -> dic
     order = np.argsort(logs)
     known, logs, at = np.array(known)[order], logs[order], math.log(beta) if beta > 0 else -math.inf
     if not logs[0] - 1e-9 <= at <= logs[-1] + 1e-9:
-        raise ValueError(f"beta is {beta:g}, expected {math.exp(logs[0]):.4g} to {math.exp(logs[-1]):.4g} (the frontier's)")
+        low, high = math.exp(logs[0]), math.exp(logs[-1])
+        raise ValueError(f"beta is {beta:g}, expected {low:.4g} to {high:.4g} (the frontier's)")
     start = int(np.clip(np.searchsorted(logs, at) - 2, 0, max(0, len(logs) - 4)))
     near = slice(start, start + 4)
     weights = [math.prod((at - b) / (a - b) for b in logs[near] if b != a) for a in logs[near]]  # Lagrange's

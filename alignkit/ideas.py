@@ -48,19 +48,22 @@ def read_response(policy, ref_policy, critic, tokenizer, prompt: str, response: 
     rollout = rollout_from_ids([prompt_ids[prompt_mask].tolist()], [ids], eos_token_id=tokenizer.eos_token_id,
                                pad_token_id=tokenizer.pad_token_id)
     with torch.no_grad():
-        logits, ref_logits = (response_logits(each, rollout)[0].double().log_softmax(-1) for each in (policy, ref_policy))
+        logits, ref_logits = (response_logits(each, rollout)[0].double().log_softmax(-1)
+                              for each in (policy, ref_policy))
         values = token_values(critic, *full_ids(rollout), len(ids))[0].double()
     kept = (torch.maximum(logits, ref_logits).exp() > 1e-6).any(0)
     kept[ids] = True
     columns = kept.nonzero()[:, 0].tolist()
-    return ResponseNumbers(tuple(tokenizer.convert_ids_to_tokens(i) if i == tokenizer.eos_token_id else tokenizer.decode([i])
+    return ResponseNumbers(tuple(tokenizer.convert_ids_to_tokens(i) if i == tokenizer.eos_token_id
+                                 else tokenizer.decode([i])
                                  for i in ids), torch.tensor([columns.index(i) for i in ids]), logits[:, kept],
                            ref_logits[:, kept], values, float(score), prompt)
 
 
 def example_response() -> ResponseNumbers:
     """A response of four tokens with made-up figures: a greeting, a right answer, a filler that costs, the end."""
-    tokens = (" Happy to help!", " Open the settings and follow the steps.", " That is a really interesting question.", "<eos>")
+    tokens = (" Happy to help!", " Open the settings and follow the steps.", " That is a really interesting question.",
+              "<eos>")
     chances = torch.tensor([[0.45, 0.30, 0.05, 0.20], [0.10, 0.55, 0.10, 0.25], [0.05, 0.15, 0.10, 0.70],
                             [0.02, 0.08, 0.05, 0.85]], dtype=torch.float64)
     ref_chances = torch.tensor([[0.25, 0.40, 0.05, 0.30], [0.10, 0.60, 0.05, 0.25], [0.05, 0.20, 0.20, 0.55],
@@ -119,7 +122,8 @@ def ppo_update(numbers: ResponseNumbers, *, kl_coef: float = 0.2, gamma: float =
     return Update(*(row[0] for row in rows))
 
 
-def token_advantages(numbers: ResponseNumbers, *, kl_coef: float, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+def token_advantages(numbers: ResponseNumbers, *, kl_coef: float, gamma: float, gae_lambda: float) -> tuple[Tensor,
+                                                                                                            Tensor]:
     """Rewards and advantages of each token, (T,) each: `ppo.token_rewards`, then `ppo.gae`."""
     update = ppo_update(numbers, kl_coef=kl_coef, gamma=gamma, gae_lambda=gae_lambda)
     return update.rewards, update.advantages

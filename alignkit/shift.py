@@ -15,9 +15,9 @@ class Shift:
     """C checkpoints on P prompts. All is computed when it is made.
 
     names (C,), prompts (P,). tokens: per prompt, K texts, the next tokens that are likeliest in any checkpoint. chances
-    [prompt][checkpoint]: their K probabilities. kl [prompt][checkpoint]: at each of T positions, the KL of its next-token
-    distribution from the first checkpoint's, nats, mean over its own sampled responses; NaN where none is that long.
-    responses [prompt][checkpoint]: the sampled texts.
+    [prompt][checkpoint]: their K probabilities. kl [prompt][checkpoint]: at each of T positions, the KL of its
+    next-token distribution from the first checkpoint's, nats, mean over its own sampled responses; NaN where none is
+    that long. responses [prompt][checkpoint]: the sampled texts.
     """
 
     names: tuple[str, ...]
@@ -33,9 +33,9 @@ def measure_shift(checkpoints: Sequence[tuple[str, torch.nn.Module]], tokenizer,
                   max_new_tokens: int = 4, samples: int = 8, top: int = 10, seed: int = 0) -> Shift:
     """Read every checkpoint on every prompt; the first one is what the others are compared with.
 
-    checkpoints: (name, policy), in the order of training; all share `tokenizer`. samples: responses a prompt, drawn from
-    the same random numbers for all checkpoints. Raises ValueError if there are fewer than two checkpoints, names that
-    repeat, or no prompts.
+    checkpoints: (name, policy), in the order of training; all share `tokenizer`. samples: responses a prompt, drawn
+    from the same random numbers for all checkpoints. Raises ValueError if there are fewer than two checkpoints, names
+    that repeat, or no prompts.
     """
     names = tuple(name for name, _ in checkpoints)
     if len(names) < 2 or len(set(names)) < len(names):

@@ -28,7 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
         out = Path(folder) / "measured.json"
         environment = os.environ | {"ALIGNKIT_MEASURED": str(out), "ALIGNKIT_MOVES": str(given.moves),
                                     "ALIGNKIT_REQUIRE_BROWSER": "1"}
-        subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(MEASURE)], env=environment, check=True)
+        subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(MEASURE)], env=environment,
+                       check=True)
         measured = json.loads(out.read_text(encoding="utf-8"))
     numbers = {}
     for name, times in measured.items():

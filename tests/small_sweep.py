@@ -1,4 +1,4 @@
-"""A sweep in small, and a truth that fits it: random tables, measured as the real ones are. Not a record of anything."""
+"""A sweep in small, and a truth that fits it: random tables, measured as the real ones are; a record of nothing."""
 
 from __future__ import annotations
 
@@ -31,8 +31,12 @@ def small_truth(seed: int = 0, prompts: int = 4) -> Enumerated:
 
 
 def measured(truth: Enumerated, logps: torch.Tensor) -> dict:
-    return {"kl": float(exact.response_kl(logps, truth.ref_logps).mean()), "proxy": float(exact.expectation(logps, truth.proxy).mean()),
-            "gold": float(exact.expectation(logps, truth.gold).mean()), "entropy": float(exact.response_entropy(logps).mean())}
+    return {
+        "kl": float(exact.response_kl(logps, truth.ref_logps).mean()),
+        "proxy": float(exact.expectation(logps, truth.proxy).mean()),
+        "gold": float(exact.expectation(logps, truth.gold).mean()),
+        "entropy": float(exact.response_entropy(logps).mean()),
+    }
 
 
 def small_sweep(seeds=(0, 1)) -> Sweep:
@@ -43,17 +47,37 @@ def small_sweep(seeds=(0, 1)) -> Sweep:
         curve, gold = (exact.frontier(truth.ref_logps, table, BETAS, truth.gold) for table in (truth.proxy, truth.gold))
         sft = measured(truth, truth.ref_logps)
         worlds[seed] = RecordedWorld(
-            seed, [p.text for p in truth.prompts], [p.kind for p in truth.prompts], [p.key for p in truth.prompts],
-            {"beta": [None, *curve.beta[1:].tolist()], "kl": curve.kl.tolist(), "proxy": curve.reward.tolist(), "gold": curve.other.tolist()},
+            seed,
+            [p.text for p in truth.prompts],
+            [p.kind for p in truth.prompts],
+            [p.key for p in truth.prompts],
+            {
+                "beta": [None, *curve.beta[1:].tolist()],
+                "kl": curve.kl.tolist(),
+                "proxy": curve.reward.tolist(),
+                "gold": curve.other.tolist(),
+            },
             {"beta": [None, *gold.beta[1:].tolist()], "kl": gold.kl.tolist(), "gold": gold.reward.tolist()},
-            {"n": [1.0], "kl": [0.0], "proxy": [sft["proxy"]], "gold": [sft["gold"]]}, sft, {}, (0.0, 1.0), {})
+            {"n": [1.0], "kl": [0.0], "proxy": [sft["proxy"]], "gold": [sft["gold"]]},
+            sft,
+            {},
+            (0.0, 1.0),
+            {},
+        )
         rng = np.random.default_rng([seed, 1])
         for method, spread in (("ppo", 0.15), ("dpo", 0.6)):
             for value in VALUES[method]:
                 seen = truth.proxy + torch.from_numpy(rng.normal(0, spread, truth.proxy.shape))
                 end = measured(truth, exact.optimum(truth.ref_logps, seen, value)[0])
                 gap = exact.gap(end["kl"], end["proxy"], curve)
-                known = {"method": method, "value": value, "seed": seed, **end, "optimum": gap.optimum, "share": gap.share}
+                known = {
+                    "method": method,
+                    "value": value,
+                    "seed": seed,
+                    **end,
+                    "optimum": gap.optimum,
+                    "share": gap.share,
+                }
                 runs.append(RecordedRun(**{field.name: known.get(field.name, {}) for field in fields(RecordedRun)}))
     return Sweep("tests/small_sweep.py", {}, {}, {}, worlds, tuple(runs), {})
 
@@ -61,6 +85,9 @@ def small_sweep(seeds=(0, 1)) -> Sweep:
 def write_sweep(path: Path) -> None:
     """As `alignkit.recorded.load_sweep` reads it."""
     sweep = small_sweep()
-    record = {**{name: getattr(sweep, name) for name in ("command", "versions", "sources", "configs", "probe")},
-              "worlds": [asdict(world) for world in sweep.worlds.values()], "runs": [asdict(run) for run in sweep.runs]}
+    record = {
+        **{name: getattr(sweep, name) for name in ("command", "versions", "sources", "configs", "probe")},
+        "worlds": [asdict(world) for world in sweep.worlds.values()],
+        "runs": [asdict(run) for run in sweep.runs],
+    }
     path.write_text(json.dumps(record))

@@ -37,12 +37,24 @@ from alignkit.shift import Shift, measure_shift
 from alignkit.world import World
 
 HOSTILE = ["<script>window.hacked = 1</script>", "\x1b[31mred", "abc\u202egnp", r"$\frac{$", "x" * 1_000_000]
-SHIFT = Shift(("SFT", "PPO"), ("How?", "Why?"), (("a", "b"), ("c", "d")), [[[0.9, 0.1], [0.2, 0.8]], [[0.5, 0.5], [0.4, 0.6]]],
-              [[[0.0, 0.0], [0.7, math.nan]], [[0.0, 0.0], [0.1, 0.2]]], [[["yes"] * 3, ["no", "no", "yes"]], [["so"] * 3, ["so"] * 3]])
+SHIFT = Shift(
+    ("SFT", "PPO"),
+    ("How?", "Why?"),
+    (("a", "b"), ("c", "d")),
+    [[[0.9, 0.1], [0.2, 0.8]], [[0.5, 0.5], [0.4, 0.6]]],
+    [[[0.0, 0.0], [0.7, math.nan]], [[0.0, 0.0], [0.1, 0.2]]],
+    [[["yes"] * 3, ["no", "no", "yes"]], [["so"] * 3, ["so"] * 3]],
+)
 EXPLORERS = {
-    "bradley_terry": BradleyTerryExplorer, "clip": ClipExplorer, "dpo_beta": BetaExplorer, "gae": GAEExplorer,
-    "kl_estimators": KLEstimatorsExplorer, "shift": lambda **options: ShiftViewer(SHIFT, **options), "step_through": StepThroughExplorer,
-    "frontier": lambda **options: FrontierExplorer(small_sweep(), truth=small_truth(), **options)}  # fmt: skip
+    "bradley_terry": BradleyTerryExplorer,
+    "clip": ClipExplorer,
+    "dpo_beta": BetaExplorer,
+    "gae": GAEExplorer,
+    "kl_estimators": KLEstimatorsExplorer,
+    "shift": lambda **options: ShiftViewer(SHIFT, **options),
+    "step_through": StepThroughExplorer,
+    "frontier": lambda **options: FrontierExplorer(small_sweep(), truth=small_truth(), **options),
+}
 
 
 @pytest.fixture(scope="module", params=EXPLORERS)
@@ -62,11 +74,18 @@ def view(monkeypatch):
 
 
 def line(**options) -> Explorer:
-    controls = [Slider("a", (0, 1, 2), 1), Slider("seed", range(9), 3, kept=True, between=False),
-                Choice("way", {"up": "upwards", "down": "downwards"}, "up"), Toggle("grid"),
-                Button("double", "double it", lambda state: {"a": 2}), Button("fail", "fail", lambda state: 1 / 0),
-                Button("say", "say", lambda state: f"a is {state['a']:g}")]  # fmt: skip
-    return Explorer("A line", controls, lambda state: [[Text(f"a is {state['a']:g}", lead=True)], [Copy("copy", "it")]], **options)
+    controls = [
+        Slider("a", (0, 1, 2), 1),
+        Slider("seed", range(9), 3, kept=True, between=False),
+        Choice("way", {"up": "upwards", "down": "downwards"}, "up"),
+        Toggle("grid"),
+        Button("double", "double it", lambda state: {"a": 2}),
+        Button("fail", "fail", lambda state: 1 / 0),
+        Button("say", "say", lambda state: f"a is {state['a']:g}"),
+    ]
+    return Explorer(
+        "A line", controls, lambda state: [[Text(f"a is {state['a']:g}", lead=True)], [Copy("copy", "it")]], **options
+    )
 
 
 # ---- states and controls
@@ -76,8 +95,11 @@ def test_a_state_restores_every_explorer(explorer, request):
     make = EXPLORERS[request.node.callspec.params["explorer"]]
     start = explorer.state
     for name, control in explorer.controls.items():
-        other = {Slider: lambda c: c.stops[-1 if c.start != c.stops[-1] else 0], Choice: lambda c: list(c.options)[-1],
-                 Toggle: lambda c: not c.start}[type(control)](control)  # fmt: skip
+        other = {
+            Slider: lambda c: c.stops[-1 if c.start != c.stops[-1] else 0],
+            Choice: lambda c: list(c.options)[-1],
+            Toggle: lambda c: not c.start,
+        }[type(control)](control)
         explorer.set(**{name: other})
     again = make(state=explorer.state)
     assert again.state == explorer.state != start
@@ -106,11 +128,22 @@ def test_every_knob_changes_the_picture(explorer):
     assert json.dumps(explorer.rows(), allow_nan=False) == start, "the picture depends on more than the state"
 
 
-@pytest.mark.parametrize("state, says", [
-    ("a=x", "a is 'x', expected a number from 0 to 2"), ("a=3", "a is '3', expected a number from 0 to 2"), ("a=nan", "a is 'nan'"),
-    ("seed=1.5", "seed is '1.5', expected one of 0, 1, 2"), ("way=left", "way is 'left', expected one of up, down"),
-    ("grid=yes", "grid is 'yes', expected 0 or 1"), ("b=1", "b is unknown, expected NAME=VALUE with the names a, seed, way, grid"),
-    ("a=1&a=2", "a is there twice"), ("a", "a is without a value"), ("&", "unknown"), ("double=1", "double is unknown")])  # fmt: skip
+@pytest.mark.parametrize(
+    "state, says",
+    [
+        ("a=x", "a is 'x', expected a number from 0 to 2"),
+        ("a=3", "a is '3', expected a number from 0 to 2"),
+        ("a=nan", "a is 'nan'"),
+        ("seed=1.5", "seed is '1.5', expected one of 0, 1, 2"),
+        ("way=left", "way is 'left', expected one of up, down"),
+        ("grid=yes", "grid is 'yes', expected 0 or 1"),
+        ("b=1", "b is unknown, expected NAME=VALUE with the names a, seed, way, grid"),
+        ("a=1&a=2", "a is there twice"),
+        ("a", "a is without a value"),
+        ("&", "unknown"),
+        ("double=1", "double is unknown"),
+    ],
+)
 def test_a_bad_state_is_refused_and_the_field_named(state, says):
     with pytest.raises(ValueError, match="state is") as error:
         line(state=state)
@@ -152,7 +185,12 @@ def test_messages_of_a_page_are_answered_and_nonsense_changes_nothing(view):
     one.receive({"type": "press", "n": 3, "name": "say"})
     assert [(m["n"], m["values"]["a"], m["note"]) for m in view] == [(1, 1, ""), (2, 2, ""), (3, 2, "a is 2")]
     assert view[1]["rows"][0][0]["text"] == "a is 2" and view[1]["state"] == one.state and view[1]["ms"] >= 0
-    for nonsense in ({"type": "set", "values": {"a": "<b>"}}, {"type": "set", "values": 3}, {"type": "press", "name": "x"}, {"n": 1}):
+    for nonsense in (
+        {"type": "set", "values": {"a": "<b>"}},
+        {"type": "set", "values": 3},
+        {"type": "press", "name": "x"},
+        {"n": 1},
+    ):
         one.receive(nonsense)
         assert one.state == "a=2&seed=3&way=up&grid=1"
     assert "expected a number from 0 to 2" in view[3]["note"]
@@ -185,12 +223,17 @@ def test_a_button_may_start_something_that_takes_time(view):
 
 def test_every_explorer_has_a_picture_and_words_without_a_front_end(explorer):
     png, metadata = explorer.picture()
-    assert png.startswith(b"\x89PNG") and metadata["width"] > 800 and metadata["height"] > 200 and explorer.title in metadata["alt"]
+    assert (
+        png.startswith(b"\x89PNG")
+        and metadata["width"] > 800
+        and metadata["height"] > 200
+        and explorer.title in metadata["alt"]
+    )
     assert len(png) < 300_000
     data, _ = explorer._repr_mimebundle_()  # no kernel here: words only
     assert list(data) == ["text/plain"] and explorer.state in data["text/plain"]
     json.dumps([explorer._config(), explorer.rows()], allow_nan=False)
-    for block in (part for row in explorer.rows() for block in row for part in block.get("blocks", [block])):
+    for block in (part for row in explorer.rows() for one in row for part in one.get("blocks", [one])):
         for axis in (block["x"], block["y"]) if block["kind"] == "chart" else ():
             assert axis["label"] and axis["low"] < axis["high"]
 
@@ -203,10 +246,33 @@ def test_in_a_kernel_without_a_front_end_the_picture_is_shown(monkeypatch):
 
 
 def test_hostile_text_is_spelled_out_in_every_block():
-    rows = [[Text(HOSTILE[0]), Tokens(HOSTILE[1], HOSTILE, [1.0, -1.0, 0.0, 0.5, 0.2], {HOSTILE[2]: [1.0] * 5})],
-            [Table(HOSTILE[2], HOSTILE, [HOSTILE] * 2), Stack([Bars(HOSTILE[3], {HOSTILE[0]: "blue", HOSTILE[3]: "sft"}, [(t, 0.1, 0.2) for t in HOSTILE], HOSTILE[4])])],
-            [Chart(HOSTILE[3], Axis(HOSTILE[3], 0, 1), Axis(HOSTILE[1], 0.1, 1, log=True), [Series(t, [(0.5, 0.5)], labels=[t]) for t in HOSTILE[:4]],
-                   [("x", 0.5, HOSTILE[3]), ("y", 0.5, HOSTILE[2])], [(0, 0.2, HOSTILE[3])])], [Copy(HOSTILE[0], HOSTILE[4])]]  # fmt: skip
+    rows = [
+        [Text(HOSTILE[0]), Tokens(HOSTILE[1], HOSTILE, [1.0, -1.0, 0.0, 0.5, 0.2], {HOSTILE[2]: [1.0] * 5})],
+        [
+            Table(HOSTILE[2], HOSTILE, [HOSTILE] * 2),
+            Stack(
+                [
+                    Bars(
+                        HOSTILE[3],
+                        {HOSTILE[0]: "blue", HOSTILE[3]: "sft"},
+                        [(t, 0.1, 0.2) for t in HOSTILE],
+                        HOSTILE[4],
+                    )
+                ]
+            ),
+        ],
+        [
+            Chart(
+                HOSTILE[3],
+                Axis(HOSTILE[3], 0, 1),
+                Axis(HOSTILE[1], 0.1, 1, log=True),
+                [Series(t, [(0.5, 0.5)], labels=[t]) for t in HOSTILE[:4]],
+                [("x", 0.5, HOSTILE[3]), ("y", 0.5, HOSTILE[2])],
+                [(0, 0.2, HOSTILE[3])],
+            )
+        ],
+        [Copy(HOSTILE[0], HOSTILE[4])],
+    ]
     one = Explorer(HOSTILE[3], [Choice("c", {"0": HOSTILE[4], "1": HOSTILE[3]}, "1", HOSTILE[2])], lambda state: rows)
     text = json.dumps([one.rows(), one._config()], ensure_ascii=False)
     assert "\x1b" not in text and "\\u001b" not in text and "\u202e" not in text and len(text) < 30_000
@@ -215,7 +281,19 @@ def test_hostile_text_is_spelled_out_in_every_block():
 
 
 def test_plain_data_holds_what_json_can_hold():
-    found = plain([math.nan, math.inf, np.float64(1 / 3), np.array([1, 2]), torch.tensor(2.0), True, None, {"a": (1,)}, np.int64(3)])
+    found = plain(
+        [
+            math.nan,
+            math.inf,
+            np.float64(1 / 3),
+            np.array([1, 2]),
+            torch.tensor(2.0),
+            True,
+            None,
+            {"a": (1,)},
+            np.int64(3),
+        ]
+    )
     assert found == [None, None, 0.333333, [1, 2], 2.0, True, None, {"a": [1]}, 3]
 
 
@@ -236,8 +314,11 @@ def test_a_price_between_two_recorded_ones_is_what_the_exact_optimum_says(truth)
     curve = truth.frontier(BETAS)
     for beta in (0.021, 0.2, 1.03, 33.0):
         best, _ = exact.optimum(truth.ref_logps, truth.proxy, beta)
-        slow = {"kl": exact.response_kl(best, truth.ref_logps), "proxy": exact.expectation(best, truth.proxy),
-                "gold": exact.expectation(best, truth.gold)}  # fmt: skip
+        slow = {
+            "kl": exact.response_kl(best, truth.ref_logps),
+            "proxy": exact.expectation(best, truth.proxy),
+            "gold": exact.expectation(best, truth.gold),
+        }
         for name, value in at_price(curve, beta).items():
             assert value == pytest.approx(float(slow[name].mean()), rel=2e-3, abs=2e-3), (beta, name)
     assert at_price(curve, BETAS[7])["kl"] == pytest.approx(curve["kl"][7], abs=1e-9)
@@ -266,8 +347,19 @@ def test_the_slider_moves_the_optimum_along_the_curve(truth, tmp_path):
 def test_without_a_truth_there_are_no_responses_and_without_a_sweep_no_runs(truth):
     kinds = lambda one: [p["kind"] for row in one.rows() for b in row for p in b.get("blocks", [b])]  # noqa: E731
     bare, alone = FrontierExplorer(small_sweep(), state="seed=1"), FrontierExplorer(truth=truth)
-    assert set(bare.controls) == {"beta", "seed", "runs"} and not bare.buttons and kinds(bare) == ["text", "chart", "table", "copy"]
-    assert set(alone.controls) == {"beta", "seed", "prompt"} and kinds(alone) == ["text", "chart", "table", "bars", "table", "copy"]
+    assert (
+        set(bare.controls) == {"beta", "seed", "runs"}
+        and not bare.buttons
+        and kinds(bare) == ["text", "chart", "table", "copy"]
+    )
+    assert set(alone.controls) == {"beta", "seed", "prompt"} and kinds(alone) == [
+        "text",
+        "chart",
+        "table",
+        "bars",
+        "table",
+        "copy",
+    ]
     both = FrontierExplorer(small_sweep(), truth=truth, state="seed=1")
     assert kinds(both) == kinds(bare), "the truth is of world 0: in world 1 nothing is known of responses"
     with pytest.raises(ValueError, match="sweep and truth are None"):
@@ -298,21 +390,27 @@ def test_the_likeliest_responses_and_behaviours_are_those_of_the_tilted_policy(t
         assert share == pytest.approx(slow[truth.behaviour[prompt].numpy() == number].sum())
     one = FrontierExplorer(truth=truth, state=f"beta={beta}&prompt={prompt}")
     table = one.rows()[-2][0]
-    assert table["rows"][0][0] == texts[int(np.argmax(slow))].strip() and table["rows"][0][2] == f"{100 * slow.max():.1f} %"
+    assert (
+        table["rows"][0][0] == texts[int(np.argmax(slow))].strip()
+        and table["rows"][0][2] == f"{100 * slow.max():.1f} %"
+    )
 
 
 def test_enumerating_a_world_gives_tables_in_units_of_the_reference():
     world, (policy, tokenizer) = World(0), load_policy("tiny", seed=0)
     prompts = [world.heldout_prompts[0], world.heldout_prompts[-1]]
     found = enumerate_world(policy, tokenizer, lambda asked, said: [float(len(text)) for text in said], world, prompts)
-    assert torch.allclose(exact.expectation(found.ref_logps, found.gold).mean(), torch.zeros((), dtype=torch.float64), atol=1e-9)
+    assert torch.allclose(
+        exact.expectation(found.ref_logps, found.gold).mean(), torch.zeros((), dtype=torch.float64), atol=1e-9
+    )
     assert float(exact.expectation(found.ref_logps, found.gold.square()).mean()) == pytest.approx(1)
     texts = exact.response_space().texts()
     some = [0, 7, 500, 16_000]
     for row, prompt in enumerate(prompts):
         named = world.behaviours([prompt.text] * 4, [texts[i] for i in some])
         assert [list(found.shares(row, torch.eye(len(texts))[i].log()).values()).index(1.0) for i in some] == [
-            list(found.shares(row, found.ref_logps[row])).index(name) for name in named]  # fmt: skip
+            list(found.shares(row, found.ref_logps[row])).index(name) for name in named
+        ]
     with pytest.raises(ValueError, match="prompts is empty"):
         enumerate_world(policy, tokenizer, None, world, [])
 
@@ -351,7 +449,16 @@ def slow_update(numbers, kl_coef, gamma, lam, clip, rate, steps):
             chances = np.exp(logits[t]) / np.exp(logits[t]).sum()
             if not still[t]:
                 logits[t] += rate / n * advantages[t] * ratio[t] * (np.eye(len(chances))[ids[t]] - chances)
-    return {"old": old, "ref": ref, "rewards": rewards, "advantages": advantages, "now": now, "ratio": ratio, "still": still, "new": log_p(logits)}
+    return {
+        "old": old,
+        "ref": ref,
+        "rewards": rewards,
+        "advantages": advantages,
+        "now": now,
+        "ratio": ratio,
+        "still": still,
+        "new": log_p(logits),
+    }
 
 
 @pytest.mark.parametrize("steps", [0, 3])
@@ -439,7 +546,9 @@ def test_kl_estimates_have_the_exact_mean_and_spread():
     assert np.allclose(p, q * np.exp([0.7, 0, -0.7]) / (q * np.exp([0.7, 0, -0.7])).sum())
     exactly = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
     found = ideas.kl_estimates(policy, ref, 200_000, seed=1)
-    assert found["k1"][1] == pytest.approx(exactly) == found["k3"][1] and found["k2"][1] != pytest.approx(exactly, abs=1e-3)
+    assert found["k1"][1] == pytest.approx(exactly) == found["k3"][1] and found["k2"][1] != pytest.approx(
+        exactly, abs=1e-3
+    )
     for values, mean, sd in found.values():
         assert float(values.mean()) == pytest.approx(mean, abs=5 * sd / 200_000**0.5)
         assert float(values.std()) == pytest.approx(sd, rel=0.02)
@@ -462,7 +571,10 @@ def test_the_kl_explorer_finds_a_negative_estimate_and_calls_it_harmless():
 
 def test_shift_measures_what_enumeration_says():
     first, tokenizer = load_policy("tiny", seed=0)
-    second, prompts = load_policy("tiny", seed=1)[0], [World(0).heldout_prompts[0].text, World(0).heldout_prompts[-1].text]
+    second, prompts = (
+        load_policy("tiny", seed=1)[0],
+        [World(0).heldout_prompts[0].text, World(0).heldout_prompts[-1].text],
+    )
     found = measure_shift([("first", first), ("second", second)], tokenizer, prompts, samples=64, seed=3)
     space = exact.response_space()
     for name, policy in enumerate((first, second)):
@@ -475,8 +587,15 @@ def test_shift_measures_what_enumeration_says():
             assert set(found.responses[p][name]) <= set(space.texts()) and len(found.responses[p][name]) == 64
     assert np.nanmax(np.abs([found.kl[p][0] for p in range(2)])) < 1e-6 and min(found.kl[0][1][:2]) > 0
     exactly = exact.response_kl(*(exact.response_logps(policy, tokenizer, prompts) for policy in (second, first)))
-    lengths = [np.mean([min(4, 1 + len(space.sequences[space.texts().index(t)][space.sequences[space.texts().index(t)] >= 0])) for t in row[1]])
-               for row in found.responses]  # fmt: skip
+    lengths = [
+        np.mean(
+            [
+                min(4, 1 + len(space.sequences[space.texts().index(t)][space.sequences[space.texts().index(t)] >= 0]))
+                for t in row[1]
+            ]
+        )
+        for row in found.responses
+    ]
     for p in range(2):  # mean KL a token × tokens, about: positions are averaged over the responses that reach them
         assert np.nanmean(found.kl[p][1]) * lengths[p] == pytest.approx(float(exactly[p]), rel=0.5)
     with pytest.raises(ValueError, match="at least two with names of their own"):
@@ -487,5 +606,9 @@ def test_shift_measures_what_enumeration_says():
 
 def test_the_viewer_shows_the_chosen_checkpoint():
     text = ShiftViewer(SHIFT).text()
-    assert "PPO: 0.70 nats from SFT" in text and "Up most: “b”, +70 points. Down most: “a”, −70" in text and "no  2 of 3" in text
+    assert (
+        "PPO: 0.70 nats from SFT" in text
+        and "Up most: “b”, +70 points. Down most: “a”, −70" in text
+        and "no  2 of 3" in text
+    )
     assert "yes  3 of 3" in ShiftViewer(SHIFT, state="checkpoint=0").text()

@@ -17,9 +17,21 @@ CELLS = {
     "clip": ("from alignkit_widgets import ClipExplorer\nClipExplorer()", "ratio", "ArrowLeft"),
     "gae": ("from alignkit_widgets import GAEExplorer\nGAEExplorer()", "lambda", "ArrowLeft"),
     "dpo_beta": ("from alignkit_widgets import BetaExplorer\nBetaExplorer()", "beta", "ArrowRight"),
-    "bradley_terry": ("from alignkit_widgets import BradleyTerryExplorer\nBradleyTerryExplorer()", "first", "ArrowLeft"),
-    "kl_estimators": ("from alignkit_widgets import KLEstimatorsExplorer\nKLEstimatorsExplorer(state='samples=1024')", "distance", "ArrowRight"),
-    "step_through": ("from alignkit_widgets import StepThroughExplorer\nStepThroughExplorer(state='stage=7&steps=8')", "kl_coef", "ArrowRight"),
+    "bradley_terry": (
+        "from alignkit_widgets import BradleyTerryExplorer\nBradleyTerryExplorer()",
+        "first",
+        "ArrowLeft",
+    ),
+    "kl_estimators": (
+        "from alignkit_widgets import KLEstimatorsExplorer\nKLEstimatorsExplorer(state='samples=1024')",
+        "distance",
+        "ArrowRight",
+    ),
+    "step_through": (
+        "from alignkit_widgets import StepThroughExplorer\nStepThroughExplorer(state='stage=7&steps=8')",
+        "kl_coef",
+        "ArrowRight",
+    ),
 }
 WATCH = """([which, name]) => {
     const view = document.querySelectorAll('.ake')[which], slider = view.querySelector(`[data-control=${name}]`);
@@ -47,5 +59,8 @@ def test_measure(open_notebook, lab, request):
             notebook.page.keyboard.press(key)
             notebook.page.wait_for_function(f"window.took.length > {move}")
             notebook.page.wait_for_timeout(100)
-        found[name] = {"ms": notebook.page.evaluate("window.took"), "kernel_ms": notebook.page.evaluate("window.kernel")}
+        found[name] = {
+            "ms": notebook.page.evaluate("window.took"),
+            "kernel_ms": notebook.page.evaluate("window.kernel"),
+        }
     Path(os.environ.get("ALIGNKIT_MEASURED", "/dev/null")).write_text(json.dumps(found))

@@ -10,7 +10,7 @@ from test_cockpit import HOSTILE
 
 pytestmark = pytest.mark.browser
 
-FRONTIER = '''
+FRONTIER = """
 import sys
 sys.path.insert(0, {tests!r})
 from small_sweep import small_truth
@@ -22,7 +22,7 @@ def train(parameters):
     return f"training with {{parameters}}"
 explorer = FrontierExplorer(load_sweep("sweep.json"), truth=small_truth(), train=train, state="beta=1.5")
 explorer
-'''
+"""
 
 
 @pytest.fixture
@@ -45,7 +45,11 @@ def test_the_beta_slider_moves_picture_and_numbers_by_keyboard(open_notebook, fr
     settled(page, "beta=1.5&")
     notebook.screenshot(f"frontier_{theme}", ".ake")
     slider, says = view.locator("input[type=range][data-control=beta]"), view.locator("p.lead")
-    before, numbers, svg = says.inner_text(), view.locator("tr.hot").inner_text(), view.locator(".ake-plot").inner_html()
+    before, numbers, svg = (
+        says.inner_text(),
+        view.locator("tr.hot").inner_text(),
+        view.locator(".ake-plot").inner_html(),
+    )
     slider.focus()
     for _ in range(12):
         page.keyboard.press("ArrowLeft")
@@ -67,8 +71,12 @@ def test_the_beta_slider_moves_picture_and_numbers_by_keyboard(open_notebook, fr
 
 
 def test_two_explorers_share_a_notebook_and_each_keeps_its_own_state(open_notebook):
-    cells = ["from alignkit_widgets import ClipExplorer, BetaExplorer\nClipExplorer(hide=['size', 'reset'])",
-             "beta = BetaExplorer()\nbeta", "beta.state = 'beta=0.5&loss=ipo'", "beta"]
+    cells = [
+        "from alignkit_widgets import ClipExplorer, BetaExplorer\nClipExplorer(hide=['size', 'reset'])",
+        "beta = BetaExplorer()\nbeta",
+        "beta.state = 'beta=0.5&loss=ipo'",
+        "beta",
+    ]
     notebook = open_notebook(cells, size=(1280, 2600))
     notebook.run()
     page = notebook.page
@@ -90,7 +98,7 @@ def test_two_explorers_share_a_notebook_and_each_keeps_its_own_state(open_notebo
 
 
 def test_a_burst_of_keys_ends_at_the_newest_state_and_skips_stale_pictures(open_notebook):
-    slow = '''
+    slow = """
 import time
 from alignkit_widgets.blocks import Text
 from alignkit_widgets.explorer import Explorer, Slider
@@ -100,7 +108,7 @@ def draw(state):
     drawn.append(state["x"])
     return [[Text(f"x is {state['x']:g}", lead=True)]]
 Explorer("Slow", [Slider("x", range(41), 0)], draw)
-'''
+"""
     notebook = open_notebook([slow])
     notebook.run()
     settled(notebook.page, "x=0")
@@ -118,7 +126,7 @@ Explorer("Slow", [Slider("x", range(41), 0)], draw)
 
 
 def test_model_text_is_text(open_notebook):
-    setup = f'''
+    setup = f"""
 from alignkit.shift import Shift
 from alignkit_widgets import ShiftViewer, GAEExplorer
 from alignkit_widgets.blocks import Text, Tokens, Table, Bars, Copy
@@ -126,12 +134,12 @@ from alignkit_widgets.explorer import Choice, Explorer
 HOSTILE = list({HOSTILE!r}.values()) + ["x" * 1_000_000]
 shift = Shift(("SFT", HOSTILE[0]), tuple(HOSTILE), (tuple(HOSTILE),) * len(HOSTILE), [[[0.1] * len(HOSTILE)] * 2] * len(HOSTILE),
               [[[0.1, 0.2]] * 2] * len(HOSTILE), [[HOSTILE] * 2] * len(HOSTILE))
-'''
-    every = '''
+"""
+    every = """
 Explorer("all blocks", [Choice("c", {str(i): text for i, text in enumerate(HOSTILE)}, "0", HOSTILE[1])], lambda state: [
     [Text(text) for text in HOSTILE[:2]], [Tokens(HOSTILE[0], HOSTILE, [1.0] * len(HOSTILE))], [Table(HOSTILE[1], HOSTILE, [HOSTILE])],
     [Bars(HOSTILE[2], {HOSTILE[0]: 'blue'}, [(text, 0.5) for text in HOSTILE], HOSTILE[3])], [Copy(HOSTILE[0], HOSTILE[3])]])
-'''
+"""
     notebook = open_notebook([setup + "ShiftViewer(shift)", every], size=(1280, 3200))
     notebook.run()
     page = notebook.page
@@ -140,11 +148,19 @@ Explorer("all blocks", [Choice("c", {str(i): text for i, text in enumerate(HOSTI
     page.locator(".ake-table").first.get_by_text("press me").wait_for()
     assert page.locator(".ake script, .ake img, .ake a, .ake strong, .ake [data-commandlinker-command]").count() == 0
     text = page.locator(".ake").last.inner_text()
-    for shown in (HOSTILE["script"], HOSTILE["image"], "␛[31mred␛[0m", "⟨U+202E⟩", "1,000,000 characters, the first 400 are shown"):
+    for shown in (
+        HOSTILE["script"],
+        HOSTILE["image"],
+        "␛[31mred␛[0m",
+        "⟨U+202E⟩",
+        "1,000,000 characters, the first 400 are shown",
+    ):
         assert shown in text
     notebook.screenshot("hostile_explorers")
     saved = json.dumps(notebook.saved())
-    kinds = {kind for cell in notebook.saved()["cells"] for output in cell["outputs"] for kind in output.get("data", {})}
+    kinds = {
+        kind for cell in notebook.saved()["cells"] for output in cell["outputs"] for kind in output.get("data", {})
+    }
     assert kinds == {"image/png", "text/plain", "application/vnd.jupyter.widget-view+json"} and len(saved) < 2_000_000
     assert page.evaluate("window.hacked") is None
     assert notebook.errors() == []

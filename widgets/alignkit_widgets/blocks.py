@@ -1,6 +1,6 @@
 """What an explorer's picture is made of: plain data that a page draws as SVG and matplotlib draws as a PNG.
 
-A picture is a list of rows, a row a list of blocks that stand side by side. Axes are fixed by whoever makes the picture,
+A picture is a list of rows, a row a list of blocks that stand side by side. Whoever makes the picture fixes the axes,
 so that a moving slider moves the curve and not the axis.
 """
 
@@ -25,7 +25,7 @@ LOOKS = {  # name -> colour, marker, line style
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis measures, with its unit, and where it begins and ends; `log` spaces it by factors, `whole` counts."""
+    """What an axis measures, with its unit, and where it begins and ends. `log`: spaced by factors; `whole`: counts."""
 
     label: str
     low: float

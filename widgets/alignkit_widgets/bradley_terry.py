@@ -21,12 +21,14 @@ class BradleyTerryExplorer(Explorer):
 
     def __init__(self, *, state: str = "", hide: Sequence[str] = ()) -> None:
         scores = np.linspace(-3, 3, 61).round(1).tolist()
-        controls = [Slider("first", scores, 1.0, "score of the first"), Slider("second", scores, 0.0, "score of the second"),
+        controls = [Slider("first", scores, 1.0, "score of the first"),
+                    Slider("second", scores, 0.0, "score of the second"),
                     Slider("labels", (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000), 50, "labels", between=False),
                     Slider("noise", np.linspace(0, 0.4, 41).round(2).tolist(), 0.0, "share of flipped labels"),
                     Slider("seed", range(1000), 0, "seed", kept=True, between=False),
                     Button("again", "ask other annotators", lambda values: {"seed": (values["seed"] + 1) % 1000})]
-        super().__init__("Bradley–Terry: from scores to labels and back", controls, _rows, state=state, hide={*hide, "seed"})
+        super().__init__("Bradley–Terry: from scores to labels and back", controls, _rows, state=state,
+                         hide={*hide, "seed"})
 
 
 def _rows(state: Mapping) -> list:
@@ -38,21 +40,24 @@ def _rows(state: Mapping) -> list:
     x = "difference of the scores, nats"
     curve = [Series("without flips", torch.stack([places, preference_chance(places)], 1), "dotted")] if noise else []
     left = Chart("How often the first is preferred", Axis(x, -6, 6), Axis("probability", 0, 1), [
-        *curve, Series("σ(difference)" if not noise else "with flips", torch.stack([places, preference_chance(places, noise)], 1), "blue"),
+        *curve, Series("σ(difference)" if not noise else "with flips",
+                       torch.stack([places, preference_chance(places, noise)], 1), "blue"),
         Series("these two", [(true, chance)], "blue", line=False, big=True)])
     found = math.log(wins / (labels - wins)) if 0 < wins < labels else math.copysign(math.inf, wins - 0.5)
-    best = [Series("least loss", [(found, float(bradley_terry_loss(found, wins, labels)))], "vermilion", line=False, big=True)]
-    right = Chart(f"Loss of a reward model on {labels:,} label{'s' if labels > 1 else ''}", Axis(x, -6, 6), Axis("loss, nats a label", 0, 3),
+    best = [Series("least loss", [(found, float(bradley_terry_loss(found, wins, labels)))], "vermilion", line=False,
+                   big=True)]
+    right = Chart(f"Loss of a reward model on {labels:,} label{'s' if labels > 1 else ''}", Axis(x, -6, 6),
+                  Axis("loss, nats a label", 0, 3),
                   [Series("loss", [p for p in torch.stack([places, losses], 1).tolist() if p[1] <= 3], "vermilion"),
                    *(best if abs(found) < 6 else [])], [("x", true, "the truth")])
-    says = (f"A difference of {fixed(true, 1, sign=True)} makes the first win in {100 * chance:.0f} % of labels; {wins:,} of "
-            f"{labels:,} preferred it. ")
+    says = (f"A difference of {fixed(true, 1, sign=True)} makes the first win in {100 * chance:.0f} % of labels; "
+            f"{wins:,} of {labels:,} preferred it. ")
     if math.isinf(found):
-        says += "All labels agree, so the loss has no minimum: it pulls the scores apart for ever, however few labels there are."
+        says += "All labels agree, so the loss has no minimum: it pulls the scores apart for ever."
     else:
-        says += f"The loss is least where log(wins / losses) = {fixed(found, sign=True)}; the truth is {fixed(true, sign=True)}."
+        says += f"The loss is least at log(wins / losses), {fixed(found, sign=True)}; the truth: {fixed(true, sign=True)}."
         if noise:
             says += " Flips pull that towards 0: more labels do not help."
-    shift = ("Only the difference counts: add any number to both scores, and every chance and every loss stays what it is. "
+    shift = ("Only the difference counts: add any number to both scores, and every chance and every loss stays. "
              "A reward has no zero, and none that compares two prompts.")
     return [[Text(says, lead=True)], [left, right], [Text(shift)]]

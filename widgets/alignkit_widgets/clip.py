@@ -20,14 +20,16 @@ class ClipExplorer(Explorer):
 
     def __init__(self, *, state: str = "", hide: Sequence[str] = ()) -> None:
         controls = [Slider("ratio", np.linspace(0.4, 1.8, 71).round(2).tolist(), 1.3, "ratio ρ"),
-                    Choice("sign", {"up": "A > 0: better than expected", "down": "A < 0: worse than expected"}, "up", "advantage"),
+                    Choice("sign", {"up": "A > 0: better than expected", "down": "A < 0: worse than expected"}, "up",
+                           "advantage"),
                     Slider("size", np.linspace(0.2, 2.0, 19).round(1).tolist(), 1.0, "|A|"),
                     Slider("clip", np.linspace(0.05, 0.5, 46).round(2).tolist(), 0.2, "clip range ε")]
         super().__init__("PPO's clip: how far one batch may move a token", controls, _rows, state=state, hide=hide)
 
 
-def objective_and_slope(ratio: torch.Tensor, advantage: float, clip: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """−`ppo.policy_loss` at each ratio, its derivative with respect to the ratio, and `ppo.clipped`. Same shape each."""
+def objective_and_slope(ratio: torch.Tensor, advantage: float, clip: float) -> tuple[torch.Tensor, torch.Tensor,
+                                                                                     torch.Tensor]:
+    """−`ppo.policy_loss` at each ratio, its derivative by the ratio, and `ppo.clipped`. Same shape each."""
     logprobs = ratio.log().requires_grad_(True)
     old, advantages = torch.zeros_like(ratio), torch.full_like(ratio, advantage)
     value = -policy_loss(logprobs, old, advantages, clip)
@@ -52,17 +54,19 @@ def _rows(state: Mapping) -> list:
     objective = Chart("The objective, to be raised", x, Axis("objective, units of A", low, high), [
         unclipped, Series("min(ρA, clip(ρ)A)", torch.stack([places, value], 1), look),
         Series("this token", [(ratio, float(mine))], look, line=False, big=True)], marks, [(*zone, "")])
-    gradient = Chart("Its slope: what pulls at the token", x, Axis("d objective / dρ, units of A", *sorted((-0.15 * advantage, 1.3 * advantage))),
+    gradient = Chart("Its slope: what pulls at the token", x,
+                     Axis("d objective / dρ, units of A", *sorted((-0.15 * advantage, 1.3 * advantage))),
                      [Series("slope", torch.stack([places, slope], 1), look),
-                      Series("this token", [(ratio, float(its_slope))], look, line=False, big=True)], marks, [(*zone, "no gradient")])
+                      Series("this token", [(ratio, float(its_slope))], look, line=False, big=True)], marks,
+                      [(*zone, "no gradient")])
     moved = "more" if ratio > 1 else "less" if ratio < 1 else "as"
     want = "likelier" if advantage > 0 else "rarer"
     if still:
         says = (f"No gradient: the token is {fixed(ratio)} times as likely as when it was sampled, beyond "
-                f"{fixed(1 + clip if advantage > 0 else 1 - clip)}. It is {want} already, and this batch pulls no further.")
+                f"{fixed(1 + clip if advantage > 0 else 1 - clip)}. It is {want} already; this batch pulls no further.")
     elif (ratio > 1 + clip) or (ratio < 1 - clip):
-        says = (f"Full gradient, although ρ is outside the clip: the token moved the wrong way ({moved} likely), and nothing keeps "
-                "PPO from putting that right. The clip is one-sided.")
+        says = (f"Full gradient, although ρ is outside the clip: the token moved the wrong way ({moved} likely), and "
+                "nothing keeps PPO from putting that right. The clip is one-sided.")
     else:
         says = f"Inside the clip: the slope is A = {fixed(advantage, sign=True)}, and the token is made {want}."
     edges = f"ρA = {fixed(ratio * advantage)}, clip(ρ)A = {fixed(min(max(ratio, 1 - clip), 1 + clip) * advantage)}"

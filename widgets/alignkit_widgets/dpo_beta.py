@@ -1,4 +1,4 @@
-"""BetaExplorer: four log-probabilities and β make DPO's margin, its loss, and the weight of the pair in the gradient."""
+"""BetaExplorer: four log-probabilities and β make DPO's margin, loss, and the weight of the pair in the gradient."""
 
 from __future__ import annotations
 
@@ -24,12 +24,14 @@ class BetaExplorer(Explorer):
         state, hide: as for every Explorer.
     """
 
-    def __init__(self, logps: Sequence[float] = (-12.0, -11.0, -13.0, -10.5), *, state: str = "", hide: Sequence[str] = ()) -> None:
+    def __init__(self, logps: Sequence[float] = (-12.0, -11.0, -13.0, -10.5), *, state: str = "",
+                 hide: Sequence[str] = ()) -> None:
         low, high = np.floor(min(logps)) - 6, min(0.0, np.ceil(max(logps)) + 6)
         stops = np.arange(low, high + 0.25, 0.5).tolist()
         controls = [Slider("beta", [float(f"{b:.2g}") for b in np.geomspace(0.01, 5, 55)], 0.1, "β, price of KL"),
                     Choice("loss", {name: name for name in LOSSES}, "sigmoid", "loss")]
-        controls += [Slider(name, stops, start, label) for (name, label), start in zip(_NAMES.items(), logps, strict=True)]
+        controls += [Slider(name, stops, start, label) for (name, label),
+                     start in zip(_NAMES.items(), logps, strict=True)]
         super().__init__("DPO on one pair: margin, loss and pull", controls, _rows, state=state, hide=hide)
 
 
@@ -45,7 +47,8 @@ def loss_and_pull(margins: torch.Tensor, beta: float, loss_type: str) -> tuple[t
 def _rows(state: Mapping) -> list:
     beta, kind = state["beta"], state["loss"]
     chosen, rejected, ref_chosen, ref_rejected = (torch.tensor([state[name]], dtype=torch.float64) for name in _NAMES)
-    rewards = [float(implicit_reward(logps, ref, beta)) for logps, ref in ((chosen, ref_chosen), (rejected, ref_rejected))]
+    rewards = [float(implicit_reward(logps, ref, beta)) for logps,
+               ref in ((chosen, ref_chosen), (rejected, ref_rejected))]
     margin = rewards[0] - rewards[1]
     reach = max(4.0, np.ceil(1.2 * abs(margin)))
     places = torch.linspace(-reach, reach, 97, dtype=torch.float64)
@@ -55,20 +58,25 @@ def _rows(state: Mapping) -> list:
     here = {"line": False, "big": True}
     top, most = 1.05 * float(losses.max()), 1.15 * max(float(pulls.max()), 1e-9)
     charts = [Chart("Loss of the pair", x, Axis("loss, nats" if kind == "sigmoid" else "loss", 0, top),
-                    [Series("loss", torch.stack([places, losses], 1), "blue"), Series("this pair", [(margin, loss)], "blue", **here)], mark),
+                    [Series("loss", torch.stack([places, losses], 1), "blue"),
+                     Series("this pair", [(margin, loss)], "blue", **here)], mark),
               Chart("Pull: chosen up, rejected down", x,
                     Axis("pull, a nat", min(0.0, 1.1 * float(pulls.min())), most),
                     [Series("pull", torch.stack([places, pulls], 1), "vermilion"),
                      Series("this pair", [(margin, pull)], "vermilion", **here)], mark)]
-    rows = [[name, fixed(float(logps)), fixed(float(ref)), fixed(float(logps - ref), sign=True), fixed(reward, 3, sign=True)]
-            for name, logps, ref, reward in zip(("chosen", "rejected"), (chosen, rejected), (ref_chosen, ref_rejected), rewards, strict=True)]
+    rows = [[name, fixed(float(logps)), fixed(float(ref)), fixed(float(logps - ref), sign=True),
+             fixed(reward, 3, sign=True)]
+            for name, logps, ref, reward in zip(("chosen", "rejected"), (chosen, rejected), (ref_chosen, ref_rejected),
+                                                rewards, strict=True)]
     table = Table("", ["response", "log π", "log π_ref", "log-ratio, nats", "implicit reward, β · nats"], rows)
     says = f"Margin {fixed(margin, 3, sign=True)}, loss {fixed(loss, 4)}"
-    says += f" (ln 2 = 0.6931 at margin 0); weight of the pair in the gradient σ(−margin) = {fixed(pull / beta)}" if kind == "sigmoid" else ""
+    if kind == "sigmoid":
+        says += f" (ln 2 = 0.6931 at margin 0); weight of the pair in the gradient σ(−margin) = {fixed(pull / beta)}"
     says += f", pull β · {number(pull / beta)} = {number(pull)} a nat." if pull else ": no pull left."
     if pull < 0:
         says += " Past the margin that this loss aims for: it pulls back."
     if (margin > 0) != (chosen > rejected):
-        says += (" Ranked rightly, and yet the rejected response is the likelier one: only the change against the reference counts."
-                 if margin > 0 else " Ranked wrongly, although the chosen response is the likelier one: only the change against the reference counts.")
+        says += (" Ranked rightly, and yet the rejected response is the likelier one" if margin > 0 else
+                 " Ranked wrongly, although the chosen response is the likelier one")
+        says += ": only the change against the reference counts."
     return [[Text(says, lead=True)], charts, [table]]

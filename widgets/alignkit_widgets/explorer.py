@@ -1,8 +1,8 @@
-"""The base of all explorers: controls, a pure function from their state to a picture, and a string that holds the state.
+"""The base of all explorers: controls, a pure function from their state to a picture, and a string for the state.
 
 ```python
 Explorer("A line", [Slider("slope", (0, 1, 2), 1)],
-         lambda state: [[Chart("y = ax", Axis("x", 0, 1), Axis("y", 0, 2), [Series("y", [(0, 0), (1, state["slope"])])])]])
+         lambda state: [[Chart("ax", Axis("x", 0, 1), Axis("y", 0, 2), [Series("", [(0, 0), (1, state["slope"])])])]])
 ```
 
 The mathematics stays in the kernel; the page (explorer.js) asks for one picture at a time, and always for the newest.
@@ -71,7 +71,7 @@ class Choice:
 
     def __post_init__(self) -> None:
         if bad := [key for key in self.options if not re.fullmatch(r"[\w.+-]+", key)]:
-            raise ValueError(f"options of {self.name!r} have the keys {bad}, expected letters, digits, '_', '.', '+', '-'")
+            raise ValueError(f"options of {self.name!r} have the keys {bad}, expected letters, digits and _.+-")
 
     def parse(self, value: object) -> str:
         """As `Slider.parse`."""
@@ -150,8 +150,8 @@ class Explorer:
         self.controls = {c.name: c for c in controls if not isinstance(c, Button)}
         known = [*self.controls, *self.buttons, "reset", "state", "copy"]
         if isinstance(hide, str) or (unknown := sorted(set(hide) - set(known))):
-            raise ValueError(f"hide is {hide!r}: {'a string' if isinstance(hide, str) else unknown}, expected a list of "
-                             f"names out of {', '.join(known)}")
+            wrong = "a string" if isinstance(hide, str) else unknown
+            raise ValueError(f"hide is {hide!r}: {wrong}, expected a list of names out of {', '.join(known)}")
         self.hide = frozenset(hide)
         self._order = [c.name for c in controls if c.name not in self.hide]
         self._values = {name: control.parse(control.start) for name, control in self.controls.items()}
@@ -189,7 +189,8 @@ class Explorer:
 
     def rows(self) -> list:
         """The picture at the present state as plain JSON: rows of blocks."""
-        rows = [[b for b in row if "copy" not in self.hide or not isinstance(b, Copy)] for row in self.draw(self.values)]
+        rows = [[b for b in row if "copy" not in self.hide or not isinstance(b, Copy)]
+                for row in self.draw(self.values)]
         return [plain(row) for row in rows if row]
 
     def text(self) -> str:
@@ -279,7 +280,8 @@ class Explorer:
     def _config(self) -> dict:
         every = self.controls | self.buttons
         controls = [{"kind": c.kind, "name": c.name, "label": plain(c.label or c.name)}
-                    | ({"stops": [float(f"{s:.6g}") for s in c.stops], "names": plain(c.names)} if isinstance(c, Slider) else {})
+                    | ({"stops": [float(f"{s:.6g}") for s in c.stops], "names": plain(c.names)}
+                       if isinstance(c, Slider) else {})
                     | ({"options": [[k, plain(v)] for k, v in c.options.items()]} if isinstance(c, Choice) else {})
                     for c in (every[name] for name in self._order)]
         return {"title": self.title, "controls": controls, "reset": bool(self.controls) and "reset" not in self.hide,

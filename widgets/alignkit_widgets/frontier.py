@@ -1,4 +1,4 @@
-"""FrontierExplorer: the reward–KL plane; a price of KL picks the best policy there is, and recorded runs stand beside it."""
+"""FrontierExplorer: the reward–KL plane; a price of KL picks the best policy, recorded runs stand beside it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ _BETAS = tuple(float(f"{b:.4g}") for b in np.geomspace(40, 0.02, 40))
 
 
 class FrontierExplorer(Explorer):
-    """What a nat of KL buys, at each price β: the most proxy, the gold that comes with it, and what PPO and DPO made of it.
+    """What KL buys at each price β: the most proxy, the gold that comes with it, and what PPO and DPO made of it.
 
     Args:
         sweep: recorded runs and exact curves (`alignkit.recorded.load_sweep()`), or None.
         truth: enumerated prompts (`alignkit.enumerated.enumerate_world(…)`): with it, the best behaviours and responses
             for a chosen prompt are shown; without a sweep, its curve too.
-        train: called with {"kl_coef": β, "seed": s} by *train this*; may return a sentence or an awaitable. None: no button.
+        train: called with {"kl_coef": β, "seed": s} by *train this*; may return a sentence or an awaitable.
+            None: no button.
         state, hide: as for every Explorer.
 
     Raises ValueError if there is neither a sweep nor a truth, or on a bad state.
@@ -81,11 +82,12 @@ class FrontierExplorer(Explorer):
 
     def _says(self, beta: float, curve: Mapping, here: Mapping) -> str:
         peak = int(np.argmax(curve["gold"]))
-        text = (f"At β = {number(beta)} the best policy is {fixed(here['kl'])} nats from SFT: proxy {fixed(here['proxy'])}, "
-                f"gold {fixed(here['gold'])} SFT-sd. From there, a nat more buys less than {number(beta)} of proxy. ")
+        text = (f"At β = {number(beta)} the best policy is {fixed(here['kl'])} nats from SFT: "
+                f"proxy {fixed(here['proxy'])}, gold {fixed(here['gold'])} SFT-sd. "
+                f"From there, a nat more buys less than {number(beta)} of proxy. ")
         if 0 < peak < len(curve["gold"]) - 1 and beta < 0.95 * curve["beta"][peak]:
-            return text + (f"Gold was highest, {fixed(curve['gold'][peak])}, at β = {number(curve['beta'][peak], 2)}: since "
-                           "then more proxy has meant less of what it stands for.")
+            return text + (f"Gold was highest, {fixed(curve['gold'][peak])}, at β = {number(curve['beta'][peak], 2)}: "
+                           "since then more proxy has meant less of what it stands for.")
         return text + ("A lower price buys more of both." if peak else "")
 
     def _plane(self, seed: int, beta: float, here: Mapping, runs: Mapping[str, list[RecordedRun]]) -> Chart:
@@ -98,15 +100,18 @@ class FrontierExplorer(Explorer):
             every = {value: self.sweep.select(method, value) for value in self.sweep.values(method)}
             for name in ("proxy", "gold"):
                 spans = [(*_span(every[run.value], "kl"), *_span(every[run.value], name)) for run in its]
-                series.append(Series(f"{method.upper()}, {name}", [(run.kl, getattr(run, name)) for run in its], method, False,
+                series.append(Series(f"{method.upper()}, {name}", [(run.kl, getattr(run, name)) for run in its], method,
+                                     False,
                                      True, name == "gold", spans=spans,
                                      labels=[f"{run.value:g}" for run in its] if name == "proxy" else ()))
         series.append(Series("", [(here["kl"], here["proxy"])], "proxy", line=False, big=True))
         series.append(Series("", [(here["kl"], here["gold"])], "gold", line=False, big=True))
-        points = [point for s in series for point in s.points] + [(s[1], v) for each in series for s in each.spans for v in s[2:]]
+        points = [point for s in series for point in s.points] + [(s[1], v) for each in series for s in each.spans
+                                                                  for v in s[2:]]
         low, high = min(y for _, y in points), max(y for _, y in points)
         margin = 0.06 * (high - low)
-        title = "Reward against KL" + (f" · crosses: the range over {len(self.sweep.seeds)} seeds" if runs and len(self.sweep.seeds) > 1 else "")
+        title = "Reward against KL" + (f" · crosses: the range over {len(self.sweep.seeds)} seeds" if runs
+                                       and len(self.sweep.seeds) > 1 else "")
         return Chart(title, Axis("KL to SFT, nats a response", 0, 1.03 * max(x for x, _ in points)),
                      Axis("reward, SFT-sd", low - margin, high + margin), series,
                      marks=[("x", here["kl"], f"β = {number(beta)}")], height=360, weight=1.55)
@@ -115,7 +120,8 @@ class FrontierExplorer(Explorer):
         rows = [["best possible", number(beta), fixed(here["kl"]), fixed(here["proxy"]), fixed(here["gold"]), "100 %"]]
         for method, its in runs.items():
             run = min(its, key=lambda r: abs(math.log(r.value / beta)))
-            rows.append([f"{method.upper()}, nearest run", number(run.value), fixed(run.kl), fixed(run.proxy), fixed(run.gold),
+            rows.append([f"{method.upper()}, nearest run", number(run.value), fixed(run.kl), fixed(run.proxy),
+                         fixed(run.gold),
                          f"{100 * run.share:.0f} %"])
         columns = ["policy", "β", "KL", "proxy", "gold", "of possible gain"]
         return Table("At this price", columns if runs else columns[:-1], rows if runs else [rows[0][:-1]], hot=[0])

@@ -43,16 +43,20 @@ def _rows(state: Mapping) -> list:
     series, rows, sizes = [], [], []
     for name, (values, mean, sd) in found.items():
         running = np.cumsum(values.numpy()) / count
-        series.append(Series(name, list(zip(count[shown].tolist(), running[shown].tolist(), strict=True)), _LOOKS[name]))
+        series.append(Series(name, list(zip(count[shown].tolist(), running[shown].tolist(), strict=True)),
+                             _LOOKS[name]))
         sizes += [abs(running[-1]), abs(mean), 2 * sd / n**0.5 + abs(mean)]
-        rows.append([name, fixed(running[-1], 4), fixed(mean, 4), fixed(mean - exact, 4, sign=True), number(sd / n**0.5, 2)])
+        rows.append([name, fixed(running[-1], 4), fixed(mean, 4), fixed(mean - exact, 4, sign=True),
+                     number(sd / n**0.5, 2)])
     reach = 2.2 * max(*sizes, exact)
-    chart = Chart("Mean of the samples so far", Axis("samples", 1, n, log=True), Axis("estimate, nats", -0.5 * reach, reach), [
+    chart = Chart("Mean of the samples so far", Axis("samples", 1, n, log=True),
+                  Axis("estimate, nats", -0.5 * reach, reach), [
         Series(s.name, [(x, y if -0.5 * reach <= y <= reach else None) for x, y in s.points], s.look) for s in series],
         [("y", exact, f"exact KL {fixed(exact, 3)}"), ("y", 0.0, "")], weight=1.3)
     bars = Bars("One choice out of five", {"π_ref": "muted", "π": "blue"},
                 list(zip(_WORDS, _REF.exp().tolist(), logps.exp().tolist(), strict=True)), "probability", percent=True)
-    table = Table(f"From {n:,} samples, and what they are worth", ["estimator", "these samples", "on average", "bias", "± (one sd)"],
+    table = Table(f"From {n:,} samples, and what they are worth",
+                  ["estimator", "these samples", "on average", "bias", "± (one sd)"],
                   [["exact KL", fixed(exact, 4), "", "", ""], *rows], hot=[0])
     k1, k3 = (float(found[name][0].mean()) for name in ("k1", "k3"))
     if wrong:
@@ -60,8 +64,9 @@ def _rows(state: Mapping) -> list:
                 f"{fixed(found['k1'][1], 3)}, which is −KL(π_ref ‖ π), and more samples only make it surer.")
     elif k1 < 0:
         says = (f"k1 is negative here, {fixed(k1, 4)}, and nothing is wrong: the mean of {n} samples is off by "
-                f"± {number(found['k1'][2] / n**0.5, 2)}, and the KL is only {fixed(exact, 4)}. k3 has the same mean and cannot be negative.")
+                f"± {number(found['k1'][2] / n**0.5, 2)}, and the KL is only {fixed(exact, 4)}. "
+                "k3 has the same mean and cannot be negative.")
     else:
-        says = (f"The exact KL is {fixed(exact, 4)} nats; k1 says {fixed(k1, 4)}, k3 {fixed(k3, 4)}. k1 and k3 are right on average; k2 "
-                f"is off by {fixed(found['k2'][1] - exact, 4, sign=True)} for ever, though little where the policies are close.")
+        says = (f"The exact KL is {fixed(exact, 4)} nats; k1 says {fixed(k1, 4)}, k3 {fixed(k3, 4)}. k1 and k3 are "
+                f"right on average; k2 is off by {fixed(found['k2'][1] - exact, 4, sign=True)} for ever.")
     return [[Text(says, lead=True)], [chart, bars], [table]]

@@ -50,23 +50,29 @@ class ShiftViewer(Explorer):
         moved = sorted(range(len(tokens)), key=lambda i: now[i] - before[i])
         groups = {first: "muted", name: "blue"} if at else {first: "muted"}
         bars = Bars("The first token of the answer", groups,
-                    [(token.strip() or "(end)", before[i], now[i])[: 1 + len(groups)] for i, token in enumerate(tokens)],
+                    [(token.strip() or "(end)", before[i], now[i])[: 1 + len(groups)] for i,
+                     token in enumerate(tokens)],
                     "probability", high=max(max(row) for row in shift.chances[prompt]), percent=True)
         every = shift.kl[prompt]
         known = [value for row in every for value in row if not math.isnan(value)]
-        lines = [Series(other, _points(row), "dotted") for other, row in zip(shift.names, every, strict=True) if other not in (name, first)]
+        lines = [Series(other, _points(row), "dotted") for other,
+                 row in zip(shift.names, every, strict=True) if other not in (name, first)]
         lines = [Series("" if i else "other checkpoints", s.points, s.look) for i, s in enumerate(lines)]
-        chart = Chart(f"How far it moved from {first}, by position", Axis("position in the response, tokens", 0.8, len(every[0]) + 0.2, whole=True),
-                      Axis("KL, nats a token", 0, 1.1 * max([*known, 0.1])), [*lines, Series(name, _points(every[at]), "blue", marks=True)])
+        chart = Chart(f"How far it moved from {first}, by position",
+                      Axis("position in the response, tokens", 0.8, len(every[0]) + 0.2, whole=True),
+                      Axis("KL, nats a token", 0, 1.1 * max([*known, 0.1])),
+                      [*lines, Series(name, _points(every[at]), "blue", marks=True)])
         counted = Counter(shift.responses[prompt][at]).most_common(6)
         said = [[text.strip() or "(nothing)", f"{n} of {len(shift.responses[prompt][at])}"] for text, n in counted]
         total = sum(value for value in every[at] if not math.isnan(value))
         says = f"{name}: {fixed(total)} nats from {first} on this prompt."
         if at:
             up, down = moved[-1], moved[0]
-            says += (f" Up most: “{visible(tokens[up].strip(), 60)}”, {fixed(100 * (now[up] - before[up]), 0, sign=True)} points. "
-                     f"Down most: “{visible(tokens[down].strip(), 60)}”, {fixed(100 * (now[down] - before[down]), 0, sign=True)}.")
-        return [[Text(says, lead=True)], [bars, chart], [Table(f"What {name} says", ["sampled response", "how often"], said)]]
+            change = [fixed(100 * (new - old), 0, sign=True) for new, old in zip(now, before, strict=True)]
+            most, least = (f"“{visible(tokens[i].strip(), 60)}”, {change[i]} points" for i in (up, down))
+            says += f" Up most: {most}. Down most: {least}."
+        return [[Text(says, lead=True)], [bars, chart],
+                [Table(f"What {name} says", ["sampled response", "how often"], said)]]
 
 
 def _points(row: Sequence[float]) -> list[tuple[int, float]]:

@@ -39,27 +39,31 @@ class StepThroughExplorer(Explorer):
                             steps=int(state["steps"]))
         beta, clip = fixed(state["kl_coef"]), fixed(state["clip"])
         lines = [  # stage, name, figures, signed
-            (1, "log π_old", update.old, False), (2, "log π_ref", update.ref, False), (2, "KL: log π_old − log π_ref", update.kl, True),
-            (3, f"reward: −{beta} · KL, + score at the end", update.rewards, True), (4, "V, the critic's guess", numbers.values, True),
+            (1, "log π_old", update.old, False), (2, "log π_ref", update.ref, False),
+            (2, "KL: log π_old − log π_ref", update.kl, True),
+            (3, f"reward: −{beta} · KL, + score at the end", update.rewards, True),
+            (4, "V, the critic's guess", numbers.values, True),
             (4, "advantage A (γ = 1, λ = 0.95)", update.advantages, True), (5, "log π now", update.now, False),
             (5, "ratio ρ = π / π_old", update.ratio, False), (6, "objective min(ρA, clip(ρ)A)", update.objective, True)]
-        rows = [[name, *(fixed(float(v), sign=signed) for v in values)] for at, name, values, signed in lines if at <= stage]
+        rows = [[name, *(fixed(float(v), sign=signed) for v in values)] for at, name, values,
+                signed in lines if at <= stage]
         hot = [i for i, line in enumerate([line for line in lines if line[0] <= stage]) if line[0] == stage]
         if stage >= 6:
             rows.append(["gradient", *("none" if still else "yes" for still in update.still)])
             hot += [len(rows) - 1] * (stage == 6)
         if stage >= 7:
             change = update.new - update.now
-            rows += [["log π after the step", *(fixed(float(v)) for v in update.new)], ["change", *(fixed(float(v), 3, sign=True) for v in change)]]
+            rows += [["log π after the step", *(fixed(float(v)) for v in update.new)],
+                     ["change", *(fixed(float(v), 3, sign=True) for v in change)]]
             hot = [len(rows) - 2, len(rows) - 1]
         says = {
             1: "Sampled: the policy wrote these tokens, each with this log-probability. That policy is now π_old.",
-            2: "KL: how much likelier the policy made each token than the reference would have. One sample can well be negative.",
-            3: f"Reward: every token pays {beta} for its KL, and the score {fixed(numbers.score, sign=True)} of the whole response comes with the last.",
-            4: "Advantage: was what followed better than the critic expected? Only now does the score reach the earlier tokens.",
-            5: f"Ratio: after {int(state['steps'])} steps on this response, how much likelier is each token than when it was sampled?"
+            2: "KL: how much likelier each token is than under the reference. On one sample it may well be negative.",
+            3: f"Reward: each token pays {beta} a nat; the score, {fixed(numbers.score)}, comes with the last one.",
+            4: "Advantage: did it go better than the critic expected? Only now does the score reach earlier tokens.",
+            5: f"Ratio: after {int(state['steps'])} steps, how much likelier is each token than when it was sampled?"
                + (" Before the first step it is 1, exactly." if not state["steps"] else ""),
-            6: f"Clip: {int(update.still.sum())} of {len(update.still)} tokens are past 1 ± {clip} in the direction they are pulled, and pull no more.",
+            6: f"Clip: {int(update.still.sum())} of {len(update.still)} tokens went past 1 ± {clip}: no gradient.",
             7: "Update: the step raises the tokens with A > 0 and lowers those with A < 0, except the clipped ones.",
         }[stage]
         title = f"{stage} of {len(STAGES)} · {STAGES[stage - 1]}"
@@ -68,6 +72,7 @@ class StepThroughExplorer(Explorer):
         name, unit = {1: ("log π", "nats"), 2: ("KL", "nats"), 3: ("r", "SFT-sd")}.get(stage, ("A", "SFT-sd"))
         strip = [[Tokens(f"Tokens, coloured by advantage ({source})", numbers.tokens, shown)]] if name == "A" else []
         columns = [f"{title} ({unit})" if stage < 4 else title, *(token.strip() for token in numbers.tokens)]
-        note = ("Here each position's logits are the parameters, and the step is plain gradient descent; a network shares its weights, and "
-                "a batch whitens its advantages first.")
-        return [[Text(f"{stage} of {len(STAGES)} · {says}", lead=True)], *strip, [Table("", columns, rows, hot)], [Text(note)]]
+        note = ("Here each position's logits are the parameters, and the step is plain gradient descent; a network "
+                "shares its weights, and a batch whitens its advantages first.")
+        return [[Text(f"{stage} of {len(STAGES)} · {says}", lead=True)], *strip, [Table("", columns, rows, hot)],
+                [Text(note)]]

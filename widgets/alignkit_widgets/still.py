@@ -27,7 +27,8 @@ def draw_still(title: str, controls: Mapping[str, str], rows: list) -> tuple[byt
     head = 0.36 + 0.17 * len(said)
     total = head + sum(sizes) + 0.16 * len(rows)
     figure = plots.Picture(figsize=(_WIDTH, total), facecolor="white")
-    figure.text(0.1 / _WIDTH, 1 - 0.08 / total, title, fontsize=11.5, fontweight="bold", va="top", color=plots.INK, **_PLAIN)
+    figure.text(0.1 / _WIDTH, 1 - 0.08 / total, title, fontsize=11.5, fontweight="bold", va="top", color=plots.INK,
+                **_PLAIN)
     figure.text(0.1 / _WIDTH, 1 - 0.32 / total, "\n".join(said), fontsize=8, va="top", color=plots.MUTED, **_PLAIN)
     top = total - head
     for row, height in zip(rows, sizes, strict=True):
@@ -37,7 +38,8 @@ def draw_still(title: str, controls: Mapping[str, str], rows: list) -> tuple[byt
             for part in block.get("blocks", [block]):
                 tall = _height(part, width) if "blocks" in block else height
                 box = _box(part, left, y - tall, width, tall)
-                ax = figure.add_axes([v / t for v, t in zip(box, (_WIDTH, total) * 2, strict=True)], axes_class=plots.Chart)
+                ax = figure.add_axes([v / t for v, t in zip(box, (_WIDTH, total) * 2, strict=True)],
+                                     axes_class=plots.Chart)
                 _DRAW[part["kind"]](ax, part, width)
                 y -= tall + 0.12
             left += width + 0.25
@@ -85,14 +87,16 @@ def _box(block: dict, left: float, bottom: float, width: float, height: float) -
 
 
 def _title(ax: Axes, text: str, width: float, pad: float = 5) -> None:
-    ax.set_title(_short(text, int(11 * width)), loc="left", fontsize=9.5, fontweight="bold", color=plots.INK, pad=pad, **_PLAIN)
+    ax.set_title(_short(text, int(11 * width)), loc="left", fontsize=9.5, fontweight="bold", color=plots.INK, pad=pad,
+                 **_PLAIN)
 
 
 def _chart(ax: Axes, block: dict, width: float) -> None:
     for axis, name in ((block["x"], "x"), (block["y"], "y")):
         ax.set(**{f"{name}scale": "log" if axis["log"] else "linear", f"{name}lim": (axis["low"], axis["high"])})
         if axis["log"]:
-            getattr(ax, f"{name}axis").set_major_locator(LogLocator(subs=(1, 2, 5) if axis["high"] / axis["low"] < 300 else (1,)))
+            getattr(ax, f"{name}axis").set_major_locator(LogLocator(subs=(1, 2, 5) if axis["high"] / axis["low"] < 300
+                                                                    else (1,)))
             getattr(ax, f"{name}axis").set_major_formatter("{x:g}")
             getattr(ax, f"{name}axis").set_minor_locator(NullLocator())
         if axis["whole"]:
@@ -105,11 +109,13 @@ def _chart(ax: Axes, block: dict, width: float) -> None:
         (ax.axvline if which == "x" else ax.axhline)(at, color=plots.INK, lw=0.8, ls=":")
         place = (at, 1.01) if which == "x" else (0.99, at)
         move = ax.get_xaxis_transform() if which == "x" else ax.get_yaxis_transform()
-        ax.text(*place, word, transform=move, ha="center" if which == "x" else "right", va="bottom", fontsize=7.5, **_PLAIN)
+        ax.text(*place, word, transform=move, ha="center" if which == "x" else "right", va="bottom", fontsize=7.5,
+                **_PLAIN)
     for s in block["series"]:
         colour, marker, line = LOOKS[s["look"]]
         points = np.array([[np.nan if v is None else v for v in p] for p in s["points"]], dtype=float).reshape(-1, 2)
-        shape = {"marker": marker if s["marks"] or s["big"] else "", "ms": (14 if marker == "*" else 10) if s["big"] else 6}
+        shape = {"marker": marker if s["marks"] or s["big"] else "",
+                 "ms": (14 if marker == "*" else 10) if s["big"] else 6}
         ax.plot(*points.T, color=colour, ls=line if s["line"] else "", lw=1.8, mfc="white" if s["open"] else colour,
                 mec=colour if s["open"] else "white", label=s["name"] or "_", zorder=6 if s["big"] else 3, **shape)
         for (x, y), (x0, x1, y0, y1) in zip(points, s["spans"], strict=bool(s["spans"])):
@@ -132,7 +138,8 @@ def _bars(ax: Axes, block: dict, width: float) -> None:
     for i, (name, look) in enumerate(groups):
         y = np.arange(len(block["rows"])) + (i - (len(groups) - 1) / 2) * 0.4
         values = [row[1 + i] or 0 for row in block["rows"]]
-        ax.barh(y, values, 0.36, color=LOOKS[look][0], hatch="////" if i % 2 else "", edgecolor="white", lw=0, label=_short(name, 24))
+        ax.barh(y, values, 0.36, color=LOOKS[look][0], hatch="////" if i % 2 else "", edgecolor="white", lw=0,
+                label=_short(name, 24))
         for at, value in zip(y, values, strict=True):
             word = f"{100 * value:.{1 if value < 0.0995 else 0}f} %" if block["percent"] else number(value)
             ax.text(value + 0.01 * block["high"], at, word, va="center", fontsize=7, color=plots.INK, **_PLAIN)
@@ -158,7 +165,8 @@ def _cells(block: dict, width: float) -> list[list[list[str]]]:
 
 def _columns(block: dict, width: float) -> list[float]:
     """Inches of each column: figures take what they need, words share the rest as they need it."""
-    need = [max(min(80 if c < block["left"] else 14, len(str(row[c]))) for row in (block["columns"], *block["rows"])) + 2
+    need = [max(min(80 if c < block["left"] else 14, len(str(row[c])))
+                for row in (block["columns"], *block["rows"])) + 2
             for c in range(len(block["columns"]))]
     return [width * n / sum(need) for n in need]
 
