@@ -281,7 +281,7 @@ def test_an_executed_notebook_holds_the_picture_and_no_widget(tmp_path):
         "labels = await PreferenceAnnotator(rows, 'labels.jsonl').run(5)\nassert labels == []"
     )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
-    NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path)}}, timeout=120).execute()
+    NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path)}}, timeout=300).execute()
     (output,) = notebook.cells[0].outputs
     assert set(output.data) == {"image/png", "text/plain"} and "widgets" not in notebook.metadata
     assert len(json.dumps(notebook)) < 200_000

@@ -43,7 +43,7 @@ function select(name) {
     tab.tabIndex = other === name ? 0 : -1;
     panel.hidden = other !== name;
   }
-  if (name === "frontier") send({ do: "frontier" });
+  if (name === "frontier" && !tabs.frontier.host.hasChildNodes() && !own.hidden) send({ do: "frontier" });
 }
 
 async function mount({ mount: id, tab, kind, config }) {
@@ -51,9 +51,10 @@ async function mount({ mount: id, tab, kind, config }) {
   const model = models[id] = new Model(id, config), { host, leave } = tabs[tab];
   for (const end of leave.splice(0)) end?.();
   host.replaceChildren();
+  host.dataset.of = id;
   if (!document.querySelector(`link[data-kind=${kind}]`)) make(document.head, "link", { rel: "stylesheet", href: file(`${kind}.css`), "data-kind": kind });
   const module = await import(file(`${kind}.js`)), widget = typeof module.default === "function" ? await module.default() : module.default;
-  leave.push(await widget.initialize?.({ model }), await widget.render({ model, el: host }));
+  if (host.dataset.of === id) leave.push(await widget.initialize?.({ model }), await widget.render({ model, el: host })); // else another came meanwhile
 }
 
 function show(status) {
@@ -64,7 +65,7 @@ function show(status) {
     tab.said.textContent = busy && name !== "train" ? "One moment …" : status.said[name];
     for (const button of tab.form.querySelectorAll("button")) button.disabled = busy;
   }
-  tabs.frontier.tab.hidden = !status.frontier;
+  own.hidden = !status.desk; // without a world that can be enumerated, the recorded runs are there all the same
   iterations.max = status.most;
   const names = status.checkpoints.join("\n");
   if (names !== known) {
@@ -93,7 +94,10 @@ const few = make(choose, "span");
 boxes.addEventListener("change", () => { const n = boxes.querySelectorAll("input:checked").length; compare.disabled = n < 2 || n > 6; });
 choose.addEventListener("submit", (e) => { e.preventDefault(); send({ do: "compare", names: [...boxes.querySelectorAll("input:checked")].map((box) => box.value) }); });
 
-addTab("frontier", "Frontier", "What a nat of KL can buy: the best policy for each price of KL, found by enumeration. Train this starts a run at that price.");
+const explore = addTab("frontier", "Frontier", "What a nat of KL can buy: the best policy for each price of KL, found by enumeration.");
+const own = make(explore, "button", { type: "button" }, "This run"), recorded = make(explore, "button", { type: "button" }, "Recorded runs");
+own.addEventListener("click", () => send({ do: "frontier" }));
+recorded.addEventListener("click", () => send({ do: "frontier", recorded: true }));
 select("train");
 
 const dark = matchMedia("(prefers-color-scheme: dark)"), theme = () => { document.body.dataset.jpThemeLight = !dark.matches; };

@@ -22,6 +22,7 @@ from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
 from alignkit.enumerated import enumerate_world
 from alignkit.live import CHARTS, LivePPO, Playground
+from alignkit.models import load_policy
 from alignkit.recorded import load_sweep
 from alignkit.text import visible
 from alignkit_widgets.cockpit import TrainingCockpit
@@ -133,7 +134,7 @@ class Dashboard:
                 "said": {tab: visible(said) for tab, said in self.said.items()},
                 "busy": list(self.busy),
                 "most": MOST,
-                "frontier": self.of.task.world is not None,
+                "desk": self.of.task.world is not None,
             }
         }
 
@@ -156,8 +157,8 @@ class Dashboard:
         elif message.get("do") == "compare":
             named = message.get("names") if isinstance(message.get("names"), list) else []
             self._begin("compare", self._compare([n for n in self.of.checkpoints() if n in named]))
-        elif message.get("do") == "frontier" and self.of.task.world is not None and "frontier" not in self.widgets:
-            self._begin("frontier", self._frontier())
+        elif message.get("do") == "frontier" and (self.of.task.world is not None or message.get("recorded") is True):
+            self._begin("frontier", self._frontier(message.get("recorded") is True))
 
     def _begin(self, tab: str, work) -> bool:
         if tab in self.busy:
@@ -170,7 +171,8 @@ class Dashboard:
                 self.tell(self.status())
                 await work
             except Exception as error:  # the page must hear of it
-                self.said[tab] = f"{type(error).__name__}: {error}"
+                name = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+                self.said[tab] = f"{name}{error}"
             finally:
                 del self.busy[tab]
                 self.tell(self.status())
@@ -206,19 +208,14 @@ class Dashboard:
         board.listeners = [channel.send]
         board.tell()
 
-    async def _frontier(self) -> None:
-        try:
-            sweep = load_sweep()
-        except FileNotFoundError:
-            sweep = None
-        known = [self.of.task.world.find(text) for text in self.of.prompts(8)]
-
+    async def _frontier(self, recorded: bool) -> None:
         def make() -> FrontierExplorer:
-            from alignkit.models import load_policy
-
+            if recorded:
+                return FrontierExplorer(load_sweep())
             policy, tokenizer = load_policy(self.of.run / "sft")
+            known = [self.of.task.world.find(text) for text in self.of.prompts(8)]
             truth = enumerate_world(policy, tokenizer, self.of.scorer, self.of.task.world, known)
-            return FrontierExplorer(sweep, truth=truth, train=self._train_this)
+            return FrontierExplorer(truth=truth, train=self._train_this)
 
         explorer = await asyncio.to_thread(make)
         explorer._view = self.mount("frontier", "explorer", view_config(explorer._config()), explorer.receive)
