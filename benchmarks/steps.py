@@ -1,12 +1,17 @@
 """What one step costs: rollout, scoring, PPO update, whole iteration, DPO, SFT and reward-model step, beside baselines.
 
-    python -m benchmarks.steps --json steps.json [--quick] [--threads 2] [--rounds 8]
+    python -m benchmarks.steps --json steps.json [--quick] [--threads 2] [--rounds 8] [--trl-ppo runs/trl-ppo]
 
-Each row is measured three ways in one process, in turn, round by round: alignkit; a bare torch + transformers loop that
-does the same work (head at every position, no statistics, `generate` with top_k=0); and the trainer of the installed
-TRL, given one batch over and over (its collator, data loader and logging are not timed). All in fp32 with the same
-fused AdamW, without gradient checkpointing. Before anything is timed, the sides must give the same numbers on the same
-weights and tokens; if they do not, there is no benchmark. TRL's PPO is not measured: the installed TRL has none.
+Each row is measured three ways, in turn, round by round: alignkit; a bare torch + transformers loop that does the same
+work (head at every position, no statistics, `generate` with top_k=0); and the trainer of the installed TRL, given one
+batch over and over (its collator, data loader and logging are not timed). All in fp32 with the same fused AdamW,
+without gradient checkpointing. Before anything is timed, the sides must give the same numbers on the same weights and
+tokens; if they do not, there is no benchmark. With one thread all seconds are CPU time of the process, so that a busy
+machine can be used; with more they are wall time.
+
+The installed TRL has no PPO: with --trl-ppo the last one that had it is measured too, in a process of its own that
+waits while the others run, from an environment in that folder that is made on demand. Its sampling is its own, so it
+must agree in the number of optimiser steps and in the KL that it finds.
 
 alignkit's PPO parts are timed inside `ppo_iteration` itself: rollout is `sample`, update is all of `ppo_step`, scoring
 is everything else (drawing and tokenising prompts, decoding, the reward, old and reference log-probs, values, GAE,
@@ -19,6 +24,7 @@ import copy
 import logging
 import multiprocessing
 import os
+import resource
 import statistics
 import sys
 import time
@@ -52,12 +58,13 @@ from alignkit.reward import RewardConfig, RewardScorer, train_reward_model
 from alignkit.sampling import encode_prompts, response_logits, right_pad, rollout_from_ids, seeded
 from alignkit.sft import SFTConfig, train_sft
 from alignkit.tokens import token_logprobs
-from benchmarks.exact import measure
+from benchmarks.exact import resident
+from benchmarks.trl_ppo import VERSION, Worker
 
 TOLERANCE = 1e-4
 BETA = 0.1
 NOT_MEASURED = {
-    "TRL PPO": f"trl {trl.__version__} has no PPO; the last that had it, 1.12.0, needs an environment of its own"
+    "TRL PPO": f"trl {trl.__version__} has no PPO; {VERSION}, the last that had it, is measured with --trl-ppo FOLDER"
 }
 ROWS = {
     "rollout": "PPO: rollout",
@@ -70,6 +77,19 @@ ROWS = {
     "reward": "reward-model step",
 }
 PPO_PARTS = ("rollout", "scoring", "update", "iteration")
+PROCESSES = multiprocessing.get_context(
+    "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+)
+if PROCESSES.get_start_method() == "forkserver":  # what is imported there, every measured process has at once
+    PROCESSES.set_forkserver_preload(
+        [f"trl.trainer.{name}_trainer" for name in ("dpo", "sft", "reward")] + ["alignkit.dpo", "alignkit.reward"]
+    )
+PATIENCE = 180  # seconds that one measurement of memory may take
+
+
+def clock() -> float:
+    """Seconds: on one thread CPU time of this process, which other work hardly changes; else wall time."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 class Different(RuntimeError):
@@ -244,9 +264,9 @@ class AlignkitPPO:
             patch.object(ppo, "sample", _timed(ppo.sample, spent, "rollout")),
             patch.object(ppo, "ppo_step", _timed(ppo.ppo_step, spent, "update")),
         ):
-            start = time.perf_counter()
-            ppo.ppo_iteration(self.state, self.config)
-            whole = time.perf_counter() - start
+            start = clock()
+            self.stats = ppo.ppo_iteration(self.state, self.config)
+            whole = clock() - start
         return spent | {"scoring": whole - spent["rollout"] - spent["update"], "iteration": whole}
 
     def observed(self) -> list[tuple["ppo.PPOBatch", dict[str, float]]]:
@@ -278,13 +298,13 @@ class BarePPO:
         self.ids, self.mask = encode_prompts(work.tokenizer, work.prompts)
 
     def __call__(self) -> dict[str, float]:
-        start = time.perf_counter()
+        start = clock()
         tokens = self.rollout()
-        sampled = time.perf_counter()
+        sampled = clock()
         batch = self.score(tokens)
-        scored = time.perf_counter()
+        scored = clock()
         self.update(batch, [torch.randperm(len(self.ids)) for _ in range(self.sizes.epochs)])
-        end = time.perf_counter()
+        end = clock()
         return {
             "rollout": sampled - start,
             "scoring": scored - sampled,
@@ -426,10 +446,10 @@ class AlignkitTraining:
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            self.start = time.perf_counter()
+            self.start = clock()
 
         def on_step_end(self, *_, **__):
-            self.seconds = time.perf_counter() - self.start
+            self.seconds = clock() - self.start
 
     def __init__(self, work: Work, what: str):
         if what == "sft":
@@ -561,9 +581,9 @@ def sides(work: Work) -> dict[str, dict[str, Callable[[], object]]]:
 def seconds(name: str, side) -> dict[str, float]:
     """One measurement of a side: row -> seconds."""
     if not callable(side):
-        start = time.perf_counter()
+        start = clock()
         side.step()
-        return {name: time.perf_counter() - start}
+        return {name: clock() - start}
     taken = side()
     return taken if isinstance(taken, dict) else {name: taken}
 
@@ -718,9 +738,9 @@ def probe(quick: bool) -> tuple[float, float]:
         job()
         taken = []
         for _ in range(3):
-            start = time.perf_counter()
+            start = clock()
             job()
-            taken.append(time.perf_counter() - start)
+            taken.append(clock() - start)
         fastest.append(min(taken))
     return 2 * size**3 / fastest[0], 8 * length / fastest[1]
 
@@ -728,19 +748,22 @@ def probe(quick: bool) -> tuple[float, float]:
 # measure
 
 
-def measure_all(sizes: Sizes, rounds: int, *, quick: bool = False) -> dict:
-    """Compare, measure memory, then time: a dict as the JSON has it."""
+def measure_all(sizes: Sizes, rounds: int, *, quick: bool = False, trl_ppo: Path | None = None) -> dict:
+    """Compare, measure memory, then time: a dict as the JSON has it. trl_ppo: where TRL's PPO lives."""
     work = Work(sizes)
     jobs = sides(work)
-    print("memory, then the same numbers on all sides", file=sys.stderr)
-    peaks = _peaks(jobs)
+    peaks = _peaks(sizes, jobs)
+    _say("the same numbers on all sides")
     checks = compare(work)
+    if trl_ppo is not None:
+        worker = Worker(trl_ppo, sizes, torch.get_num_threads())
+        jobs["ppo"]["trl"] = lambda: worker
     load = [os.getloadavg()]
     made = {(job, side): make() for job, table in jobs.items() for side, make in table.items()}
     taken: dict[tuple[str, str], list[float]] = {}
-    probes = []
+    probes, observed = [], []
     for number in range(-1, rounds):  # the first warms up
-        print(f"round {number + 1} of {rounds}" if number >= 0 else "warming up", file=sys.stderr)
+        _say(f"round {number + 1} of {rounds}" if number >= 0 else "warming up")
         probes.append(probe(quick))
         for job, table in jobs.items():
             order = list(table)
@@ -749,7 +772,14 @@ def measure_all(sizes: Sizes, rounds: int, *, quick: bool = False) -> dict:
                 for row, value in seconds(job, made[job, side]).items():
                     if number >= 0:
                         taken.setdefault((row, side), []).append(value)
+        if trl_ppo is not None:
+            own = made["ppo", "alignkit"].stats
+            observed.append((own.steps, worker.observed["steps"], own.kl_to_ref, worker.observed["kl"]))
     load.append(os.getloadavg())
+    if trl_ppo is not None:
+        alike = _same_ppo(sizes, observed)
+        peaks["ppo"]["trl"] = worker.peak_mb
+        worker.close()
     flops, bandwidth = (statistics.median(rate) for rate in zip(*probes, strict=True))
     cost = costs(work)
     rows = []
@@ -765,12 +795,13 @@ def measure_all(sizes: Sizes, rounds: int, *, quick: bool = False) -> dict:
                 "peak_mb": peaks[job][side],
             }
             for side in jobs[job]
+            if (name, side) in taken
         }
         ratios = {
             side: _spread(
                 [theirs / mine for theirs, mine in zip(taken[name, side], taken[name, "alignkit"], strict=True)]
             )
-            for side in jobs[job]
+            for side in measured
             if side != "alignkit"
         }
         rows.append(
@@ -788,6 +819,7 @@ def measure_all(sizes: Sizes, rounds: int, *, quick: bool = False) -> dict:
     machine = {
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "clock": "CPU time" if torch.get_num_threads() == 1 else "wall time",
         "load_before": load[0],
         "load_after": load[1],
         "matmul_flops_per_second": flops,
@@ -804,26 +836,58 @@ def measure_all(sizes: Sizes, rounds: int, *, quick: bool = False) -> dict:
         "parameters": sum(parameter.numel() for parameter in work.policy.parameters()),
         "rows": rows,
         "checks": checks,
-        "not_measured": NOT_MEASURED,
+        "trl_ppo": None if trl_ppo is None else alike | {"versions": worker.versions},
+        "not_measured": NOT_MEASURED if trl_ppo is None else {},
     }
 
 
-def _peaks(jobs: dict) -> dict[str, dict[str, float | None]]:
-    """Peak memory of making a side and taking one step, MB over what was there, in a fork of this process."""
-    if "fork" not in multiprocessing.get_all_start_methods():
-        return {job: dict.fromkeys(table) for job, table in jobs.items()}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a fork must not inherit a pool of threads that it does not have
-    try:
-        return {
-            job: {
-                side: measure(lambda job=job, make=make: seconds(job, make()), 1)["peak_mb"]
-                for side, make in table.items()
-            }
-            for job, table in jobs.items()
-        }
-    finally:
-        torch.set_num_threads(threads)
+def _same_ppo(sizes: Sizes, observed: list[tuple[int, int, float, float]]) -> dict:
+    """What alignkit's and TRL's PPO must agree in: steps, and the KL of what they sampled.
+
+    observed: steps of alignkit and of TRL, KL of alignkit and of TRL, a row a round. Raises Different if the steps
+    are not the same, or the mean KL differs by more than a quarter (the samples are not the same).
+    """
+    steps = sizes.epochs * sizes.minibatches
+    made = {count for row in observed for count in row[:2]}
+    if made != {steps}:
+        raise Different(f"alignkit's and TRL's PPO made {sorted(made)} optimiser steps an iteration, expected {steps}")
+    kl, kl_trl = (statistics.mean(values) for values in list(zip(*observed, strict=True))[2:])
+    if sizes != QUICK and not abs(kl_trl / kl - 1) < 0.25:  # the quick sizes sample too little to tell
+        raise Different(f"the KL of a rollout is {kl:.3g} nats, in TRL {kl_trl:.3g}, expected within 25 %")
+    return {"steps": steps, "kl": kl, "kl_trl": kl_trl}
+
+
+def _peaks(sizes: Sizes, jobs: dict) -> dict[str, dict[str, float | None]]:
+    """Peak memory of making a side and taking one step on one thread, MB over what was there.
+
+    Each has a process, started by a server that has the imports and nothing else: a fork of this one would inherit
+    locks of threads that it does not have. None where it took longer than PATIENCE.
+    """
+    peaks: dict[str, dict[str, float | None]] = {}
+    for job, made in jobs.items():
+        for side in made:
+            _say(f"memory: {job}, {side}")
+            receiver, sender = PROCESSES.Pipe(duplex=False)
+            process = PROCESSES.Process(target=_peak, args=(asdict(sizes), job, side, sender))
+            process.start()
+            sender.close()
+            try:
+                peaks.setdefault(job, {})[side] = receiver.recv() if receiver.poll(PATIENCE) else None
+            except EOFError as error:
+                raise RuntimeError(f"measuring the memory of {job}, {side} ended without a result") from error
+            finally:
+                process.join(10)
+                process.kill()
+    return peaks
+
+
+def _peak(sizes: dict, job: str, side: str, sender) -> None:
+    torch.set_num_threads(1)
+    with _quiet():
+        make = sides(Work(Sizes(**sizes)))[job][side]
+        before = resident()
+        seconds(job, make())
+    sender.send(max(0.0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before))
 
 
 def table(results: dict) -> str:
@@ -837,8 +901,9 @@ def table(results: dict) -> str:
         f"{machine['bytes_best'] / 1e9:.1f}). {sizes['prompts']} prompts of at most {sizes['prompt_tokens']} tokens, "
         f"{sizes['new_tokens']} new tokens; {sizes['pairs']} rows or pairs a DPO, SFT or reward step.",
         "",
-        f"Seconds: median of {results['rounds']} interleaved rounds (min–max). Ratio: theirs / alignkit's, median of "
-        "the rounds' ratios (min–max). Limit: the time that the FLOPs or bytes would take at the measured rate, as a "
+        f"Seconds of {machine['clock']}: median of {results['rounds']} interleaved rounds (min–max). "
+        "Ratio: theirs / alignkit's, median of the rounds' ratios (min–max). "
+        "Limit: the time that the FLOPs or bytes would take at the measured rate, as a "
         "share of alignkit's. Peak: MB over the imports, alignkit / bare / TRL.",
         "",
         "| step | alignkit, s | tokens/s | limit | bare, s | bare / alignkit | TRL, s | TRL / alignkit | peak |",
@@ -866,6 +931,13 @@ def table(results: dict) -> str:
         "",
         f"Same numbers on all sides: {len(results['checks'])} comparisons, largest difference {worst:.1g}.",
     ]
+    if results["trl_ppo"]:
+        alike = results["trl_ppo"]
+        lines += [
+            f"TRL's PPO is that of trl {alike['versions']['trl']}, in a process of its own: {alike['steps']} optimiser "
+            f"steps as alignkit's, KL of its rollout {alike['kl_trl']:.1f} nats (alignkit's {alike['kl']:.1f}). "
+            "It does not clip gradients."
+        ]
     lines += [f"Not measured: {what}: {why}." for what, why in results["not_measured"].items()]
     lines += [
         "alignkit's SFT and reward training are TRL's trainers: their ratio to TRL is 1 but for bookkeeping and noise."
@@ -873,13 +945,30 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def write_page(page: Path, made: str) -> None:
+    """Put a table between the marks in a Markdown page. Raises ValueError if the page has none."""
+    text = page.read_text(encoding="utf-8")
+    try:
+        before, rest = text.split("<!-- steps -->\n")
+        after = rest.split("<!-- end -->\n")[1]
+    except (ValueError, IndexError):
+        raise ValueError(
+            f"{page} has no place for the table, expected <!-- steps --> and <!-- end --> on their lines"
+        ) from None
+    page.write_text(f"{before}<!-- steps -->\n{made}\n<!-- end -->\n{after}", encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None) -> dict:
-    """Run, print the table, write the JSON."""
+    """Run, print the table, write the JSON and the table's place in a page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--page", type=Path, help="put the table into this Markdown page, between its marks")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run? Its times mean nothing")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for torch (default: %(default)s)")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default: 8; 2 with --quick)")
+    parser.add_argument(
+        "--trl-ppo", type=Path, metavar="FOLDER", help=f"measure the PPO of trl {VERSION} from an environment here"
+    )
     given = parser.parse_args(arguments)
     rounds = (2 if given.quick else 8) if given.rounds is None else given.rounds
     if rounds < 1:
@@ -887,11 +976,13 @@ def main(arguments: list[str] | None = None) -> dict:
     if given.threads < 1:
         parser.error(f"--threads is {given.threads}, expected at least 1")
     with _quiet(), _threads(given.threads):
-        results = measure_all(QUICK if given.quick else Sizes(), rounds, quick=given.quick)
+        results = measure_all(QUICK if given.quick else Sizes(), rounds, quick=given.quick, trl_ppo=given.trl_ppo)
     print(table(results))
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(given.json, results)
+    if given.page:
+        write_page(given.page, table(results))
     return results
 
 
@@ -923,6 +1014,10 @@ def _quiet():
             datasets.enable_progress_bars()
 
 
+def _say(what: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)
+
+
 def _bare_step(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -933,9 +1028,9 @@ def _bare_step(loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer)
 
 def _timed(function: Callable, spent: dict[str, float], name: str) -> Callable:
     def timed(*arguments, **options):
-        start = time.perf_counter()
+        start = clock()
         result = function(*arguments, **options)
-        spent[name] += time.perf_counter() - start
+        spent[name] += clock() - start
         return result
 
     return timed

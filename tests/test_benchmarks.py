@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import torch
 pytest.importorskip("trl")
 
 from benchmarks import steps
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +49,35 @@ def test_the_machine_and_what_was_not_measured_are_told(quick):
     assert {"python", "torch", "transformers", "trl"} <= set(results["versions"])
     assert "TRL PPO" in results["not_measured"]
     assert "Not measured: TRL PPO" in steps.table(results)
+
+
+def test_the_page_about_speed_has_the_table_of_the_recorded_results():
+    page, recorded = (ROOT / "docs/speed.md").read_text(), ROOT / "benchmarks/results/steps.json"
+    if not recorded.exists():
+        assert "No table has been recorded yet" in page
+        return
+    results = json.loads(recorded.read_text())
+    assert steps.table(results) in page
+    assert results["sizes"] == vars(steps.Sizes()) and results["rounds"] >= 8
+
+
+def test_a_table_is_put_between_the_marks_of_a_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# Speed\n<!-- steps -->\nold\ntable\n<!-- end -->\nafter\n")
+    for made in ("| a | b |", "| c |"):
+        steps.write_page(page, made)
+        assert page.read_text() == f"# Speed\n<!-- steps -->\n{made}\n<!-- end -->\nafter\n"
+    page.write_text("# Speed\n")
+    with pytest.raises(ValueError, match="expected <!-- steps -->"):
+        steps.write_page(page, "| a |")
+
+
+def test_trl_s_ppo_must_do_the_same_work():
+    rounds = [(16, 16, 10.0, 10.5), (16, 16, 10.0, 11.5)]
+    assert steps._same_ppo(steps.Sizes(), rounds) == pytest.approx({"steps": 16, "kl": 10.0, "kl_trl": 11.0})
+    for wrong in ([(16, 4, 10.0, 10.0)], [(16, 16, 10.0, 14.0)]):
+        with pytest.raises(steps.Different, match="optimiser steps|KL"):
+            steps._same_ppo(steps.Sizes(), wrong)
 
 
 def test_the_thread_count_is_left_as_it_was(quick):
