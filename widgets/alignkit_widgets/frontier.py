@@ -85,10 +85,11 @@ class FrontierExplorer(Explorer):
         text = (f"At β = {number(beta)} the best policy is {fixed(here['kl'])} nats from SFT: "
                 f"proxy {fixed(here['proxy'])}, gold {fixed(here['gold'])} SFT-sd. "
                 f"From there, a nat more buys less than {number(beta)} of proxy. ")
-        if 0 < peak < len(curve["gold"]) - 1 and beta < 0.95 * curve["beta"][peak]:
+        if 0 < peak < len(curve["gold"]) - 1 and beta < curve["beta"][peak] / 1.3:
             return text + (f"Gold was highest, {fixed(curve['gold'][peak])}, at β = {number(curve['beta'][peak], 2)}: "
                            "since then more proxy has meant less of what it stands for.")
-        return text + ("A lower price buys more of both." if peak else "")
+        bent = 0 < peak < len(curve["gold"]) - 1 and beta < 1.3 * curve["beta"][peak]
+        return text + ("Gold is at its highest about here." if bent else "A lower price buys more of both." if peak else "")
 
     def _plane(self, seed: int, beta: float, here: Mapping, runs: Mapping[str, list[RecordedRun]]) -> Chart:
         curve, series = self.curves[seed], []
