@@ -89,7 +89,8 @@ class FrontierExplorer(Explorer):
             return text + (f"Gold was highest, {fixed(curve['gold'][peak])}, at β = {number(curve['beta'][peak], 2)}: "
                            "since then more proxy has meant less of what it stands for.")
         bent = 0 < peak < len(curve["gold"]) - 1 and beta < 1.3 * curve["beta"][peak]
-        return text + ("Gold is at its highest about here." if bent else "A lower price buys more of both." if peak else "")
+        return text + ("Gold is at its highest about here." if bent else "A lower price buys more of both." if peak
+                       else "")
 
     def _plane(self, seed: int, beta: float, here: Mapping, runs: Mapping[str, list[RecordedRun]]) -> Chart:
         curve, series = self.curves[seed], []
