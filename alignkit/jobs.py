@@ -7,6 +7,7 @@ alignkit and what the notebooks before it left in RUN. A finished job with the s
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -144,10 +145,15 @@ def course(
         facts["seed"] = everywhere["seed"].default if "seed" in everywhere else 0
     with _locked(out):
         start_run(out, facts["model"] or model, facts["data"] or data, facts["seed"])
+        spare = None
         try:
-            for job in jobs:
-                _run(job, timeout=timeout, progress=progress)
+            for job, following in itertools.zip_longest(jobs, jobs[1:]):
+                present, spare = spare, _spare(following)
+                with contextlib.closing(present) if present else contextlib.nullcontext():
+                    _run(job, timeout=timeout, progress=progress, spare=present)
         except BaseException:
+            if spare:
+                spare.close()
             with contextlib.suppress(Exception):  # what went wrong first is what has to be told
                 build_report(out)
             raise
@@ -231,7 +237,7 @@ def _locked(out: Path) -> Iterator[None]:
         lock.truncate(0)
 
 
-def _run(job: _Job, *, timeout: float | None, progress: bool, force: bool = False) -> Path:
+def _run(job: _Job, *, timeout: float | None, progress: bool, force: bool = False, spare=None) -> Path:
     records = _read_jobs(job.out)
     before, key = records.get(job.name, {}), _key(job, records)
     changed = _changed(job, before, key)
@@ -258,7 +264,7 @@ def _run(job: _Job, *, timeout: float | None, progress: bool, force: bool = Fals
 
     note()
     try:
-        _execute(job, timeout, on_cell)
+        _execute(job, timeout, on_cell, spare)
     except BaseException as error:
         note(status=getattr(error, "status", "failed"), error=str(error))
         if line:
@@ -271,9 +277,16 @@ def _run(job: _Job, *, timeout: float | None, progress: bool, force: bool = Fals
     return job.executed
 
 
-def _execute(job: _Job, timeout: float | None, on_cell) -> None:
-    from alignkit.kernel import NotebookFailed, execute
+def _spare(job: _Job | None):
+    """A kernel that starts while the job before runs; None if there is no job, or it was finished once."""
+    if job is None or _read_jobs(job.out).get(job.name, {}).get("status") == "finished":
+        return None
+    from alignkit.kernel import Spare
 
+    return Spare(_environment(job), Path.cwd())
+
+
+def _environment(job: _Job) -> dict[str, str]:
     env = {**os.environ, "ALIGNKIT_HEADLESS": "1"}
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -282,8 +295,15 @@ def _execute(job: _Job, timeout: float | None, on_cell) -> None:
         **({"OMP_NUM_THREADS": "1"} if job.values.get("model", "tiny") == "tiny" else {}),
     }.items():
         env.setdefault(name, value)  # the tiny model's matrices are too small to be worth a second thread
+    return env
+
+
+def _execute(job: _Job, timeout: float | None, on_cell, spare) -> None:
+    from alignkit.kernel import NotebookFailed, execute
+
+    place = {"env": _environment(job), "cwd": Path.cwd(), "spare": spare}
     try:
-        execute(job.notebook, job.executed, job.values, env=env, cwd=Path.cwd(), timeout=timeout, on_cell=on_cell)
+        execute(job.notebook, job.executed, job.values, timeout=timeout, on_cell=on_cell, **place)
     except NotebookFailed as error:
         how = {"failed": "failed", "timeout": "ran out of time", "interrupted": "was interrupted"}[error.status]
         raise NotebookFailed(

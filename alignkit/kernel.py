@@ -5,6 +5,7 @@ kernel's last words, and takes whatever kernel is called python3 on this machine
 instead, with the cell and the reason, and uses the Python that it runs under.
 """
 
+import contextlib
 import signal
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+from jupyter_core.utils import run_sync
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill import execute_notebook
 from papermill.clientwrap import PapermillNotebookClient
@@ -21,6 +23,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 ENGINE = "alignkit"
+NEEDED = ("datasets", "matplotlib.figure", "pandas", "trl", "alignkit.models")  # what notebooks spend seconds importing
 
 
 class NotebookFailed(RuntimeError):
@@ -29,6 +32,23 @@ class NotebookFailed(RuntimeError):
     def __init__(self, message: str, status: str = "failed", cell: int | None = None, error: str = ""):
         super().__init__(message)
         self.status, self.cell, self.error = status, cell, error
+
+
+class Spare:
+    """A kernel for the next notebook, which starts and imports while the present one runs. `close` it in the end."""
+
+    def __init__(self, env: Mapping[str, str], cwd: Path):
+        self.log = tempfile.TemporaryFile()
+        self.manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=_ThisPython())
+        imports = [f"--IPKernelApp.exec_lines=__import__('{name}')" for name in NEEDED]
+        where = {"env": dict(env), "cwd": str(cwd), "stdout": self.log, "stderr": self.log}
+        run_sync(self.manager.start_kernel)(extra_arguments=imports, **where)
+
+    def close(self) -> None:
+        """Stop the kernel if it still runs."""
+        if self.manager.has_kernel:
+            run_sync(self.manager.shutdown_kernel)(now=True)
+        self.log.close()
 
 
 def execute(
@@ -40,14 +60,15 @@ def execute(
     cwd: Path,
     timeout: float | None = None,
     on_cell: Callable[[int, int], None] | None = None,
+    spare: Spare | None = None,
 ) -> None:
     """Run `notebook` with `parameters` and leave it, with its outputs so far, in `executed`.
 
     timeout: seconds for the whole notebook. on_cell(index, number of cells): called before each cell, counted from 0 as
-    in `notebook`. Raises NotebookFailed: an error in a cell, a kernel that died, the timeout, or Ctrl-C.
+    in `notebook`. spare: a kernel to use, with its env and cwd, instead of a new one. Raises NotebookFailed: an error in a cell, a kernel that died, the timeout, or Ctrl-C.
     """
     watch = _Watch(on_cell, timeout)
-    with tempfile.TemporaryFile() as log:
+    with contextlib.nullcontext(spare.log) if spare else tempfile.TemporaryFile() as log:
         try:
             # papermill fills {…} in paths in from the parameters
             execute_notebook(
@@ -58,6 +79,7 @@ def execute(
                 language="python",
                 progress_bar=False,
                 watch=watch,
+                spare=spare,
                 start={"env": dict(env), "cwd": str(cwd), "stdout": log, "stderr": log},
             )
         except PapermillExecutionError as error:
@@ -104,12 +126,13 @@ class _Watch:
 
 
 class _Client(PapermillNotebookClient):
-    def __init__(self, nb_man, watch: _Watch, **options):
+    def __init__(self, nb_man, watch: _Watch, spare: Spare | None, **options):
         super().__init__(nb_man, timeout_func=watch.seconds_left, **options)
-        self.watch = watch
+        self.watch, self.spare = watch, spare
 
     def create_kernel_manager(self):
-        self.km = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=_ThisPython(), config=self.config)
+        new = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=_ThisPython(), config=self.config)
+        self.km = self.spare.manager if self.spare else new
         return self.km
 
     def execute_cell(self, cell, index, **options):
@@ -139,9 +162,10 @@ class _Client(PapermillNotebookClient):
 class _Engine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(
-        cls, nb_man, kernel_name, log_output=False, watch=None, start=None, start_timeout=60, **_ignored
+        cls, nb_man, kernel_name, log_output=False, watch=None, start=None, spare=None, start_timeout=60, **_ignored
     ):
-        return _Client(nb_man, watch, startup_timeout=start_timeout, kernel_name=kernel_name).execute(**start)
+        client = _Client(nb_man, watch, spare, startup_timeout=start_timeout, kernel_name=kernel_name)
+        return client.execute(**start)
 
 
 papermill_engines.register(ENGINE, _Engine)
