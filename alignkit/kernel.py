@@ -65,7 +65,8 @@ def execute(
     """Run `notebook` with `parameters` and leave it, with its outputs so far, in `executed`.
 
     timeout: seconds for the whole notebook. on_cell(index, number of cells): called before each cell, counted from 0 as
-    in `notebook`. spare: a kernel to use, with its env and cwd, instead of a new one. Raises NotebookFailed: an error in a cell, a kernel that died, the timeout, or Ctrl-C.
+    in `notebook`. spare: a kernel to use, with its env and cwd, instead of a new one. Raises NotebookFailed: an error
+    in a cell, a kernel that died, the timeout, or Ctrl-C.
     """
     watch = _Watch(on_cell, timeout)
     with contextlib.nullcontext(spare.log) if spare else tempfile.TemporaryFile() as log:

@@ -404,7 +404,7 @@ def test_what_a_job_made_with_other_parameters_is_cleared_and_what_it_did_not_ma
 ):
     made = ["1"]
 
-    def pretend(job, _timeout, on_cell):
+    def pretend(job, _timeout, on_cell, _spare):
         on_cell(0, 1)
         assert not (job.folder / "made.txt").exists()
         job.folder.mkdir(exist_ok=True)

@@ -1,7 +1,8 @@
-"""Every number that a user can turn, turned: the outcome moves as its docs say, over seeds, with an interval that excludes 0.
+"""Every number that a user can turn, turned: the outcome moves as documented, over seeds, with an interval without 0.
 
-Each row trains twice a seed, from the same policy on the same prompts, and takes the paired differences. What a knob does to a single
-number exactly (steps made, rewards charged) is tested beside the formula, in test_ppo.py and test_dpo.py.
+Each row trains twice a seed, from the same policy on the same prompts, and takes the paired differences. What a knob
+does to a single number exactly (steps made, rewards charged) is tested beside the formula, in test_ppo.py and
+test_dpo.py.
 """
 
 import math
@@ -90,7 +91,7 @@ PPO_KNOBS = {
     "temperature": (0.1, 1.0, last("entropy"), +1, {**STILL, "iterations": 1, "max_new_tokens": 1}),
     "kl_coef": (0.0, 2.0, last("kl_to_ref"), -1, {}),
     "target_kl": (0.01, 3.0, last("kl_coef"), -1, {"kl_horizon": 60}),
-    "kl_horizon": (100, 10_000, last("kl_coef"), -1, {"target_kl": 1e-3}),  # a target that is exceeded: the price rises
+    "kl_horizon": (100, 10_000, last("kl_coef"), -1, {"target_kl": 1e-3}),  # a target that is exceeded
     "max_kl": (0.05, 5.0, lambda stats, state: len(stats), +1, {"kl_coef": 0.0}),
     "max_step_kl": (1e-4, 10.0, total_steps, +1, {}),
     "gamma": (0.3, 1.0, length, +1, {"reward": always, "iterations": 10}),  # what comes later is worth less: stop sooner
@@ -174,7 +175,8 @@ def test_a_dpo_knob_moves_the_outcome_as_documented(name):
     ends = []
     for value in (small, large):
         config = replace(DPO, **{**rest, name: value})
-        ends.append([statistics.mean(row.margin for row in train_dpo(config, seed)[-4:]) / config.beta for seed in SEEDS])
+        margins = [statistics.mean(row.margin for row in train_dpo(config, seed)[-4:]) for seed in SEEDS]
+        ends.append([margin / config.beta for margin in margins])
     assert_direction(*ends, sign, name)
 
 
