@@ -69,7 +69,7 @@ class Remote:
         while self.budget == 0 and not self.stop:
             self._wake.clear()
             try:
-                async with asyncio.timeout(1.0):  # Python 3.11's wait_for can lose an interrupt that comes with a message
+                async with asyncio.timeout(1.0):  # wait_for can lose an interrupt that comes with a message
                     await self._wake.wait()
             except TimeoutError:
                 if time.monotonic() - self._heard > self.patience:
