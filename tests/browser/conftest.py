@@ -1,4 +1,4 @@
-"""JupyterLab and Chromium for the browser tests: one server and one browser a session, one page a test."""
+"""JupyterLab and Chromium for the browser tests: one server a session, one browser a file, one page a test."""
 
 from __future__ import annotations
 
@@ -27,9 +27,13 @@ def _missing(reason: str) -> None:
     pytest.skip(reason)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
-    """A headless Chromium: Debian's, or the one that ALIGNKIT_CHROMIUM names."""
+    """A headless Chromium: Debian's, or the one that ALIGNKIT_CHROMIUM names.
+
+    It ends with its file: while Playwright's blocking interface is open, its event loop counts as running in this
+    thread, and ``asyncio.run`` in any later test of the same worker is refused.
+    """
     try:
         from playwright import sync_api as playwright
     except ImportError:
