@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from small_sweep import write_sweep
-from test_explorers import FRONTIER
+from test_explorers_in_browser import FRONTIER
 
 pytestmark = pytest.mark.browser
 
