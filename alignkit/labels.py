@@ -107,7 +107,7 @@ def sample_side_by_side(checkpoints: Mapping[str, object], prompts: Sequence[str
 def word_differences(texts: Sequence[str]) -> list[list[tuple[str, bool]]]:
     """Each text as pieces (piece, differs) that add up to it; a word differs if some other text lacks it at its place.
 
-    Words carry the space before them. The places are those of Python's `difflib`, text by text.
+    Words carry the space before them, which is not compared. The places are those of Python's `difflib`, text by text.
     """
     words = [re.findall(r"\s*\S+|\s+$", text) for text in texts]
     pieces = []
@@ -115,7 +115,8 @@ def word_differences(texts: Sequence[str]) -> list[list[tuple[str, bool]]]:
         common = [True] * len(mine)
         for other in words:
             same = [False] * len(mine)
-            for start, _, size in difflib.SequenceMatcher(None, mine, other, autojunk=False).get_matching_blocks():
+            bare = [[word.strip() for word in line] for line in (mine, other)]
+            for start, _, size in difflib.SequenceMatcher(None, *bare, autojunk=False).get_matching_blocks():
                 same[start : start + size] = [True] * size
             common = [a and b for a, b in zip(common, same, strict=True)]
         joined: list[tuple[str, bool]] = []

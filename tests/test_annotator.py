@@ -245,6 +245,8 @@ def test_pieces_add_up_to_the_text_and_mark_what_others_lack():
     assert [piece for piece, differs in two if differs] == [" button  now."]
     assert word_differences(["same text ", "same text "]) == [[("same text ", False)]] * 2
     assert word_differences(["", "x"]) == [[], [("x", True)]]
+    first, later = word_differences(["Fill in.", "Yes! Fill in."])  # the space before a word is no difference
+    assert (first, later) == ([("Fill in.", False)], [("Yes!", True), (" Fill in.", False)])
     three = word_differences(["a b c", "a b d", "a e d"])
     assert [[piece for piece, differs in one if differs] for one in three] == [[" b c"], [" b d"], [" e d"]]
 

@@ -243,7 +243,7 @@ def test_run_ends_when_enough_is_labelled_or_the_page_is_gone(tmp_path, monkeypa
             raise AssertionError("there is no notebook here")
 
     monkeypatch.setenv("ALIGNKIT_HEADLESS", "0")
-    monkeypatch.setattr(PreferenceAnnotator, "_display", lambda self: Handle())
+    monkeypatch.setattr(PreferenceAnnotator, "_display", lambda self, data: Handle())
 
     async def labelled(board):
         run = asyncio.get_running_loop().create_task(board.run(2))

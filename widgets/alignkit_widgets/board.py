@@ -141,23 +141,22 @@ class Board:
         ]
 
     def show(self) -> None:
-        """Show the board and return at once; without a front end, its picture."""
+        """Show the board and return at once; its picture as it is now stands in where there is no front end."""
         if has_front_end():
-            self._display()
+            self._display(*self._picture_bundle())
         else:
             self._leave_picture()
 
-    def _display(self):
+    def _display(self, data: dict, metadata: dict | None = None):
+        """Show the panel, with what stands in for it where widgets are not shown."""
         from IPython.display import display
 
         view = BoardView(config={"title": self.title})
         view.on_msg(lambda _, content, __: self.receive(content) if isinstance(content, dict) else None)
         self.listeners = [view.send]
         model = {"model_id": view.model_id, "version_major": 2, "version_minor": 0}
-        text = f"{self.title}: a panel to choose with stands here in a live notebook. {self.status()}"
-        return display(
-            {"application/vnd.jupyter.widget-view+json": model, "text/plain": text}, raw=True, display_id=True
-        )
+        data = {"application/vnd.jupyter.widget-view+json": model} | data
+        return display(data, metadata=metadata, raw=True, display_id=True)
 
     async def watch(self) -> None:
         """Show the board, wait until it is `enough`, or the page is gone, and leave a picture in its place."""
@@ -166,7 +165,8 @@ class Board:
             self.running = False
             self._leave_picture()
             return
-        handle = self._display()
+        text = f"{self.title}: a panel to choose with stands here while the cell runs. {self.status()}"
+        handle = self._display({"text/plain": text})
         try:
             while not self.enough():
                 await asyncio.sleep(0.1)  # and not wait_for, which can lose an interrupt that comes with a press
@@ -186,18 +186,22 @@ class Board:
 
     pictured = 1  # items in a picture
 
-    def _leave_picture(self, handle=None) -> None:
-        text = "\n".join([f"{self.title}: {self.status()}", *(row["text"] for row in self.results())])
-        if not in_kernel():
-            print(text)
-            return
-        from alignkit_widgets.panel import bundle, display_png
+    def _picture_bundle(self) -> tuple[dict, dict]:
+        from alignkit_widgets.panel import bundle
 
-        if handle is None:
-            display_png(self.picture(), text)
-        else:
-            data, metadata = bundle(self.picture(), text)
-            handle.update(data, metadata=metadata, raw=True)
+        return bundle(self.picture(), self._said())
+
+    def _said(self) -> str:
+        return "\n".join([f"{self.title}: {self.status()}", *(row["text"] for row in self.results())])
+
+    def _leave_picture(self, handle=None) -> None:
+        from IPython.display import display
+
+        if not in_kernel():
+            print(self._said())
+            return
+        data, metadata = self._picture_bundle()
+        (display if handle is None else handle.update)(data, metadata=metadata, raw=True)
 
 
 def button(name: str, label: str, *keys: str, off: bool = False, card: int | None = None) -> dict:
