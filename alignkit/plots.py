@@ -651,7 +651,8 @@ def plot_reward_kl_plane(proxy=None, gold_along=None, gold_frontier=None, best_o
         handles = [Line2D([], [], ls="", marker=style[1], color=style[0], ms=7.5) for style in styles.values()]
         handles.append(Line2D([], [], color=INK, marker="o"))
         handles.append(Line2D([], [], color=INK, marker="o", mfc="white", ls=DASHED))
-        _legend(ax, handles, [*styles, "filled, solid: proxy", "open, dashed: gold"], loc="upper left", handlelength=3)
+        _legend(ax, handles, [*styles, "filled, solid: proxy", "open, dashed: gold"], loc="lower right",
+                bbox_to_anchor=(1, 0.12), ncols=2, handlelength=3)
     ax.axhline(0, color=MUTED, lw=0.8)
     ax.set_xlim(left=0)
     far = [end for end in ends if end[0] > 0.85 * ax.get_xlim()[1]]
