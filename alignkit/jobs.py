@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from alignkit.estimate import notebook_seconds
 from alignkit.parameters import ParameterError, check_name, check_parameters, notebook_parameters, unknown_name
 from alignkit.progress import Progress, clock
 from alignkit.records import RunError, content_hash, plain, record_seconds, start_run, write_json
@@ -145,12 +146,13 @@ def course(
         facts["seed"] = everywhere["seed"].default if "seed" in everywhere else 0
     with _locked(out):
         start_run(out, facts["model"] or model, facts["data"] or data, facts["seed"])
+        expected = _expected(jobs, parameters) if progress else {}
         spare = None
         try:
             for job, following in itertools.zip_longest(jobs, jobs[1:]):
                 present, spare = spare, _spare(following)
                 with contextlib.closing(present) if present else contextlib.nullcontext():
-                    _run(job, timeout=timeout, progress=progress, spare=present)
+                    _run(job, timeout=timeout, progress=progress, expected=expected.get(job.name), spare=present)
         except BaseException:
             if spare:
                 spare.close()
@@ -237,11 +239,34 @@ def _locked(out: Path) -> Iterator[None]:
         lock.truncate(0)
 
 
-def _run(job: _Job, *, timeout: float | None, progress: bool, force: bool = False, spare=None) -> Path:
+def _expected(jobs: Sequence[_Job], parameters: Mapping[str, object] | None) -> dict[str, float]:
+    """Say what the notebooks that are to run will take; their seconds by name, where that is known before they run."""
+    if set(parameters or {}) - {"seed"} or any(
+        job.values.get(name, usual) != usual for job in jobs for name, usual in (("model", "tiny"), ("data", "desk"))
+    ):
+        print("each notebook says how long it will train, and what memory it needs, before it does")
+        return {}
+    done, known = _read_jobs(jobs[0].out), notebook_seconds()
+    open_jobs = [job.name for job in jobs if done.get(job.name, {}).get("status") != "finished"]
+    if open_jobs and set(open_jobs) <= known.keys():
+        print(f"{len(open_jobs)} notebooks: about {clock(sum(known[name] for name in open_jobs))} on this machine if "
+              "nothing else runs, less than 2 GB of memory", flush=True)
+    return known
+
+
+def _run(
+    job: _Job,
+    *,
+    timeout: float | None,
+    progress: bool,
+    force: bool = False,
+    expected: float | None = None,
+    spare=None,
+) -> Path:
     records = _read_jobs(job.out)
     before, key = records.get(job.name, {}), _key(job, records)
     changed = _changed(job, before, key)
-    line = Progress(job.name, before.get("seconds")) if progress else None
+    line = Progress(job.name, before.get("seconds", expected)) if progress else None
     if not changed and not force:
         if line:
             line.say(f"done already, in {clock(before['seconds'])}")

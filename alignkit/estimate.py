@@ -1,0 +1,58 @@
+"""What training will cost, said before it starts: a few real steps that change nothing, or recorded times and a probe.
+
+`seconds.json` holds what the notebooks took once, and what the probe took on that machine in the same minutes;
+`python -m benchmarks.seconds RUN` makes it.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+RECORDED = Path(__file__).with_name("seconds.json")
+
+
+def step_seconds(train: Callable[[list], object], rows: Sequence, batch_size: int, steps: int = 4) -> tuple[float, float]:
+    """Seconds that training takes to begin, and seconds of one more step: `(start, step)`.
+
+    train: trains one pass over the rows it is given, at learning rate 0, so that no weight moves; it is called with one
+    batch and with 1 + steps of them. rows: training data; fewer than two batches are repeated.
+    """
+    rows = list(rows)
+    if not rows:
+        raise ValueError("rows is empty, expected at least one row to train on")
+    few = [rows[i % len(rows)] for i in range((1 + steps) * batch_size)]
+    train(few[:batch_size])  # the first call warms up
+    begun = time.perf_counter()
+    train(few[:batch_size])
+    between = time.perf_counter()
+    train(few)
+    one, more = between - begun, time.perf_counter() - between
+    step = max(more - one, 0.0) / steps
+    return max(one - step, 0.0), step
+
+
+def notebook_seconds(speed: float | None = None) -> dict[str, float]:
+    """Seconds that each notebook takes here at its default settings, by the recorded times and this machine's speed.
+
+    speed: of this machine, in recorded machines; None: probed, which takes about a second.
+    """
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
+    speed = recorded["probe"] / probe_seconds() if speed is None else speed
+    return {name: seconds / speed for name, seconds in recorded["notebooks"].items()}
+
+
+def probe_seconds() -> float:
+    """Seconds of a fixed piece of work like the tiny model's: small products, elementwise functions. Best of three."""
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal((1024, 64), dtype=np.float32)
+    weights = rng.standard_normal((64, 64), dtype=np.float32) / 8
+    best = float("inf")
+    for _ in range(3):
+        begun, x = time.perf_counter(), start
+        for _ in range(400):
+            x = np.tanh(x @ weights) + start
+        best = min(best, time.perf_counter() - begun)
+    return best

@@ -1,0 +1,28 @@
+"""Record what the notebooks of a finished run took, for the estimate that `alignkit course` gives.
+
+    python -m benchmarks.seconds runs/course
+
+The run must be one of the default settings, made on this machine while nothing else ran.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from alignkit.estimate import RECORDED, probe_seconds
+from alignkit.records import versions, write_json
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write alignkit/seconds.json."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.seconds", description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="the run directory")
+    given = parser.parse_args(arguments)
+    taken = json.loads((given.run / "seconds.json").read_text(encoding="utf-8"))
+    write_json(RECORDED, {"command": "python -m benchmarks.seconds", "versions": versions(), "probe": probe_seconds(),
+                          "notebooks": taken})
+    print(f"{RECORDED.name}: {len(taken)} notebooks, {sum(taken.values()):.0f} s")
+
+
+if __name__ == "__main__":
+    main()
