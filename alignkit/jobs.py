@@ -109,7 +109,8 @@ def run_notebook(
     notebook, out = find_notebook(notebook), _run_directory(out)
     job = _job(notebook, out, parameters or {})
     with _locked(out):
-        return _run(job, timeout=timeout, progress=progress, force=force)
+        expected = _expected([job]).get(job.name) if progress else None
+        return _run(job, timeout=timeout, progress=progress, force=force, expected=expected)
 
 
 def course(
@@ -146,7 +147,7 @@ def course(
         facts["seed"] = everywhere["seed"].default if "seed" in everywhere else 0
     with _locked(out):
         start_run(out, facts["model"] or model, facts["data"] or data, facts["seed"])
-        expected = _expected(jobs, parameters) if progress else {}
+        expected = _expected(jobs) if progress else {}
         spare = None
         try:
             for job, following in itertools.zip_longest(jobs, jobs[1:]):
@@ -239,18 +240,19 @@ def _locked(out: Path) -> Iterator[None]:
         lock.truncate(0)
 
 
-def _expected(jobs: Sequence[_Job], parameters: Mapping[str, object] | None) -> dict[str, float]:
+def _expected(jobs: Sequence[_Job]) -> dict[str, float]:
     """Say what the notebooks that are to run will take; their seconds by name, where that is known before they run."""
-    if set(parameters or {}) - {"seed"} or any(
-        job.values.get(name, usual) != usual for job in jobs for name, usual in (("model", "tiny"), ("data", "desk"))
-    ):
-        print("each notebook says how long it will train, and what memory it needs, before it does")
-        return {}
-    done, known = _read_jobs(jobs[0].out), notebook_seconds()
-    open_jobs = [job.name for job in jobs if done.get(job.name, {}).get("status") != "finished"]
-    if open_jobs and set(open_jobs) <= known.keys():
-        print(f"{len(open_jobs)} notebooks: about {clock(sum(known[name] for name in open_jobs))} on this machine if "
-              "nothing else runs, less than 2 GB of memory", flush=True)
+    done, usual = _read_jobs(jobs[0].out), {"model": "tiny", "data": "desk"}
+    ahead = [job for job in jobs if done.get(job.name, {}).get("status") != "finished"]
+    changed = any(set(job.values) - {"run", "seed", *usual} for job in ahead)
+    changed = changed or any(job.values.get(name, value) != value for job in ahead for name, value in usual.items())
+    known = notebook_seconds() if ahead and not changed else {}
+    if ahead and {job.name for job in ahead} <= known.keys():
+        what = ahead[0].name if len(ahead) == 1 else f"{len(ahead)} notebooks"
+        print(f"{what}: about {clock(sum(known[job.name] for job in ahead))} on this machine if nothing else runs, "
+              "less than 2 GB of memory", flush=True)
+    elif ahead:
+        print("each notebook says how long it will train, and what memory it needs, before it does", flush=True)
     return known
 
 
