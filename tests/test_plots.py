@@ -290,6 +290,18 @@ def test_a_live_chart_redraws_in_place():
         plots.plot_metrics(ROWS, ["loss"], live)
 
 
+def test_what_was_left_by_rewinding_is_drawn_thin_and_dashed_and_goes_when_redrawn():
+    left = [{"step": 2, "loss": 0.0}, {"step": 3, "loss": 5.0}, {"step": 9, "loss": None}]
+    figure = plots.plot_metrics(ROWS, ["loss", "objective/kl"], branches=[left])
+    line, past = figure.axes[0].lines
+    assert past.get_xydata().tolist() == [[2, 0], [3, 5]] and figure.axes[0].get_ylim()[1] > 5
+    assert past.get_linewidth() < line.get_linewidth() and past.get_linestyle() == "--"
+    assert "left by rewinding" in figure.texts[0].get_text()
+    plots.plot_metrics(ROWS, ["loss", "objective/kl"], figure)
+    assert len(figure.axes[0].lines) == 1 and not figure.texts
+    assert len(plots.plot_metrics([], ["loss"], branches=[left]).axes[0].lines) == 2
+
+
 def test_metrics_refuse_rows_that_say_nothing():
     with pytest.raises(ValueError, match=r"rows\[1\].*'step'"):
         plots.plot_metrics([{"step": 0, "loss": 1.0}, {"loss": 1.0}], ["loss"])
