@@ -337,7 +337,7 @@ export default () => {
       store.marks.push(...message.marks);
       for (const [, kinds] of [message, ...message.branches].flatMap(({ shares }) => shares)) for (const part of Object.values(kinds))
         for (const name of Object.keys(part)) if (!store.behaviours.includes(name)) store.behaviours.push(name);
-    } else if (message.from > store.rows) model.send({ type: "sync" }); // something was missed
+    } else model.send({ type: "sync" }); // something was missed
     store.samples = message.samples ?? store.samples;
     store.state = message.state;
     for (const view of store.views) view.draw();
