@@ -365,9 +365,14 @@ def plot_metrics(rows: Sequence[Mapping[str, float]], names: Sequence[str] | Map
             _legend(ax, ax.lines[: len(which)], [METRICS.get(name, (name,))[0] for name in which], 7, handlelength=1.8)
         ax.relim()
         ax.autoscale()
+        near, room = np.inf, 0.06 * np.ptp(ax.get_xlim())
         for letter, (at, _) in enumerate(marks):
             ax.axvline(at, color=INK, lw=0.9, ls=DOTTED)
-            _text(ax, at, 0.99, f" {_letter(letter)}", size=7, where="top", va="top")
+            if abs(at - near) < room:  # two letters would overlap
+                ax.texts[-1].set_text(ax.texts[-1].get_text() + _letter(letter))
+            else:
+                _text(ax, at, 0.99, f" {_letter(letter)}", size=7, where="top", va="top")
+                near = at
     for i, caption in enumerate(reversed(captions)):
         figure.text(0.6 / width, (0.05 + 0.17 * i) / height, caption, fontsize=7.5, color=INK, parse_math=False)
     if title:

@@ -272,6 +272,8 @@ def test_metrics_draw_what_was_logged():
     assert kl.lines[0].get_linestyle() == "-" and kl.lines[1].get_xdata() == [2, 2]
     assert "not logged" in words(nan) and "not logged" in words(never)
     assert figure.texts[0].get_text() == "a: β 0.1 → 0.2 (step 2)"
+    near = plots.plot_metrics(ROWS, ["loss"], marks=[(1, "x"), (1.1, "y"), (2, "z")]).axes[0]
+    assert [text.get_text() for text in near.texts] == [" ab", " c"], "letters do not lie on each other"
     both = plots.plot_metrics(ROWS, ["logps/chosen", "rewards/chosen", "loss"])
     assert [ax.get_title("left") for ax in both.axes] == ["logps/chosen", "rewards/chosen", "training loss"]
 

@@ -175,10 +175,10 @@ class Bands extends Plot { // shares of behaviours of one prompt class, stacked
       under = over;
       for (const branch of branches) { // where this band ended, as a line
         branch.under = branch.past.map(([, s], i) => branch.under[i] + (s[name] ?? 0));
-        lines.push(branch.past.map(([x], i) => `${this.x(x).toFixed(1)} ${this.y(branch.under[i]).toFixed(1)}`));
+        if (branch.under.some((v) => v < 0.999)) lines.push(branch.past.map(([x], i) => `${this.x(x).toFixed(1)} ${this.y(branch.under[i]).toFixed(1)}`));
       }
     }
-    for (const line of lines) make(this.svg, "path", { class: "past", d: line.length ? `M${line.join("L")}` : "", stroke: "var(--ink)" });
+    for (const line of lines) make(this.svg, "path", { class: "past", d: `M${line.join("L")}`, stroke: "var(--ink)" });
     for (const [place, name] of labels) make(this.svg, "text", place, name); // above all bands
     this.finish(false);
     this.words.textContent = words.join(" · ");
