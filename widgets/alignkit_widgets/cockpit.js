@@ -200,8 +200,10 @@ class View {
     this.note = make(root, "div", { class: "akc-note", role: "status" });
     this.inputs = {};
     const controls = make(root, "div", { class: "akc-controls" });
-    if (this.config.mode !== "watch") for (const control of this.config.controls) this.addControl(controls, control);
-    this.addRewind(controls);
+    if (this.config.mode !== "watch") {
+      for (const control of this.config.controls) this.addControl(controls, control);
+      this.addRewind(controls);
+    }
     this.grid = make(root, "div", { class: "akc-grid" });
     this.charts = this.config.charts.map((chart) => new Chart(this, this.grid, chart));
     this.bandGrid = make(root, "div", { class: "akc-grid" });
@@ -306,14 +308,7 @@ class View {
       toggle.firstChild.firstChild.setAttribute("d", ICONS[name]);
       for (const button of [toggle, Step, Stop]) button.disabled = state.over;
     }
-    const { row, select, button, wait: soon } = this.rewind, there = [...select.options].map((option) => +option.value), { snapshots } = state;
-    if (snapshots) {
-      row.hidden = false;
-      for (const option of [...select.options]) if (!snapshots.includes(+option.value)) option.remove();
-      for (const at of snapshots) if (!there.includes(at)) make(select, "option", { value: at }, at ? String(at) : "0 (the start)");
-    }
-    select.disabled = button.disabled = !snapshots;
-    if (state.over || state.done !== this.rewind.done) soon.textContent = "";
+    if (this.rewind) this.earlier(state);
     for (const [name, { slider, box, wait, show }] of Object.entries(this.inputs)) {
       const value = state.waiting[name] ?? state.controls[name];
       if (this.dirty[name] === value) delete this.dirty[name];
@@ -322,6 +317,16 @@ class View {
       if (document.activeElement !== box) show(value);
       wait.textContent = name in state.waiting ? `${number(value)} from the next iteration on` : "";
     }
+  }
+  earlier({ snapshots, done, over }) { // what the run can go back to
+    const { row, select, button, wait } = this.rewind, there = [...select.options].map((option) => +option.value);
+    if (snapshots) {
+      row.hidden = false;
+      for (const option of [...select.options]) if (!snapshots.includes(+option.value)) option.remove();
+      for (const at of snapshots) if (!there.includes(at)) make(select, "option", { value: at }, at ? String(at) : "0 (the start)");
+    }
+    select.disabled = button.disabled = !snapshots;
+    if (over || done !== this.rewind.done) wait.textContent = "";
   }
   dispose() { clearInterval(this.beat); this.observer.disconnect(); cancelAnimationFrame(this.frame); this.root.remove(); }
 }
