@@ -94,11 +94,12 @@ _ = await cockpit.run(live.step, state=live.state)
 total = 1000 * (time.process_time() - begun)
 begun = time.process_time()
 cockpit.picture()
-total -= 1000 * (time.process_time() - begun)
+drawn = 1000 * (time.process_time() - begun)
+total -= drawn
 done, size = live.config.iterations, _size(live.state.state_dict())
 say("default_ppo", iterations=done, updates=len(spent), update_median_ms=sorted(spent)[len(spent) // 2],
     iteration_ms=(total - sum(spent) - sum(copies)) / done, snapshot_max_ms=max(copies), snapshot_MB=size / 1e6,
-    updates_percent=100 * sum(spent) / total, snapshots_percent=100 * sum(copies) / total)
+    updates_percent=100 * sum(spent) / total, snapshots_percent=100 * sum(copies) / total, picture_ms=drawn)
 """
 
 

@@ -26,13 +26,21 @@ class Snapshots:
         now = self.state.state_dict()
         room = min(MOST, LIMIT // max(_size(now), 1))
         if room and not (self.kept and iteration % math.ceil(self.total / room)):
-            self.kept[iteration] = copy.deepcopy(now)
+            self.kept[iteration] = _copy(now)
 
     def restore(self, iteration: int) -> None:
         """Put the state back to what it was after `iteration`, and forget the copies of later ones."""
-        saved = copy.deepcopy(self.kept[iteration])  # an optimizer writes into what it has loaded
-        self.state.load_state_dict(saved)
+        self.state.load_state_dict(_copy(self.kept[iteration]))  # an optimizer writes into what it has loaded
         self.kept = {at: saved for at, saved in self.kept.items() if at <= iteration}
+
+
+def _copy(value: object) -> object:
+    """What `copy.deepcopy` would make of nested dicts and lists of tensors, in a sixth of the time."""
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_copy, value))
+    return value.detach().clone() if hasattr(value, "detach") else copy.deepcopy(value)
 
 
 def _size(value: object) -> int:
