@@ -17,7 +17,7 @@ import numpy as np
 from alignkit.models import load_policy, reward_model_from, save_model
 from alignkit.ppo import PPOConfig, PPOState, ppo_iteration
 from alignkit.presets import preset
-from alignkit.records import RunError, settings, start_run, write_json
+from alignkit.records import RunError, branch_files, settings, start_run, write_json
 from alignkit.reward import RewardConfig, RewardScorer, load_reward, train_reward_model
 from alignkit.sampling import decode_responses, generate_texts
 from alignkit.sft import SFTConfig, train_sft
@@ -113,7 +113,7 @@ class LivePPO:
 
     def save(self) -> Path | None:
         """Write the policy as it is now to its folder; None, and no folder, if no iteration was done."""
-        if self.state.iteration:
+        if self.state.iteration or branch_files(self.folder / "metrics.jsonl"):
             with self._lock:
                 return save_model(self.state.policy, self.state.tokenizer, self.folder)
         for path in self.folder.iterdir():

@@ -307,16 +307,18 @@ def plot_histogram(samples: Mapping[str, Floats], xlabel: str, ax: Axes | None =
 
 def plot_metrics(rows: Sequence[Mapping[str, float]], names: Sequence[str] | Mapping[str, str | Sequence[str]],
                  figure: Figure | None = None, *, columns: int = 4, xlabel: str = "step",
-                 marks: Iterable[tuple[float, str]] = (), title: str = "") -> Figure:
+                 marks: Iterable[tuple[float, str]] = (), branches: Iterable[Sequence[Mapping[str, float]]] = (),
+                 title: str = "") -> Figure:
     """Small panels of logged numbers against `step`, the live chart of every stage. Returns a Figure.
 
     rows: dicts as in metrics.jsonl, each with "step"; one that is missing, None or NaN is left out. names: the
     metrics, a panel each; or panel title -> a metric, or several that share the panel. figure: what an earlier call
     with the same names returned, to redraw in place, which halves the time. marks: (step, what was changed there), as
-    lettered lines. Raises ValueError if rows or names are empty, a row has no step, none of the names was logged, or
-    `figure` has other panels.
+    lettered lines. branches: rows of what was left by rewinding, as thin dashed lines. Raises ValueError if rows or
+    names are empty, a row has no step, none of the names was logged, or `figure` has other panels.
     """
-    _require("rows", rows)
+    branches = list(branches)
+    _require("rows", [*rows, *branches])
     _require("names", names)
     called = [METRICS.get(name, (name,))[0] for name in names]
     panels = names if isinstance(names, Mapping) else {
@@ -324,15 +326,15 @@ def plot_metrics(rows: Sequence[Mapping[str, float]], names: Sequence[str] | Map
     panels = {panel: (which,) if isinstance(which, str) else tuple(which) for panel, which in panels.items()}
     if missing := [i for i, row in enumerate(rows) if "step" not in row]:
         raise ValueError(f"rows[{missing[0]}] has {sorted(rows[missing[0]])}, expected a key 'step'")
-    steps, logged = np.array([float(row["step"]) for row in rows]), {key for row in rows for key in row} - {"step"}
-    series = {name: np.array([np.nan if row.get(name) is None else float(row[name]) for row in rows])
-              for which in panels.values() for name in which}
-    if not any(np.isfinite(values).any() for values in series.values()):
+    logged = {key for its in (rows, *branches) for row in its for key in row} - {"step"}
+    series = {name: [_points(its, name) for its in (rows, *branches)] for which in panels.values() for name in which}
+    if not any(points.size for lines in series.values() for points in lines):
         raise ValueError(f"names are {sorted(series)}, expected some of {sorted(logged)}")
 
     marks, columns = list(marks), min(columns, len(panels))
-    legend = "    ".join(f"{_letter(i)}: {_short(what, 60)} ({xlabel} {at:g})" for i, (at, what) in enumerate(marks))
-    captions = textwrap.wrap(legend, 33 * columns)
+    legend = [f"{_letter(i)}: {_short(what, 60)} ({xlabel} {at:g})" for i, (at, what) in enumerate(marks)]
+    legend += ["thin dashes: left by rewinding"] if branches else []
+    captions = textwrap.wrap("    ".join(legend), 33 * columns)
     lines = -(-len(panels) // columns)
     cell_width, cell_height, across, up, low = 2.35, 1.6, 1.64, 1.08, 0.17 + 0.17 * len(captions)  # inches
     width, height = cell_width * columns, cell_height * lines + low + 0.28 * bool(title)
@@ -349,9 +351,11 @@ def plot_metrics(rows: Sequence[Mapping[str, float]], names: Sequence[str] | Map
         left, bottom = cell_width * column + 0.6, low + cell_height * (lines - 1 - row) + 0.26
         ax.set_position((left / width, bottom / height, across / width, up / height))
         ax.xaxis.label.set_visible(i + columns >= len(panels))
-        for line, name in zip(ax.lines, which, strict=True):
-            line.set_data(steps[good := np.isfinite(series[name])], series[name][good])
-            line.set_marker("o" if good.sum() == 1 else "")
+        for line, name in zip(list(ax.lines), which, strict=True):
+            line.set_data(series[name][0])
+            line.set_marker("o" if series[name][0].shape[1] == 1 else "")
+            for points in series[name][1:]:
+                ax.plot(*points, color=line.get_color(), ls=(0, (2, 2)), lw=1, alpha=0.65, zorder=1.5)
         empty = not any(len(line.get_xdata()) for line in ax.lines)
         ax.tick_params(labelleft=not empty, labelbottom=not empty)
         ax.yaxis.grid(not empty)
@@ -361,15 +365,27 @@ def plot_metrics(rows: Sequence[Mapping[str, float]], names: Sequence[str] | Map
             _legend(ax, ax.lines[: len(which)], [METRICS.get(name, (name,))[0] for name in which], 7, handlelength=1.8)
         ax.relim()
         ax.autoscale()
+        near, room = np.inf, 0.06 * np.ptp(ax.get_xlim())
         for letter, (at, _) in enumerate(marks):
             ax.axvline(at, color=INK, lw=0.9, ls=DOTTED)
-            _text(ax, at, 0.99, f" {_letter(letter)}", size=7, where="top", va="top")
+            if abs(at - near) < room:  # two letters would overlap
+                ax.texts[-1].set_text(ax.texts[-1].get_text() + _letter(letter))
+            else:
+                _text(ax, at, 0.99, f" {_letter(letter)}", size=7, where="top", va="top")
+                near = at
     for i, caption in enumerate(reversed(captions)):
         figure.text(0.6 / width, (0.05 + 0.17 * i) / height, caption, fontsize=7.5, color=INK, parse_math=False)
     if title:
         figure.text(0.13 / width, 1 - 0.06 / height, _short(title, 120), fontsize=10.5, fontweight="bold", color=INK,
                     va="top", parse_math=False)
     return figure
+
+
+def _points(rows: Sequence[Mapping[str, float]], name: str) -> np.ndarray:
+    """(2, N): steps and values of the rows that have a number under `name`."""
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    points = np.array(points, dtype=float).reshape(-1, 2)
+    return points[np.isfinite(points[:, 1])].T
 
 
 def _metric_axes(panels: Mapping[str, tuple[str, ...]], xlabel: str, across: float, up: float) -> Picture:

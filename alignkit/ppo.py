@@ -7,7 +7,7 @@ surrogate is what one step minimises.
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -229,6 +229,33 @@ class PPOState:
                    adamw(trainable, config.learning_rate), adamw(list(critic.parameters()), config.critic_learning_rate),
                    demonstrations)
 
+    def state_dict(self) -> dict:
+        """All that training changes: trained weights, both optimizers, iteration, kl_coef. No copy, as with PyTorch's own.
+
+        The next iteration depends on nothing else, since its random numbers come from (seed, iteration).
+        """
+        return {"policy": _trained(self.policy), "policy_optimizer": self.policy_optimizer.state_dict(),
+                "critic": _trained(self.critic), "critic_optimizer": self.critic_optimizer.state_dict(),
+                "iteration": self.iteration, "kl_coef": self.kl_coef}
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: Mapping) -> None:
+        """Go on from what `state_dict` said; the optimizers take their tensors over, as PyTorch's do.
+
+        Raises ValueError if the weights have other names.
+        """
+        for name in ("policy", "critic"):
+            weights = _trained(getattr(self, name))
+            if weights.keys() != saved[name].keys():
+                differing = sorted(weights.keys() ^ saved[name].keys())
+                raise ValueError(f"saved[{name!r}] is of another model; one of the two has no {', '.join(differing[:3])}")
+            for key, weight in weights.items():
+                weight.copy_(saved[name][key])
+        self.policy_optimizer.load_state_dict(saved["policy_optimizer"])
+        self.critic_optimizer.load_state_dict(saved["critic_optimizer"])
+        self.iteration, self.kl_coef = saved["iteration"], saved["kl_coef"]
+        self.last_rollout = self.last_scores = None
+
 
 def adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
     """AdamW without weight decay, fused, eps 1e-5 (Huang 2024, detail 25)."""
@@ -433,6 +460,10 @@ def _demonstrations(state: PPOState, config: PPOConfig, step: int) -> Rollout | 
     picks = torch.randint(len(state.demonstrations), (config.minibatch_size,), generator=seeded(config.seed, state.iteration, step, 3))
     rows = [state.demonstrations[i] for i in picks.tolist()]
     return to_device(encode_rows(state.tokenizer, rows, "completion", config.max_new_tokens), state.policy.device)
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def _variance(values: Tensor, mask: Tensor) -> Tensor:

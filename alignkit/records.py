@@ -6,6 +6,7 @@ None.
 
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -116,6 +117,27 @@ def trim_metrics(path: str | Path, last_step: int | None = None) -> list[dict]:
     return kept
 
 
+def branch_metrics(path: str | Path, last_step: int) -> Path | None:
+    """Move the rows after `last_step` from a metrics.jsonl to metrics.branch-N.jsonl beside it: a run goes back there,
+    and on another way. Returns the new file, or None if there were no such rows.
+
+    The branch is written whole before the log is cut: a crash in between leaves its rows in both files.
+    """
+    path = Path(path)
+    left = [row for row in trim_metrics(path) if row.get("step", 0) > last_step]
+    if not left:
+        return None
+    branch = _branch(path, len(branch_files(path)) + 1)
+    write_atomically(branch, "".join(json.dumps(row, allow_nan=False) + "\n" for row in left))
+    trim_metrics(path, last_step)
+    return branch
+
+
+def branch_files(path: str | Path) -> list[Path]:
+    """The files that `branch_metrics` made beside a metrics.jsonl, oldest first."""
+    return list(itertools.takewhile(Path.exists, (_branch(Path(path), number) for number in itertools.count(1))))
+
+
 def content_hash(value) -> str:
     """SHA-256 (hex) of the canonical JSON of `value`: sorted keys, no spaces, UTF-8. Raises ValueError on NaN."""
     text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -215,6 +237,10 @@ def _read(path: Path, default):
         return default
     except ValueError as error:
         raise RunError(f"{path} is not valid JSON ({error}); delete it and run that stage again") from error
+
+
+def _branch(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.branch-{number}{path.suffix}")
 
 
 def _metrics(path: Path) -> tuple[list[dict], bool]:

@@ -1,82 +1,129 @@
-"""What the cockpit costs the kernel: milliseconds of CPU for one update of its panel, and for the picture at the end.
+"""What the cockpit costs the kernel: CPU time of an update of its panel over 1,000 iterations, and its share of a run.
 
-    python -m benchmarks.cockpit --json runs/cockpit.json
+    python -m benchmarks.cockpit --json benchmarks/results/cockpit.json
 
-It runs a real kernel, with the panel on and no page: what a page does with an update, it does in its own process.
+The targets are 5 ms an update and 2 % of a default PPO run. A real kernel runs it, with the panel on and no page: what
+a page does with an update, it does in its own process. The long run's step computes nothing, so all it takes is the
+cockpit's, its log included; and it is told of every iteration, which a run of short iterations is not. The PPO run is
+the desk world's default, from a start that is trained hastily, with snapshots to rewind to.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import tempfile
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 
 SETUP = """
+import os
+os.environ["ALIGNKIT_HEADLESS"] = "0"
 import json, time
+from pathlib import Path
+import torch
+from alignkit.live import CHARTS, make_desk_start, open_playground
+from alignkit.records import start_run
+from alignkit.reward import RewardConfig
+from alignkit.sft import SFTConfig
 from alignkit_widgets import TrainingCockpit
+from alignkit_widgets.snapshots import Snapshots, _size
 
-KEYS = [["objective/scores", "objective/rlhf_reward"], ["objective/kl"], ["objective/entropy"], ["val/eos_rate"]]
+torch.set_num_threads(1)
 SHARES = {kind: {b: 1 / 7 for b in ("answer", "wrong answer", "hedge", "alternative", "refuse", "unsafe", "other")}
           for kind in ("benign", "look-alike", "ambiguous", "risky")}
 TEXT = "How do I restart the router in the kitchen? " * 4
 
 def step(controls):
-    step.begun = step.begun or time.thread_time()
     step.i += 1
-    return {key: step.i ** 0.5 for keys in KEYS for key in keys} | {"shares": SHARES, "samples": [(TEXT, TEXT)] * 8}
+    numbers = {key: step.i ** 0.5 for _, keys in CHARTS for key in keys}
+    return numbers | {"shares": SHARES, "samples": [(TEXT, TEXT)] * 8}
 
-def measure(iterations, every):
-    step.i, step.begun = 0, 0.0
-    cockpit = TrainingCockpit("PPO", [(keys[0], keys) for keys in KEYS], iterations, every=every,
-                              controls={"kl_coef": (0.0, 1.0, 0.2)})
-    remote = cockpit.open("control")
-    feed, update, spent = remote.session.feed, remote.session.feed.update, []
-    def timed(*arguments, **options):
-        before, begun = feed.updates, time.thread_time()
-        update(*arguments, **options)
-        if feed.updates > before:
+step.i = 0
+
+def timed(function, spent, counts=lambda: True):
+    def call(*arguments, **options):
+        begun = time.thread_time()
+        result = function(*arguments, **options)
+        if counts():
             spent.append(1000 * (time.thread_time() - begun))
-    feed.update = timed
+        return result
+    return call
+
+def watched(cockpit):
+    \"\"\"Milliseconds of each update of its panel, as they will come.\"\"\"
+    remote, spent, seen = cockpit.open("control"), [], [0]
+    feed = remote.session.feed
+
+    def new():
+        seen[0], before = feed.updates, seen[0]
+        return feed.updates > before
+
+    feed.update = timed(feed.update, spent, new)
     cockpit.open = lambda *_: remote
-    return cockpit, spent
+    return spent
+
+def say(name, **numbers):
+    print(json.dumps({name: numbers}))
 """
-RUN = """
-cockpit, spent = measure({iterations}, {every})
-begun = time.thread_time()
+LONG = """
+controls = {{"kl_coef": (0.0, 1.0, 0.2)}}
+cockpit = TrainingCockpit("PPO", CHARTS, {iterations}, every=0, controls=controls, log="long.jsonl")
+spent = watched(cockpit)
+begun = time.process_time()
 _ = await cockpit.run(step)
-total, spent = time.thread_time() - begun, sorted(spent[1:-1])
-print(json.dumps({{"updates": len(spent), "median_ms": spent[len(spent) // 2], "p95_ms": spent[int(0.95 * len(spent))],
-                  "run_ms_per_iteration": 1000 * total / {iterations}}}))
-"""
-PICTURE = """
-begun = time.thread_time()
+total, spent = 1000 * (time.process_time() - begun), sorted(spent[1:-1])
+begun = time.process_time()
 png, _ = cockpit.picture()
-print(json.dumps({"picture_ms": 1000 * (time.thread_time() - begun), "picture_kB": len(png) / 1000}))
+drawn = 1000 * (time.process_time() - begun)
+say("long_run", iterations={iterations}, updates=len(spent), update_median_ms=spent[len(spent) // 2],
+    update_p95_ms=spent[int(0.95 * len(spent))], update_max_ms=spent[-1], iteration_ms=(total - drawn) / {iterations},
+    picture_ms=drawn, picture_kB=len(png) / 1000)
+"""
+PPO = """
+run = start_run(Path("run").resolve(), "tiny", "desk", 0)
+make_desk_start(run, pairs=256, sft=SFTConfig(epochs=0.5), reward=RewardConfig(epochs=1))
+live, copies = open_playground(run).start_ppo(), []
+cockpit = TrainingCockpit("PPO", CHARTS, live.config.iterations, controls=live.controls, log=run / "live.jsonl")
+spent, Snapshots.take = watched(cockpit), timed(Snapshots.take, copies)
+begun = time.process_time()
+_ = await cockpit.run(live.step, state=live.state)
+total = 1000 * (time.process_time() - begun)
+begun = time.process_time()
+cockpit.picture()
+drawn = 1000 * (time.process_time() - begun)
+total -= drawn
+done, size = live.config.iterations, _size(live.state.state_dict())
+say("default_ppo", iterations=done, updates=len(spent), update_median_ms=sorted(spent)[len(spent) // 2],
+    iteration_ms=(total - sum(spent) - sum(copies)) / done, snapshot_max_ms=max(copies), snapshot_MB=size / 1e6,
+    updates_percent=100 * sum(spent) / total, snapshots_percent=100 * sum(copies) / total, picture_ms=drawn)
 """
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cockpit", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
-    parser.add_argument("--iterations", type=int, default=1000)
-    arguments = parser.parse_args()
-    head = f"import os\nos.environ['ALIGNKIT_HEADLESS'] = '0'\n{SETUP}"
-    cells = [head, RUN.format(iterations=arguments.iterations, every=0), PICTURE]
+    parser.add_argument("--iterations", type=int, default=1000, help="of the long run")
+    given = parser.parse_args(arguments)
+    cells = [SETUP, LONG.format(iterations=given.iterations), PPO]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
-    NotebookClient(notebook, timeout=600).execute()
-    lines = [output["text"] for cell in notebook.cells for output in cell.outputs if output.get("name") == "stdout"]
-    numbers = {
-        k: v for text in lines for line in text.splitlines() if line[:1] == "{" for k, v in json.loads(line).items()
-    }
-    for name, value in numbers.items():
-        print(f"{name:24} {value:10.3f}")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(numbers, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": folder}}).execute()
+    said = [output["text"] for cell in notebook.cells for output in cell.outputs if output.get("name") == "stdout"]
+    numbers = {"load_average": os.getloadavg()[0], "cores": os.cpu_count()}
+    for line in "".join(said).splitlines():
+        numbers |= json.loads(line) if line.startswith("{") else {}
+    long_run, run = numbers["long_run"], numbers["default_ppo"]
+    long_run["percent_of_ppo"] = 100 * long_run["iteration_ms"] / run["iteration_ms"]
+    for name in ("long_run", "default_ppo"):
+        print(name, *(f"{key} {value:,.3f}" for key, value in numbers[name].items()), sep="\n  ")
+    if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
 from tornado.websocket import websocket_connect
 
 from alignkit.live import make_desk_start, open_playground
 from alignkit.models import load_policy
-from alignkit.records import RunError, read_metrics, start_run
+from alignkit.records import RunError, branch_files, read_metrics, start_run
 from alignkit.reward import RewardConfig
 from alignkit.sft import SFTConfig
 
@@ -146,6 +147,29 @@ def test_a_run_is_steered_stopped_saved_and_compared(playground):
         page.say(to=board, content={"type": "press", "button": "vote 0", "item": shown["id"]})
         await page.until(lambda m: m.get("to") == board and m["content"]["done"] == 1)
         assert len(read_metrics(playground.run / "app" / "votes-sft-app.ppo-1.log.jsonl")) == 1
+
+    serving(playground, test)
+
+
+def test_a_run_is_rewound_to_its_start_and_what_it_did_is_kept(playground):
+    async def test(dashboard, page):
+        page.say(do="train", iterations=40)
+        panel = (await page.until(lambda m: "mount" in m))["mount"]
+        await page.until(lambda m: m.get("to") == panel and m["content"]["state"]["done"] >= 3)
+        page.say(to=panel, content={"type": "pause"})
+        paused = await page.until(lambda m: m.get("to") == panel and m["content"]["state"]["name"] == "paused")
+        done = paused["content"]["state"]["done"]
+        assert paused["content"]["state"]["snapshots"] == list(range(0, done, 2))
+        page.say(to=panel, content={"type": "rewind", "iteration": 0})
+        back = await page.until(lambda m: m.get("to") == panel and m["content"]["branches"])
+        assert back["content"]["state"]["done"] == 0 and back["content"]["state"]["name"] == "paused"
+        page.say(to=panel, content={"type": "stop"})
+        await page.until(status("busy", []))
+        log = playground.run / "app" / "ppo-1" / "metrics.jsonl"
+        assert read_metrics(log) == []
+        assert [row["step"] for row in read_metrics(branch_files(log)[0])] == list(range(1, done + 1))
+        start, now = (load_policy(playground.run / name)[0] for name in ("sft", "app/ppo-1"))
+        assert all(torch.equal(a, b) for a, b in zip(start.parameters(), now.parameters(), strict=True))
 
     serving(playground, test)
 

@@ -272,6 +272,8 @@ def test_metrics_draw_what_was_logged():
     assert kl.lines[0].get_linestyle() == "-" and kl.lines[1].get_xdata() == [2, 2]
     assert "not logged" in words(nan) and "not logged" in words(never)
     assert figure.texts[0].get_text() == "a: β 0.1 → 0.2 (step 2)"
+    near = plots.plot_metrics(ROWS, ["loss"], marks=[(1, "x"), (1.1, "y"), (2, "z")]).axes[0]
+    assert [text.get_text() for text in near.texts] == [" ab", " c"], "letters do not lie on each other"
     both = plots.plot_metrics(ROWS, ["logps/chosen", "rewards/chosen", "loss"])
     assert [ax.get_title("left") for ax in both.axes] == ["logps/chosen", "rewards/chosen", "training loss"]
 
@@ -288,6 +290,18 @@ def test_a_live_chart_redraws_in_place():
     assert plots._png(live, 60) == plots._png(fresh, 60)
     with pytest.raises(ValueError, match="figure has the panels"):
         plots.plot_metrics(ROWS, ["loss"], live)
+
+
+def test_what_was_left_by_rewinding_is_drawn_thin_and_dashed_and_goes_when_redrawn():
+    left = [{"step": 2, "loss": 0.0}, {"step": 3, "loss": 5.0}, {"step": 9, "loss": None}]
+    figure = plots.plot_metrics(ROWS, ["loss", "objective/kl"], branches=[left])
+    line, past = figure.axes[0].lines
+    assert past.get_xydata().tolist() == [[2, 0], [3, 5]] and figure.axes[0].get_ylim()[1] > 5
+    assert past.get_linewidth() < line.get_linewidth() and past.get_linestyle() == "--"
+    assert "left by rewinding" in figure.texts[0].get_text()
+    plots.plot_metrics(ROWS, ["loss", "objective/kl"], figure)
+    assert len(figure.axes[0].lines) == 1 and not figure.texts
+    assert len(plots.plot_metrics([], ["loss"], branches=[left]).axes[0].lines) == 2
 
 
 def test_metrics_refuse_rows_that_say_nothing():

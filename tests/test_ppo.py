@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alignkit import ppo as ppo_module
-from alignkit.models import frozen_copy, load_policy, tiny_reward_model
+from alignkit.models import add_lora, frozen_copy, load_policy, tiny_reward_model
 from alignkit.ppo import (PPOBatch, PPOConfig, PPOState, adapt_kl_coef, clipped, gae, policy_loss, ppo, ppo_iteration, ppo_step,
                           token_rewards, value_loss)
 from alignkit.relay import InvariantError
@@ -201,6 +201,28 @@ def test_an_iteration_repeated_on_the_same_state_repeats_exactly():
     assert ppo_iteration(state, SMALL) == ppo_iteration(again, SMALL)
     for one, two in zip(state.policy.parameters(), again.policy.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_a_saved_state_goes_on_as_the_run_did_also_in_a_fresh_run():
+    config = replace(SMALL, iterations=5, target_kl=0.05, kl_horizon=100)
+    state = make_state(config)
+    ppo_iteration(state, config)
+    saved = copy.deepcopy(state.state_dict())
+    went = [ppo_iteration(state, config) for _ in range(2)]
+    assert went[0].kl_coef != config.kl_coef, "the adaptive coefficient is part of the state"
+    for again in (state, make_state(config)):
+        again.load_state_dict(copy.deepcopy(saved))
+        assert [ppo_iteration(again, config) for _ in range(2)] == went
+
+
+def test_a_saved_state_holds_what_is_trained_and_is_refused_by_another_model():
+    policy, tokenizer = load_policy("tiny")
+    state = PPOState.start(add_lora(policy, rank=2), tokenizer, favour("CLARIFY"), PROMPTS, SMALL)
+    saved = state.state_dict()
+    assert saved["policy"] and all("lora" in name for name in saved["policy"])
+    assert {"embed_tokens" in name for name in saved["critic"]} == {True, False}
+    with pytest.raises(ValueError, match=r"saved\['policy'\] is of another model; one of the two has no .*lora"):
+        make_state(SMALL).load_state_dict(saved)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

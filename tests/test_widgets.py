@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
+import alignkit_widgets.feed as feed_module
 import alignkit_widgets.session as session_module
 import nbformat
 import pytest
-from alignkit_widgets import TrainingCockpit, replay
+import torch
+from alignkit_widgets import TrainingCockpit, replay, snapshots
 from alignkit_widgets.controls import Control, Controls
 from alignkit_widgets.headless import has_front_end
-from alignkit_widgets.runlog import marks_of
+from alignkit_widgets.runlog import branches_of, marks_of
 
-from alignkit.records import read_metrics
+from alignkit.models import load_policy
+from alignkit.ppo import PPOConfig, PPOState, ppo_iteration
+from alignkit.records import branch_files, branch_metrics, read_metrics
+from alignkit.world import World
 
 CHARTS = [("KL (nats)", ["kl"])]
 CONTROLS = {"kl_coef": (0.0, 1.0, 0.05, "log"), "clip_range": (0.05, 0.5, 0.2)}
@@ -31,6 +38,12 @@ class Walk:
         self.seen.append(controls)
         self.at += controls["clip_range"] / (1 + 10 * controls["kl_coef"])
         return {"kl": self.at}
+
+    def state_dict(self) -> dict:
+        return {"at": self.at}
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.at = saved["at"]
 
 
 def cockpit(tmp_path, total=6, **options) -> TrainingCockpit:
@@ -59,9 +72,9 @@ def test_a_step_may_be_awaited(tmp_path):
     assert asyncio.run(cockpit(tmp_path).run(step)) == cockpit(tmp_path).run_sync(Walk())
 
 
-def steered(tmp_path, messages: dict[int, list[dict]]):
-    """A run of ten iterations in which `messages` arrive before the iterations that they are listed under."""
-    one, walk = cockpit(tmp_path, total=10), Walk()
+def steered(tmp_path, messages: dict[int, list[dict]], walk=None, **options):
+    """A run of ten iterations in which `messages` arrive before the calls of its step that they are listed under."""
+    one, walk = cockpit(tmp_path, total=10), walk or Walk()
     opened = one.open
 
     def open_and_script(*arguments, **options):
@@ -77,7 +90,7 @@ def steered(tmp_path, messages: dict[int, list[dict]]):
         return remote
 
     one.open = open_and_script
-    return one, walk, asyncio.run(one.run(walk))
+    return one, walk, asyncio.run(one.run(walk, **options))
 
 
 def test_a_change_takes_effect_at_the_next_iteration_and_the_log_replays_the_run(tmp_path):
@@ -93,6 +106,224 @@ def test_a_change_takes_effect_at_the_next_iteration_and_the_log_replays_the_run
     assert unsteered != rows
     again = cockpit(tmp_path, total=10, log=tmp_path / "again.jsonl")
     assert asyncio.run(again.run(Walk(), replay=replay(tmp_path / "ppo" / "metrics.jsonl"))) == rows
+
+
+class Watched:
+    """A panel without a page: what it was sent."""
+
+    def __init__(self, config: dict, on_message) -> None:
+        self.sent = []
+
+    def send(self, message: dict) -> None:
+        self.sent.append(copy.deepcopy(message))
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Somebody has the notebook open, so that there is a panel."""
+    monkeypatch.setattr(feed_module, "has_front_end", lambda: True)
+    monkeypatch.setattr("alignkit_widgets.panel.PanelDisplay", Watched)
+
+
+def rewind(to: object) -> dict:
+    return {"type": "rewind", "iteration": to}
+
+
+def dearer(value: float = 0.1) -> dict:
+    return {"type": "set", "name": "kl_coef", "value": value}
+
+
+def test_a_rewound_run_goes_on_as_a_branch_and_nothing_is_lost(tmp_path, watched):
+    walk = Walk()
+    one, _, rows = steered(tmp_path, {8: [dearer(), rewind(3)]}, walk, state=walk)
+    log = tmp_path / "ppo" / "metrics.jsonl"
+    assert rows == read_metrics(log) and [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["controls"]["kl_coef"] for row in rows] == [0.05] * 3 + [0.1] * 7, "the slider is not what it was at 3"
+    plain = cockpit(tmp_path, total=10, log=None).run_sync(Walk())
+    (left,) = [read_metrics(file) for file in branch_files(log)]
+    assert branch_files(log) == [tmp_path / "ppo" / "metrics.branch-1.jsonl"]
+    assert rows[:3] + left == plain[:7], "what was done before the rewind"
+    assert one.session.branches == branches_of(log, rows) == [{"at": 3, "rows": plain[2:7]}]
+    changed = {"step": 4, "name": "kl_coef", "old": 0.05, "new": 0.1}
+    assert one.session.marks == marks_of(rows, one.session.branches) == [
+        {"step": 3, "name": "rewind", "old": 7, "new": 3}, changed]
+    again = cockpit(tmp_path, total=10, log=tmp_path / "again.jsonl")
+    assert asyncio.run(again.run(Walk(), replay=replay(log))) == rows
+
+
+def test_the_panel_hears_of_snapshots_and_of_branches(tmp_path, watched):
+    walk = Walk()
+    one, _, _ = steered(tmp_path, {8: [rewind(3)], 10: [{"type": "sync"}]}, walk, state=walk)
+    sent = one.session.feed.panel.sent
+    states = [message["state"] for message in sent]
+    assert next(s["snapshots"] for s in states if s["done"] == 7) == list(range(7)), "every iteration of so short a run"
+    went_back = next(message for message in sent if message["branches"])
+    assert went_back["whole"] and went_back["from"] == 0 and went_back["to"] == 3
+    assert went_back["state"]["done"] == 3 and went_back["state"]["snapshots"] == [0, 1, 2]
+    past = [[row["step"], row["kl"]] for row in one.session.branches[0]["rows"]]
+    assert [branch["points"]["kl"] for branch in went_back["branches"]] == [past] and len(past) == 5
+    for message in sent[sent.index(went_back) + 1 :]:
+        assert bool(message["branches"]) == message["whole"], "a page that was loaded again needs them too"
+    assert states[-1]["snapshots"] is None and one.session.snapshots is None, "the run is over, their memory is free"
+
+
+def test_a_paused_run_is_rewound_at_rest_and_can_be_rewound_again(tmp_path, watched):
+    one, walk, states = cockpit(tmp_path, total=10), Walk(), []
+
+    async def press(remote):
+        for message in (rewind(2), {"type": "step"}, {"type": "step"}, rewind(2), rewind(0), {"type": "play"}):
+            for _ in range(50):
+                await asyncio.sleep(0)
+            states.append((remote.session.done, remote.session.state, [row["step"] for row in one.rows]))
+            remote.receive(message)
+
+    async def run():
+        def step(controls):
+            if len(walk.seen) == 4:
+                remote.receive({"type": "pause"})
+                tasks.append(asyncio.get_running_loop().create_task(press(remote)))
+            return walk(controls)
+
+        tasks, remote = [], one.open("control")
+        one.open = lambda *a, **o: remote
+        return await one.run(step, state=walk)
+
+    rows = asyncio.run(run())
+    steps = [5, 2, 3, 4, 2, 0]
+    assert states == [(n, "paused", list(range(1, n + 1))) for n in steps]
+    assert len(rows) == 10 and len(branch_files(one.log)) == 3
+    assert [(b["at"], [row["step"] for row in b["rows"]]) for b in one.session.branches] == [
+        (2, [2, 3, 4, 5]), (2, [2, 3, 4]), (0, [1, 2])]
+    assert branches_of(one.log, rows) == one.session.branches, "from the files, each with the row that it left at"
+    assert rows == cockpit(tmp_path, total=10, log=None).run_sync(Walk()), "the same process, seen again"
+    assert cockpit(tmp_path).picture()[0].startswith(b"\x89PNG")
+
+
+def test_rewinding_to_the_start_and_stopping_there_keeps_what_was_done(tmp_path, watched):
+    walk = Walk()
+    one, _, rows = steered(tmp_path, {5: [rewind(0), {"type": "stop"}]}, walk, state=walk)
+    assert rows == [] == read_metrics(one.log) and walk.at == 0
+    assert [row["step"] for row in read_metrics(branch_files(one.log)[0])] == [1, 2, 3, 4]
+    assert one.picture()[0].startswith(b"\x89PNG"), "the dashed lines are there"
+    cockpit(tmp_path).run_sync(Walk())
+    assert branch_files(one.log) == [], "a new run begins without the branches of the one before"
+
+
+@pytest.mark.parametrize("to", [7, 8, -1, 99, "3", 3.0, True, None, [3], {"a": 1}, math.nan])
+def test_a_rewind_to_where_there_is_nothing_is_ignored(tmp_path, watched, to):
+    walk = Walk()
+    one, _, rows = steered(tmp_path, {8: [rewind(to)]}, walk, state=walk)
+    assert rows == cockpit(tmp_path, total=10, log=None).run_sync(Walk()) and branch_files(one.log) == []
+
+
+class Untouchable(Walk):
+    def state_dict(self):
+        raise AssertionError("a snapshot was taken")
+
+
+@pytest.mark.parametrize("options", [{}, {"replay": {}}])
+def test_where_nobody_can_rewind_no_snapshot_is_taken(tmp_path, request, options):
+    if options:
+        request.getfixturevalue("watched")
+    walk = Untouchable()
+    _, _, rows = steered(tmp_path, {4: [rewind(2)]}, walk, state=walk, **options)
+    assert rows == cockpit(tmp_path, total=10).run_sync(Walk())
+
+
+def test_without_a_state_there_is_no_rewind(tmp_path, watched):
+    one, _, rows = steered(tmp_path, {4: [rewind(2)]})
+    assert len(rows) == 10 and {m["state"]["snapshots"] for m in one.session.feed.panel.sent} == {None}
+    with pytest.raises(TypeError, match="state is a function, expected one with state_dict"):
+        asyncio.run(cockpit(tmp_path).run(Walk(), state=rewind))
+
+
+def test_snapshots_are_few_and_small(monkeypatch):
+    class Weights:
+        size = 1000
+
+        def state_dict(self):
+            return {"model": {"w": torch.zeros(self.size)}, "steps": [torch.zeros(2), 3]}
+
+    weights = Weights()
+    kept = snapshots.Snapshots(weights, 1000)
+    for iteration in range(1000):
+        kept.take(iteration)
+    assert list(kept.kept) == list(range(0, 1000, 50))
+    monkeypatch.setattr(snapshots, "LIMIT", 5 * 4008 + 100)
+    fewer = snapshots.Snapshots(weights, 1000)
+    for iteration in range(1000):
+        fewer.take(iteration)
+    assert list(fewer.kept) == [0, 200, 400, 600, 800], "as many as fit into the limit"
+    weights.size = 10_000
+    for iteration in range(3):
+        fewer.take(iteration)
+    assert 1 not in fewer.kept, "one that does not fit is not taken"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, OSError])
+def test_a_rewind_that_fails_in_the_middle_leaves_every_row(tmp_path, watched, monkeypatch, error):
+    walk, before = Walk(), cockpit(tmp_path, total=10, log=None).run_sync(Walk())
+
+    def fail(*arguments):
+        if len(arguments) == 2 or error is not OSError:
+            raise error("in the middle")
+        return read_metrics(*arguments)
+
+    if error is OSError:  # the disk is full after the branch's file was written, before the log is cut
+        monkeypatch.setattr("alignkit.records.trim_metrics", fail)
+    else:
+        monkeypatch.setattr(walk, "load_state_dict", fail)
+    with pytest.raises(error):
+        steered(tmp_path, {8: [rewind(3)]}, walk, state=walk)
+    log = tmp_path / "ppo" / "metrics.jsonl"
+    assert [row["step"] for row in read_metrics(log)] == list(range(1, 8 if error is OSError else 4))
+    assert read_metrics(log)[:3] + read_metrics(branch_files(log)[0]) == before[:7]
+
+
+def test_branches_of_a_log_are_numbered_and_a_torn_line_is_in_none(tmp_path):
+    log = tmp_path / "m.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    with pytest.warns(UserWarning, match="torn"):
+        assert branch_metrics(log, 1) == tmp_path / "m.branch-1.jsonl"
+    assert branch_metrics(log, 1) is None and log.read_text() == '{"step": 1}\n'
+    assert branch_metrics(log, 0) == tmp_path / "m.branch-2.jsonl" and log.read_text() == ""
+    assert [file.read_text() for file in branch_files(log)] == ['{"step": 2}\n{"step": 3}\n', '{"step": 1}\n']
+
+
+def tiny_ppo(target_kl: float | None = None):
+    """A tiny PPO run: (its state, its step for a cockpit)."""
+    policy, tokenizer = load_policy("tiny", seed=0, device="cpu")
+    config = PPOConfig(iterations=10, prompts_per_iteration=16, minibatch_size=8, target_kl=target_kl, kl_horizon=50)
+    prompts = [prompt.text for prompt in World(0).train_prompts[::40]]
+    state = PPOState.start(policy, tokenizer, lambda _, texts: [len(text) / 50 for text in texts], prompts, config)
+
+    def step(controls: dict) -> dict:
+        step.seen.append(controls)
+        measured = ppo_iteration(state, replace(config, **controls)).log()
+        return {"kl": measured["objective/kl"]} | {name: value for name, value in measured.items() if name != "step"}
+
+    step.seen = []
+    return state, step
+
+
+@pytest.mark.parametrize("target_kl", [None, 0.05])
+def test_a_ppo_run_that_was_rewound_twice_is_replayed_from_its_log_digit_for_digit(tmp_path, watched, target_kl):
+    state, step = tiny_ppo(target_kl)
+    messages = {6: [dearer(0.4), rewind(2)], 8: [dearer(0.8), rewind(2)]}
+    one, _, rows = steered(tmp_path, messages, step, state=state)
+    assert [row["controls"]["kl_coef"] for row in rows] == [0.05] * 2 + [0.8] * 8
+    assert [[row["step"] for row in read_metrics(file)] for file in branch_files(one.log)] == [[3, 4, 5], [3, 4]]
+    fresh, again = tiny_ppo(target_kl)
+    log = tmp_path / "again.jsonl"
+    assert asyncio.run(cockpit(tmp_path, total=10, log=log).run(again, replay=replay(one.log))) == rows
+    assert log.read_bytes() == one.log.read_bytes()
+    for name in ("policy", "critic"):
+        theirs = dict(getattr(fresh, name).named_parameters())
+        assert all(torch.equal(w, theirs[key]) for key, w in getattr(state, name).named_parameters())
+    assert state.kl_coef == fresh.kl_coef and state.iteration == fresh.iteration == 10
+    if target_kl is None:
+        assert read_metrics(branch_files(one.log)[0])[0]["objective/kl"] == rows[2]["objective/kl"], "sampled alike"
+        assert read_metrics(branch_files(one.log)[0])[1]["objective/kl"] != rows[3]["objective/kl"], "trained otherwise"
 
 
 def test_stop_ends_the_run_and_keeps_it(tmp_path):

@@ -110,6 +110,99 @@ def test_paused_steered_by_keyboard_resumed_and_stopped_while_the_cell_runs(open
     notebook.screenshot(f"stopped_{app}")
 
 
+STATE = '''
+class State:
+    """What `step` changes."""
+    def state_dict(self):
+        return {"i": step.i}
+    def load_state_dict(self, saved):
+        step.i = saved["i"]
+'''
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_paused_rewound_by_keyboard_and_on_as_a_branch_with_both_curves_shown(open_notebook, lab, theme):
+    title, total = f"branch-{theme}", 200
+    run = RUN.replace("run(step)", "run(step, state=State())").format(title=title, total=total)
+    notebook = open_notebook([SETUP + STATE, run, "print('rows:', len(rows))"], theme=theme)
+    notebook.start()
+    notebook.until(lambda: len(rows_of(lab, title)) > 60, "60 iterations")
+    button(notebook, "Pause").press("Enter")
+    notebook.page.wait_for_selector(".akc-state[data-state=paused]")
+    paused_at = len(rows_of(lab, title))
+    assert notebook.page.locator(".akc-plot path.past").count() == 0
+
+    choice = notebook.page.get_by_label("back to iteration")
+    choice.focus()
+    for _ in range(3):
+        notebook.page.keyboard.press("ArrowDown")
+    assert choice.input_value() == "30", "a snapshot every total / 20 iterations, and one of the start"
+    box = notebook.page.locator("input[type=number][data-control=kl_coef]")
+    box.focus()
+    for key in ("Control+A", "0", ".", "1", "Enter"):
+        notebook.page.keyboard.press(key)
+    button(notebook, "Rewind").press("Enter")
+    notebook.until(lambda: len(rows_of(lab, title)) == 30, "the rewind")
+    notebook.page.locator(".akc-place", has_text="iteration 30 of 200").wait_for()
+    assert notebook.page.locator(".akc-state[data-state=paused]").count() == 1, "it was paused, and is"
+    notebook.page.locator(".akc-plot .marktext", has_text=f"rewind {paused_at} → 30").first.wait_for()
+    notebook.page.get_by_text("before the rewind").first.wait_for()
+
+    def ends() -> list[float]:
+        """Where the lines of the chart of KL end on its x axis: the branch that was left, and the current one."""
+        paths = notebook.page.locator("figure", has_text="KL to the reference").locator("svg.akc-plot path")
+        drawn = {paths.nth(i).get_attribute("class"): paths.nth(i).get_attribute("d") for i in range(paths.count())}
+        return [float(drawn[name].split("L")[-1].split()[0]) for name in ("past", "series")]
+
+    past, current = ends()
+    assert past > current, "the branch goes on where the run went back"
+    button(notebook, "Step").click()
+    notebook.until(lambda: len(rows_of(lab, title)) == 31, "one step")
+    notebook.page.locator(".akc-plot .marktext", has_text="kl_coef 0.05 → 0.1").first.wait_for()
+    button(notebook, "Play").press("Enter")
+    notebook.until(lambda: len(rows_of(lab, title)) > paused_at + 20, "the new branch to overtake the old one")
+    notebook.page.locator(".akc").scroll_into_view_if_needed()
+    past, current = ends()
+    assert past < current
+    notebook.screenshot(f"branch_{theme}")
+    notebook.wait()
+
+    rows, log = rows_of(lab, title), lab.root / title / "metrics.branch-1.jsonl"
+    left = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, total + 1))
+    assert [row["step"] for row in left] == list(range(31, paused_at + 1))
+    assert [row["controls"]["kl_coef"] for row in rows] == [0.05] * 30 + [0.1] * (total - 30)
+    assert {row["controls"]["kl_coef"] for row in left} == {0.05}
+    for before, after in zip(left, rows[30:], strict=False):
+        assert after["objective/kl"] < before["objective/kl"], "the step saw the change, from the same state"
+        assert after["policy/clipfrac_avg"] == before["policy/clipfrac_avg"]
+    assert notebook.errors() == []
+    notebook.page.get_by_text(f"rows: {total}", exact=True).wait_for()
+    (picture,) = pictures(notebook.saved())
+    notebook.screenshot(f"branched_{theme}")
+    alone = len(picture)
+    assert alone < 300_000
+
+
+def test_a_page_reloaded_after_a_rewind_shows_both_curves_again(open_notebook, lab):
+    run = RUN.replace("run(step)", "run(step, state=State())").format(title="branch-reload", total=100_000)
+    notebook = open_notebook([SETUP + STATE, run, "one.show()"])
+    notebook.start()
+    notebook.until(lambda: len(rows_of(lab, "branch-reload")) > 30, "30 iterations")
+    button(notebook, "Rewind").click()
+    notebook.page.locator(".akc-plot path.past").first.wait_for(state="attached")
+    notebook.saved()
+    notebook.load()
+    branch = lab.root / "branch-reload" / "metrics.branch-1.jsonl"
+    left = [json.loads(line)["step"] for line in branch.read_text().splitlines()]
+    assert left == list(range(1, len(left) + 1)) and len(left) >= 30
+    before = len(rows_of(lab, "branch-reload"))
+    notebook.until(lambda: len(rows_of(lab, "branch-reload")) > before + 20, "the run to go on")
+    notebook.interrupt()
+    rows = rows_of(lab, "branch-reload")
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_two_cockpits_one_after_another(open_notebook, lab, theme):
     first, second = f"first-{theme}", f"second-{theme}"

@@ -123,3 +123,45 @@ def test_ppo_is_paused_its_kl_coefficient_doubled_resumed_and_stopped_while_the_
     assert rows[paused_at]["objective/kl_coef"] == pytest.approx(2 * before), "PPO did not train with it"
     assert notebook.errors() == []
     notebook.screenshot("03_ppo_stopped")
+
+
+@pytest.mark.skipif("03_ppo" not in NOTEBOOKS, reason="there is no notebook 03_ppo")
+def test_ppo_is_rewound_and_trained_again_at_twice_the_price_of_kl(open_notebook, course, tmp_path):
+    course.before("03_ppo")
+    log = course.run / "ppo" / "metrics.jsonl"
+    log.unlink(missing_ok=True)
+    notebook = open_notebook(course.with_parameters("03_ppo", tmp_path, iterations=16, overoptimise=False))
+    page, panel = notebook.page, notebook.page.locator(".akc")
+    notebook.start()
+    panel.wait_for(timeout=900_000)
+    notebook.until(lambda: len(read_metrics(log)) >= 5 if log.exists() else False, "five iterations of PPO", 600)
+    panel.get_by_role("button", name="Pause").press("Enter")
+    page.wait_for_selector(".akc-state[data-state=paused]")
+    left = read_metrics(log)
+    box = panel.locator("input[type=number][data-control=kl_coef]")
+    before = float(box.input_value())
+    box.focus()
+    page.keyboard.press("Control+A")
+    page.keyboard.type(str(2 * before))
+    page.keyboard.press("Enter")
+    choice = panel.get_by_label("back to iteration")
+    choice.focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    assert choice.input_value() == "2"
+    panel.get_by_role("button", name="Rewind").press("Enter")
+    notebook.until(lambda: read_metrics(log) == left[:2], "the rewind", 600)
+    panel.get_by_role("button", name="Play").press("Enter")
+    notebook.until(lambda: len(read_metrics(log)) >= min(len(left) + 3, 15), "the new branch", 600)
+    panel.scroll_into_view_if_needed()
+    notebook.screenshot("03_ppo_branching")
+    notebook.wait(seconds=900)
+    rows = read_metrics(log)
+    assert [row["step"] for row in rows] == list(range(1, 17)) and rows[:2] == left[:2]
+    assert read_metrics(log.with_name("metrics.branch-1.jsonl")) == left[2:]
+    assert [row["controls"]["kl_coef"] for row in rows] == [before] * 2 + [2 * before] * 14
+    for measured in ("objective/scores", "objective/kl", "shares"):
+        assert rows[2][measured] == left[2][measured], "the same policy, drawn from with the same random numbers"
+        assert rows[3][measured] != left[3][measured], "it was trained otherwise"
+    assert notebook.errors() == []
+    notebook.screenshot("03_ppo_branched")

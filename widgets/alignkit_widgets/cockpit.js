@@ -94,11 +94,15 @@ class Chart extends Plot {
       make(entry, "span", {}, ` ${view.label(key)} `);
       return make(entry, "b");
     });
+    this.past = make(legend, "span", { hidden: "" });
+    make(make(this.past, "svg", { width: 26, height: 8, "aria-hidden": "true" }), "path", { class: "past", d: "M1 4H25", stroke: "currentColor" });
+    make(this.past, "span", {}, " before the rewind");
   }
   style(i) { const { lines } = this.view.config; return lines[i % lines.length]; }
   draw() {
-    const { store, cursor } = this.view, series = this.keys.map((key) => store.points[key] ?? []);
-    const values = series.flat().map((p) => p[1]).filter((v) => v != null);
+    const { store, cursor } = this.view, lines = ({ points }) => this.keys.map((key) => points[key] ?? []);
+    const series = lines(store), branches = store.branches.map(lines);
+    const values = [series, ...branches].flat(2).map((p) => p[1]).filter((v) => v != null);
     let low = values.reduce((a, b) => Math.min(a, b), Infinity), high = values.reduce((a, b) => Math.max(a, b), -Infinity);
     if (!values.length) [low, high] = [0, 1];
     if (low > 0 && low < 0.5 * high) low = 0;
@@ -110,14 +114,10 @@ class Chart extends Plot {
     const room = 24 + 6.6 * Math.max(0, ...names.map((name) => name.length));
     this.frame(low, high, ticks, (t) => Math.abs(t) >= 1e4 || digits > 4 ? number(t) : t.toFixed(digits), room);
     const heads = [];
+    for (const branch of branches) branch.forEach((points, i) => make(this.svg, "path", { class: "past", d: this.path(points), stroke: this.style(i)[0] }));
     series.forEach((points, i) => {
       const [colour, dash] = this.style(i);
-      let d = "", pen = "M";
-      for (const [x, v] of thin(points)) {
-        if (v == null) { pen = "M"; continue; }
-        d += `${pen}${this.x(x).toFixed(1)} ${this.y(v).toFixed(1)}`; pen = "L";
-      }
-      make(this.svg, "path", { class: "series", d, stroke: colour, "stroke-dasharray": dash });
+      make(this.svg, "path", { class: "series", d: this.path(points), stroke: colour, "stroke-dasharray": dash });
       const head = at(points, cursor ?? Infinity);
       this.values[i].textContent = head ? number(head[1]) : "";
       if (head && head[1] != null) heads.push({ x: this.x(head[0]), y: this.y(head[1]), colour, text: names[i] ?? "" });
@@ -131,7 +131,17 @@ class Chart extends Plot {
       if (h.x + 8 + h.text.length * 6.4 < this.width) make(this.svg, "text", { class: "halo", x: h.x + 8, y: h.ly - Math.max(over, 0) }, h.text);
     }
     if (!values.length) make(this.svg, "text", { x: this.width / 2, y: this.height / 2, "text-anchor": "middle" }, "no values yet");
-    this.svg.setAttribute("aria-label", `${this.title}. ${this.keys.map((key, i) => `${this.view.label(key)} ${this.values[i].textContent}`).join(", ")}`);
+    this.past.hidden = !branches.length;
+    const said = this.keys.map((key, i) => `${this.view.label(key)} ${this.values[i].textContent}`).join(", ");
+    this.svg.setAttribute("aria-label", `${this.title}. ${said}${branches.length ? "; dashed: before the rewind" : ""}`);
+  }
+  path(points) {
+    let d = "", pen = "M";
+    for (const [x, v] of thin(points)) {
+      if (v == null) { pen = "M"; continue; }
+      d += `${pen}${this.x(x).toFixed(1)} ${this.y(v).toFixed(1)}`; pen = "L";
+    }
+    return d;
   }
 }
 
@@ -143,12 +153,13 @@ class Bands extends Plot { // shares of behaviours of one prompt class, stacked
     this.words = make(figure, "div", { class: "akc-shares" });
   }
   draw() {
-    const { store, cursor } = this.view, rows = store.shares.filter(([, s]) => s[this.kind]).map(([x, s]) => [x, s[this.kind]]);
-    if (!rows.length) return;
+    const { store, cursor } = this.view, of = ({ shares }) => shares.filter(([, s]) => s[this.kind]).map(([x, s]) => [x, s[this.kind]]);
+    const rows = of(store), branches = store.branches.map(of).map((past) => ({ past, under: past.map(() => 0) }));
+    if (!rows.length) return this.svg.replaceChildren();
     this.frame(0, 1, [0, 0.5, 1], (t) => `${100 * t}`, 14);
     const head = at(rows, cursor ?? Infinity) ?? rows[0], words = [];
     let under = rows.map(() => 0);
-    const known = Object.keys(this.view.config.behaviours), labels = [];
+    const known = Object.keys(this.view.config.behaviours), labels = [], lines = [];
     for (const name of [...known.filter((b) => store.behaviours.includes(b)), ...store.behaviours.filter((b) => !known.includes(b))]) {
       const over = rows.map(([, s], i) => under[i] + (s[name] ?? 0)), share = head[1][name] ?? 0;
       const up = rows.map(([x], i) => `${this.x(x).toFixed(1)} ${this.y(over[i]).toFixed(1)}`);
@@ -162,7 +173,12 @@ class Bands extends Plot { // shares of behaviours of one prompt class, stacked
       }
       if (share > 0) words.push(`${name} ${Math.round(100 * share)} %`);
       under = over;
+      for (const branch of branches) { // where this band ended, as a line
+        branch.under = branch.past.map(([, s], i) => branch.under[i] + (s[name] ?? 0));
+        if (branch.under.some((v) => v < 0.999)) lines.push(branch.past.map(([x], i) => `${this.x(x).toFixed(1)} ${this.y(branch.under[i]).toFixed(1)}`));
+      }
     }
+    for (const line of lines) make(this.svg, "path", { class: "past", d: `M${line.join("L")}`, stroke: "var(--ink)" });
     for (const [place, name] of labels) make(this.svg, "text", place, name); // above all bands
     this.finish(false);
     this.words.textContent = words.join(" · ");
@@ -184,7 +200,10 @@ class View {
     this.note = make(root, "div", { class: "akc-note", role: "status" });
     this.inputs = {};
     const controls = make(root, "div", { class: "akc-controls" });
-    if (this.config.mode !== "watch") for (const control of this.config.controls) this.addControl(controls, control);
+    if (this.config.mode !== "watch") {
+      for (const control of this.config.controls) this.addControl(controls, control);
+      this.addRewind(controls);
+    }
     this.grid = make(root, "div", { class: "akc-grid" });
     this.charts = this.config.charts.map((chart) => new Chart(this, this.grid, chart));
     this.bandGrid = make(root, "div", { class: "akc-grid" });
@@ -230,8 +249,23 @@ class View {
     this.inputs[name] = { slider, box, wait, show };
     show(control.start);
   }
+  addRewind(parent) { // hidden until the run says what it can go back to
+    const row = make(parent, "div", { class: "akc-control", hidden: "" }), id = `akc-${Math.random().toString(36).slice(2)}`;
+    make(row, "label", { for: id }, `back to ${this.config.unit}`);
+    const select = make(row, "select", { id, "data-lm-suppress-shortcuts": "true" });
+    const button = make(row, "button", { type: "button", "data-lm-suppress-shortcuts": "true" }, "Rewind");
+    button.title = "go back, and on from there with the controls as they are now; what was done since stays as dashed lines";
+    const wait = make(row, "span", { class: "akc-wait", role: "status" });
+    button.addEventListener("click", () => {
+      this.model.send({ type: "rewind", iteration: +select.value });
+      wait.textContent = "as soon as this iteration is done";
+      this.rewind.done = this.store.state.done;
+    });
+    this.rewind = { row, select, button, wait, done: null };
+  }
   end() { // of the x axis: the run's, or less while only a little of a long run is done
-    const last = Math.max(1, ...Object.values(this.store.points).map((p) => p.at(-1)?.[0] ?? 1));
+    const runs = [this.store, ...this.store.branches].flatMap(({ points }) => Object.values(points));
+    const last = Math.max(1, ...runs.map((p) => p.at(-1)?.[0] ?? 1));
     let end = 20;
     while (end < 1.25 * last) end *= 2;
     return Math.max(last, 2 * end < (this.config.total ?? Infinity) ? end : this.config.total);
@@ -274,6 +308,7 @@ class View {
       toggle.firstChild.firstChild.setAttribute("d", ICONS[name]);
       for (const button of [toggle, Step, Stop]) button.disabled = state.over;
     }
+    if (this.rewind) this.earlier(state);
     for (const [name, { slider, box, wait, show }] of Object.entries(this.inputs)) {
       const value = state.waiting[name] ?? state.controls[name];
       if (this.dirty[name] === value) delete this.dirty[name];
@@ -283,21 +318,31 @@ class View {
       wait.textContent = name in state.waiting ? `${number(value)} from the next iteration on` : "";
     }
   }
+  earlier({ snapshots, done, over }) { // what the run can go back to
+    const { row, select, button, wait } = this.rewind, there = [...select.options].map((option) => +option.value);
+    if (snapshots) {
+      row.hidden = false;
+      for (const option of [...select.options]) if (!snapshots.includes(+option.value)) option.remove();
+      for (const at of snapshots) if (!there.includes(at)) make(select, "option", { value: at }, at ? String(at) : "0 (the start)");
+    }
+    select.disabled = button.disabled = !snapshots;
+    if (over || done !== this.rewind.done) wait.textContent = "";
+  }
   dispose() { clearInterval(this.beat); this.observer.disconnect(); cancelAnimationFrame(this.frame); this.root.remove(); }
 }
 
 export default () => {
-  const store = { views: new Set(), rows: 0, points: {}, shares: [], behaviours: [], marks: [], samples: null, state: null };
+  const store = { views: new Set(), rows: 0, points: {}, shares: [], behaviours: [], marks: [], branches: [], samples: null, state: null };
   const receive = (model, message) => {
-    if (message.whole) Object.assign(store, { rows: 0, points: {}, shares: [], marks: [] });
+    if (message.whole) Object.assign(store, { rows: 0, points: {}, shares: [], marks: [], branches: message.branches });
     if (message.from === store.rows) {
       store.rows = message.to;
       for (const [key, points] of Object.entries(message.points)) (store.points[key] ??= []).push(...points);
       store.shares.push(...message.shares);
       store.marks.push(...message.marks);
-      for (const [, kinds] of message.shares) for (const part of Object.values(kinds))
+      for (const [, kinds] of [message, ...message.branches].flatMap(({ shares }) => shares)) for (const part of Object.values(kinds))
         for (const name of Object.keys(part)) if (!store.behaviours.includes(name)) store.behaviours.push(name);
-    } else if (message.from > store.rows) model.send({ type: "sync" }); // something was missed
+    } else model.send({ type: "sync" }); // something was missed
     store.samples = message.samples ?? store.samples;
     store.state = message.state;
     for (const view of store.views) view.draw();

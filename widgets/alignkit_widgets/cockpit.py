@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from alignkit.records import read_metrics
 from alignkit_widgets.controls import Controls
 from alignkit_widgets.remote import Remote
-from alignkit_widgets.runlog import marks_of
+from alignkit_widgets.runlog import branches_of, marks_of
 from alignkit_widgets.session import Session
 
 if TYPE_CHECKING:
@@ -67,21 +67,31 @@ class TrainingCockpit:
         """The rows of the run so far, as they are in the log."""
         return self.session.rows if self.session is not None else []
 
-    async def run(self, step: Callable, *, start: int = 0, replay: Mapping[int, Mapping] | None = None) -> list[dict]:
+    async def run(
+        self, step: Callable, *, start: int = 0, replay: Mapping[int, Mapping] | None = None, state: object = None
+    ) -> list[dict]:
         """Call `step(controls)` for iterations start + 1 … total, and let buttons and sliders through in between.
 
         `step` returns (or is awaited for) a dict of floats; two keys are special: "samples", a list of (prompt,
         response), and "shares", {prompt class: {behaviour: share}}. It may raise StopIteration to end the run early.
         `start`: iterations that were done before; the rows of the log up to there are kept. `replay`: the controls by
-        iteration, as `replay(log)` reads them, instead of the sliders.
+        iteration, as `replay(log)` reads them, instead of the sliders. `state`: what `step` changes, a PPOState or
+        anything else with PyTorch's `state_dict()` and `load_state_dict(saved)`; with it the panel can rewind the run.
+        The rows that it goes back over move to metrics.branch-1.jsonl (-2, …) beside the log, their lines stay on the
+        charts, dashed. Snapshots of it (see `alignkit_widgets.snapshots`) are taken only where there is a panel.
 
         Returns the rows. Interrupts and exceptions pass through; the log is whole then too, and the picture shown.
         """
+        if state is not None and not (hasattr(state, "state_dict") and hasattr(state, "load_state_dict")):
+            raise TypeError(f"state is a {type(state).__name__}, expected one with state_dict() and load_state_dict()")
         with self._opened("control" if replay is None else "replay", start) as remote:
-            for iteration in self._iterations(start):
+            if state is not None and replay is None:
+                remote.session.keep(state)
+            while remote.session.done < self.total:
                 if not await remote.turn():
                     remote.session.close("stopped")
                     break
+                iteration = remote.session.done + 1
                 controls, begun = remote.take(iteration, replay), time.perf_counter()
                 try:
                     metrics = step(controls)
@@ -94,7 +104,7 @@ class TrainingCockpit:
     def run_sync(self, step: Callable, *, start: int = 0, replay: Mapping[int, Mapping] | None = None) -> list[dict]:
         """`run` for plain scripts. In a notebook its charts are live too, but nothing can be steered."""
         with self._opened("watch", start) as remote:
-            for iteration in self._iterations(start):
+            for iteration in range(start + 1, self.total + 1):
                 controls, begun = remote.take(iteration, replay), time.perf_counter()
                 try:
                     metrics = step(controls)
@@ -116,12 +126,15 @@ class TrainingCockpit:
         """The run as a PNG with its size and alt text, from its rows, or from the log if this cockpit ran nothing."""
         from alignkit_widgets.picture import draw_run
 
-        rows = self.rows or (read_metrics(self.log) if self.log is not None else [])
+        session = self.session
+        if session is not None and (session.rows or session.branches):
+            return draw_run(session.config, session.rows, session.marks, session.status()["place"], session.branches)
+        rows = read_metrics(self.log) if self.log is not None else []
         if not rows:
             raise ValueError("there is nothing to draw: this cockpit ran no iteration and has no log of an earlier run")
-        if self.session is not None:
-            return draw_run(self.session.config, rows, self.session.marks, self.session.status()["place"])
-        return draw_run(self._config("watch", "step"), rows, marks_of(rows), f"step {rows[-1]['step']}")
+        branches = branches_of(self.log, rows)
+        place = f"step {rows[-1]['step']}"
+        return draw_run(self._config("watch", "step"), rows, marks_of(rows, branches), place, branches)
 
     def show(self) -> None:
         """Display `picture()`: after a reload, say, or in another notebook."""
@@ -143,6 +156,8 @@ class TrainingCockpit:
 
     @contextmanager
     def _opened(self, mode: str, start: int) -> Iterator[Remote]:
+        if self.total is None:
+            raise ValueError("total is None, expected the number of iterations to run")
         remote = self.open(mode, start)
         try:
             yield remote
@@ -154,11 +169,6 @@ class TrainingCockpit:
             raise
         else:
             remote.session.close("finished")
-
-    def _iterations(self, start: int) -> range:
-        if self.total is None:
-            raise ValueError("total is None, expected the number of iterations to run")
-        return range(start + 1, self.total + 1)
 
     def _config(self, mode: str, unit: str) -> dict:
         controls = [

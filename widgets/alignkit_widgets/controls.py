@@ -51,8 +51,12 @@ class Controls:
 
     def __init__(self, specs: Mapping[str, object]) -> None:
         self.ranges = {name: Control.parse(name, spec) for name, spec in specs.items()}
-        self.values = {name: control.start for name, control in self.ranges.items()}
+        self.values = self.starts()
         self.waiting: dict[str, float] = {}
+
+    def starts(self) -> dict[str, float]:
+        """The values that a run begins with."""
+        return {name: control.start for name, control in self.ranges.items()}
 
     def ask(self, name: object, value: object) -> None:
         """Note a change for the next iteration, cut to the control's range. What makes no sense is ignored: a message
@@ -67,6 +71,12 @@ class Controls:
         self.values.update(self.waiting)
         self.waiting = {}
         return changed
+
+    def rewind(self, values: Mapping[str, float]) -> None:
+        """Be again at `values`, which were in force before; what the sliders say waits for the next iteration."""
+        asked = self.values | self.waiting
+        self.values = self.values | dict(values)
+        self.waiting = {name: value for name, value in asked.items() if value != self.values[name]}
 
     def force(self, values: Mapping[str, float]) -> None:
         """Let exactly `values` wait for the next iteration. Raises ValueError for a name that is no control."""

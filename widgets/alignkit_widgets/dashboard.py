@@ -191,7 +191,7 @@ class Dashboard:
             return await asyncio.to_thread(live.step, controls)
 
         try:
-            await cockpit.run(step)
+            await cockpit.run(step, state=live.state)
         finally:
             where = await asyncio.shield(asyncio.to_thread(live.save))
             saved = f"Saved in {where}, with the log; it can be compared now."

@@ -14,7 +14,8 @@ _AGAIN = 2.0  # seconds; a loop that holds the kernel cannot be asked for what a
 class Feed:
     """Rows, marks and samples on their way to a live panel, or to a line of text where nobody watches.
 
-    Nothing is copied: a message holds what `rows` and `marks` gained since the one before.
+    Nothing is copied: a message holds what `rows` and `marks` gained since the one before. `branches`, what was left by
+    rewinding, goes with the whole run only.
     """
 
     def __init__(self, config: dict, on_message: Callable[[dict], None], every: float) -> None:
@@ -22,6 +23,7 @@ class Feed:
         self.keys = [key for chart in config["charts"] for key in chart["keys"]]
         self.rows: list[dict] = []
         self.marks: list[dict] = []
+        self.branches: list[dict] = []
         self.samples: dict | None = None
         self.seconds = 0.0  # kernel time that the updates took
         self.updates = 0
@@ -54,7 +56,7 @@ class Feed:
         self.updates, self.seconds = self.updates + 1, self.seconds + self._last - begun
 
     def resend(self, state: dict) -> None:
-        """Send the whole run: a page was loaded while the run went on."""
+        """Send the whole run: a page was loaded while the run went on, or the run was rewound."""
         if self.panel is not None:
             self.panel.send(self._message(state, 0, 0, None, whole=True))
             self._sent = (len(self.rows), len(self.marks), self.samples)
@@ -65,9 +67,15 @@ class Feed:
             "whole": whole,
             "from": rows_from,
             "to": len(self.rows),
-            "points": {key: [[row["step"], row[key]] for row in rows if key in row] for key in self.keys},
-            "shares": [[row["step"], row["shares"]] for row in rows if "shares" in row],
+            **self._drawn(rows),
+            "branches": [self._drawn(branch["rows"]) for branch in self.branches] if whole else [],
             "marks": self.marks[marks_from:],
             "samples": None if self.samples is samples else self.samples,
             "state": state,
+        }
+
+    def _drawn(self, rows: list[dict]) -> dict:
+        return {
+            "points": {key: [[row["step"], row[key]] for row in rows if key in row] for key in self.keys},
+            "shares": [[row["step"], row["shares"]] for row in rows if "shares" in row],
         }

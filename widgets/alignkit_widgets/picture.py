@@ -14,16 +14,22 @@ from alignkit import plots
 _SCALE = 1.5  # pixels drawn for each CSS pixel
 
 
-def draw_run(config: dict, rows: list[dict], marks: list[dict], place: str) -> tuple[bytes, dict]:
+def draw_run(config: dict, rows: list[dict], marks: list[dict], place: str, branches: list[dict]) -> tuple[bytes, dict]:
     """One PNG of a run, and its metadata for the notebook: width and height in CSS pixels, and the alt text.
 
-    `config` holds "title", "unit" and "charts"; `rows` and `marks` are the session's; `place` says how far it came.
+    `config` holds "title", "unit" and "charts"; `rows`, `marks` and `branches` are the session's; `place` says how
+    far it came.
     Raises ValueError if no row has a metric that is charted.
     """
     panels = {chart["title"]: chart["keys"] for chart in config["charts"]}
-    changes = [(mark["step"], f"{mark['name']} {mark['old']:.3g} → {mark['new']:.3g}") for mark in marks]
+    changes = [(mark["step"], f"{mark['name']} {mark['old']:.4g} → {mark['new']:.4g}") for mark in marks]
     unit, title = config["unit"], f"{config['title']}: {place}"
-    figures = [plots.plot_metrics(rows, panels, columns=min(4, len(panels)), xlabel=unit, marks=changes, title=title)]
+    left = [branch["rows"] for branch in branches]
+    figures = [
+        plots.plot_metrics(
+            rows, panels, columns=min(4, len(panels)), xlabel=unit, marks=changes, branches=left, title=title
+        )
+    ]
     shared = [row for row in rows if "shares" in row]
     if shared:
         ends = {f"{unit} {row['step']}": row["shares"] for row in (shared[0], shared[-1])}

@@ -14,12 +14,16 @@ _BEAT = 5.0  # a page with a paused run says "alive" every 2 s; after "gone", an
 
 
 class Remote:
-    """Holds how many iterations may run now: None for all that are left, 0 while paused, n for n and then a pause."""
+    """Holds how many iterations may run now: None for all that are left, 0 while paused, n for n and then a pause.
+
+    A rewind changes nothing in that: a paused run is paused at the earlier iteration.
+    """
 
     def __init__(self, controls: Controls, patience: float) -> None:
         self.controls, self.patience = controls, patience
         self.budget: int | None = None
         self.stop = False
+        self.target: object = None  # iteration to go back to, as the page said it
         self.session: Session | None = None
         self._heard = time.monotonic()
         self._wake = asyncio.Event()
@@ -36,6 +40,8 @@ class Remote:
             self.budget = (self.budget or 0) + 1
         elif kind == "stop":
             self.stop = True
+        elif kind == "rewind":
+            self.target = message.get("iteration")
         elif kind == "set":
             self.controls.ask(message.get("name"), message.get("value"))
         elif kind == "gone":
@@ -50,6 +56,7 @@ class Remote:
         """Let messages through, wait while the run is paused, and return whether the next iteration shall run."""
         for _ in range(_TURNS):
             await asyncio.sleep(0)
+        self._rewind()
         if self.budget == 0 and not self.stop:
             self.session.move("paused")
             await self._wait()
@@ -75,3 +82,9 @@ class Remote:
                 if time.monotonic() - self._heard > self.patience:
                     self.budget = None
                     self.session.note = "the page of the paused run was gone, so the run went on"
+            self._rewind()
+
+    def _rewind(self) -> None:
+        if self.target is not None:
+            target, self.target = self.target, None
+            self.session.rewind(target)

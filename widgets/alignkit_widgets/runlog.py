@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from alignkit.records import read_metrics
+from alignkit.records import branch_files, read_metrics
 
 
 def replay(log: str | Path) -> dict[int, dict[str, float]]:
@@ -21,14 +22,31 @@ def replay(log: str | Path) -> dict[int, dict[str, float]]:
     return controls
 
 
-def marks_of(rows: list[dict]) -> list[dict]:
-    """Where controls changed, from the rows of a log: [{"step", "name", "old", "new"}]."""
-    return [
+def marks_of(rows: list[dict], branches: Sequence[dict] = ()) -> list[dict]:
+    """Where controls changed, and where the run was rewound, from its rows: [{"step", "name", "old", "new"}]."""
+    marks = [
         {"step": after["step"], "name": name, "old": before["controls"].get(name, value), "new": value}
         for before, after in pairwise(row for row in rows if "controls" in row)
         for name, value in after["controls"].items()
         if value != before["controls"].get(name, value)
     ]
+    marks += [{"step": b["at"], "name": "rewind", "old": b["rows"][-1]["step"], "new": b["at"]} for b in branches]
+    return sorted(marks, key=lambda mark: mark["step"])
+
+
+def branches_of(log: str | Path, rows: list[dict]) -> list[dict]:
+    """What a run left behind when it was rewound, oldest first; `rows` are those of its log. See `branch`."""
+    branches = []
+    for left in reversed([read_metrics(file) for file in branch_files(log)]):
+        at = left[0]["step"] - 1
+        rows = [row for row in rows if row["step"] <= at] + left  # the log as it was before that rewind
+        branches.insert(0, branch(rows, at))
+    return branches
+
+
+def branch(rows: list[dict], at: int) -> dict:
+    """{"at", "rows"}: the rows that are left when a run goes back to iteration `at`, and first the one of `at`."""
+    return {"at": at, "rows": [row for row in rows if row["step"] >= at]}
 
 
 def finite(value: float) -> float | None:

@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from alignkit.records import append_metrics, trim_metrics, write_atomically
+from alignkit.records import append_metrics, branch_files, branch_metrics, trim_metrics, write_atomically
 from alignkit.text import visible
 from alignkit_widgets.controls import Controls
 from alignkit_widgets.feed import Feed
 from alignkit_widgets.headless import in_kernel
-from alignkit_widgets.runlog import finite, marks_of
+from alignkit_widgets.runlog import branch, branches_of, finite, marks_of
+from alignkit_widgets.snapshots import Snapshots
 
 OVER = ("finished", "stopped", "interrupted", "failed")
 
@@ -31,14 +32,38 @@ class Session:
         self.config, self.controls, self.total = config, controls, config["total"]
         self.log = Path(log) if log is not None else None
         self.feed = Feed(config, on_message, every)
-        self.rows, self.marks = self.feed.rows, self.feed.marks
+        self.rows, self.marks, self.branches = self.feed.rows, self.feed.marks, self.feed.branches
         self.rows += _rows_before(self.log, start)
-        self.marks += marks_of(self.rows)
+        self.branches += branches_of(self.log, self.rows) if self.log is not None else []
+        self.marks += marks_of(self.rows, self.branches)
         if self.rows:  # a run that goes on, goes on as it was steered
             controls.values.update(self.rows[-1].get("controls", {}))
         self.state, self.note = "running", ""
-        self.done, self.start, self.busy = start, start, 0.0
+        self.snapshots: Snapshots | None = None
+        self.done, self.ran, self.busy = start, 0, 0.0
         self.feed.update(self.status(), force=True)
+
+    def keep(self, state: object) -> None:
+        """Take snapshots of `state` from here on, to be rewound to; where no page can ask for that, none are taken."""
+        if self.feed.panel is not None:
+            self.snapshots = Snapshots(state, self.total)
+            self.snapshots.take(self.done)
+            self.feed.update(self.status(), force=True)
+
+    def rewind(self, iteration: object) -> None:
+        """Go back to the snapshot of `iteration`. What was done since becomes a branch: its rows move to a file of its
+        own, its lines stay on the charts. Anything but an earlier iteration with a snapshot is ignored."""
+        if self.snapshots is None or type(iteration) is not int or iteration not in self._earlier():
+            return
+        if self.log is not None:
+            branch_metrics(self.log, iteration)
+        self.snapshots.restore(iteration)
+        self.branches.append(branch(self.rows, iteration))
+        self.rows[:] = [row for row in self.rows if row["step"] <= iteration]
+        self.marks[:] = marks_of(self.rows, self.branches)
+        self.controls.rewind(self.rows[-1].get("controls", {}) if self.rows else self.controls.starts())
+        self.done, self.feed.samples = iteration, None
+        self.feed.resend(self.status())
 
     def mark(self, iteration: int, changed: Mapping[str, tuple[float, float]]) -> None:
         """Draw a line on the charts where controls changed."""
@@ -64,13 +89,14 @@ class Session:
         self.rows.append(row)
         if samples is not None:
             self.feed.show_samples(iteration, samples)
-        self.done, self.busy = iteration, self.busy + seconds
+        self.done, self.ran, self.busy = iteration, self.ran + 1, self.busy + seconds
+        if self.snapshots is not None:
+            self.snapshots.take(iteration)
         self.feed.update(self.status())
 
     def status(self) -> dict:
         """What the header of the panel says."""
-        ran = self.done - self.start
-        left = self.busy / ran * (self.total - self.done) if ran and self.total else None
+        left = self.busy / self.ran * (self.total - self.done) if self.ran and self.total else None
         place = f"{self.config['unit']} {self.done}" + (f" of {self.total}" if self.total else "")
         if self.state in OVER:
             place += f", {self.state} after {clock(self.busy)}"
@@ -84,6 +110,7 @@ class Session:
             "note": self.note,
             "controls": self.controls.values,
             "waiting": self.controls.waiting,
+            "snapshots": self._earlier() if self.snapshots is not None else None,
         }
 
     def move(self, state: str, note: str | None = None) -> None:
@@ -95,12 +122,13 @@ class Session:
         """End the session: the last points, and one picture in place of the panel. Does nothing the second time."""
         if self.state in OVER:
             return
+        self.snapshots = None
         self.move(state)
         missing = [key for key in self.feed.keys if not any(key in row for row in self.rows)]
         if missing and self.rows:
             there = sorted({key for row in self.rows for key in row} - {"step", "controls", "shares"})
             warnings.warn(f"charts name {missing}, which the run did not report; it reported {there}", stacklevel=3)
-        if self.rows and in_kernel():
+        if (self.rows or self.branches) and in_kernel():
             self._leave_picture()
 
     def _leave_picture(self) -> None:
@@ -109,13 +137,17 @@ class Session:
 
         text = f"{self.config['title']}: {self.status()['place']}"
         try:
-            picture = draw_run(self.config, self.rows, self.marks, self.status()["place"])
+            picture = draw_run(self.config, self.rows, self.marks, self.status()["place"], self.branches)
         except Exception as error:  # a run's result must not be lost because its picture failed
             warnings.warn(f"the picture of the run could not be drawn: {type(error).__name__}: {error}", stacklevel=4)
             return
         (self.feed.panel.replace if self.feed.panel is not None else display_png)(picture, text)
         if self.feed.samples is not None:
             print("\n".join(_sample_lines(self.feed.samples)))
+
+    def _earlier(self) -> list[int]:
+        """Iterations that the run can be rewound to."""
+        return [iteration for iteration in self.snapshots.kept if iteration < self.done]
 
     def _number(self, iteration: int, key: str, value: object) -> float | None:
         try:
@@ -128,12 +160,17 @@ class Session:
 
 
 def _rows_before(log: Path | None, start: int) -> list[dict]:
-    """Make the log ready: empty for a new run, or with the rows up to `start` for one that goes on; returns those."""
+    """Make the log ready: empty for a new run, or with the rows up to `start` for one that goes on; returns those.
+
+    What an earlier run left when it was rewound goes with its log.
+    """
     if log is None:
         return []
     if start:
         return trim_metrics(log, start)
     log.parent.mkdir(parents=True, exist_ok=True)
+    for file in reversed(branch_files(log)):
+        file.unlink()
     write_atomically(log, "")
     return []
 
