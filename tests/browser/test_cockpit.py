@@ -266,6 +266,28 @@ def test_an_interrupt_leaves_a_whole_log_and_a_picture(open_notebook, lab):
     assert [error["ename"] for error in errors] in (["CancelledError"], ["KeyboardInterrupt"])
 
 
+def test_after_a_restart_of_the_kernel_the_log_is_whole_and_the_run_goes_on_from_it(open_notebook, lab):
+    again = RUN.replace("run(step)", "run(step, start=done)").format(title="restart", total="done + 30")
+    later = f"from alignkit.records import read_metrics\ndone = len(read_metrics('restart/metrics.jsonl'))\n{again}"
+    notebook = open_notebook([SETUP, RUN.format(title="restart", total=100_000)])
+    notebook.start()
+    notebook.until(lambda: len(rows_of(lab, "restart")) > 20, "20 iterations")
+    lab.post(f"api/kernels/{notebook.kernel_id()}/restart")
+    there = rows_of(lab, "restart")
+    assert [row["step"] for row in there] == list(range(1, len(there) + 1))
+    notebook.page.wait_for_timeout(1000)
+    assert rows_of(lab, "restart") == there, "nothing of the old kernel writes any more"
+    notebook.page.evaluate("""(source) => {
+        const cells = window.jupyterapp.shell.currentWidget.content.widgets;
+        cells[1].model.sharedModel.setSource(source);
+    }""", later)
+    notebook.run()
+    rows = rows_of(lab, "restart")
+    assert rows[: len(there)] == there and len(rows) == len(there) + 30
+    assert len(pictures(notebook.saved())) == 1
+    assert notebook.errors() == []
+
+
 @pytest.mark.parametrize("paused", [False, True], ids=["running", "paused"])
 def test_a_reload_in_mid_run_does_not_hang_the_run(open_notebook, lab, paused):
     title = f"reload-{paused}"
