@@ -1,9 +1,14 @@
 """The README's pictures, taken from a finished run: python docs/pictures.py runs/course
 
-Each is the first PNG of the executed notebook's cell whose first line is the given caption's beginning; nothing is drawn here.
+Each is the first PNG of the executed notebook's cell whose first line is the given caption's beginning; nothing is drawn
+here. The last one is a screenshot: `alignkit app` trains PPO from that run, is rewound, and goes on with another price of
+KL. It needs Playwright and Chromium.
 """
 
 import base64
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +23,7 @@ PICTURES = {  # file -> notebook, beginning of the cell's first line
 
 
 def picture(notebook: Path, caption: str) -> bytes:
-    """The PNG that the cell starting with `caption` shows. Raises LookupError, listing the captions there are, if there is none."""
+    """The PNG that the cell starting with `caption` shows. Raises LookupError, listing the captions, if there is none."""
     cells = [cell for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
     for cell in cells:
         if cell.source.startswith(caption):
@@ -29,6 +34,44 @@ def picture(notebook: Path, caption: str) -> bytes:
     raise LookupError(f"{notebook} has no picture under {caption!r}; its captions: {tagged}")
 
 
+def app_screenshot(run: Path) -> bytes:
+    """The app's page in the middle of a PPO run: rewound from iteration 25 to 10, and on from there without KL."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = os.environ.get("ALIGNKIT_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    command = [sys.executable, "-u", "-m", "alignkit.cli", "app", os.fspath(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as driver:
+        address = next(line.strip() for line in server.stdout if "http://127.0.0.1" in line)
+        page = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page(
+            viewport={"width": 1240, "height": 880}, device_scale_factor=1.5)
+        page.set_default_timeout(300_000)
+        page.goto(address)
+        page.get_by_label("Iterations").fill("40")
+        page.get_by_role("button", name="Start a run").click()
+        _at(page, 25)
+        page.get_by_role("button", name="Pause").click()
+        page.wait_for_selector(".akc-state[data-state=paused]")
+        page.get_by_label("back to iteration").select_option("10")
+        page.get_by_role("button", name="Rewind").click()
+        page.locator("input[type=number][data-control=kl_coef]").fill("0")
+        page.locator("input[type=number][data-control=kl_coef]").press("Enter")
+        page.get_by_text("from the next iteration on").wait_for()
+        page.locator(".akc").get_by_role("button", name="Play").click()
+        _at(page, 30)
+        taken = page.screenshot()
+        page.locator(".akc").get_by_role("button", name="Stop").click()
+        server.terminate()
+    return taken
+
+
+def _at(page, iteration: int) -> None:
+    """Wait until the run is at an iteration, or beyond it."""
+    page.wait_for_function("""(least) => {
+        const place = document.querySelector('.akc-place')?.textContent ?? '';
+        return Number(/iteration (\\d+)/.exec(place)?.[1] ?? 0) >= least;
+    }""", arg=iteration)
+
+
 def main(run: str) -> None:
     """Write docs/images/*.png from the run directory."""
     folder = Path(__file__).parent / "images"
@@ -36,6 +79,8 @@ def main(run: str) -> None:
     for name, (notebook, caption) in PICTURES.items():
         (folder / name).write_bytes(picture(Path(run) / f"{notebook}.ipynb", caption))
         print(folder / name)
+    (folder / "app.png").write_bytes(app_screenshot(Path(run)))
+    print(folder / "app.png")
 
 
 if __name__ == "__main__":
