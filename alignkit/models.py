@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PhiConfig
 from transformers import PhiForCausalLM, PhiForSequenceClassification
 
+from alignkit import fast
 from alignkit.world import desk_tokenizer, phrase_ids
 
 NEVER = -1e4  # a logit that no other can be smaller than: its softmax is exactly 0 in every dtype
@@ -103,10 +104,18 @@ def value_model_from(model: nn.Module) -> nn.Module:
 
 
 def token_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
-    """What a sequence classifier's head says at each of the last `keep` positions: (B, keep), float32."""
+    """What a sequence classifier's head says at each of the last `keep` positions: (B, keep), float32.
+
+    At padding it means nothing.
+    """
+    head, reader = _score_head(model), fast.reader(model)
+    if reader is not None:
+        wanted = attention_mask.bool().clone()
+        wanted[:, :-keep] = False
+        return fast.spread(head(reader(input_ids, attention_mask, wanted)), wanted[:, -keep:]).squeeze(-1).float()
     hidden = body(model)(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask),
                          use_cache=False).last_hidden_state
-    return _score_head(model)(hidden[:, -keep:]).squeeze(-1).float()
+    return head(hidden[:, -keep:]).squeeze(-1).float()
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
