@@ -23,6 +23,7 @@ GATED = (LlamaForCausalLM, LlamaForSequenceClassification, Qwen2ForCausalLM, Qwe
 PARALLEL = (PhiForCausalLM, PhiForSequenceClassification)  # attention and MLP read the same norm
 WEIGHTS = (nn.Linear, nn.Embedding, nn.LayerNorm, LlamaRMSNorm, Qwen2RMSNorm)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+SHORT = 16  # columns: up to there plain products are faster than the fused attention
 TOLERANCE = 1e-4  # of a logit, against the model itself
 
 _agreed: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
@@ -71,10 +72,15 @@ class Reader:
 
         input_ids, attention_mask: (B, L); positions count real tokens. wanted: a part of the mask; elsewhere it is ignored.
         """
+        real = attention_mask.bool()
+        wanted, used = wanted & real, real.any(0)
+        if not used.all():  # columns that are padding in every row
+            input_ids, real, wanted = input_ids[:, used], real[:, used], wanted[:, used]
         if not wanted.any():
             return self.body.embed_tokens.weight.new_zeros(0, self.model.config.hidden_size)
+        low = _low_precision()
         with torch.autocast("cpu", enabled=False):
-            return self._read(input_ids, self._places(attention_mask.bool(), wanted), _low_precision(), None)
+            return self._read(input_ids, self._places(real, wanted), low, None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What the model's head (of words, or of a score) says of hidden states (…, H)."""
@@ -90,7 +96,6 @@ class Reader:
 
     def _places(self, real: Tensor, wanted: Tensor) -> "_Places":
         rows, length = real.shape
-        wanted = wanted & real
         first = int(wanted.any(0).long().argmax())
         whole = bool(real.all())
         packed = None if whole else real.flatten().nonzero().squeeze(1)
@@ -124,8 +129,11 @@ class Reader:
                 (q,) = self._heads(y, at.queries, (at.rows, at.length - at.first), rope, low, attention.q_proj)
             if states is not None:
                 states.append((k, v))
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=at.mask[:, :, -q.shape[2] :],
-                                                   enable_gqa=self.groups < self.heads)
+            mask = at.mask[:, :, -q.shape[2] :]
+            if at.length <= SHORT and self.groups == self.heads:
+                mixed = _Attention.apply(q, k, v, mask)
+            else:
+                mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.groups < self.heads)
             mixed = mixed.transpose(1, 2).reshape(-1, self.heads * self.width)
             place = at.queries if last else at.packed
             if place is not None:
@@ -323,6 +331,29 @@ class _Heads(torch.autograd.Function):
         of_weight = _unordered(_product(grad.t(), x.t(), None, ctx.low), order).split(rows)
         of_bias = _unordered(grad.sum(0), order).split(rows) if ctx.biased else [None] * len(rows)
         return (_product(grad, weight.t(), None, ctx.low), *[None] * 6, *of_weight, *of_bias)
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(q · kᵀ / √width + mask) · v of short rows, (rows, heads, columns, width); the fused kernel is slow there."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        rows, heads, queries, width = q.shape
+        ctx.shape, ctx.scale = (rows, heads, -1, width), width**-0.5
+        q, k, v = (part.reshape(rows * heads, -1, width) for part in (q, k, v))
+        mask = mask.expand(rows, heads, queries, -1).reshape(rows * heads, queries, -1)
+        chance = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=ctx.scale).softmax(-1)
+        ctx.save_for_backward(q, k, v, chance)
+        return torch.bmm(chance, v).view(ctx.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, chance = ctx.saved_tensors
+        grad = grad.reshape(len(q), -1, q.shape[-1])
+        of_chance = torch.bmm(grad, v.transpose(1, 2))
+        of_score = torch._softmax_backward_data(of_chance, chance, -1, chance.dtype).mul_(ctx.scale)
+        return (*(part.view(ctx.shape) for part in (torch.bmm(of_score, k), torch.bmm(of_score.transpose(1, 2), q),
+                                                    torch.bmm(chance.transpose(1, 2), grad))), None)
 
 
 class _Gated(torch.autograd.Function):

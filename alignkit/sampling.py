@@ -150,17 +150,31 @@ def response_logits(policy: nn.Module, rollout: Rollout, temperature: float = 1.
 
     Outside the response they mean nothing.
     """
+    return _response(policy, rollout, temperature, False)[0]
+
+
+def response_states(policy: nn.Module, rollout: Rollout, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`response_logits` and the last hidden states (B, T, H) that they were read from, by one forward pass."""
+    return _response(policy, rollout, temperature, True)
+
+
+def _response(policy: nn.Module, rollout: Rollout, temperature: float, states: bool) -> tuple[Tensor, Tensor | None]:
     ids, mask = full_ids(rollout)
     length = rollout.response_ids.shape[1]
-    reader = fast.reader(policy)
+    reader, hidden = fast.reader(policy), None
     if reader is not None:
         wanted = F.pad(rollout.response_mask, (rollout.prompt_ids.shape[1] - 1, 0))  # a token is predicted one before it
-        logits = fast.spread(reader.logits(reader(ids, mask, wanted)), rollout.response_mask)
+        packed = reader(ids, mask, wanted)
+        logits = fast.spread(reader.logits(packed), rollout.response_mask)
+        hidden = fast.spread(packed, rollout.response_mask) if states else None
     else:
+        more = {"output_hidden_states": True} if states else {}
         with autocast(ids.device):
-            logits = policy(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False,
-                            **_last_logits(policy, length)).logits[:, -length:]
-    return logits if temperature == 1.0 else logits / temperature
+            output = policy(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False, **more,
+                            **_last_logits(policy, length))
+        logits = output.logits[:, -length:]
+        hidden = output.hidden_states[-1][:, -length:] if states else None
+    return logits if temperature == 1.0 else logits / temperature, hidden
 
 
 def full_ids(rollout: Rollout) -> tuple[Tensor, Tensor]:
