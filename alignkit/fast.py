@@ -204,8 +204,8 @@ class Decoder:
                 keys, values = self.cache[number]
                 keys[:, :, self.length], values[:, :, self.length] = k, v
                 q = q.reshape(len(x), reader.groups, -1, reader.width)  # heads that share keys are queries of one head
-                mixed = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end],
-                                                       attn_mask=self.mask[..., :end]).reshape(len(x), -1)
+                chance = torch.matmul(q, keys[:, :, :end].transpose(2, 3)).mul_(reader.width**-0.5).add_(self.mask[..., :end])
+                mixed = torch.matmul(chance.softmax(-1), values[:, :, :end]).view(len(x), -1)
                 x = layer.out(x, mixed, self.low)
                 if reader.gated:
                     gate, up = _product(_scaled(x, layer.eps_after), layer.inner, None, self.low).chunk(2, -1)
@@ -302,7 +302,8 @@ class _RMSNorm(torch.autograd.Function):
 class _Heads(torch.autograd.Function):
     """Tokens (N, H) to heads, of which the first are rotated: (rows, heads, columns, width) for each of the weights.
 
-    place (N,): where the tokens are among rows · columns. order: of the rotated rows of the weights, pair by pair.
+    place (N,): where the tokens are among rows · columns; a token stands in for what is padding, which nobody sees. order: of the
+    rotated rows of the weights, pair by pair.
     """
 
     @staticmethod
@@ -314,7 +315,7 @@ class _Heads(torch.autograd.Function):
         made = _product(x, weight, bias, low)
         _complex(made.view(len(x), -1, width)[:, : len(order) // width]).mul_(rope)
         if place is not None:
-            made = made.new_zeros(shape[0] * shape[1], len(weight)).index_copy_(0, place, made)
+            made = made.index_select(0, _sources(place, shape[0] * shape[1]))
         ctx.save_for_backward(x, weight, rope, place, order)
         ctx.sizes, ctx.low, ctx.biased = sizes, low, bias is not None
         return made.view(*shape, -1, width).transpose(1, 2).split(sizes, 1)
@@ -420,6 +421,11 @@ def _scaled(x: Tensor, eps: float) -> Tensor:
 def _complex(heads: Tensor) -> Tensor:
     """(…, width) as (…, width / 2) complex numbers, the same memory."""
     return torch.view_as_complex(heads.unflatten(-1, (-1, 2)))
+
+
+def _sources(place: Tensor, size: int) -> Tensor:
+    """Which token stands at each of `size` positions, given where the tokens stand; 0 where none does."""
+    return place.new_zeros(size).index_copy_(0, place, torch.arange(len(place)))
 
 
 def _ordered(rows: Tensor, order: Tensor) -> Tensor:

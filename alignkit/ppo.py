@@ -332,12 +332,9 @@ def ppo_iteration(state: PPOState, config: PPOConfig) -> PPOStats:
     rollout, scores = _collect(state, config)
     mask = rollout.response_mask
     with torch.no_grad():
-        with autocast(mask.device, config.precision):
-            ref_logits = response_logits(state.ref_policy, rollout, config.temperature)
-        ref_logprobs = torch.where(mask, token_logprobs(ref_logits, rollout.response_ids), 0.0)
-        logits, values = _read(state, rollout, config)
-        old_logprobs = torch.where(mask, token_logprobs(logits, rollout.response_ids), 0.0)
-        token_entropy = torch.where(mask, entropy(logits), 0.0)
+        parts = [_score(state, rollout[start : start + config.minibatch_size], config)
+                 for start in range(0, len(rollout), config.minibatch_size)]
+        ref_logprobs, old_logprobs, values, token_entropy = (torch.cat(part) for part in zip(*parts, strict=True))
         shaped = (scores - config.missing_eos_penalty * (~rollout.finished).float()).clamp(-config.score_clip, config.score_clip)
         rewards = token_rewards(shaped, old_logprobs, ref_logprobs, mask, state.kl_coef)
         if config.whiten_rewards:
@@ -435,6 +432,17 @@ def _draw_prompts(strata: list[list[str]], n: int, generator: torch.Generator) -
     which = torch.arange(n) % len(strata)
     picks = torch.rand(n, generator=generator)
     return [strata[s][int(u * len(strata[s]))] for s, u in zip(which.tolist(), picks.tolist(), strict=True)]
+
+
+def _score(state: PPOState, rollout: Rollout, config: PPOConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs of the reference and of the policy, the critic's values, the policy's entropy: (B, T) each, 0 outside the response."""
+    mask = rollout.response_mask
+    with autocast(mask.device, config.precision):
+        ref_logits = response_logits(state.ref_policy, rollout, config.temperature)
+    ref_logprobs = torch.where(mask, token_logprobs(ref_logits, rollout.response_ids), 0.0)
+    logits, values = _read(state, rollout, config)
+    old_logprobs = torch.where(mask, token_logprobs(logits, rollout.response_ids), 0.0)
+    return ref_logprobs, old_logprobs, values, torch.where(mask, entropy(logits), 0.0)
 
 
 def _read(state: PPOState, rollout: Rollout, config: PPOConfig) -> tuple[Tensor, Tensor]:
