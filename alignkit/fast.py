@@ -8,6 +8,7 @@ keeps one matrix a layer for q, k and v, and writes keys and values into place.
 It is for a CPU: left out are a GPU, LoRA, quantised weights, dropout, scaled rotary embeddings and sliding windows.
 """
 
+import functools
 import weakref
 from dataclasses import dataclass
 
@@ -61,11 +62,8 @@ class Reader:
         self.head = model.lm_head if hasattr(model, "lm_head") else model.score
         self.gated = isinstance(model, GATED)
         self.width, self.heads, self.groups = attention.head_dim, config.num_attention_heads, config.num_key_value_heads
-        turned = getattr(attention, "rotary_ndims", self.width)  # of a head's dimensions; pairs of them are put side by side
-        pairs = torch.arange(turned).view(2, -1).t().flatten()
-        within = torch.cat([pairs, torch.arange(turned, self.width)])
-        self.order = (torch.arange(self.heads + self.groups)[:, None] * self.width + within).flatten()
-        self.turned = turned
+        self.turned = getattr(attention, "rotary_ndims", self.width)
+        self.order = _order(self.heads + self.groups, self.width, self.turned)
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor) -> Tensor:
         """Last hidden states (n, H) of the n positions where `wanted` (B, L) is True, row by row. Differentiable.
@@ -423,6 +421,14 @@ def _complex(heads: Tensor) -> Tensor:
     return torch.view_as_complex(heads.unflatten(-1, (-1, 2)))
 
 
+@functools.lru_cache
+def _order(heads: int, width: int, turned: int) -> Tensor:
+    """Rows of q and k, the dimensions that a rotation mixes side by side: `turned` of each head's, the first and second half of them."""
+    pairs = torch.arange(turned).view(2, -1).t().flatten()
+    within = torch.cat([pairs, torch.arange(turned, width)])
+    return (torch.arange(heads)[:, None] * width + within).flatten()
+
+
 def _sources(place: Tensor, size: int) -> Tensor:
     """Which token stands at each of `size` positions, given where the tokens stand; 0 where none does."""
     return place.new_zeros(size).index_copy_(0, place, torch.arange(len(place)))
@@ -458,15 +464,14 @@ def _plain(model: nn.Module) -> bool:
 
 
 def _ordinary(module: nn.Module) -> bool:
-    if "forward" in vars(module) or any(getattr(module, hooks) for hooks in HOOKS):
+    its = vars(module)
+    if "forward" in its or any(its[hooks] for hooks in HOOKS) or its.get("gradient_checkpointing"):
         return False  # someone watches it, or changes what it does
-    if getattr(module, "gradient_checkpointing", False):
-        return False
     if not type(module).__module__.startswith(("torch.nn.modules.", "transformers.models.", "transformers.activations")):
         return False
     if isinstance(module, nn.Dropout):
         return not (module.training and module.p > 0)
-    own = [weight for weight in module._parameters.values() if weight is not None]
+    own = [weight for weight in its["_parameters"].values() if weight is not None]
     return not own or (type(module) in WEIGHTS and all(
         type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in own))
 
