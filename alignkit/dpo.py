@@ -153,7 +153,8 @@ def response_logps(policy: nn.Module, responses: Rollout) -> Tensor:
 def with_reference(ref_policy: nn.Module, pairs: Pairs, *, batch_size: int = 256, precision: str = "fp32") -> Pairs:
     """The same pairs with the reference's log-probs, computed once. precision: that of the training, see DPOConfig."""
     with autocast(pairs.chosen.prompt_ids.device, precision):
-        logps = [torch.cat([response_logps(ref_policy, side[start : start + batch_size]) for start in range(0, len(side), batch_size)])
+        logps = [torch.cat([response_logps(ref_policy, side[start : start + batch_size])
+                            for start in range(0, len(side), batch_size)])
                  for side in (pairs.chosen, pairs.rejected)]
     return Pairs(pairs.chosen, pairs.rejected, *logps)
 
@@ -218,7 +219,8 @@ def dpo(policy: nn.Module, tokenizer, rows: list[dict], config: DPOConfig, *, re
                 group["lr"] = config.learning_rate * min(step / warmup_steps, 1.0) if warmup_steps else config.learning_rate
             stats = dpo_step(policy, optimizer, batch, config, step)
             if step == 1 and starts_at_reference:
-                check_first_step(stats, config, 0.05 if policy.device.type == "cuda" or config.precision == "bf16" else 1e-4)
+                low = policy.device.type == "cuda" or config.precision == "bf16"
+                check_first_step(stats, config, 0.05 if low else 1e-4)
             yield stats
 
 

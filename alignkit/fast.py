@@ -1,8 +1,8 @@
 """Llama, Qwen2 and Phi read with their own weights, without what the generic forward pass repeats or throws away.
 
-Padding is not read: real tokens lie one after the other, and only attention sees rows. The last layer is computed only
-where its result is wanted. A norm, a rotation and a gated product are one operation each, forward and backward. A decoder
-keeps one matrix a layer for q, k and v, and writes keys and values into place.
+Padding is not read: real tokens lie one after the other, and only attention sees rows. The last layer is computed
+only where its result is wanted. A norm, a rotation and a gated product are one operation each, forward and backward.
+A decoder keeps one matrix a layer for q, k and v, and writes keys and values into place.
 
 `reader` gives None wherever this is not known to be what the model itself computes; callers then take the generic path.
 It is for a CPU: left out are a GPU, LoRA, quantised weights, dropout, scaled rotary embeddings and sliding windows.
@@ -15,8 +15,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (LlamaForCausalLM, LlamaForSequenceClassification, PhiForCausalLM, PhiForSequenceClassification,
-                          Qwen2ForCausalLM, Qwen2ForSequenceClassification)
+from transformers import (
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PhiForCausalLM,
+    PhiForSequenceClassification,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
@@ -33,9 +39,9 @@ _agreed: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary(
 def reader(model: nn.Module) -> "Reader | None":
     """A Reader of this model if it is one that can be read exactly, otherwise None.
 
-    What the model is made of is looked at in every call (an adapter may have been added, a hook set, dropout switched on).
-    Whether the numbers agree is tried once a model: logits or scores of a small padded batch, read at once and decoded,
-    within 1e-4 of the model's own.
+    What the model is made of is looked at in every call (an adapter may have been added, a hook set, dropout switched
+    on). Whether the numbers agree is tried once a model: logits or scores of a small padded batch, read at once and
+    decoded, within 1e-4 of the model's own.
     """
     if type(model) not in GATED + PARALLEL or not _plain(model):
         return None
@@ -49,12 +55,18 @@ def spread(packed: Tensor, mask: Tensor) -> Tensor:
     if mask.all():
         return packed.view(*mask.shape, *packed.shape[1:])
     place = mask.flatten().nonzero().squeeze(1)
-    return packed.new_zeros(mask.numel(), *packed.shape[1:]).index_copy(0, place, packed).view(*mask.shape, *packed.shape[1:])
+    return (
+        packed.new_zeros(mask.numel(), *packed.shape[1:])
+        .index_copy(0, place, packed)
+        .view(*mask.shape, *packed.shape[1:])
+    )
 
 
 class Reader:
-    """Hidden states of a Llama, Qwen2 or Phi model, of its present weights. In torch.autocast the products are in its dtype;
-    the residual stream, attention and the heads stay in the weights' own. Made by `reader`."""
+    """Hidden states of a Llama, Qwen2 or Phi model, of its present weights. Made by `reader`.
+
+    In torch.autocast the products are in its dtype; residual stream, attention and heads stay in the weights' own.
+    """
 
     def __init__(self, model: nn.Module):
         config, attention = model.config, model.model.layers[0].self_attn
@@ -68,7 +80,7 @@ class Reader:
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor) -> Tensor:
         """Last hidden states (n, H) of the n positions where `wanted` (B, L) is True, row by row. Differentiable.
 
-        input_ids, attention_mask: (B, L); positions count real tokens. wanted: a part of the mask; elsewhere it is ignored.
+        input_ids, attention_mask: (B, L); positions count real tokens. wanted is ignored outside the mask.
         """
         real = attention_mask.bool()
         wanted, used = wanted & real, real.any(0)
@@ -86,7 +98,7 @@ class Reader:
             return self.head(hidden)
 
     def rope(self, length: int) -> Tensor:
-        """Rotations (length, width / 2), complex, of the first positions; 1 where a head's dimensions are not rotated."""
+        """Rotations (length, width / 2), complex, of the first positions; 1 for dimensions that are not rotated."""
         weight = self.body.embed_tokens.weight
         cos, sin = self.body.rotary_emb(weight, torch.arange(length)[None])
         half, rest = self.turned // 2, (self.width - self.turned) // 2
@@ -100,12 +112,19 @@ class Reader:
         asked = wanted.flatten() if whole else wanted.flatten()[packed]
         queries = wanted[:, first:].flatten()
         seen = torch.ones(length, length, dtype=torch.bool).tril()[None] & real[: 1 if whole else rows, None]
-        seen = seen | torch.eye(length, dtype=torch.bool)  # what is padding sees itself, so that its softmax is not 0 / 0
+        seen = seen | torch.eye(length, dtype=torch.bool)  # padding sees itself, so that no softmax is 0 / 0
         mask = torch.zeros(seen.shape, dtype=self.body.embed_tokens.weight.dtype).masked_fill_(~seen, -torch.inf)
         positions = (real.long().cumsum(1) - 1).clamp(min=0).flatten()
-        return _Places(rows, length, first, packed, None if asked.all() else asked.nonzero().squeeze(1),
-                       None if queries.all() else queries.nonzero().squeeze(1), mask[:, None],
-                       self.rope(length)[positions if whole else positions[packed]][:, None])
+        return _Places(
+            rows,
+            length,
+            first,
+            packed,
+            None if asked.all() else asked.nonzero().squeeze(1),
+            None if queries.all() else queries.nonzero().squeeze(1),
+            mask[:, None],
+            self.rope(length)[positions if whole else positions[packed]][:, None],
+        )
 
     def _read(self, ids: Tensor, at: "_Places", low: torch.dtype | None, states: list | None) -> Tensor:
         """states: gets each layer's keys and values, (B, groups, L, width)."""
@@ -146,19 +165,36 @@ class Reader:
                 x = _plus(_plus(x, mixed, attention.dense, low), inner, layer.mlp.fc2, low)
         return _norm(x, self.body.norm if self.gated else self.body.final_layernorm)
 
-    def _heads(self, y: Tensor, place: Tensor | None, shape: tuple[int, int], rope: Tensor, low: torch.dtype | None,
-               *linear: nn.Linear) -> tuple[Tensor, ...]:
+    def _heads(
+        self,
+        y: Tensor,
+        place: Tensor | None,
+        shape: tuple[int, int],
+        rope: Tensor,
+        low: torch.dtype | None,
+        *linear: nn.Linear,
+    ) -> tuple[Tensor, ...]:
         """q, or k and v, or all: (rows, heads, columns, width) each."""
         sizes = tuple(module.out_features // self.width for module in linear)
         turned = sizes[0] + (sizes[1] if len(sizes) == 3 else 0)
-        return _Heads.apply(y, rope, place, shape, sizes, self.order[: turned * self.width], low,
-                            *(module.weight for module in linear), *(module.bias for module in linear))
+        return _Heads.apply(
+            y,
+            rope,
+            place,
+            shape,
+            sizes,
+            self.order[: turned * self.width],
+            low,
+            *(module.weight for module in linear),
+            *(module.bias for module in linear),
+        )
 
 
 class Decoder:
     """Reads prompts, then a token a row at a time, with room for keys and values from the start. No gradients.
 
-    prompt_ids, prompt_mask: (B, P), left-padded (each ends with a real token). room: how many tokens may follow. logits: (B, V), of the next token.
+    prompt_ids, prompt_mask: (B, P), left-padded (each ends with a real token). room: how many tokens may follow.
+    logits: (B, V), of the next token.
     """
 
     selectable = True
@@ -202,7 +238,11 @@ class Decoder:
                 keys, values = self.cache[number]
                 keys[:, :, self.length], values[:, :, self.length] = k, v
                 q = q.reshape(len(x), reader.groups, -1, reader.width)  # heads that share keys are queries of one head
-                chance = torch.matmul(q, keys[:, :, :end].transpose(2, 3)).mul_(reader.width**-0.5).add_(self.mask[..., :end])
+                chance = (
+                    torch.matmul(q, keys[:, :, :end].transpose(2, 3))
+                    .mul_(reader.width**-0.5)
+                    .add_(self.mask[..., :end])
+                )
                 mixed = torch.matmul(chance.softmax(-1), values[:, :, :end]).view(len(x), -1)
                 x = layer.out(x, mixed, self.low)
                 if reader.gated:
@@ -224,8 +264,8 @@ class Decoder:
 class _Places:
     """Where the tokens of a batch are. Indices are None where they would name everything in order.
 
-    packed (N,): real tokens among the B · L. wanted (n,): those wanted, among the N. queries (n,): the same, among the columns
-    from `first` on. mask (B or 1, 1, L, L): 0, or −inf where a token is not seen. rope (N, 1, width / 2).
+    packed (N,): real tokens among the B · L. wanted (n,): those wanted, among the N. queries (n,): the same, among the
+    columns from `first` on. mask (B or 1, 1, L, L): 0, or −inf where a token is not seen. rope (N, 1, width / 2).
     """
 
     rows: int
@@ -240,7 +280,7 @@ class _Places:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer's weights as the decoder multiplies with them: q, k, v in one matrix, gate and up too, RMS norms folded in."""
+    """A layer's weights as the decoder needs them: q, k, v in one matrix, gate and up too, RMS norms folded in."""
 
     qkv: Tensor
     qkv_bias: Tensor | None
@@ -300,8 +340,8 @@ class _RMSNorm(torch.autograd.Function):
 class _Heads(torch.autograd.Function):
     """Tokens (N, H) to heads, of which the first are rotated: (rows, heads, columns, width) for each of the weights.
 
-    place (N,): where the tokens are among rows · columns; a token stands in for what is padding, which nobody sees. order: of the
-    rotated rows of the weights, pair by pair.
+    place (N,): where the tokens are among rows · columns; a token stands in for what is padding, which nobody sees.
+    order: of the rotated rows of the weights, pair by pair.
     """
 
     @staticmethod
@@ -333,7 +373,7 @@ class _Heads(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(q · kᵀ / √width + mask) · v of short rows, (rows, heads, columns, width); the fused kernel is slow there."""
+    """softmax(q · kᵀ / √width + mask) · v for short rows, (rows, heads, columns, width): the fused kernel is slow."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask):
@@ -351,8 +391,17 @@ class _Attention(torch.autograd.Function):
         grad = grad.reshape(len(q), -1, q.shape[-1])
         of_chance = torch.bmm(grad, v.transpose(1, 2))
         of_score = torch._softmax_backward_data(of_chance, chance, -1, chance.dtype).mul_(ctx.scale)
-        return (*(part.view(ctx.shape) for part in (torch.bmm(of_score, k), torch.bmm(of_score.transpose(1, 2), q),
-                                                    torch.bmm(chance.transpose(1, 2), grad))), None)
+        return (
+            *(
+                part.view(ctx.shape)
+                for part in (
+                    torch.bmm(of_score, k),
+                    torch.bmm(of_score.transpose(1, 2), q),
+                    torch.bmm(chance.transpose(1, 2), grad),
+                )
+            ),
+            None,
+        )
 
 
 class _Gated(torch.autograd.Function):
@@ -423,7 +472,7 @@ def _complex(heads: Tensor) -> Tensor:
 
 @functools.lru_cache
 def _order(heads: int, width: int, turned: int) -> Tensor:
-    """Rows of q and k, the dimensions that a rotation mixes side by side: `turned` of each head's, the first and second half of them."""
+    """The rows of q and k, head by head, with the dimensions that are rotated together side by side."""
     pairs = torch.arange(turned).view(2, -1).t().flatten()
     within = torch.cat([pairs, torch.arange(turned, width)])
     return (torch.arange(heads)[:, None] * width + within).flatten()
@@ -454,12 +503,15 @@ def _plain(model: nn.Module) -> bool:
     config, attention = model.config, model.model.layers[0].self_attn
     rope = getattr(config, "rope_parameters", None) or {}
     known = (
-        rope.get("rope_type") == "default" and config._attn_implementation in ("sdpa", "eager")
+        rope.get("rope_type") == "default"
+        and config._attn_implementation in ("sdpa", "eager")
         and not getattr(config, "qk_layernorm", False)
         and set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         and not (model.training and config.attention_dropout > 0)
-        and getattr(attention, "rotary_ndims", 0) % 2 == 0 and attention.head_dim % 2 == 0
-        and (type(model) in PARALLEL or (config.hidden_act == "silu" and not getattr(config, "mlp_bias", False))))
+        and getattr(attention, "rotary_ndims", 0) % 2 == 0
+        and attention.head_dim % 2 == 0
+        and (type(model) in PARALLEL or (config.hidden_act == "silu" and not getattr(config, "mlp_bias", False)))
+    )
     return known and all(_ordinary(module) for module in model.modules())
 
 
@@ -467,13 +519,20 @@ def _ordinary(module: nn.Module) -> bool:
     its = vars(module)
     if "forward" in its or any(its[hooks] for hooks in HOOKS) or its.get("gradient_checkpointing"):
         return False  # someone watches it, or changes what it does
-    if not type(module).__module__.startswith(("torch.nn.modules.", "transformers.models.", "transformers.activations")):
+    if not type(module).__module__.startswith(
+        ("torch.nn.modules.", "transformers.models.", "transformers.activations")
+    ):
         return False
     if isinstance(module, nn.Dropout):
         return not (module.training and module.p > 0)
     own = [weight for weight in its["_parameters"].values() if weight is not None]
-    return not own or (type(module) in WEIGHTS and all(
-        type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in own))
+    return not own or (
+        type(module) in WEIGHTS
+        and all(
+            type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32
+            for weight in own
+        )
+    )
 
 
 @torch.no_grad()
@@ -484,11 +543,13 @@ def _agrees(model: nn.Module) -> bool:
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, :3] = False
     with torch.autocast("cpu", enabled=False):
-        hidden = model.model(input_ids=ids, attention_mask=mask, position_ids=(mask.long().cumsum(1) - 1).clamp(min=0),
-                             use_cache=False).last_hidden_state
+        hidden = model.model(
+            input_ids=ids, attention_mask=mask, position_ids=(mask.long().cumsum(1) - 1).clamp(min=0), use_cache=False
+        ).last_hidden_state
         expected = made.head(hidden)
         found = made.logits(made(ids, mask, mask))
         decoder = Decoder(made, ids[:, :4], mask[:, :4], 2)
         decoded = torch.stack([decoder.logits, *(decoder.step(ids[:, t], mask[:, t]) for t in (4, 5))], 1)
-    return (torch.allclose(found, expected[mask], rtol=1e-5, atol=TOLERANCE)
-            and torch.allclose(decoded, expected[:, 3:], rtol=1e-5, atol=TOLERANCE))
+    return torch.allclose(found, expected[mask], rtol=1e-5, atol=TOLERANCE) and torch.allclose(
+        decoded, expected[:, 3:], rtol=1e-5, atol=TOLERANCE
+    )

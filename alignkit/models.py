@@ -31,8 +31,10 @@ def pick_device(device: str = "auto") -> torch.device:
 
 
 def autocast(device: torch.device, precision: str = "fp32"):
-    """bf16 autocast on a GPU; on a CPU if precision is "bf16", otherwise what is on already: the one rule of precision that
-    sampling, scoring and training share."""
+    """The one rule of precision that sampling, scoring and training share.
+
+    bf16 autocast on a GPU; on a CPU if precision is "bf16", otherwise what is on already.
+    """
     kind = torch.device(device).type
     if kind == "cuda" or (kind == "cpu" and precision == "bf16"):
         return torch.autocast(kind, torch.bfloat16)
@@ -118,7 +120,8 @@ class SharedCritic(nn.Module):
     def __init__(self, policy: nn.Module):
         super().__init__()
         self._policy = [policy]  # in a list, so that its parameters are not this module's
-        self.score = nn.Linear(policy.config.get_text_config().hidden_size, 1, bias=False, device=policy.device, dtype=policy.dtype)
+        self.score = nn.Linear(policy.config.get_text_config().hidden_size, 1, bias=False, device=policy.device,
+                               dtype=policy.dtype)
         nn.init.zeros_(self.score.weight)
 
     @property

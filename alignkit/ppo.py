@@ -17,8 +17,8 @@ from alignkit.kl import k1, k3
 from alignkit.models import (SharedCritic, autocast, merged, reference_policy, same_vocabulary, token_values,
                              value_model_from)
 from alignkit.relay import InvariantError
-from alignkit.sampling import (NonFinite, Rollout, decode_responses, encode_prompts, full_ids, response_logits, response_states,
-                               sample, seeded, to_device)
+from alignkit.sampling import (NonFinite, Rollout, decode_responses, encode_prompts, full_ids, response_logits,
+                               response_states, sample, seeded, to_device)
 from alignkit.tokens import entropy, masked_mean, token_logprobs, whiten
 
 PRECISIONS = ("fp32", "bf16")
@@ -36,15 +36,16 @@ class PPOConfig:
     max_kl: stop training when objective/kl exceeds this many nats. max_step_kl: leave an iteration's remaining steps out when the
     policy has moved this far (nats a token) from the one that sampled.
     gamma, gae_lambda: discount and GAE's λ. clip_range, value_clip_range: half-widths of the clips (inf: none).
-    value_coef: weight of the critic's loss; only in effect with shared_trunk. entropy_coef: bonus per nat. ptx_coef: weight of the SFT loss on
-    demonstrations.
+    value_coef: weight of the critic's loss; only in effect with shared_trunk. entropy_coef: bonus per nat.
+    ptx_coef: weight of the SFT loss on demonstrations.
     missing_eos_penalty: taken off the score, once, of a response cut at the limit. score_clip: scores are clipped to ± this.
     whiten_rewards: scale per-token rewards to variance 1 (no mean shift). whiten_advantages: mean 0, variance 1 a batch.
     epochs, minibatch_size: passes over a rollout, responses a step. learning_rate, critic_learning_rate, max_grad_norm: AdamW's and the clip.
     critic_warmup: first iterations that train the critic alone. lr_decay: linear decay of both rates to 0 over `iterations`.
-    shared_trunk: the critic is a value head on the policy's own body, 0 at first, and its loss trains that body too: one forward pass a step
-    instead of two. precision: "fp32", or "bf16" for the linear layers of policy, reference and critic on a CPU (attention and heads stay in fp32
-    where `alignkit.fast` reads the model); it pays where the CPU multiplies bf16 in hardware (AMX). A GPU always takes bf16.
+    shared_trunk: the critic is a value head on the policy's own body, 0 at first, and its loss trains that body too:
+    one forward pass a step instead of two. precision: "fp32", or "bf16" for the linear layers of policy, reference and
+    critic on a CPU (attention and heads stay in fp32 where `alignkit.fast` reads the model); it pays where the CPU
+    multiplies bf16 in hardware (AMX). A GPU always takes bf16.
     """
 
     iterations: int = 40
@@ -224,8 +225,9 @@ class PPOState:
         """A run's state before its first iteration.
 
         prompts: texts, or lists of texts (strata, drawn evenly). critic: by default a copy of the reward model if it reads the policy's tokens, otherwise the
-        policy's body with a head that is 0; with shared_trunk a head on the policy's own body. ref_policy: by default the policy as it is now.
-        Raises ValueError if there are no prompts, ptx_coef > 0 without demonstrations, or a critic although shared_trunk makes one.
+        policy's body with a head that is 0; with shared_trunk a head on the policy's own body.
+        ref_policy: by default the policy as it is now.
+        Raises ValueError if there are no prompts, ptx_coef > 0 without demonstrations, or a critic with shared_trunk.
         """
         strata = [list(s) for s in prompts] if prompts and not isinstance(prompts[0], str) else [list(prompts)]
         strata = [stratum for stratum in strata if stratum]
@@ -235,7 +237,8 @@ class PPOState:
             raise ValueError(f"ptx_coef is {config.ptx_coef} but there are no demonstrations to mix in")
         if config.shared_trunk:
             if critic is not None:
-                raise ValueError(f"critic is a {type(critic).__name__}, expected None with shared_trunk, which makes its own")
+                raise ValueError(f"critic is a {type(critic).__name__}, expected None with shared_trunk, which makes "
+                                 "its own")
             critic = SharedCritic(policy)
         if critic is None:
             reads_same = hasattr(reward, "model") and same_vocabulary(tokenizer, reward.tokenizer)
@@ -272,8 +275,8 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
              train_policy: bool = True) -> dict[str, float]:
     """One optimiser step on a minibatch, of the policy and of the critic; returns what it measured.
 
-    Nothing is changed if a loss or gradient is not finite: NonFinite is raised. The loss of a critic that is a model of its own
-    does not touch the policy; that of a shared one trains the policy's body, weighted by value_coef.
+    Nothing is changed if a loss or gradient is not finite: NonFinite is raised. The loss of a critic that is a model of
+    its own does not touch the policy; that of a shared one trains the policy's body, weighted by value_coef.
     """
     rollout = batch.rollout
     mask = rollout.response_mask
@@ -347,8 +350,8 @@ def ppo_iteration(state: PPOState, config: PPOConfig) -> PPOStats:
         explained = 1 - _variance(residual, mask) / _variance(returns, mask).clamp(min=1e-8)
     batch = PPOBatch(rollout, old_logprobs, values, advantages, returns)
     if iteration == 1:
-        check_first_rollout(rollout, old_logprobs, ref_logprobs, rewards if not config.whiten_rewards else None, shaped, state.kl_coef,
-                            0.05 if config.precision == "bf16" else 1e-4)
+        check_first_rollout(rollout, old_logprobs, ref_logprobs, rewards if not config.whiten_rewards else None, shaped,
+                            state.kl_coef, 0.05 if config.precision == "bf16" else 1e-4)
 
     measured = []
     for epoch in range(config.epochs):
@@ -416,9 +419,9 @@ def _collect(state: PPOState, config: PPOConfig) -> tuple[Rollout, Tensor]:
     texts = [text for text in texts for _ in range(config.samples_per_prompt)]
     ids, mask = encode_prompts(state.tokenizer, texts)
     with autocast(state.policy.device, config.precision):
-        rollout = sample(state.policy, ids, mask, max_new_tokens=config.max_new_tokens, eos_token_id=state.tokenizer.eos_token_id,
-                         pad_token_id=state.tokenizer.pad_token_id, generator=seeded(config.seed, state.iteration),
-                         temperature=config.temperature)
+        rollout = sample(state.policy, ids, mask, max_new_tokens=config.max_new_tokens,
+                         eos_token_id=state.tokenizer.eos_token_id, pad_token_id=state.tokenizer.pad_token_id,
+                         generator=seeded(config.seed, state.iteration), temperature=config.temperature)
     scores = torch.as_tensor(state.reward(texts, decode_responses(state.tokenizer, rollout)), dtype=torch.float32).to(ids.device)
     if scores.shape != (len(texts),):
         raise ValueError(f"reward returned shape {tuple(scores.shape)}, expected ({len(texts)},): one score a response")
@@ -435,7 +438,7 @@ def _draw_prompts(strata: list[list[str]], n: int, generator: torch.Generator) -
 
 
 def _score(state: PPOState, rollout: Rollout, config: PPOConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs of the reference and of the policy, the critic's values, the policy's entropy: (B, T) each, 0 outside the response."""
+    """Log-probs of reference and policy, values, the policy's entropy: (B, T) each, 0 outside the response."""
     mask = rollout.response_mask
     with autocast(mask.device, config.precision):
         ref_logits = response_logits(state.ref_policy, rollout, config.temperature)

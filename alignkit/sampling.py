@@ -124,8 +124,8 @@ class _Decoder:
 
     def _read(self, ids: Tensor) -> Tensor:
         with autocast(ids.device):
-            output = self.policy(input_ids=ids, attention_mask=self.mask, position_ids=self.positions, past_key_values=self.cache,
-                                 use_cache=True, **_last_logits(self.policy, 1))
+            output = self.policy(input_ids=ids, attention_mask=self.mask, position_ids=self.positions,
+                                 past_key_values=self.cache, use_cache=True, **_last_logits(self.policy, 1))
         self.cache = output.past_key_values
         return output.logits[:, -1]
 
@@ -163,15 +163,15 @@ def _response(policy: nn.Module, rollout: Rollout, temperature: float, states: b
     length = rollout.response_ids.shape[1]
     reader, hidden = fast.reader(policy), None
     if reader is not None:
-        wanted = F.pad(rollout.response_mask, (rollout.prompt_ids.shape[1] - 1, 0))  # a token is predicted one before it
+        wanted = F.pad(rollout.response_mask, (rollout.prompt_ids.shape[1] - 1, 0))  # one before the token
         packed = reader(ids, mask, wanted)
         logits = fast.spread(reader.logits(packed), rollout.response_mask)
         hidden = fast.spread(packed, rollout.response_mask) if states else None
     else:
         more = {"output_hidden_states": True} if states else {}
         with autocast(ids.device):
-            output = policy(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False, **more,
-                            **_last_logits(policy, length))
+            output = policy(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False,
+                            **more, **_last_logits(policy, length))
         logits = output.logits[:, -length:]
         hidden = output.hidden_states[-1][:, -length:] if states else None
     return logits if temperature == 1.0 else logits / temperature, hidden

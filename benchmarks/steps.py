@@ -139,8 +139,9 @@ QUICK = Sizes(
 class Work:
     """What all sides start from: tokenizer, models, texts. Sides copy the models before they train them.
 
-    precision: of alignkit's best settings. policy, ref: two different policies, so that nothing that should be compared is 0. sampling_policy, sampling_ref:
-    the same weights with a head that can say no special token, so that every response has full length.
+    precision: of alignkit's best settings. policy, ref: two different policies, so that nothing that should be
+    compared is 0. sampling_policy, sampling_ref: the same weights with a head that can say no special token, so
+    that every response has full length.
     """
 
     def __init__(self, sizes: Sizes, seed: int = 0, precision: str = "fp32"):
@@ -1010,9 +1011,9 @@ def table(results: dict) -> str:
     rates = results["best"]["flops_per_second"]
     lines += [
         "",
-        f"Best settings: `shared_trunk=True`, `precision=\"{results['best']['precision']}\"` (a product of the model's "
-        f"shapes runs at {rates['fp32'] / 1e9:.0f} GFLOP/s in fp32 and at {rates['bf16'] / 1e9:.0f} in bf16 here; DPO and "
-        "rollout have no other setting that makes them faster).",
+        f'Best settings: `shared_trunk=True`, `precision="{results["best"]["precision"]}"` (a product of the model\'s '
+        f"shapes runs at {rates['fp32'] / 1e9:.0f} GFLOP/s in fp32 and at {rates['bf16'] / 1e9:.0f} in bf16 here; DPO "
+        "and rollout have no other setting that makes them faster).",
         f"Same numbers on all sides: {len(results['checks'])} comparisons, largest difference {worst:.1g}.",
     ]
     if results["trl_ppo"]:
@@ -1026,8 +1027,8 @@ def table(results: dict) -> str:
     lines += [
         "alignkit's SFT and reward training are TRL's trainers: their ratio to TRL is 1 but for bookkeeping and noise.",
         "",
-        "How the cost grows, one size at a time (alignkit, default settings; the second run of each, so only differences "
-        "of a fifth and more mean something):",
+        "How the cost grows, one size at a time (alignkit, default settings; the second run of each, so only "
+        "differences of a fifth and more mean something):",
         "",
         "| changed | parameters | PPO iteration, s | new tokens/s | DPO step, s |",
         "|---|---|---|---|---|",

@@ -563,5 +563,6 @@ def test_in_bf16_the_first_step_still_starts_from_margin_0_and_stays_near_fp32(p
     for _, steps in ends:
         assert steps[0].margin == pytest.approx(0, abs=0.05) and steps[0].loss == pytest.approx(math.log(2), abs=0.05)
     (policy, exact), (low, rounded) = ends
-    assert [row.chosen_logps for row in rounded] == pytest.approx([row.chosen_logps for row in exact], rel=0.02, abs=0.05)
+    assert [row.chosen_logps for row in rounded] == pytest.approx([row.chosen_logps for row in exact], rel=0.02,
+                                                                  abs=0.05)
     assert not torch.equal(weights(policy), weights(low))

@@ -1,4 +1,4 @@
-"""Models read by `alignkit.fast` give what the models themselves give; and what cannot be read so is left to the models."""
+"""Models read by `alignkit.fast` give what they themselves give; what cannot be read so is left to the model."""
 
 import copy
 
@@ -136,8 +136,18 @@ def test_greedy_and_sampled_tokens_are_those_of_the_model_s_own_decoding(model, 
     ids, mask = left_pad([prompt * (1 + row % 2) for row, prompt in enumerate(PROMPTS * 8)], 0)
     seen, drawn = watched(monkeypatch), []
     for _ in range(2):
-        drawn.append(sample(model, ids, mask, max_new_tokens=12, eos_token_id=2, pad_token_id=0, generator=seeded(4),
-                            temperature=temperature))
+        drawn.append(
+            sample(
+                model,
+                ids,
+                mask,
+                max_new_tokens=12,
+                eos_token_id=2,
+                pad_token_id=0,
+                generator=seeded(4),
+                temperature=temperature,
+            )
+        )
         generic(monkeypatch)
     assert set(seen) == {model}
     for name in ("response_ids", "response_mask", "finished"):
@@ -163,12 +173,22 @@ def test_rows_that_have_ended_are_read_no_longer(monkeypatch):
     assert fast.reader(policy) is not None
     ids, mask = left_pad([[1, 15, 20], [1, 16]] * 40, 0)
     read, drawn, step = [], [], fast.Decoder.step
-    monkeypatch.setattr(fast.Decoder, "step", lambda self, tokens, real: (read.append(len(tokens)),
-                                                                         step(self, tokens, real))[1])
+    monkeypatch.setattr(
+        fast.Decoder, "step", lambda self, tokens, real: (read.append(len(tokens)), step(self, tokens, real))[1]
+    )
     for selectable in (True, False):
         monkeypatch.setattr(fast.Decoder, "selectable", selectable)
-        drawn.append(sample(policy, ids, mask, max_new_tokens=30, eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
-                            generator=seeded(6)))
+        drawn.append(
+            sample(
+                policy,
+                ids,
+                mask,
+                max_new_tokens=30,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=0,
+                generator=seeded(6),
+            )
+        )
     steps = drawn[0].response_ids.shape[1] - 1
     assert read[0] == len(ids) and read[steps - 1] <= len(ids) / 2 and set(read[steps:]) == {len(ids)}
     for name, value in vars(drawn[1]).items():
@@ -200,7 +220,9 @@ def test_a_weight_changed_in_place_is_read(model, ragged):
         with torch.no_grad():
             parameter.add_(torch.randn(parameter.shape, generator=seeded(5)), alpha=0.3)
         ids, attention = full_ids(ragged)
-        logits = model(input_ids=ids, attention_mask=attention, position_ids=position_ids(attention)).logits[:, -5:][mask]
+        logits = model(input_ids=ids, attention_mask=attention, position_ids=position_ids(attention)).logits[:, -5:][
+            mask
+        ]
         now = response_logits(model, ragged)[mask]
         assert torch.allclose(now, logits, rtol=1e-4, atol=1e-4), name
         assert not torch.allclose(now, before, atol=1e-4), name
@@ -213,9 +235,11 @@ def test_a_step_of_the_optimiser_is_seen_by_the_decoder(model):
         for parameter in model.parameters():
             parameter.mul_(1.1)
     drawn = sample(model, ids, mask, max_new_tokens=5, eos_token_id=2, pad_token_id=0, generator=seeded(7))
-    logits = model(input_ids=torch.cat([drawn.prompt_ids, drawn.response_ids], 1),
-                   attention_mask=torch.cat([drawn.prompt_mask, drawn.response_mask], 1),
-                   position_ids=position_ids(torch.cat([drawn.prompt_mask, drawn.response_mask], 1))).logits
+    logits = model(
+        input_ids=torch.cat([drawn.prompt_ids, drawn.response_ids], 1),
+        attention_mask=torch.cat([drawn.prompt_mask, drawn.response_mask], 1),
+        position_ids=position_ids(torch.cat([drawn.prompt_mask, drawn.response_mask], 1)),
+    ).logits
     expected = token_logprobs(logits[:, mask.shape[1] - 1 : -1], drawn.response_ids)
     assert torch.allclose(drawn.logprobs, torch.where(drawn.response_mask, expected, 0.0), atol=1e-4)
 
@@ -277,9 +301,20 @@ def with_checkpoints(model):
     return model
 
 
-@pytest.mark.parametrize("change", [lora, inside_lora, watched_by_a_hook, with_its_own_forward, with_dropout, in_float64,
-                                    with_a_layer_of_its_own, with_checkpoints],
-                         ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lora,
+        inside_lora,
+        watched_by_a_hook,
+        with_its_own_forward,
+        with_dropout,
+        in_float64,
+        with_a_layer_of_its_own,
+        with_checkpoints,
+    ],
+    ids=lambda change: change.__name__,
+)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi"])
 def test_what_is_more_than_the_plain_model_is_left_to_the_model(name, change, ragged):
     model = made(name)
@@ -295,10 +330,16 @@ def test_what_is_more_than_the_plain_model_is_left_to_the_model(name, change, ra
     assert torch.allclose(found[ragged.response_mask], expected[ragged.response_mask], atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [
-    {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}},
-    {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}},
-    {"hidden_act": "gelu"}, {"mlp_bias": True}], ids=["linear rope", "dynamic rope", "gelu", "biased MLP"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}},
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}},
+        {"hidden_act": "gelu"},
+        {"mlp_bias": True},
+    ],
+    ids=["linear rope", "dynamic rope", "gelu", "biased MLP"],
+)
 def test_other_kinds_of_llama_are_left_to_the_model(options):
     assert fast.reader(LlamaForCausalLM(LlamaConfig(**SIZES, **options)).eval()) is None
 

@@ -277,7 +277,8 @@ def test_a_shared_critic_is_a_head_that_is_0_and_trains_no_weight_of_its_own_but
     assert [tuple(p.shape) for p in made.critic.parameters()] == [(1, state.policy.config.hidden_size)]
     assert (made.critic.score.weight == 0).all()
     with pytest.raises(ValueError, match="critic is a PhiForSequenceClassification, expected None with shared_trunk"):
-        PPOState.start(state.policy, state.tokenizer, score, PROMPTS, replace(CONFIG, shared_trunk=True), critic=state.critic)
+        PPOState.start(state.policy, state.tokenizer, score, PROMPTS, replace(CONFIG, shared_trunk=True),
+                       critic=state.critic)
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -292,11 +293,13 @@ def test_a_shared_critic_s_values_are_its_head_on_the_policy_s_last_hidden_state
         logits, values = ppo_module._read(shared, rollout, CONFIG)
         mask = rollout.response_mask
         apart = token_values(shared.critic, *full_ids(rollout), mask.shape[1])
-        assert torch.allclose(logits[mask], response_logits(shared.policy, rollout, CONFIG.temperature)[mask], atol=1e-5)
+        expected = response_logits(shared.policy, rollout, CONFIG.temperature)
+        assert torch.allclose(logits[mask], expected[mask], atol=1e-5)
         body = shared.critic.trunk
-        slow = [[float(shared.critic.score(body(input_ids=torch.tensor([prompt + response[:t]])).last_hidden_state[0, -1]))
-                 for t in range(len(response))] for prompt, response in rows_of(rollout)]
-    assert values[mask].tolist() == pytest.approx([value for row in slow for value in row], abs=1e-4)
+        rows = [prompt + response[:t] for prompt, response in rows_of(rollout) for t in range(len(response))]
+        slow = [float(shared.critic.score(body(input_ids=torch.tensor([row])).last_hidden_state[0, -1]))
+                for row in rows]
+    assert values[mask].tolist() == pytest.approx(slow, abs=1e-4)
     assert torch.allclose(apart[mask], values[mask], atol=1e-5) and (values[~mask] == 0).all()
 
 
@@ -307,9 +310,10 @@ def test_value_coef_weighs_the_value_loss_in_a_shared_trunk_and_nothing_else(sha
     mask, slow, head = batch.rollout.response_mask, copy.deepcopy(shared.policy), copy.deepcopy(shared.critic.score)
     ids, attention = full_ids(batch.rollout)
     positions = (attention.long().cumsum(1) - 1).clamp(min=0)
-    hidden = slow.model(input_ids=ids, attention_mask=attention, position_ids=positions).last_hidden_state[:, -mask.shape[1] :]
+    hidden = slow.model(input_ids=ids, attention_mask=attention, position_ids=positions).last_hidden_state
+    hidden = hidden[:, -mask.shape[1] :]
     logprobs = token_logprobs(slow.lm_head(hidden) / config.temperature, batch.rollout.response_ids)[mask]
-    surrogate = ppo_module.policy_loss(logprobs, batch.old_logprobs[mask], batch.advantages[mask], config.clip_range).mean()
+    surrogate = ppo_module.policy_loss(logprobs, batch.old_logprobs[mask], batch.advantages[mask], 0.2).mean()
     error = ppo_module.value_loss(head(hidden).squeeze(-1)[mask], batch.old_values[mask], batch.returns[mask]).mean()
     (surrogate + value_coef * error).backward()
     for module, rate in ((slow, config.learning_rate), (head, config.critic_learning_rate)):
@@ -320,7 +324,7 @@ def test_value_coef_weighs_the_value_loss_in_a_shared_trunk_and_nothing_else(sha
     assert measured["policy_loss"] == pytest.approx(float(surrogate.detach()), abs=1e-5)
     assert torch.allclose(weights(shared.policy), weights(slow), atol=2e-5)
     assert torch.allclose(weights(shared.critic), weights(head), atol=2e-5)
-    apart = [copy.deepcopy(state) for _ in range(2)]  # a critic of its own leaves the policy alone, whatever value_coef is
+    apart = [copy.deepcopy(state) for _ in range(2)]  # a critic of its own leaves the policy alone
     for one, coef in zip(apart, (value_coef, 1.0), strict=True):
         ppo_step(one, batch_of(one, draw(one)), replace(CONFIG, value_coef=coef))
     assert torch.equal(*(weights(one.policy) for one in apart))
@@ -357,7 +361,8 @@ def test_bf16_is_near_fp32_and_its_first_iteration_holds(state):
         assert 1e-5 < float((rounded - exact).norm() / exact.norm()) < 0.03
         assert rounded.dtype == torch.float32
     for options in ({}, {"shared_trunk": True}):
-        started = PPOState.start(copy.deepcopy(state.policy), state.tokenizer, score, PROMPTS, replace(config, **options))
+        started = PPOState.start(copy.deepcopy(state.policy), state.tokenizer, score, PROMPTS,
+                                 replace(config, **options))
         stats = ppo_iteration(started, replace(config, **options))
         assert stats.ratio_first == pytest.approx(1, abs=0.05) and stats.kl_to_ref == 0 and stats.steps == 1
 
@@ -367,7 +372,7 @@ def test_gradients_in_bf16_are_near_those_in_fp32(state):
     direction = torch.randn(rollout.response_ids.shape, generator=seeded(3))
     found = []
     for precision in ("fp32", "bf16"):
-        logits, values = ppo_module._read(state, rollout, replace(CONFIG, precision=precision))
+        logits, _ = ppo_module._read(state, rollout, replace(CONFIG, precision=precision))
         chosen = torch.where(rollout.response_mask, token_logprobs(logits, rollout.response_ids), 0.0)
         found.append(torch.cat([g.flatten() for g in torch.autograd.grad((chosen * direction).sum(), weight)]))
     assert 1e-5 < float((found[0] - found[1]).norm() / found[0].norm()) < 0.05
