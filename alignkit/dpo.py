@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignkit.data import encode_pairs
-from alignkit.models import reference_policy
-from alignkit.ppo import adamw
+from alignkit.models import autocast, reference_policy
+from alignkit.ppo import adamw, check_precision
 from alignkit.relay import InvariantError
 from alignkit.sampling import NonFinite, Rollout, response_logits, rollout_from_ids, seeded, to_device
 from alignkit.tokens import sequence_logps, token_logprobs
@@ -31,6 +31,7 @@ class DPOConfig:
     length_normalised: the loss is on log-probs per token rather than per response (what is logged stays per response). max_new_tokens: responses, EOS included, are cut there.
     epochs, batch_size: passes over the pairs, pairs a step. learning_rate, max_grad_norm: AdamW's and the clip. warmup: the share of steps
     over which the rate rises linearly. precompute_reference: score all pairs with the reference once, before training.
+    precision: "fp32", or "bf16" for the linear layers of policy and reference on a CPU, as in PPOConfig.
     """
 
     beta: float = 0.5
@@ -44,9 +45,11 @@ class DPOConfig:
     max_grad_norm: float = 1.0
     warmup: float = 0.1
     precompute_reference: bool = True
+    precision: str = "fp32"
     seed: int = 0
 
     def __post_init__(self):
+        check_precision(self.precision)
         if not self.beta > 0:
             raise ValueError(f"beta is {self.beta}, expected more than 0")
         if self.loss_type not in LOSSES:
@@ -147,10 +150,12 @@ def response_logps(policy: nn.Module, responses: Rollout) -> Tensor:
 
 
 @torch.no_grad()
-def with_reference(ref_policy: nn.Module, pairs: Pairs, *, batch_size: int = 256) -> Pairs:
-    """The same pairs with the reference's log-probs, computed once."""
-    logps = [torch.cat([response_logps(ref_policy, side[start : start + batch_size]) for start in range(0, len(side), batch_size)])
-             for side in (pairs.chosen, pairs.rejected)]
+def with_reference(ref_policy: nn.Module, pairs: Pairs, *, batch_size: int = 256, precision: str = "fp32") -> Pairs:
+    """The same pairs with the reference's log-probs, computed once. precision: that of the training, see DPOConfig."""
+    with autocast(pairs.chosen.prompt_ids.device, precision):
+        logps = [torch.cat([response_logps(ref_policy, side[start : start + batch_size])
+                            for start in range(0, len(side), batch_size)])
+                 for side in (pairs.chosen, pairs.rejected)]
     return Pairs(pairs.chosen, pairs.rejected, *logps)
 
 
@@ -162,7 +167,8 @@ def dpo_step(policy: nn.Module, optimizer: torch.optim.Optimizer, pairs: Pairs, 
     if pairs.ref_chosen_logps is None:
         raise ValueError("pairs carry no reference log-probs; call with_reference(ref_policy, pairs) first")
     sides = (pairs.chosen, pairs.rejected)
-    logps = [response_logps(policy, side) for side in sides]
+    with autocast(pairs.chosen.prompt_ids.device, config.precision):
+        logps = [response_logps(policy, side) for side in sides]
     refs = (pairs.ref_chosen_logps, pairs.ref_rejected_logps)
     tokens = [side.response_mask.sum(1).clamp(min=1) if config.length_normalised else 1 for side in sides]
     loss = dpo_loss(*(values / count for values, count in zip([*logps, *refs], tokens * 2, strict=True)), beta=config.beta,
@@ -197,7 +203,7 @@ def dpo(policy: nn.Module, tokenizer, rows: list[dict], config: DPOConfig, *, re
     ref_policy = reference_policy(policy) if ref_policy is None else ref_policy
     pairs = Pairs(*(to_device(encode_rows(tokenizer, rows, side, config.max_new_tokens), policy.device) for side in ("chosen", "rejected")))
     if config.precompute_reference:
-        pairs = with_reference(ref_policy, pairs, batch_size=2 * config.batch_size)
+        pairs = with_reference(ref_policy, pairs, batch_size=2 * config.batch_size, precision=config.precision)
     optimizer = adamw([p for p in policy.parameters() if p.requires_grad], config.learning_rate)
     steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
     warmup_steps = config.warmup * steps_per_epoch * config.epochs
@@ -208,12 +214,13 @@ def dpo(policy: nn.Module, tokenizer, rows: list[dict], config: DPOConfig, *, re
             step += 1
             batch = pairs[order[start : start + config.batch_size].to(policy.device)]
             if batch.ref_chosen_logps is None:
-                batch = with_reference(ref_policy, batch)
+                batch = with_reference(ref_policy, batch, precision=config.precision)
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * min(step / warmup_steps, 1.0) if warmup_steps else config.learning_rate
             stats = dpo_step(policy, optimizer, batch, config, step)
             if step == 1 and starts_at_reference:
-                check_first_step(stats, config, 0.05 if policy.device.type == "cuda" else 1e-4)
+                low = policy.device.type == "cuda" or config.precision == "bf16"
+                check_first_step(stats, config, 0.05 if low else 1e-4)
             yield stats
 
 

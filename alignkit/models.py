@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PhiConfig
 from transformers import PhiForCausalLM, PhiForSequenceClassification
 
+from alignkit import fast
 from alignkit.world import desk_tokenizer, phrase_ids
 
 NEVER = -1e4  # a logit that no other can be smaller than: its softmax is exactly 0 in every dtype
@@ -29,9 +30,15 @@ def pick_device(device: str = "auto") -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def autocast(device: torch.device):
-    """bf16 autocast on a GPU, nothing on a CPU: the one precision rule that sampling, scoring and training share."""
-    return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else contextlib.nullcontext()
+def autocast(device: torch.device, precision: str = "fp32"):
+    """The one rule of precision that sampling, scoring and training share.
+
+    bf16 autocast on a GPU; on a CPU if precision is "bf16", otherwise what is on already.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda" or (kind == "cpu" and precision == "bf16"):
+        return torch.autocast(kind, torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def load_policy(model: str | Path, *, seed: int = 0, device: str = "auto"):
@@ -102,11 +109,45 @@ def value_model_from(model: nn.Module) -> nn.Module:
     return critic
 
 
+class SharedCritic(nn.Module):
+    """A critic that is a value head, 0 at first, on the policy's own body. Its parameters are the head's alone.
+
+    `token_values` reads it as any other critic, with a forward pass of its own.
+    """
+
+    base_model_prefix = "trunk"
+
+    def __init__(self, policy: nn.Module):
+        super().__init__()
+        self._policy = [policy]  # in a list, so that its parameters are not this module's
+        self.score = nn.Linear(policy.config.get_text_config().hidden_size, 1, bias=False, device=policy.device,
+                               dtype=policy.dtype)
+        nn.init.zeros_(self.score.weight)
+
+    @property
+    def policy(self) -> nn.Module:
+        return self._policy[0]
+
+    @property
+    def trunk(self) -> nn.Module:
+        return body(self.policy.get_base_model() if _has_adapter(self.policy) else self.policy)
+
+
 def token_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
-    """What a sequence classifier's head says at each of the last `keep` positions: (B, keep), float32."""
+    """What a sequence classifier's head says at each of the last `keep` positions: (B, keep), float32.
+
+    At padding it means nothing.
+    """
+    head, reader = _score_head(model), fast.reader(model.policy if isinstance(model, SharedCritic) else model)
+    if reader is not None:
+        wanted = attention_mask.bool().clone()
+        wanted[:, :-keep] = False
+        hidden = reader(input_ids, attention_mask, wanted)
+        with torch.autocast("cpu", enabled=False):
+            return fast.spread(head(hidden), wanted[:, -keep:]).squeeze(-1).float()
     hidden = body(model)(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask),
                          use_cache=False).last_hidden_state
-    return _score_head(model)(hidden[:, -keep:]).squeeze(-1).float()
+    return head(hidden[:, -keep:]).squeeze(-1).float()
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:

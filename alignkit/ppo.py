@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.kl import k1, k3
-from alignkit.models import autocast, merged, reference_policy, same_vocabulary, token_values, value_model_from
+from alignkit.models import (SharedCritic, autocast, merged, reference_policy, same_vocabulary, token_values,
+                             value_model_from)
 from alignkit.relay import InvariantError
-from alignkit.sampling import (NonFinite, Rollout, decode_responses, encode_prompts, full_ids, response_logits, sample, seeded,
-                               to_device)
+from alignkit.sampling import (NonFinite, Rollout, decode_responses, encode_prompts, full_ids, response_logits,
+                               response_states, sample, seeded, to_device)
 from alignkit.tokens import entropy, masked_mean, token_logprobs, whiten
 
+PRECISIONS = ("fp32", "bf16")
 Reward = Callable[[list[str], list[str]], Sequence[float]]
 
 
@@ -34,11 +36,16 @@ class PPOConfig:
     max_kl: stop training when objective/kl exceeds this many nats. max_step_kl: leave an iteration's remaining steps out when the
     policy has moved this far (nats a token) from the one that sampled.
     gamma, gae_lambda: discount and GAE's λ. clip_range, value_clip_range: half-widths of the clips (inf: none).
-    value_coef: only in effect where policy and critic share parameters. entropy_coef: bonus per nat. ptx_coef: weight of the SFT loss on demonstrations.
+    value_coef: weight of the critic's loss; only in effect with shared_trunk. entropy_coef: bonus per nat.
+    ptx_coef: weight of the SFT loss on demonstrations.
     missing_eos_penalty: taken off the score, once, of a response cut at the limit. score_clip: scores are clipped to ± this.
     whiten_rewards: scale per-token rewards to variance 1 (no mean shift). whiten_advantages: mean 0, variance 1 a batch.
     epochs, minibatch_size: passes over a rollout, responses a step. learning_rate, critic_learning_rate, max_grad_norm: AdamW's and the clip.
     critic_warmup: first iterations that train the critic alone. lr_decay: linear decay of both rates to 0 over `iterations`.
+    shared_trunk: the critic is a value head on the policy's own body, 0 at first, and its loss trains that body too:
+    one forward pass a step instead of two. precision: "fp32", or "bf16" for the linear layers of policy, reference and
+    critic on a CPU (attention and heads stay in fp32 where `alignkit.fast` reads the model); it pays where the CPU
+    multiplies bf16 in hardware (AMX). A GPU always takes bf16.
     """
 
     iterations: int = 40
@@ -69,9 +76,12 @@ class PPOConfig:
     max_grad_norm: float = 1.0
     critic_warmup: int = 0
     lr_decay: bool = True
+    shared_trunk: bool = False
+    precision: str = "fp32"
     seed: int = 0
 
     def __post_init__(self):
+        check_precision(self.precision)
         for name in ("iterations", "prompts_per_iteration", "samples_per_prompt", "max_new_tokens", "epochs", "minibatch_size",
                      "kl_horizon"):
             if getattr(self, name) < 1:
@@ -86,6 +96,12 @@ class PPOConfig:
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number between 0 and 1")
+
+
+def check_precision(precision: str) -> None:
+    """Raise ValueError if `precision` is not "fp32" or "bf16"."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
 
 
 def _stat(name: str, meaning: str):
@@ -209,8 +225,9 @@ class PPOState:
         """A run's state before its first iteration.
 
         prompts: texts, or lists of texts (strata, drawn evenly). critic: by default a copy of the reward model if it reads the policy's tokens, otherwise the
-        policy's body with a head that is 0. ref_policy: by default the policy as it is now.
-        Raises ValueError if there are no prompts, or ptx_coef > 0 without demonstrations.
+        policy's body with a head that is 0; with shared_trunk a head on the policy's own body.
+        ref_policy: by default the policy as it is now.
+        Raises ValueError if there are no prompts, ptx_coef > 0 without demonstrations, or a critic with shared_trunk.
         """
         strata = [list(s) for s in prompts] if prompts and not isinstance(prompts[0], str) else [list(prompts)]
         strata = [stratum for stratum in strata if stratum]
@@ -218,6 +235,11 @@ class PPOState:
             raise ValueError("prompts is empty, expected at least one prompt")
         if config.ptx_coef > 0 and not demonstrations:
             raise ValueError(f"ptx_coef is {config.ptx_coef} but there are no demonstrations to mix in")
+        if config.shared_trunk:
+            if critic is not None:
+                raise ValueError(f"critic is a {type(critic).__name__}, expected None with shared_trunk, which makes "
+                                 "its own")
+            critic = SharedCritic(policy)
         if critic is None:
             reads_same = hasattr(reward, "model") and same_vocabulary(tokenizer, reward.tokenizer)
             critic = value_model_from(reward.model if reads_same else policy)
@@ -280,12 +302,12 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
              train_policy: bool = True) -> dict[str, float]:
     """One optimiser step on a minibatch, of the policy and of the critic; returns what it measured.
 
-    Nothing is changed if a loss or gradient is not finite: NonFinite is raised. The critic is a model of its own, so its loss
-    does not touch the policy.
+    Nothing is changed if a loss or gradient is not finite: NonFinite is raised. The loss of a critic that is a model of
+    its own does not touch the policy; that of a shared one trains the policy's body, weighted by value_coef.
     """
     rollout = batch.rollout
     mask = rollout.response_mask
-    logits = response_logits(state.policy, rollout, config.temperature)
+    logits, values = _read(state, rollout, config)
     logprobs = torch.where(mask, token_logprobs(logits, rollout.response_ids), 0.0)
     surrogate = masked_mean(policy_loss(logprobs, batch.old_logprobs, batch.advantages, config.clip_range), mask)
     loss = surrogate
@@ -293,12 +315,10 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
         loss = loss - config.entropy_coef * masked_mean(entropy(logits), mask)
     ptx = loss.new_zeros(())
     if demonstrations is not None:
-        demo_logprobs = token_logprobs(response_logits(state.policy, demonstrations), demonstrations.response_ids)
+        with autocast(mask.device, config.precision):
+            demo_logprobs = token_logprobs(response_logits(state.policy, demonstrations), demonstrations.response_ids)
         ptx = -masked_mean(demo_logprobs, demonstrations.response_mask)
         loss = loss + config.ptx_coef * ptx
-    ids, attention = full_ids(rollout)
-    with autocast(ids.device):
-        values = _response_values(state.critic, ids, attention, mask)
     critic_loss = masked_mean(value_loss(values, batch.old_values, batch.returns, config.value_clip_range), mask)
     state.policy_optimizer.zero_grad(set_to_none=True)
     state.critic_optimizer.zero_grad(set_to_none=True)
@@ -342,14 +362,9 @@ def ppo_iteration(state: PPOState, config: PPOConfig) -> PPOStats:
     rollout, scores = _collect(state, config)
     mask = rollout.response_mask
     with torch.no_grad():
-        ids, attention = full_ids(rollout)
-        ref_logits = response_logits(state.ref_policy, rollout, config.temperature)
-        ref_logprobs = torch.where(mask, token_logprobs(ref_logits, rollout.response_ids), 0.0)
-        logits = response_logits(state.policy, rollout, config.temperature)
-        old_logprobs = torch.where(mask, token_logprobs(logits, rollout.response_ids), 0.0)
-        token_entropy = torch.where(mask, entropy(logits), 0.0)
-        with autocast(ids.device):
-            values = _response_values(state.critic, ids, attention, mask)
+        parts = [_score(state, rollout[start : start + config.minibatch_size], config)
+                 for start in range(0, len(rollout), config.minibatch_size)]
+        ref_logprobs, old_logprobs, values, token_entropy = (torch.cat(part) for part in zip(*parts, strict=True))
         shaped = (scores - config.missing_eos_penalty * (~rollout.finished).float()).clamp(-config.score_clip, config.score_clip)
         rewards = token_rewards(shaped, old_logprobs, ref_logprobs, mask, state.kl_coef)
         if config.whiten_rewards:
@@ -362,7 +377,8 @@ def ppo_iteration(state: PPOState, config: PPOConfig) -> PPOStats:
         explained = 1 - _variance(residual, mask) / _variance(returns, mask).clamp(min=1e-8)
     batch = PPOBatch(rollout, old_logprobs, values, advantages, returns)
     if iteration == 1:
-        check_first_rollout(rollout, old_logprobs, ref_logprobs, rewards if not config.whiten_rewards else None, shaped, state.kl_coef)
+        check_first_rollout(rollout, old_logprobs, ref_logprobs, rewards if not config.whiten_rewards else None, shaped,
+                            state.kl_coef, 0.05 if config.precision == "bf16" else 1e-4)
 
     measured = []
     for epoch in range(config.epochs):
@@ -429,9 +445,10 @@ def _collect(state: PPOState, config: PPOConfig) -> tuple[Rollout, Tensor]:
     texts = _draw_prompts(state.prompts, config.prompts_per_iteration, seeded(config.seed, state.iteration, 2))
     texts = [text for text in texts for _ in range(config.samples_per_prompt)]
     ids, mask = encode_prompts(state.tokenizer, texts)
-    rollout = sample(state.policy, ids, mask, max_new_tokens=config.max_new_tokens, eos_token_id=state.tokenizer.eos_token_id,
-                     pad_token_id=state.tokenizer.pad_token_id, generator=seeded(config.seed, state.iteration),
-                     temperature=config.temperature)
+    with autocast(state.policy.device, config.precision):
+        rollout = sample(state.policy, ids, mask, max_new_tokens=config.max_new_tokens,
+                         eos_token_id=state.tokenizer.eos_token_id, pad_token_id=state.tokenizer.pad_token_id,
+                         generator=seeded(config.seed, state.iteration), temperature=config.temperature)
     scores = torch.as_tensor(state.reward(texts, decode_responses(state.tokenizer, rollout)), dtype=torch.float32).to(ids.device)
     if scores.shape != (len(texts),):
         raise ValueError(f"reward returned shape {tuple(scores.shape)}, expected ({len(texts)},): one score a response")
@@ -445,6 +462,30 @@ def _draw_prompts(strata: list[list[str]], n: int, generator: torch.Generator) -
     which = torch.arange(n) % len(strata)
     picks = torch.rand(n, generator=generator)
     return [strata[s][int(u * len(strata[s]))] for s, u in zip(which.tolist(), picks.tolist(), strict=True)]
+
+
+def _score(state: PPOState, rollout: Rollout, config: PPOConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs of reference and policy, values, the policy's entropy: (B, T) each, 0 outside the response."""
+    mask = rollout.response_mask
+    with autocast(mask.device, config.precision):
+        ref_logits = response_logits(state.ref_policy, rollout, config.temperature)
+    ref_logprobs = torch.where(mask, token_logprobs(ref_logits, rollout.response_ids), 0.0)
+    logits, values = _read(state, rollout, config)
+    old_logprobs = torch.where(mask, token_logprobs(logits, rollout.response_ids), 0.0)
+    return ref_logprobs, old_logprobs, values, torch.where(mask, entropy(logits), 0.0)
+
+
+def _read(state: PPOState, rollout: Rollout, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """The policy's logits (B, T, V) at config.temperature, and the critic's values (B, T)."""
+    mask = rollout.response_mask
+    with autocast(mask.device, config.precision):
+        if not isinstance(state.critic, SharedCritic):
+            logits = response_logits(state.policy, rollout, config.temperature)
+            return logits, _response_values(state.critic, *full_ids(rollout), mask)
+        logits, hidden = response_states(state.policy, rollout, config.temperature)
+    score = state.critic.score
+    values = score(hidden.to(score.weight.dtype)).squeeze(-1).float()
+    return logits, torch.where(mask, values, 0.0)
 
 
 def _response_values(critic: nn.Module, ids: Tensor, attention: Tensor, response_mask: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCES = ("dpo", "exact", "kl", "models", "ppo", "reward", "sampling", "sft", "task", "tokens", "world")
+SOURCES = ("dpo", "exact", "fast", "kl", "models", "ppo", "reward", "sampling", "sft", "task", "tokens", "world")
 MEASURES = {  # of exact only what the sweep measures with: the rest may grow
     "trie_logps", "response_logps", "_levels", "_assemble", "_Reader", "_policy_reader", "_reward_reader", "_walk",
     "gold_table", "proxy_table", "_trie_scores", "expectation", "response_entropy", "response_kl", "optimum",

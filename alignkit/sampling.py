@@ -8,9 +8,11 @@ import inspect
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from alignkit import fast
 from alignkit.data import encode_texts
 from alignkit.models import autocast, position_ids
 
@@ -87,43 +89,92 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
         raise ValueError(f"temperature is {temperature}, expected a positive number")
     device = policy.device
     prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
-    mask, positions, cache, inputs = prompt_mask, position_ids(prompt_mask), None, prompt_ids
+    reader = fast.reader(policy)
+    decoder = (_Decoder(policy, prompt_ids, prompt_mask) if reader is None
+               else fast.Decoder(reader, prompt_ids, prompt_mask, max_new_tokens - 1))
+    logits = decoder.logits
     alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
     rows = torch.arange(len(prompt_ids), device=device)  # those that the model still reads
     padding, nothing = torch.full_like(rows, pad_token_id), torch.zeros(len(prompt_ids), device=device)
     tokens, masks, logprobs = [], [], []
-    for _ in range(max_new_tokens):
-        with autocast(device):
-            output = policy(input_ids=inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-                            **_last_logits(policy, 1))
-        cache = output.past_key_values
-        scaled = output.logits[:, -1].float() / temperature
+    while True:
+        scaled = logits.float() / temperature
         uniform = torch.rand(len(prompt_ids), 1, generator=generator, dtype=torch.float64).to(device)
         token, logprob = _inverse_cdf(scaled, uniform[rows])
         tokens.append(torch.where(alive, padding.scatter(0, rows, token), pad_token_id))
         logprobs.append(torch.where(alive, nothing.scatter(0, rows, logprob), 0.0))
         masks.append(alive)
         alive = alive & (tokens[-1] != eos_token_id)
-        if not alive.any():
+        if len(tokens) == max_new_tokens or not alive.any():
             break
         going = alive[rows]
-        if 2 * going.sum() <= len(rows) and _selectable(cache):  # half of the rows have ended: they are read no longer
-            rows, mask, positions = rows[going], mask[going], positions[going]
-            cache.batch_select_indices(going.nonzero().squeeze(1))
-        inputs = tokens[-1][rows, None]
-        mask = torch.cat([mask, masks[-1][rows, None]], 1)
-        positions = positions[:, -1:] + 1
+        if 2 * going.sum() <= len(rows) and decoder.selectable:  # half of the rows have ended: they are read no longer
+            rows = rows[going]
+            decoder.select(going.nonzero().squeeze(1))
+        logits = decoder.step(tokens[-1][rows], masks[-1][rows])
     return Rollout(prompt_ids, prompt_mask, torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logprobs, 1), ~alive)
 
 
+class _Decoder:
+    """Any Hugging Face causal LM, a token at a time, with its own cache. logits: (B, V), of the next token."""
+
+    def __init__(self, policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor):
+        self.policy, self.mask, self.positions, self.cache = policy, prompt_mask, position_ids(prompt_mask), None
+        self.logits = self._read(prompt_ids)
+
+    def _read(self, ids: Tensor) -> Tensor:
+        with autocast(ids.device):
+            output = self.policy(input_ids=ids, attention_mask=self.mask, position_ids=self.positions,
+                                 past_key_values=self.cache, use_cache=True, **_last_logits(self.policy, 1))
+        self.cache = output.past_key_values
+        return output.logits[:, -1]
+
+    def step(self, tokens: Tensor, real: Tensor) -> Tensor:
+        """Logits (B, V) after one more token (B,) a row; real (B,): False where it is padding."""
+        self.mask = torch.cat([self.mask, real[:, None]], 1)
+        self.positions = self.positions[:, -1:] + 1
+        return self._read(tokens[:, None])
+
+    @property
+    def selectable(self) -> bool:
+        return _selectable(self.cache)
+
+    def select(self, rows: Tensor) -> None:
+        """Read on with these rows (R,) alone."""
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+        self.cache.batch_select_indices(rows)
+
+
 def response_logits(policy: nn.Module, rollout: Rollout, temperature: float = 1.0) -> Tensor:
-    """Logits (B, T, V), divided by `temperature`, that predict each response token. Differentiable."""
+    """Logits (B, T, V), divided by `temperature`, that predict each response token. Differentiable.
+
+    Outside the response they mean nothing.
+    """
+    return _response(policy, rollout, temperature, False)[0]
+
+
+def response_states(policy: nn.Module, rollout: Rollout, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`response_logits` and the last hidden states (B, T, H) that they were read from, by one forward pass."""
+    return _response(policy, rollout, temperature, True)
+
+
+def _response(policy: nn.Module, rollout: Rollout, temperature: float, states: bool) -> tuple[Tensor, Tensor | None]:
     ids, mask = full_ids(rollout)
     length = rollout.response_ids.shape[1]
-    with autocast(ids.device):
-        logits = policy(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False,
-                        **_last_logits(policy, length)).logits[:, -length:]
-    return logits if temperature == 1.0 else logits / temperature
+    reader, hidden = fast.reader(policy), None
+    if reader is not None:
+        wanted = F.pad(rollout.response_mask, (rollout.prompt_ids.shape[1] - 1, 0))  # one before the token
+        packed = reader(ids, mask, wanted)
+        logits = fast.spread(reader.logits(packed), rollout.response_mask)
+        hidden = fast.spread(packed, rollout.response_mask) if states else None
+    else:
+        more = {"output_hidden_states": True} if states else {}
+        with autocast(ids.device):
+            output = policy(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False,
+                            **more, **_last_logits(policy, length))
+        logits = output.logits[:, -length:]
+        hidden = output.hidden_states[-1][:, -length:] if states else None
+    return logits if temperature == 1.0 else logits / temperature, hidden
 
 
 def full_ids(rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -175,12 +226,12 @@ def seeded(*numbers: int) -> torch.Generator:
 
 
 def _inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    logprobs = logits.log_softmax(-1)
-    if not torch.isfinite(logprobs).any(-1).all():
+    total = logits.logsumexp(-1, keepdim=True)
+    if not torch.isfinite(total).all():
         raise NonFinite("the policy's logits are NaN or infinite; its weights have diverged (lower the learning rate)")
-    cumulative = logprobs.double().exp().cumsum(-1)
+    cumulative = (logits - total).exp().cumsum(-1, dtype=torch.float64)
     token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
-    return token.squeeze(1), logprobs.gather(1, token).squeeze(1)
+    return token.squeeze(1), (logits.gather(1, token) - total).squeeze(1)
 
 
 def _selectable(cache) -> bool:

@@ -17,6 +17,10 @@ alignkit's PPO parts are timed inside `ppo_iteration` itself: rollout is `sample
 is everything else (drawing and tokenising prompts, decoding, the reward, old and reference log-probs, values, GAE,
 statistics). Its SFT and reward training are TRL's trainers with alignkit's settings, so there the two can differ by no
 more than noise and the trainer's bookkeeping round a step.
+
+A second row has alignkit's best settings: a trunk that policy and critic share, and bf16 where this machine multiplies
+bf16 faster than fp32 (tried at the model's own shapes). The shared trunk is another algorithm, so the row compares what
+an iteration costs, not the same numbers. A second table shows how the cost of a default iteration grows.
 """
 
 import argparse
@@ -31,7 +35,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -135,12 +139,13 @@ QUICK = Sizes(
 class Work:
     """What all sides start from: tokenizer, models, texts. Sides copy the models before they train them.
 
-    policy, ref: two different policies, so that nothing that should be compared is 0. sampling_policy, sampling_ref:
-    the same weights with a head that can say no special token, so that every response has full length.
+    precision: of alignkit's best settings. policy, ref: two different policies, so that nothing that should be
+    compared is 0. sampling_policy, sampling_ref: the same weights with a head that can say no special token, so
+    that every response has full length.
     """
 
-    def __init__(self, sizes: Sizes, seed: int = 0):
-        self.sizes = sizes
+    def __init__(self, sizes: Sizes, seed: int = 0, precision: str = "fp32"):
+        self.sizes, self.precision = sizes, precision
         self.tokenizer = word_tokenizer(sizes.vocabulary)
         self.policy, self.ref = (tied_llama(sizes, self.tokenizer, seed=seed + number) for number in (0, 1))
         self.sampling_policy, self.sampling_ref = (
@@ -231,9 +236,9 @@ def without_specials(policy: LlamaForCausalLM, tokenizer) -> LlamaForCausalLM:
 
 
 class AlignkitPPO:
-    """`ppo_iteration`, with the time that its parts take."""
+    """`ppo_iteration`, with the time that its parts take. options: of PPOConfig."""
 
-    def __init__(self, work: Work):
+    def __init__(self, work: Work, **options):
         sizes = work.sizes
         self.config = ppo.PPOConfig(
             iterations=10**6,
@@ -245,6 +250,7 @@ class AlignkitPPO:
             learning_rate=1e-5,
             critic_learning_rate=1e-5,
             lr_decay=False,
+            **options,
         )
         scorer = RewardScorer(copy.deepcopy(work.reward_model), work.tokenizer)
         strata = [[prompt] for prompt in work.prompts]  # one prompt a stratum: every prompt once an iteration, in order
@@ -394,18 +400,21 @@ class BarePPO:
 class AlignkitDPO:
     """`dpo_step` on one batch, scored by the reference at every step or once."""
 
-    def __init__(self, work: Work, precomputed: bool):
+    def __init__(self, work: Work, precomputed: bool, precision: str = "fp32"):
         self.policy, self.ref, self.precomputed = copy.deepcopy(work.policy), frozen_copy(work.ref), precomputed
-        self.config = DPOConfig(beta=BETA, max_new_tokens=work.sizes.new_tokens)
+        self.config = DPOConfig(beta=BETA, max_new_tokens=work.sizes.new_tokens, precision=precision)
         self.optimizer = ppo.adamw(list(self.policy.parameters()), 1e-5)
         self.pairs = Pairs(
             *(encode_rows(work.tokenizer, work.pairs, side, work.sizes.new_tokens) for side in ("chosen", "rejected"))
         )
         if precomputed:
-            self.pairs = with_reference(self.ref, self.pairs)
+            self.pairs = self.scored()
+
+    def scored(self) -> Pairs:
+        return with_reference(self.ref, self.pairs, precision=self.config.precision)
 
     def step(self) -> float:
-        pairs = self.pairs if self.precomputed else with_reference(self.ref, self.pairs)
+        pairs = self.pairs if self.precomputed else self.scored()
         return dpo_step(self.policy, self.optimizer, pairs, self.config).loss
 
 
@@ -561,14 +570,25 @@ class TRL:
 
 
 def sides(work: Work) -> dict[str, dict[str, Callable[[], object]]]:
-    """job -> side -> what makes it. A side is called, and returns its seconds; or has `step()`, which is timed."""
-    jobs = {"ppo": {"alignkit": lambda: AlignkitPPO(work), "bare": lambda: BarePPO(work)}}
+    """job -> side -> what makes it. A side is called, and returns its seconds; or has `step()`, which is timed.
+
+    "best" is alignkit with its best settings, where these are others than the default ones.
+    """
+    jobs = {
+        "ppo": {
+            "alignkit": lambda: AlignkitPPO(work),
+            "best": lambda: AlignkitPPO(work, shared_trunk=True, precision=work.precision),
+            "bare": lambda: BarePPO(work),
+        }
+    }
     for name, precomputed in (("dpo", False), ("dpo_precomputed", True)):
         jobs[name] = {
             "alignkit": lambda precomputed=precomputed: AlignkitDPO(work, precomputed),
             "bare": lambda precomputed=precomputed: BareDPO(work, precomputed),
             "trl": lambda name=name: TRL(work, name),
         }
+        if work.precision != "fp32":
+            jobs[name]["best"] = lambda precomputed=precomputed: AlignkitDPO(work, precomputed, work.precision)
     for name, bare in (("sft", BareSFT), ("reward", BareReward)):
         jobs[name] = {
             "alignkit": lambda name=name: AlignkitTraining(work, name),
@@ -599,7 +619,7 @@ def compare(work: Work) -> list[dict]:
     found = list(_compare_ppo(work))
     for name, job in sides(work).items():
         if name != "ppo":
-            made = {side: make() for side, make in job.items()}
+            made = {side: make() for side, make in job.items() if side != "best"}
             steps = 1 if name in ("sft", "reward") else 3  # alignkit's come with a learning-rate schedule
             losses = {side: torch.tensor([side_made.step() for _ in range(steps)]) for side, side_made in made.items()}
             found += [
@@ -692,8 +712,10 @@ class Cost:
         return sum(max(flops / flops_per_second, moved / bytes_per_second) for flops, moved in self.phases)
 
 
-def costs(work: Work) -> dict[str, Cost]:
+def costs(work: Work, shared_trunk: bool = False) -> dict[str, Cost]:
     """Each row's cost: 2 FLOPs a weight and token forward, 6 with backward.
+
+    A critic that shares the policy's trunk costs nothing of its own.
 
     Padding is not counted, and the head only where a token is scored. Attention's own FLOPs, activations and everything
     elementwise are left out. Decoding reads all weights and the KV cache at every token; an optimiser step reads or
@@ -705,13 +727,13 @@ def costs(work: Work) -> dict[str, Cost]:
     kv_bytes = 2 * sizes.layers * sizes.hidden * 4  # a token
     prompt, new, batch = sum(text.count(" w") for text in work.prompts), sizes.new_tokens, sizes.prompts
     whole = prompt + batch * new
-    policy, value = 2 * (body * whole + head * batch * new), 2 * body * whole
+    policy, value = 2 * (body * whole + head * batch * new), 0 if shared_trunk else 2 * body * whole
     decode = tuple(
         (2 * (body + head) * batch, 4 * (body + head) + kv_bytes * (prompt + batch * step)) for step in range(1, new)
     )
     rollout = ((2 * (body * prompt + head * batch), 4 * (body + head)), *decode)
-    scoring = ((2 * policy + value + 2 * body * (whole + batch), 4 * (4 * body + 2 * head)),)
-    moved = 7 * 4 * (2 * body + head)
+    scoring = ((2 * policy + value + 2 * body * (whole + batch), 4 * ((3 if shared_trunk else 4) * body + 2 * head)),)
+    moved = 7 * 4 * ((1 if shared_trunk else 2) * body + head)
     update = ((sizes.epochs * 3 * (policy + value), sizes.epochs * sizes.minibatches * moved),)
     rows = sum(text["prompt"].count(" w") for text in work.pairs) + sizes.pairs * new
     forward = 2 * (body * rows + head * sizes.pairs * new)  # of one side of the pairs
@@ -745,14 +767,62 @@ def probe(quick: bool) -> tuple[float, float]:
     return 2 * size**3 / fastest[0], 8 * length / fastest[1]
 
 
+def bf16_rates(quick: bool) -> dict[str, float]:
+    """FLOP/s of a product as the models make them (1792 tokens, 128 to 688), in fp32 and in bf16."""
+    rows, rates = (64 if quick else 1792), {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        left, right = torch.ones(rows, 128, dtype=dtype), torch.ones(688, 128, dtype=dtype)
+        taken = []
+        for _ in range(5):
+            start = clock()
+            F.linear(left, right)
+            taken.append(max(clock() - start, 1e-6))
+        rates[name] = 2 * rows * 128 * 688 / min(taken)
+    return rates
+
+
+GROWTH = {  # what changes -> its values; all else is as in Sizes
+    "prompts": (32, 512),
+    "new_tokens": (8, 128),
+    "hidden": (64, 256),
+    "layers": (2, 8),
+    "minibatches": (1, 16),
+}
+
+
+def growth(sizes: Sizes, values: dict[str, tuple[int, ...]]) -> list[dict]:
+    """Seconds of alignkit's second PPO iteration and second DPO step, as one size at a time changes."""
+    rows = []
+    for name, value in [(None, None), *((name, value) for name, some in values.items() for value in some)]:
+        _say(f"growth: {name} {value}" if name else "growth: the sizes above")
+        changed = replace(sizes, **{name: value}) if name else sizes
+        if name == "hidden":
+            changed = replace(changed, intermediate=sizes.intermediate * value // sizes.hidden)
+        work = Work(changed)
+        iteration, step = AlignkitPPO(work), AlignkitDPO(work, True)
+        iteration(), step.step()
+        rows.append(
+            {
+                "changed": name,
+                "value": value,
+                "parameters": sum(parameter.numel() for parameter in work.policy.parameters()),
+                "iteration": iteration()["iteration"],
+                "iteration_tokens": changed.prompts * changed.new_tokens,
+                "dpo": seconds("dpo", step)["dpo"],
+            }
+        )
+    return rows
+
+
 # measure
 
 
 def measure_all(sizes: Sizes, rounds: int, *, quick: bool = False, trl_ppo: Path | None = None) -> dict:
     """Compare, measure memory, then time: a dict as the JSON has it. trl_ppo: where TRL's PPO lives."""
-    work = Work(sizes)
+    rates = bf16_rates(quick)
+    work = Work(sizes, precision="bf16" if rates["bf16"] > 1.5 * rates["fp32"] else "fp32")
     jobs = sides(work)
-    peaks = _peaks(sizes, jobs)
+    peaks = _peaks(work, jobs)
     _say("the same numbers on all sides")
     checks = compare(work)
     if trl_ppo is not None:
@@ -780,30 +850,35 @@ def measure_all(sizes: Sizes, rounds: int, *, quick: bool = False, trl_ppo: Path
         alike = _same_ppo(sizes, observed)
         peaks["ppo"]["trl"] = worker.peak_mb
         worker.close()
+    grown = growth(sizes, {"prompts": (2,), "new_tokens": (3,)} if quick else GROWTH)
     flops, bandwidth = (statistics.median(rate) for rate in zip(*probes, strict=True))
-    cost = costs(work)
+    cost, cheaper = costs(work), costs(work, shared_trunk=True)
+    faster = flops * max(1.0, rates[work.precision] / rates["fp32"])  # of the best settings
     rows = []
     for name in ROWS:
         job = "ppo" if name in PPO_PARTS else name
         limit = cost[name].limit(flops, bandwidth)
+        limits = dict.fromkeys(jobs[job], limit) | {"best": cheaper[name].limit(faster, bandwidth)}
         measured = {
             side: _spread(taken[name, side])
             | {
                 "seconds": taken[name, side],
                 "tokens_per_second": cost[name].tokens / statistics.median(taken[name, side]),
-                "share_of_limit": limit / statistics.median(taken[name, side]),
+                "limit_seconds": limits[side],
+                "share_of_limit": limits[side] / statistics.median(taken[name, side]),
                 "peak_mb": peaks[job][side],
             }
             for side in jobs[job]
             if (name, side) in taken
         }
-        ratios = {
-            side: _spread(
-                [theirs / mine for theirs, mine in zip(taken[name, side], taken[name, "alignkit"], strict=True)]
-            )
-            for side in measured
-            if side != "alignkit"
-        }
+        ratios, best_ratios = (
+            {
+                side: _spread([theirs / mine for theirs, mine in zip(taken[name, side], taken[name, own], strict=True)])
+                for side in measured
+                if side != own and own in measured
+            }
+            for own in ("alignkit", "best")
+        )
         rows.append(
             {
                 "name": name,
@@ -814,6 +889,7 @@ def measure_all(sizes: Sizes, rounds: int, *, quick: bool = False, trl_ppo: Path
                 "limit_seconds": limit,
                 "sides": measured,
                 "ratios": ratios,
+                "best_ratios": best_ratios,
             }
         )
     machine = {
@@ -832,6 +908,8 @@ def measure_all(sizes: Sizes, rounds: int, *, quick: bool = False, trl_ppo: Path
         "machine": machine,
         "sizes": asdict(sizes),
         "precision": "float32",
+        "best": {"shared_trunk": True, "precision": work.precision, "flops_per_second": rates},
+        "growth": grown,
         "rounds": rounds,
         "parameters": sum(parameter.numel() for parameter in work.policy.parameters()),
         "rows": rows,
@@ -857,7 +935,7 @@ def _same_ppo(sizes: Sizes, observed: list[tuple[int, int, float, float]]) -> di
     return {"steps": steps, "kl": kl, "kl_trl": kl_trl}
 
 
-def _peaks(sizes: Sizes, jobs: dict) -> dict[str, dict[str, float | None]]:
+def _peaks(work: Work, jobs: dict) -> dict[str, dict[str, float | None]]:
     """Peak memory of making a side and taking one step on one thread, MB over what was there.
 
     Each has a process, started by a server that has the imports and nothing else: a fork of this one would inherit
@@ -868,7 +946,7 @@ def _peaks(sizes: Sizes, jobs: dict) -> dict[str, dict[str, float | None]]:
         for side in made:
             _say(f"memory: {job}, {side}")
             receiver, sender = PROCESSES.Pipe(duplex=False)
-            process = PROCESSES.Process(target=_peak, args=(asdict(sizes), job, side, sender))
+            process = PROCESSES.Process(target=_peak, args=(asdict(work.sizes), work.precision, job, side, sender))
             process.start()
             sender.close()
             try:
@@ -881,10 +959,10 @@ def _peaks(sizes: Sizes, jobs: dict) -> dict[str, dict[str, float | None]]:
     return peaks
 
 
-def _peak(sizes: dict, job: str, side: str, sender) -> None:
+def _peak(sizes: dict, precision: str, job: str, side: str, sender) -> None:
     torch.set_num_threads(1)
     with _quiet():
-        make = sides(Work(Sizes(**sizes)))[job][side]
+        make = sides(Work(Sizes(**sizes), precision=precision))[job][side]
         before = resident()
         seconds(job, make())
     sender.send(max(0.0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before))
@@ -910,25 +988,32 @@ def table(results: dict) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in results["rows"]:
-        own = row["sides"]["alignkit"]
-        cells = [
-            row["what"],
-            _range(own),
-            f"{own['tokens_per_second']:,.0f}".replace(",", " "),
-            f"{own['share_of_limit']:.0%}",
-        ]
-        for side in ("bare", "trl"):
-            cells += (
-                [_range(row["sides"][side]), _range(row["ratios"][side], 2)]
-                if side in row["sides"]
-                else ["not measured"] * 2
-            )
-        peaks = [row["sides"].get(side, {}).get("peak_mb") for side in ("alignkit", "bare", "trl")]
-        cells.append(" / ".join("–" if peak is None else f"{peak:.0f}" for peak in peaks))
-        lines.append(f"| {' | '.join(cells)} |")
+        for mine, ratios, what in (("alignkit", row["ratios"], ""), ("best", row["best_ratios"], ", best settings")):
+            if mine not in row["sides"]:
+                continue
+            own = row["sides"][mine]
+            cells = [
+                row["what"] + what,
+                _range(own),
+                f"{own['tokens_per_second']:,.0f}".replace(",", " "),
+                f"{own['share_of_limit']:.0%}",
+            ]
+            for side in ("bare", "trl"):
+                cells += (
+                    [_range(row["sides"][side]), _range(ratios[side], 2)]
+                    if side in row["sides"]
+                    else ["not measured"] * 2
+                )
+            peaks = [row["sides"].get(side, {}).get("peak_mb") for side in (mine, "bare", "trl")]
+            cells.append(" / ".join("–" if peak is None else f"{peak:.0f}" for peak in peaks))
+            lines.append(f"| {' | '.join(cells)} |")
     worst = max(row["difference"] for row in results["checks"])
+    rates = results["best"]["flops_per_second"]
     lines += [
         "",
+        f'Best settings: `shared_trunk=True`, `precision="{results["best"]["precision"]}"` (a product of the model\'s '
+        f"shapes runs at {rates['fp32'] / 1e9:.0f} GFLOP/s in fp32 and at {rates['bf16'] / 1e9:.0f} in bf16 here; DPO "
+        "and rollout have no other setting that makes them faster).",
         f"Same numbers on all sides: {len(results['checks'])} comparisons, largest difference {worst:.1g}.",
     ]
     if results["trl_ppo"]:
@@ -940,8 +1025,20 @@ def table(results: dict) -> str:
         ]
     lines += [f"Not measured: {what}: {why}." for what, why in results["not_measured"].items()]
     lines += [
-        "alignkit's SFT and reward training are TRL's trainers: their ratio to TRL is 1 but for bookkeeping and noise."
+        "alignkit's SFT and reward training are TRL's trainers: their ratio to TRL is 1 but for bookkeeping and noise.",
+        "",
+        "How the cost grows, one size at a time (alignkit, default settings; the second run of each, so only "
+        "differences of a fifth and more mean something):",
+        "",
+        "| changed | parameters | PPO iteration, s | new tokens/s | DPO step, s |",
+        "|---|---|---|---|---|",
     ]
+    for row in results["growth"]:
+        changed = "nothing" if row["changed"] is None else f"{row['changed'].replace('_', ' ')}: {row['value']}"
+        rate = f"{row['iteration_tokens'] / row['iteration']:,.0f}".replace(",", " ")
+        lines.append(
+            f"| {changed} | {row['parameters'] / 1e6:.2f} M | {row['iteration']:.2f} | {rate} | {row['dpo']:.3f} |"
+        )
     return "\n".join(lines)
 
 

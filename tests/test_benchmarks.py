@@ -29,17 +29,53 @@ def test_every_row_has_its_sides_with_times_rates_memory_and_ratios(quick):
     assert [row["name"] for row in results["rows"]] == list(steps.ROWS)
     for row in results["rows"]:
         expected = {"alignkit", "bare"} if row["name"] in steps.PPO_PARTS else {"alignkit", "bare", "trl"}
+        if row["name"] in steps.PPO_PARTS or (
+            row["name"].startswith("dpo") and results["best"]["precision"] == "bf16"
+        ):
+            expected |= {"best"}
+            assert set(row["best_ratios"]) == expected - {"best"}
         assert set(row["sides"]) == expected and set(row["ratios"]) == expected - {"alignkit"}
         assert row["flops"] > 0 and row["bytes"] > 0 and row["limit_seconds"] > 0 and row["tokens"] > 0
         for side in row["sides"].values():
             assert len(side["seconds"]) == results["rounds"]
             assert 0 < side["min"] <= side["median"] <= side["max"]
             assert side["tokens_per_second"] == pytest.approx(row["tokens"] / side["median"])
-            assert side["share_of_limit"] == pytest.approx(row["limit_seconds"] / side["median"])
+            assert side["share_of_limit"] == pytest.approx(side["limit_seconds"] / side["median"])
             assert side["peak_mb"] is None or side["peak_mb"] >= 0
         for side, ratio in row["ratios"].items():
             pairs = zip(row["sides"][side]["seconds"], row["sides"]["alignkit"]["seconds"], strict=True)
             assert ratio["min"] == pytest.approx(min(theirs / mine for theirs, mine in pairs))
+
+
+def test_the_best_settings_are_rows_of_their_own_and_cheaper_by_the_critic(quick):
+    results, _ = quick
+    rows = {row["name"]: row for row in results["rows"]}
+    assert rows["update"]["sides"]["best"]["limit_seconds"] < rows["update"]["limit_seconds"]
+    made = steps.table(results)
+    assert "| PPO: update, best settings |" in made and "| PPO: whole iteration, best settings |" in made
+    for side, ratio in rows["iteration"]["best_ratios"].items():
+        pairs = zip(*(rows["iteration"]["sides"][name]["seconds"] for name in (side, "best")), strict=True)
+        assert ratio["max"] == pytest.approx(max(theirs / mine for theirs, mine in pairs))
+
+
+def test_a_shared_trunk_saves_the_critic_s_products_and_nothing_of_the_policy_s():
+    work = steps.Work(steps.QUICK)
+    apart, shared = steps.costs(work), steps.costs(work, shared_trunk=True)
+    for name in ("update", "scoring"):
+        assert shared[name].phases[0][0] < apart[name].phases[0][0]
+    for name in ("rollout", "dpo", "sft", "reward"):
+        assert shared[name] == apart[name]
+    ratio = apart["update"].phases[0][0] / shared["update"].phases[0][0]
+    assert 1.5 < ratio < 2  # the head, which only the policy has, is not saved
+
+
+def test_growth_is_measured_one_size_at_a_time(quick):
+    results, _ = quick
+    assert [(row["changed"], row["value"]) for row in results["growth"]] == [
+        (None, None), ("prompts", 2), ("new_tokens", 3)]
+    assert all(row["iteration"] > 0 and row["dpo"] > 0 and row["parameters"] > 0 for row in results["growth"])
+    assert "| prompts: 2 |" in steps.table(results) and "| new tokens: 3 |" in steps.table(results)
+    assert all(hasattr(steps.Sizes(), name) for name in steps.GROWTH)
 
 
 def test_the_machine_and_what_was_not_measured_are_told(quick):

@@ -520,7 +520,7 @@ def test_no_knob_is_idle(name):
     """Turned, every option changes where two epochs end, but for the one that says when the reference is read."""
     other = {"beta": 2.0, "loss_type": "ipo", "label_smoothing": 0.3, "length_normalised": True, "max_new_tokens": 1,
              "epochs": 3, "batch_size": 10, "learning_rate": 1e-4, "max_grad_norm": 1e-3, "warmup": 1.0,
-             "precompute_reference": False, "seed": 5}
+             "precompute_reference": False, "precision": "bf16", "seed": 5}
     config = replace(QUICK, epochs=2, learning_rate=2e-3)
     ends = [weights(train(c, ROWS)[0]) for c in (config, replace(config, **{name: other[name]}))]
     assert torch.allclose(*ends, atol=1e-5) == (name == "precompute_reference")
@@ -536,6 +536,7 @@ def test_no_knob_is_idle(name):
     ({"epochs": 0}, "epochs is 0, expected at least 1"), ({"batch_size": 0}, "batch_size is 0"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ({"warmup": 1.5}, "warmup is 1.5, expected a share of the steps"),
+    ({"precision": "fp16"}, "precision is 'fp16', expected one of fp32, bf16"),
 ])
 def test_a_config_that_makes_no_sense_is_refused_by_name(options, message):
     with pytest.raises(ValueError, match=message):
@@ -553,3 +554,15 @@ def test_every_stat_has_a_plot_name_and_a_meaning():
     assert list(stats.log())[:6] == ["step", "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
                                      "rewards/margins"]
     assert all(f.metadata["meaning"] for f in fields(stats))
+
+
+@pytest.mark.parametrize("precompute", [True, False])
+def test_in_bf16_the_first_step_still_starts_from_margin_0_and_stays_near_fp32(precompute):
+    ends = [train(replace(QUICK, precision=precision, precompute_reference=precompute), rows=ROWS)
+            for precision in ("fp32", "bf16")]
+    for _, steps in ends:
+        assert steps[0].margin == pytest.approx(0, abs=0.05) and steps[0].loss == pytest.approx(math.log(2), abs=0.05)
+    (policy, exact), (low, rounded) = ends
+    assert [row.chosen_logps for row in rounded] == pytest.approx([row.chosen_logps for row in exact], rel=0.02,
+                                                                  abs=0.05)
+    assert not torch.equal(weights(policy), weights(low))

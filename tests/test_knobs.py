@@ -108,8 +108,9 @@ PPO_KNOBS = {
     "critic_warmup": (0, 4, last("kl_to_ref"), -1, {}),
     "lr_decay": (False, True, distance, -1, {}),
 }
-ELSEWHERE = {  # tested by their exact effect in test_ppo.py
-    "value_coef", "value_clip_range", "whiten_rewards", "whiten_advantages", "max_grad_norm", "seed"}
+ELSEWHERE = {  # tested by their exact effect in test_ppo.py and test_ppo_step.py
+    "shared_trunk", "precision", "value_coef", "value_clip_range", "whiten_rewards", "whiten_advantages",
+    "max_grad_norm", "seed"}
 
 
 def interval(differences):
@@ -162,7 +163,8 @@ DPO_KNOBS = {
     "learning_rate": (3e-5, 3e-4, +1, {}),
     "max_grad_norm": (1e-9, 1.0, +1, {}),
 }
-DPO_ELSEWHERE = {"loss_type", "length_normalised", "max_new_tokens", "precompute_reference", "seed", "warmup"}  # in test_dpo.py
+DPO_ELSEWHERE = {  # in test_dpo.py
+    "loss_type", "length_normalised", "max_new_tokens", "precompute_reference", "precision", "seed", "warmup"}
 
 
 def test_the_table_names_every_knob_of_dpo():

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from alignkit import ppo as ppo_module
-from alignkit.models import frozen_copy, load_policy, reward_model_from
+from alignkit.models import SharedCritic, add_lora, frozen_copy, load_policy, reward_model_from, token_values
 from alignkit.ppo import PPOBatch, PPOConfig, PPOState, ppo_iteration, ppo_step
-from alignkit.sampling import NonFinite, encode_prompts, response_logits, rollout_from_ids, sample, seeded
+from alignkit.sampling import NonFinite, encode_prompts, full_ids, response_logits, rollout_from_ids, sample, seeded
 from alignkit.tokens import token_logprobs
 from alignkit.world import World
 
@@ -255,3 +255,136 @@ def test_the_reward_sees_each_response_s_own_text_without_eos_and_padding(state)
     for (prompt, response), (prompt_ids, response_ids) in zip(seen, rows_of(state.last_rollout), strict=True):
         assert state.tokenizer(prompt).input_ids == prompt_ids
         assert state.tokenizer(response, add_special_tokens=False).input_ids == [t for t in response_ids if t != 2]
+
+
+# One trunk for both.
+
+
+@pytest.fixture
+def shared(state):
+    """The same run with a critic that is a head on the policy, and knows something."""
+    made = PPOState.start(state.policy, state.tokenizer, score, PROMPTS, replace(CONFIG, shared_trunk=True),
+                          ref_policy=state.ref_policy)
+    made.iteration = 1
+    with torch.no_grad():
+        made.critic.score.weight.normal_(0, 0.3, generator=seeded(8))
+    return made
+
+
+def test_a_shared_critic_is_a_head_that_is_0_and_trains_no_weight_of_its_own_but_that(state):
+    made = PPOState.start(state.policy, state.tokenizer, score, PROMPTS, replace(CONFIG, shared_trunk=True))
+    assert isinstance(made.critic, SharedCritic) and made.critic.trunk is state.policy.model
+    assert [tuple(p.shape) for p in made.critic.parameters()] == [(1, state.policy.config.hidden_size)]
+    assert (made.critic.score.weight == 0).all()
+    with pytest.raises(ValueError, match="critic is a PhiForSequenceClassification, expected None with shared_trunk"):
+        PPOState.start(state.policy, state.tokenizer, score, PROMPTS, replace(CONFIG, shared_trunk=True),
+                       critic=state.critic)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_shared_critic_s_values_are_its_head_on_the_policy_s_last_hidden_states(shared, adapter):
+    rollout = draw(shared)
+    if adapter:  # read by the generic forward pass
+        shared.policy = add_lora(shared.policy)
+        critic = SharedCritic(shared.policy)
+        critic.score.load_state_dict(shared.critic.score.state_dict())
+        shared.critic = critic
+    with torch.no_grad():
+        logits, values = ppo_module._read(shared, rollout, CONFIG)
+        mask = rollout.response_mask
+        apart = token_values(shared.critic, *full_ids(rollout), mask.shape[1])
+        expected = response_logits(shared.policy, rollout, CONFIG.temperature)
+        assert torch.allclose(logits[mask], expected[mask], atol=1e-5)
+        body = shared.critic.trunk
+        rows = [prompt + response[:t] for prompt, response in rows_of(rollout) for t in range(len(response))]
+        slow = [float(shared.critic.score(body(input_ids=torch.tensor([row])).last_hidden_state[0, -1]))
+                for row in rows]
+    assert values[mask].tolist() == pytest.approx(slow, abs=1e-4)
+    assert torch.allclose(apart[mask], values[mask], atol=1e-5) and (values[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("value_coef", [0.0, 0.7, 3.0])
+def test_value_coef_weighs_the_value_loss_in_a_shared_trunk_and_nothing_else(shared, state, value_coef):
+    config = replace(CONFIG, shared_trunk=True, value_coef=value_coef, max_grad_norm=0.5)
+    batch = batch_of(shared, draw(shared))
+    mask, slow, head = batch.rollout.response_mask, copy.deepcopy(shared.policy), copy.deepcopy(shared.critic.score)
+    ids, attention = full_ids(batch.rollout)
+    positions = (attention.long().cumsum(1) - 1).clamp(min=0)
+    hidden = slow.model(input_ids=ids, attention_mask=attention, position_ids=positions).last_hidden_state
+    hidden = hidden[:, -mask.shape[1] :]
+    logprobs = token_logprobs(slow.lm_head(hidden) / config.temperature, batch.rollout.response_ids)[mask]
+    surrogate = ppo_module.policy_loss(logprobs, batch.old_logprobs[mask], batch.advantages[mask], 0.2).mean()
+    error = ppo_module.value_loss(head(hidden).squeeze(-1)[mask], batch.old_values[mask], batch.returns[mask]).mean()
+    (surrogate + value_coef * error).backward()
+    for module, rate in ((slow, config.learning_rate), (head, config.critic_learning_rate)):
+        torch.nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm)
+        torch.optim.AdamW(module.parameters(), lr=rate, eps=1e-5, weight_decay=0.0).step()
+    measured = ppo_step(shared, batch, config)
+    assert measured["value_loss"] == pytest.approx(float(error.detach()), abs=1e-5)
+    assert measured["policy_loss"] == pytest.approx(float(surrogate.detach()), abs=1e-5)
+    assert torch.allclose(weights(shared.policy), weights(slow), atol=2e-5)
+    assert torch.allclose(weights(shared.critic), weights(head), atol=2e-5)
+    apart = [copy.deepcopy(state) for _ in range(2)]  # a critic of its own leaves the policy alone
+    for one, coef in zip(apart, (value_coef, 1.0), strict=True):
+        ppo_step(one, batch_of(one, draw(one)), replace(CONFIG, value_coef=coef))
+    assert torch.equal(*(weights(one.policy) for one in apart))
+
+
+def test_one_forward_pass_a_step_serves_policy_and_shared_critic(shared, monkeypatch):
+    from alignkit import fast
+
+    read, reader = [], fast.Reader._read
+    fast.reader(shared.policy)
+    monkeypatch.setattr(fast.Reader, "_read", lambda self, *rest: (read.append(self.model), reader(self, *rest))[1])
+    ppo_step(shared, batch_of(shared, draw(shared)), replace(CONFIG, shared_trunk=True))
+    assert len(read) == 3  # drawing, the old log-probs of the test's batch, the step
+
+
+def test_a_shared_trunk_learns_and_its_copy_is_a_run_of_its_own(shared):
+    config = replace(CONFIG, shared_trunk=True)
+    other = copy.deepcopy(shared)
+    assert other.critic.policy is other.policy and other.policy is not shared.policy
+    assert ppo_iteration(other, config) == ppo_iteration(shared, config)
+    assert torch.equal(weights(other.policy), weights(shared.policy))
+
+
+# bf16.
+
+
+def test_bf16_is_near_fp32_and_its_first_iteration_holds(state):
+    rollout, config = draw(state), replace(CONFIG, precision="bf16")
+    mask = rollout.response_mask
+    with torch.no_grad():
+        (logits, values), (low, low_values) = (ppo_module._read(state, rollout, each) for each in (CONFIG, config))
+    for exact, rounded in ((logits[mask], low[mask]), (values[mask], low_values[mask])):
+        exact, rounded = exact[exact > -1e3], rounded[exact > -1e3]
+        assert 1e-5 < float((rounded - exact).norm() / exact.norm()) < 0.03
+        assert rounded.dtype == torch.float32
+    for options in ({}, {"shared_trunk": True}):
+        started = PPOState.start(copy.deepcopy(state.policy), state.tokenizer, score, PROMPTS,
+                                 replace(config, **options))
+        stats = ppo_iteration(started, replace(config, **options))
+        assert stats.ratio_first == pytest.approx(1, abs=0.05) and stats.kl_to_ref == 0 and stats.steps == 1
+
+
+def test_gradients_in_bf16_are_near_those_in_fp32(state):
+    rollout, weight = draw(state), list(state.policy.parameters())
+    direction = torch.randn(rollout.response_ids.shape, generator=seeded(3))
+    found = []
+    for precision in ("fp32", "bf16"):
+        logits, _ = ppo_module._read(state, rollout, replace(CONFIG, precision=precision))
+        chosen = torch.where(rollout.response_mask, token_logprobs(logits, rollout.response_ids), 0.0)
+        found.append(torch.cat([g.flatten() for g in torch.autograd.grad((chosen * direction).sum(), weight)]))
+    assert 1e-5 < float((found[0] - found[1]).norm() / found[0].norm()) < 0.05
+
+
+def test_a_model_that_is_read_by_the_generic_pass_can_be_trained_in_bf16_too(state):
+    config = replace(CONFIG, precision="bf16")
+    policy = add_lora(load_policy("tiny", device="cpu")[0])
+    started = PPOState.start(policy, state.tokenizer, score, PROMPTS, config)
+    assert ppo_iteration(started, config).ratio_first == pytest.approx(1, abs=0.05)
+
+
+def test_another_precision_is_refused():
+    with pytest.raises(ValueError, match="precision is 'fp16', expected one of fp32, bf16"):
+        PPOConfig(precision="fp16")
