@@ -588,7 +588,7 @@ def plot_tradeoff(points: Sequence[Mapping], ax: Axes | None = None, *, title: s
 def plot_intervals(values: Mapping[str, Floats], xlabel: str, ax: Axes | None = None, *, title: str = "") -> Axes:
     """One metric, a row a stage: a dot with its 95 % interval, the figure written beside it.
 
-    values: stage -> (value, low, high), or (value,) without an interval. xlabel: the metric and its unit. Raises
+    values: stage -> (value, low, high); without an interval (value,) or (value, None, None). xlabel: the metric and its unit. Raises
     ValueError if there are none or an interval ends before it begins.
     """
     ax = _axes(ax, 6.2, 0.9 + 0.36 * len(values))
@@ -884,9 +884,10 @@ def _end_labels(ax: Axes, ends: Iterable[tuple[float, str, str]]) -> None:
 
 def _intervals(ax: Axes, argument: str, values: Mapping[str, Floats]) -> None:
     _require(argument, values)
-    span = np.ptp([float(number) for numbers in values.values() for number in numbers]) or 1.0
+    known = {stage: [float(number) for number in numbers if number is not None] for stage, numbers in values.items()}
+    span = np.ptp([number for numbers in known.values() for number in numbers]) or 1.0
     for y, (stage, (colour, marker, _, _)) in enumerate(_styles(values).items()):
-        value, *interval = (float(number) for number in values[stage])
+        value, *interval = known[stage]
         if interval:
             low, high = interval
             if low > high:

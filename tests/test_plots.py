@@ -397,9 +397,10 @@ def test_tradeoff_draws_percentages_with_intervals():
 
 
 def test_intervals_are_drawn_where_there_are_some():
-    ax = plots.plot_intervals({"SFT": (0.5, 0.4, 0.6), "PPO": (0.7,)}, "gold, sd")
-    assert [list(line.get_xdata()) for line in ax.lines] == [[0.4, 0.6], [0.5], [0.7]]
-    assert words(ax) == ["0.50", "0.70"]
+    for none in ((0.7,), (0.7, None, None)):
+        ax = plots.plot_intervals({"SFT": (0.5, 0.4, 0.6), "PPO": none}, "gold, sd")
+        assert [list(line.get_xdata()) for line in ax.lines] == [[0.4, 0.6], [0.5], [0.7]]
+        assert words(ax) == ["0.50", "0.70"]
     with pytest.raises(ValueError, match=r"'SFT'.*low ≤ high"):
         plots.plot_intervals({"SFT": (0.5, 0.6, 0.4)}, "gold, sd")
     figure = plots.plot_intervals_panels(
