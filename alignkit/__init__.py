@@ -1,6 +1,7 @@
-"""alignkit: learn, run and see LLM alignment. The public names, from the modules that define them (loaded when first used).
+"""Learn, run and see LLM alignment: the public names, from the modules that define them, loaded when first used.
 
-The loops `alignkit.ppo.ppo` and `alignkit.dpo.dpo`, and `alignkit.evaluate.evaluate`, bear their modules' names: import them from there.
+The loops `alignkit.ppo.ppo` and `alignkit.dpo.dpo`, and `alignkit.evaluate.evaluate`, bear their modules' names: import
+them from there.
 """
 
 import importlib
@@ -11,14 +12,46 @@ _MODULES = {
     "data": ["check", "encode_pair", "load_rows"],
     "dpo": ["DPOConfig", "DPOStats", "Pairs", "dpo_loss", "dpo_step", "implicit_reward", "with_reference"],
     "evaluate": ["Evaluation", "EvaluationSet", "difference", "evaluation_set", "win_rate"],
-    "exact": ["Frontier", "Responses", "best_of_n", "exact_gradient", "frontier", "gap", "optimum", "response_kl", "response_logps",
-              "response_space", "sampled_best_of_n", "sampled_optimum"],
+    "exact": [
+        "Frontier",
+        "Responses",
+        "best_of_n",
+        "exact_gradient",
+        "frontier",
+        "gap",
+        "optimum",
+        "response_kl",
+        "response_logps",
+        "response_space",
+        "sampled_best_of_n",
+        "sampled_optimum",
+    ],
     "files": ["DataError"],
     "kl": ["exact_kl", "k1", "k2", "k3"],
-    "models": ["add_lora", "frozen_copy", "load_policy", "load_reward_model", "reference_policy", "reward_model_from", "save_model",
-               "tiny_policy", "tiny_reward_model", "value_model_from"],
-    "ppo": ["PPOBatch", "PPOConfig", "PPOState", "PPOStats", "gae", "policy_loss", "ppo_iteration", "ppo_step", "token_rewards",
-            "value_loss"],
+    "models": [
+        "add_lora",
+        "frozen_copy",
+        "load_policy",
+        "load_reward_model",
+        "reference_policy",
+        "reward_model_from",
+        "save_model",
+        "tiny_policy",
+        "tiny_reward_model",
+        "value_model_from",
+    ],
+    "ppo": [
+        "PPOBatch",
+        "PPOConfig",
+        "PPOState",
+        "PPOStats",
+        "gae",
+        "policy_loss",
+        "ppo_iteration",
+        "ppo_step",
+        "token_rewards",
+        "value_loss",
+    ],
     "presets": ["preset"],
     "recorded": ["Sweep", "load_sweep"],
     "relay": ["InvariantError", "ManifestError", "advice", "freeze", "lineage", "verify"],

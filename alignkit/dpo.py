@@ -1,7 +1,7 @@
-"""Direct preference optimisation: Bradley–Terry on implicit rewards β log(π / π_ref); pure losses, one step, and the loop.
+"""Direct preference optimisation, Bradley–Terry on β log(π / π_ref): pure losses, one step, and the loop.
 
-There is no KL term on samples here: the reference enters through the implicit reward only, so nothing bounds how far the policy
-moves where the pairs do not look. Chosen and rejected log-probs are therefore logged apart.
+There is no KL term on samples here: the reference enters through the implicit reward only, so nothing bounds how far
+the policy moves where the pairs do not look. Chosen and rejected log-probs are therefore logged apart.
 """
 
 import math
@@ -27,11 +27,12 @@ class DPOConfig:
     """What a user can turn. Defaults are for the desk world.
 
     beta: the price of KL, the same quantity as PPO's kl_coef: a larger beta keeps the policy closer to the reference.
-    loss_type: "sigmoid" (DPO), "ipo" or "hinge". label_smoothing: the share of labels assumed flipped (cDPO), sigmoid only.
-    length_normalised: the loss is on log-probs per token rather than per response (what is logged stays per response). max_new_tokens: responses, EOS included, are cut there.
-    epochs, batch_size: passes over the pairs, pairs a step. learning_rate, max_grad_norm: AdamW's and the clip. warmup: the share of steps
-    over which the rate rises linearly. precompute_reference: score all pairs with the reference once, before training.
-    precision: "fp32", or "bf16" for the linear layers of policy and reference on a CPU, as in PPOConfig.
+    loss_type: "sigmoid" (DPO), "ipo" or "hinge". label_smoothing: the share of labels assumed flipped (cDPO), sigmoid
+    only. length_normalised: the loss is on log-probs per token rather than per response (what is logged stays per
+    response). max_new_tokens: responses, EOS included, are cut there. epochs, batch_size: passes over the pairs, pairs
+    a step. learning_rate, max_grad_norm: AdamW's and the clip. warmup: the share of steps over which the rate rises
+    linearly. precompute_reference: score all pairs with the reference once, before training. precision: "fp32", or
+    "bf16" for the linear layers of policy and reference on a CPU, as in PPOConfig.
     """
 
     beta: float = 0.5
@@ -55,7 +56,9 @@ class DPOConfig:
         if self.loss_type not in LOSSES:
             raise ValueError(f"loss_type is {self.loss_type!r}, expected one of {', '.join(LOSSES)}")
         if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing is {self.label_smoothing}, expected a share of flipped labels from 0 to below 0.5")
+            raise ValueError(
+                f"label_smoothing is {self.label_smoothing}, expected a share of flipped labels from 0 to below 0.5"
+            )
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise ValueError(f"label_smoothing goes with loss_type 'sigmoid' only, not with {self.loss_type!r}")
         for name in ("max_new_tokens", "epochs", "batch_size"):
@@ -81,7 +84,9 @@ class DPOStats:
     margin: float = _stat("rewards/margins", "mean implicit reward, chosen minus rejected")
     chosen_logps: float = _stat("logps/chosen", "mean log π of the chosen responses, nats a response")
     rejected_logps: float = _stat("logps/rejected", "the same of the rejected responses")
-    chosen_shift: float = _stat("logps/chosen_shift", "mean log π − log π_ref of the chosen responses: below 0 the chosen ones became rarer")
+    chosen_shift: float = _stat(
+        "logps/chosen_shift", "mean log π − log π_ref of the chosen responses: below 0 the chosen ones became rarer"
+    )
     rejected_shift: float = _stat("logps/rejected_shift", "the same of the rejected responses")
     grad_norm: float = _stat("grad_norm", "gradient norm before the clip")
     learning_rate: float = _stat("learning_rate", "in force at this step")
@@ -92,12 +97,20 @@ class DPOStats:
 
 
 def implicit_reward(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-    """β log(π / π_ref) of each response: (B,). Only differences within a prompt mean anything. (Rafailov 2023, eq. 5)"""
+    """β log(π / π_ref) of each response: (B,). Only differences in a prompt mean anything. (Rafailov 2023, eq. 5)"""
     return beta * (logps - ref_logps)
 
 
-def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor, *,
-             beta: float, loss_type: str = "sigmoid", label_smoothing: float = 0.0) -> Tensor:
+def dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    beta: float,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """Loss of each pair: (B,). With the margin m = β [log π/π_ref (chosen) − log π/π_ref (rejected)]:
 
     sigmoid  −(1 − ε) log σ(m) − ε log σ(−m)      (Rafailov 2023, eq. 7; ε = label_smoothing: cDPO, Mitchell 2023)
@@ -108,7 +121,10 @@ def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, ref_cho
     for name, value in (("policy_rejected_logps", policy_rejected_logps), ("ref_chosen_logps", ref_chosen_logps),
                         ("ref_rejected_logps", ref_rejected_logps)):
         if value.shape != policy_chosen_logps.shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(policy_chosen_logps.shape)} (policy_chosen_logps')")
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, expected {tuple(policy_chosen_logps.shape)} "
+                "(policy_chosen_logps')"
+            )
     margin = (implicit_reward(policy_chosen_logps, ref_chosen_logps, beta)
               - implicit_reward(policy_rejected_logps, ref_rejected_logps, beta))
     if loss_type == "sigmoid":
@@ -122,7 +138,7 @@ def dpo_loss(policy_chosen_logps: Tensor, policy_rejected_logps: Tensor, ref_cho
 
 @dataclass(frozen=True)
 class Pairs:
-    """B preference pairs: two Rollouts that share their prompts, and the reference's log-probs (B,) of each, or None."""
+    """B preference pairs: two Rollouts that share their prompts, and the reference's log-probs (B,) or None."""
 
     chosen: Rollout
     rejected: Rollout
@@ -133,20 +149,30 @@ class Pairs:
         return len(self.chosen)
 
     def __getitem__(self, rows) -> "Pairs":
-        return Pairs(self.chosen[rows], self.rejected[rows],
-                     *(None if logps is None else logps[rows] for logps in (self.ref_chosen_logps, self.ref_rejected_logps)))
+        return Pairs(
+            self.chosen[rows],
+            self.rejected[rows],
+            *(None if logps is None else logps[rows] for logps in (self.ref_chosen_logps, self.ref_rejected_logps)),
+        )
 
 
 def encode_rows(tokenizer, rows: list[dict], column: str, max_new_tokens: int) -> Rollout:
-    """Rows with `prompt` and `column` (texts) as a Rollout; EOS is put after each response if it fits in max_new_tokens."""
+    """Rows with `prompt` and `column` (texts) as a Rollout; EOS follows a response if max_new_tokens leave room."""
     pairs = encode_pairs(tokenizer, [row["prompt"] for row in rows], [row[column] for row in rows])[0]
-    prompts, responses = [prompt for prompt, _ in pairs], [[*ids, tokenizer.eos_token_id][:max_new_tokens] for _, ids in pairs]
-    return rollout_from_ids(prompts, responses, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    prompts, responses = (
+        [prompt for prompt, _ in pairs],
+        [[*ids, tokenizer.eos_token_id][:max_new_tokens] for _, ids in pairs],
+    )
+    return rollout_from_ids(
+        prompts, responses, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
 
 
 def response_logps(policy: nn.Module, responses: Rollout) -> Tensor:
     """log π(response | prompt) (B,), nats a response. Differentiable."""
-    return sequence_logps(token_logprobs(response_logits(policy, responses), responses.response_ids), responses.response_mask)
+    return sequence_logps(
+        token_logprobs(response_logits(policy, responses), responses.response_ids), responses.response_mask
+    )
 
 
 @torch.no_grad()
@@ -159,10 +185,13 @@ def with_reference(ref_policy: nn.Module, pairs: Pairs, *, batch_size: int = 256
     return Pairs(pairs.chosen, pairs.rejected, *logps)
 
 
-def dpo_step(policy: nn.Module, optimizer: torch.optim.Optimizer, pairs: Pairs, config: DPOConfig, step: int = 1) -> DPOStats:
+def dpo_step(
+    policy: nn.Module, optimizer: torch.optim.Optimizer, pairs: Pairs, config: DPOConfig, step: int = 1
+) -> DPOStats:
     """One optimiser step on a batch of pairs that carry reference log-probs. Returns statistics from before the step.
 
-    Raises ValueError if the reference's log-probs are missing, NonFinite (weights untouched) if loss or gradient is not finite.
+    Raises ValueError if the reference's log-probs are missing, NonFinite (weights untouched) if loss or gradient is not
+    finite.
     """
     if pairs.ref_chosen_logps is None:
         raise ValueError("pairs carry no reference log-probs; call with_reference(ref_policy, pairs) first")
@@ -171,14 +200,21 @@ def dpo_step(policy: nn.Module, optimizer: torch.optim.Optimizer, pairs: Pairs, 
         logps = [response_logps(policy, side) for side in sides]
     refs = (pairs.ref_chosen_logps, pairs.ref_rejected_logps)
     tokens = [side.response_mask.sum(1).clamp(min=1) if config.length_normalised else 1 for side in sides]
-    loss = dpo_loss(*(values / count for values, count in zip([*logps, *refs], tokens * 2, strict=True)), beta=config.beta,
-                    loss_type=config.loss_type, label_smoothing=config.label_smoothing).mean()
+    loss = dpo_loss(
+        *(values / count for values, count in zip([*logps, *refs], tokens * 2, strict=True)),
+        beta=config.beta,
+        loss_type=config.loss_type,
+        label_smoothing=config.label_smoothing,
+    ).mean()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], config.max_grad_norm)
     loss = loss.detach()
     if not torch.isfinite(norm + loss):
-        raise NonFinite(f"DPO step {step} has loss {float(loss):.3g} and gradient norm {float(norm):.3g}; the weights were left as they were")
+        raise NonFinite(
+            f"DPO step {step} has loss {float(loss):.3g} and gradient norm {float(norm):.3g}; the weights were left "
+            "as they were"
+        )
     optimizer.step()
     with torch.no_grad():
         chosen, rejected = (implicit_reward(own, ref, config.beta) for own, ref in zip(logps, refs, strict=True))
@@ -191,17 +227,25 @@ def dpo_step(policy: nn.Module, optimizer: torch.optim.Optimizer, pairs: Pairs, 
         )
 
 
-def dpo(policy: nn.Module, tokenizer, rows: list[dict], config: DPOConfig, *, ref_policy: nn.Module | None = None) -> Iterator[DPOStats]:
+def dpo(
+    policy: nn.Module, tokenizer, rows: list[dict], config: DPOConfig, *, ref_policy: nn.Module | None = None
+) -> Iterator[DPOStats]:
     """Train on rows prompt / chosen / rejected (texts), yielding each step's statistics.
 
-    ref_policy: by default the policy as it is now. Then the first step must have margin 0 (and loss ln 2 for the sigmoid): InvariantError otherwise.
-    The order of pairs is drawn from (seed, epoch). Raises ValueError if there are no rows.
+    ref_policy: by default the policy as it is now. Then the first step must have margin 0 (and loss ln 2 for the
+    sigmoid): InvariantError otherwise. The order of pairs is drawn from (seed, epoch). Raises ValueError if there are
+    no rows.
     """
     if not rows:
         raise ValueError("rows is empty, expected at least one preference pair")
     starts_at_reference = ref_policy is None
     ref_policy = reference_policy(policy) if ref_policy is None else ref_policy
-    pairs = Pairs(*(to_device(encode_rows(tokenizer, rows, side, config.max_new_tokens), policy.device) for side in ("chosen", "rejected")))
+    pairs = Pairs(
+        *(
+            to_device(encode_rows(tokenizer, rows, side, config.max_new_tokens), policy.device)
+            for side in ("chosen", "rejected")
+        )
+    )
     if config.precompute_reference:
         pairs = with_reference(ref_policy, pairs, batch_size=2 * config.batch_size, precision=config.precision)
     optimizer = adamw([p for p in policy.parameters() if p.requires_grad], config.learning_rate)
@@ -216,7 +260,9 @@ def dpo(policy: nn.Module, tokenizer, rows: list[dict], config: DPOConfig, *, re
             if batch.ref_chosen_logps is None:
                 batch = with_reference(ref_policy, batch, precision=config.precision)
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * min(step / warmup_steps, 1.0) if warmup_steps else config.learning_rate
+                group["lr"] = (
+                    config.learning_rate * min(step / warmup_steps, 1.0) if warmup_steps else config.learning_rate
+                )
             stats = dpo_step(policy, optimizer, batch, config, step)
             if step == 1 and starts_at_reference:
                 low = policy.device.type == "cuda" or config.precision == "bf16"
@@ -232,5 +278,8 @@ def check_first_step(stats: DPOStats, config: DPOConfig, tolerance: float = 1e-4
     expected = {"sigmoid": math.log(2), "ipo": 1 / (4 * config.beta**2), "hinge": 1.0}[config.loss_type]
     for name, value, wanted in (("margin", stats.margin, 0.0), ("loss", stats.loss, expected)):
         if not abs(value - wanted) <= tolerance * max(1.0, abs(wanted)):
-            raise InvariantError(f"step 0: DPO's {name} is {value:.5f}, expected {wanted:.5f} ± {tolerance:g}. The reference is not the policy that "
-                                 "training starts from: check which checkpoint it is, and whether an adapter is switched off")
+            raise InvariantError(
+                f"step 0: DPO's {name} is {value:.5f}, expected {wanted:.5f} ± {tolerance:g}. The reference is "
+                "not the policy that training starts from: check which checkpoint it is, and "
+                "whether an adapter is switched off"
+            )

@@ -14,7 +14,9 @@ import numpy as np
 RECORDED = Path(__file__).with_name("seconds.json")
 
 
-def step_seconds(train: Callable[[list], object], rows: Sequence, batch_size: int, steps: int = 4) -> tuple[float, float]:
+def step_seconds(
+    train: Callable[[list], object], rows: Sequence, batch_size: int, steps: int = 4
+) -> tuple[float, float]:
     """Seconds that training takes to begin, and seconds of one more step: `(start, step)`.
 
     train: trains one pass over the rows it is given, at learning rate 0, so that no weight moves; it is called with one

@@ -531,7 +531,7 @@ def optimum(ref_logps: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, Te
 
 def tabular_dpo(ref_logps: Tensor, first: Tensor, second: Tensor, wins: Tensor, beta: float, *,
                 start: Tensor | None = None, loss_type: str = "sigmoid", steps: int = 500) -> Tensor:
-    """DPO where the policy is a table: the log-probs (N,) that minimise the DPO loss of M pairs of responses to one prompt.
+    """DPO where the policy is a table: log-probs (N,) that minimise the loss of M pairs of responses to one prompt.
 
     Σ_m [w_m L(first ≻ second) + (1 − w_m) L(second ≻ first)] / M, with L = `dpo.dpo_loss`, by L-BFGS in float64.
     ref_logps: (N,). first, second: (M,) int64, which responses. wins: (M,) in [0, 1], the share of labels that prefer

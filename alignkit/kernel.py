@@ -38,7 +38,7 @@ class Spare:
     """A kernel for the next notebook, which starts and imports while the present one runs. `close` it in the end."""
 
     def __init__(self, env: Mapping[str, str], cwd: Path):
-        self.log = tempfile.TemporaryFile()
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         self.manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=_ThisPython())
         imports = [f"--IPKernelApp.exec_lines=__import__('{name}')" for name in NEEDED]
         where = {"env": dict(env), "cwd": str(cwd), "stdout": self.log, "stderr": self.log}

@@ -15,12 +15,12 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k2 = ½ (log π − log π_ref)²: never negative, low variance, biased. Same shape as the arguments. (Schulman 2020)"""
+    """k2 = ½ (log π − log π_ref)²: never negative, low variance, biased. Shaped as the arguments. (Schulman 2020)"""
     return 0.5 * (logprobs - ref_logprobs).square()
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k3 = (r − 1) − log r with r = π_ref / π: unbiased and never negative. Same shape as the arguments. (Schulman 2020)
+    """k3 = (r − 1) − log r with r = π_ref / π: unbiased, never negative. Shaped as the arguments. (Schulman 2020)
 
     Uses expm1, so that it stays non-negative when π and π_ref almost agree in float32.
     """

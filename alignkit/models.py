@@ -14,8 +14,15 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PhiConfig
-from transformers import PhiForCausalLM, PhiForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PhiConfig,
+    PhiForCausalLM,
+    PhiForSequenceClassification,
+)
 
 from alignkit import fast
 from alignkit.world import desk_tokenizer, phrase_ids
@@ -44,8 +51,8 @@ def autocast(device: torch.device, precision: str = "fp32"):
 def load_policy(model: str | Path, *, seed: int = 0, device: str = "auto"):
     """A causal LM and its tokenizer: `(policy, tokenizer)`.
 
-    model: "tiny" (a fresh desk-world model, seeded by `seed`), a local directory, or a Hub id. Dropout is off, the dtype is
-    float32. A tokenizer whose pad token is missing or is its EOS gets another one, so that EOS can be learned.
+    model: "tiny" (a fresh desk-world model, seeded by `seed`), a local directory, or a Hub id. Dropout is off, the
+    dtype is float32. A tokenizer whose pad token is missing or is its EOS gets another one, so that EOS can be learned.
     Raises ValueError that says what to do if the model cannot be read safely.
     """
     if str(model) == "tiny":
@@ -56,17 +63,17 @@ def load_policy(model: str | Path, *, seed: int = 0, device: str = "auto"):
 
 
 def load_reward_model(model: str | Path, *, device: str = "auto"):
-    """A sequence classifier with one output and its tokenizer: `(reward_model, tokenizer)`. Raises ValueError as `load_policy`."""
+    """A sequence classifier with one output, its tokenizer: `(reward_model, tokenizer)`. Raises as `load_policy`."""
     reward_model, tokenizer = _load(AutoModelForSequenceClassification, model, num_labels=1)
     _score_head(reward_model)
     return reward_model.to(pick_device(device)).eval(), tokenizer
 
 
 def tiny_policy(tokenizer, *, hidden: int = 64, layers: int = 2, seed: int = 0) -> PhiForCausalLM:
-    """The desk world's policy: an ordinary Phi model of about 100k parameters whose support is the eleven phrases and EOS.
+    """The desk world's policy: an ordinary Phi of about 100k parameters that can say eleven phrases and EOS.
 
-    The head has a bias (that is why it is a Phi): −1e4 at every other token, so that their probability is exactly 0 and,
-    since they are never a label, stays 0. So all responses can be enumerated and their probabilities sum to 1.
+    The head has a bias (that is why it is a Phi): −1e4 at every other token, so that their probability is exactly 0
+    and, since they are never a label, stays 0. So all responses can be enumerated and their probabilities sum to 1.
     """
     with _seeded(seed):
         policy = PhiForCausalLM(_tiny_config(tokenizer, hidden, layers))
@@ -86,7 +93,7 @@ def tiny_reward_model(tokenizer, *, hidden: int = 32, layers: int = 1, seed: int
 
 
 def reward_model_from(policy: nn.Module, seed: int = 0) -> nn.Module:
-    """A sequence classifier that starts from the policy's body, with a new linear head of standard deviation 1/√(hidden + 1)."""
+    """A sequence classifier with the policy's body and a new linear head of standard deviation 1/√(hidden + 1)."""
     policy = merged(policy)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
@@ -170,7 +177,9 @@ def add_lora(policy: nn.Module, *, rank: int = 8, alpha: int = 16, seed: int = 0
     from peft import LoraConfig, get_peft_model
 
     with _seeded(seed):
-        return get_peft_model(policy, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
+        return get_peft_model(
+            policy, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
 
 
 def merged(model: nn.Module) -> nn.Module:
@@ -181,10 +190,13 @@ def merged(model: nn.Module) -> nn.Module:
 def reference_policy(policy: nn.Module) -> nn.Module:
     """The policy as it is now, to measure KL against.
 
-    With an adapter that has not been trained yet the reference is the same model with the adapter switched off, which costs no
-    memory; in every other case it is a frozen copy. (A trained adapter switched off would be the *base*, not this policy.)
+    With an adapter that has not been trained yet the reference is the same model with the adapter switched off, which
+    costs no memory; in every other case it is a frozen copy. (A trained adapter switched off would be the *base*, not
+    this policy.)
     """
-    if _has_adapter(policy) and all((weight == 0).all() for name, weight in policy.named_parameters() if "lora_B" in name):
+    if _has_adapter(policy) and all(
+        (weight == 0).all() for name, weight in policy.named_parameters() if "lora_B" in name
+    ):
         return AdapterOff(policy)
     return frozen_copy(policy)
 
@@ -251,22 +263,37 @@ def _load(auto, model, **config_options):
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **config_options)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        loaded, found = auto.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-                                             output_loading_info=True, ignore_mismatched_sizes=True)
+        loaded, found = auto.from_pretrained(
+            name,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"model {name!r} could not be read: {str(error).splitlines()[0]} (expected a folder with config.json, "
-                         "tokenizer files and *.safetensors, a Hub id that is cached or online, or 'tiny')") from error
+        raise ValueError(
+            f"model {name!r} could not be read: {str(error).splitlines()[0]} (expected a folder with config.json, "
+            "tokenizer files and *.safetensors, a Hub id that is cached or online, or 'tiny')"
+        ) from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        raise ValueError(f"model {name!r} needs code of its own (auto_map), which is never run; expected an architecture that "
-                         "transformers has") from error
+        raise ValueError(
+            f"model {name!r} needs code of its own (auto_map), which is never run; expected an architecture that "
+            "transformers has"
+        ) from error
     lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if lacking:  # transformers would fill them with random numbers
-        raise ValueError(f"model {name!r} has no weights of the right shape for {lacking[0]!r}{' and others' * (len(lacking) > 1)}; expected a "
-                         f"checkpoint that was saved as {type(loaded).__name__}")
+        raise ValueError(
+            f"model {name!r} has no weights of the right shape for {lacking[0]!r}{' and others' * (len(lacking) > 1)}; "
+            f"expected a checkpoint that was saved as {type(loaded).__name__}"
+        )
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ValueError(f"model {name!r} has no tokenizer files beside its weights; save its tokenizer to the same folder")
+        raise ValueError(
+            f"model {name!r} has no tokenizer files beside its weights; save its tokenizer to the same folder"
+        )
     _give_pad_token(loaded, tokenizer)
     tokenizer.padding_side = "right"
     for module in loaded.modules():  # dropout off: the policy that is scored must be the policy that sampled
@@ -304,9 +331,18 @@ def _has_adapter(model: nn.Module) -> bool:
 
 
 def _tiny_config(tokenizer, hidden: int, layers: int) -> PhiConfig:
-    return PhiConfig(vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=layers,
-                     num_attention_heads=4, hidden_act="relu", max_position_embeddings=64, pad_token_id=tokenizer.pad_token_id,
-                     bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    return PhiConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        hidden_act="relu",
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
 
 
 @contextlib.contextmanager

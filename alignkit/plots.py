@@ -588,8 +588,8 @@ def plot_tradeoff(points: Sequence[Mapping], ax: Axes | None = None, *, title: s
 def plot_intervals(values: Mapping[str, Floats], xlabel: str, ax: Axes | None = None, *, title: str = "") -> Axes:
     """One metric, a row a stage: a dot with its 95 % interval, the figure written beside it.
 
-    values: stage -> (value, low, high); without an interval (value,) or (value, None, None). xlabel: the metric and its unit. Raises
-    ValueError if there are none or an interval ends before it begins.
+    values: stage -> (value, low, high); without an interval (value,) or (value, None, None). xlabel: the metric and its
+    unit. Raises ValueError if there are none or an interval ends before it begins.
     """
     ax = _axes(ax, 6.2, 0.9 + 0.36 * len(values))
     _intervals(ax, "values", values)

@@ -1,11 +1,10 @@
 """Proximal policy optimisation for language models: pure losses, one step, one iteration, and the loop over them.
 
-The objective is E_π[r(x, y)] − kl_coef · KL(π ‖ π_ref), per prompt x. The KL is charged token by token in the reward; the
-score of the whole response is added at its last token; GAE turns rewards and the critic's values into advantages; the clipped
-surrogate is what one step minimises.
+The objective is E_π[r(x, y)] − kl_coef · KL(π ‖ π_ref), per prompt x. The KL is charged token by token in the reward;
+the score of the whole response is added at its last token; GAE turns rewards and the critic's values into advantages;
+the clipped surrogate is what one step minimises.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -14,11 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.kl import k1, k3
-from alignkit.models import (SharedCritic, autocast, merged, reference_policy, same_vocabulary, token_values,
-                             value_model_from)
+from alignkit.models import SharedCritic, autocast, reference_policy, same_vocabulary, token_values, value_model_from
 from alignkit.relay import InvariantError
-from alignkit.sampling import (NonFinite, Rollout, decode_responses, encode_prompts, full_ids, response_logits,
-                               response_states, sample, seeded, to_device)
+from alignkit.sampling import (
+    NonFinite,
+    Rollout,
+    decode_responses,
+    encode_prompts,
+    full_ids,
+    response_logits,
+    response_states,
+    sample,
+    seeded,
+    to_device,
+)
 from alignkit.tokens import entropy, masked_mean, token_logprobs, whiten
 
 PRECISIONS = ("fp32", "bf16")
@@ -29,23 +37,23 @@ Reward = Callable[[list[str], list[str]], Sequence[float]]
 class PPOConfig:
     """What a user can turn. Defaults are for the desk world.
 
-    iterations: rollouts, each followed by its steps. prompts_per_iteration, samples_per_prompt: their product is the batch.
-    max_new_tokens: response limit, tokens. temperature: of sampling and of scoring alike.
+    iterations: rollouts, each followed by its steps. prompts_per_iteration, samples_per_prompt: their product is the
+    batch. max_new_tokens: response limit, tokens. temperature: of sampling and of scoring alike.
     kl_coef: price of a nat of KL(π ‖ π_ref), in units of the score; the same quantity as DPO's beta.
-    target_kl: None keeps kl_coef fixed; a number (nats a response) adapts it (Ziegler 2019) with kl_horizon (responses).
-    max_kl: stop training when objective/kl exceeds this many nats. max_step_kl: leave an iteration's remaining steps out when the
-    policy has moved this far (nats a token) from the one that sampled.
+    target_kl: None keeps kl_coef fixed; a number (nats a response) adapts it (Ziegler 2019) with kl_horizon
+    (responses). max_kl: stop training when objective/kl exceeds this many nats. max_step_kl: leave an iteration's
+    remaining steps out when the policy has moved this far (nats a token) from the one that sampled.
     gamma, gae_lambda: discount and GAE's λ. clip_range, value_clip_range: half-widths of the clips (inf: none).
     value_coef: weight of the critic's loss; only in effect with shared_trunk. entropy_coef: bonus per nat.
     ptx_coef: weight of the SFT loss on demonstrations.
-    missing_eos_penalty: taken off the score, once, of a response cut at the limit. score_clip: scores are clipped to ± this.
-    whiten_rewards: scale per-token rewards to variance 1 (no mean shift). whiten_advantages: mean 0, variance 1 a batch.
-    epochs, minibatch_size: passes over a rollout, responses a step. learning_rate, critic_learning_rate, max_grad_norm: AdamW's and the clip.
-    critic_warmup: first iterations that train the critic alone. lr_decay: linear decay of both rates to 0 over `iterations`.
-    shared_trunk: the critic is a value head on the policy's own body, 0 at first, and its loss trains that body too:
-    one forward pass a step instead of two. precision: "fp32", or "bf16" for the linear layers of policy, reference and
-    critic on a CPU (attention and heads stay in fp32 where `alignkit.fast` reads the model); it pays where the CPU
-    multiplies bf16 in hardware (AMX). A GPU always takes bf16.
+    missing_eos_penalty: taken off the score, once, of a response cut at the limit. score_clip: scores are clipped to ±
+    this. whiten_rewards: scale per-token rewards to variance 1 (no mean shift). whiten_advantages: mean 0, variance 1 a
+    batch. epochs, minibatch_size: passes over a rollout, responses a step. learning_rate, critic_learning_rate,
+    max_grad_norm: AdamW's and the clip. critic_warmup: first iterations that train the critic alone. lr_decay: linear
+    decay of both rates to 0 over `iterations`. shared_trunk: the critic is a value head on the policy's own body, 0 at
+    first, and its loss trains that body too: one forward pass a step instead of two. precision: "fp32", or "bf16" for
+    the linear layers of policy, reference and critic on a CPU (attention and heads stay in fp32 where `alignkit.fast`
+    reads the model); it pays where the CPU multiplies bf16 in hardware (AMX). A GPU always takes bf16.
     """
 
     iterations: int = 40
@@ -82,8 +90,15 @@ class PPOConfig:
 
     def __post_init__(self):
         check_precision(self.precision)
-        for name in ("iterations", "prompts_per_iteration", "samples_per_prompt", "max_new_tokens", "epochs", "minibatch_size",
-                     "kl_horizon"):
+        for name in (
+            "iterations",
+            "prompts_per_iteration",
+            "samples_per_prompt",
+            "max_new_tokens",
+            "epochs",
+            "minibatch_size",
+            "kl_horizon",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         for name in ("kl_coef", "entropy_coef", "ptx_coef", "value_coef", "missing_eos_penalty", "learning_rate",
@@ -114,21 +129,33 @@ class PPOStats:
 
     iteration: int = _stat("iteration", "rollouts so far, this one included")
     score: float = _stat("objective/scores", "mean score of the responses, as the reward gave it")
-    rlhf_reward: float = _stat("objective/rlhf_reward", "mean over responses of the sum of per-token rewards: score − kl_coef · KL")
+    rlhf_reward: float = _stat(
+        "objective/rlhf_reward", "mean over responses of the sum of per-token rewards: score − kl_coef · KL"
+    )
     kl_to_ref: float = _stat("objective/kl", "KL(π ‖ π_ref), k1: nats a response")
     kl_to_ref_k3: float = _stat("objective/kl_k3", "the same KL by k3, never negative: nats a response")
     kl_coef: float = _stat("objective/kl_coef", "the price of KL in force")
-    entropy: float = _stat("objective/entropy", "entropy of the next-token distribution, summed over the response: nats a response")
+    entropy: float = _stat(
+        "objective/entropy", "entropy of the next-token distribution, summed over the response: nats a response"
+    )
     length: float = _stat("objective/length", "tokens a response, EOS included")
     eos_rate: float = _stat("val/eos_rate", "share of responses that ended with EOS")
-    policy_loss: float = _stat("loss/policy_avg", "clipped surrogate loss; about 0 by construction, not a measure of progress")
+    policy_loss: float = _stat(
+        "loss/policy_avg", "clipped surrogate loss; about 0 by construction, not a measure of progress"
+    )
     value_loss: float = _stat("loss/value_avg", "half the clipped squared error of the critic")
     ptx_loss: float = _stat("loss/ptx_avg", "SFT loss on the demonstrations mixed in: nats a token; 0 without ptx_coef")
-    clip_fraction: float = _stat("policy/clipfrac_avg", "share of tokens whose policy gradient is exactly 0 because of the clip")
+    clip_fraction: float = _stat(
+        "policy/clipfrac_avg", "share of tokens whose policy gradient is exactly 0 because of the clip"
+    )
     kl_to_old: float = _stat("policy/approxkl_avg", "KL(π_old ‖ π) by k3 at the last step: nats a token")
-    ratio_first: float = _stat("val/ratio_first", "mean ratio π / π_old at the first step; 1 if sampler and trainer agree")
+    ratio_first: float = _stat(
+        "val/ratio_first", "mean ratio π / π_old at the first step; 1 if sampler and trainer agree"
+    )
     ratio_max: float = _stat("val/ratio_max", "largest ratio π / π_old seen")
-    explained_variance: float = _stat("val/explained_variance", "1 − Var(returns − values) / Var(returns), before this iteration's steps")
+    explained_variance: float = _stat(
+        "val/explained_variance", "1 − Var(returns − values) / Var(returns), before this iteration's steps"
+    )
     grad_norm: float = _stat("policy/grad_norm", "policy's gradient norm before the clip, mean over steps")
     steps: int = _stat("steps", "optimiser steps made in this iteration")
 
@@ -137,10 +164,12 @@ class PPOStats:
         return {"step": self.iteration, **{f.metadata["name"]: getattr(self, f.name) for f in fields(self)[1:]}}
 
 
-def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float = 1.0, gae_lambda: float = 0.95) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float = 1.0, gae_lambda: float = 0.95
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimates and returns: `(advantages, returns)`, each (B, T), 0 outside the response.
 
-    δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γλ A_{t+1},  returns = A + V;  V and A after the last response token are 0.
+    δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γλ A_{t+1},  returns = A + V;  V = A = 0 after the last response token.
     rewards, values: (B, T), in score units. Raises ValueError if shapes differ. (Schulman 2016, eq. 11–16)
     """
     _same_shape("rewards", rewards, values=values, response_mask=response_mask)
@@ -181,8 +210,10 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
     return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
 
 
-def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
-    """Per-token rewards (B, T): −kl_coef · (log π − log π_ref) at each response token, plus the score (B,) at the last one.
+def token_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float
+) -> Tensor:
+    """Per-token rewards (B, T): −kl_coef · (log π − log π_ref) at each response token, the score (B,) at the last.
 
     The tokens must come from the policy that gave `logprobs`. A row without response tokens gets no reward.
     """
@@ -201,8 +232,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float, responses: int, h
 class PPOState:
     """What a PPO run changes. `start` makes one.
 
-    reward: callable (prompts, responses) -> scores. prompts: texts to draw from, one stratum a list (classes are drawn evenly).
-    demonstrations: rows prompt / completion for ptx, or None.
+    reward: callable (prompts, responses) -> scores. prompts: texts to draw from, one stratum a list (classes are drawn
+    evenly). demonstrations: rows prompt / completion for ptx, or None.
     """
 
     policy: nn.Module
@@ -220,13 +251,23 @@ class PPOState:
     last_scores: Tensor | None = field(default=None, repr=False)
 
     @classmethod
-    def start(cls, policy: nn.Module, tokenizer, reward: Reward, prompts: Sequence, config: PPOConfig, *, critic: nn.Module | None = None,
-              ref_policy: nn.Module | None = None, demonstrations: list[dict] | None = None) -> "PPOState":
+    def start(
+        cls,
+        policy: nn.Module,
+        tokenizer,
+        reward: Reward,
+        prompts: Sequence,
+        config: PPOConfig,
+        *,
+        critic: nn.Module | None = None,
+        ref_policy: nn.Module | None = None,
+        demonstrations: list[dict] | None = None,
+    ) -> "PPOState":
         """A run's state before its first iteration.
 
-        prompts: texts, or lists of texts (strata, drawn evenly). critic: by default a copy of the reward model if it reads the policy's tokens, otherwise the
-        policy's body with a head that is 0; with shared_trunk a head on the policy's own body.
-        ref_policy: by default the policy as it is now.
+        prompts: texts, or lists of texts (strata, drawn evenly). critic: by default a copy of the reward model if it
+        reads the policy's tokens, otherwise the policy's body with a head that is 0; with shared_trunk a head on the
+        policy's own body. ref_policy: by default the policy as it is now.
         Raises ValueError if there are no prompts, ptx_coef > 0 without demonstrations, or a critic with shared_trunk.
         """
         strata = [list(s) for s in prompts] if prompts and not isinstance(prompts[0], str) else [list(prompts)]
@@ -247,12 +288,20 @@ class PPOState:
         if critic is policy:
             raise ValueError("critic is the policy itself, expected a model of its own")
         trainable = [p for p in policy.parameters() if p.requires_grad]
-        return cls(policy, ref_policy, critic.to(policy.device), tokenizer, reward, strata,
-                   adamw(trainable, config.learning_rate), adamw(list(critic.parameters()), config.critic_learning_rate),
-                   demonstrations)
+        return cls(
+            policy,
+            ref_policy,
+            critic.to(policy.device),
+            tokenizer,
+            reward,
+            strata,
+            adamw(trainable, config.learning_rate),
+            adamw(list(critic.parameters()), config.critic_learning_rate),
+            demonstrations,
+        )
 
     def state_dict(self) -> dict:
-        """All that training changes: trained weights, both optimizers, iteration, kl_coef. No copy, as with PyTorch's own.
+        """All that training changes: trained weights, both optimizers, iteration, kl_coef. Not copied.
 
         The next iteration depends on nothing else, since its random numbers come from (seed, iteration).
         """
@@ -270,7 +319,9 @@ class PPOState:
             weights = _trained(getattr(self, name))
             if weights.keys() != saved[name].keys():
                 differing = sorted(weights.keys() ^ saved[name].keys())
-                raise ValueError(f"saved[{name!r}] is of another model; one of the two has no {', '.join(differing[:3])}")
+                raise ValueError(
+                    f"saved[{name!r}] is of another model; one of the two has no {', '.join(differing[:3])}"
+                )
             for key, weight in weights.items():
                 weight.copy_(saved[name][key])
         self.policy_optimizer.load_state_dict(saved["policy_optimizer"])
@@ -286,7 +337,7 @@ def adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.A
 
 @dataclass(frozen=True)
 class PPOBatch:
-    """A scored rollout: what the steps of an iteration are made of. All (B, T) but `rollout`; 0 outside the response."""
+    """A scored rollout, of which steps are made. All are (B, T) but `rollout`; 0 outside the response."""
 
     rollout: Rollout
     old_logprobs: Tensor
@@ -323,7 +374,9 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
     state.policy_optimizer.zero_grad(set_to_none=True)
     state.critic_optimizer.zero_grad(set_to_none=True)
     (loss + config.value_coef * critic_loss).backward()
-    norm = torch.nn.utils.clip_grad_norm_([p for p in state.policy.parameters() if p.grad is not None], config.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(
+        [p for p in state.policy.parameters() if p.grad is not None], config.max_grad_norm
+    )
     critic_norm = torch.nn.utils.clip_grad_norm_(state.critic.parameters(), config.max_grad_norm)
     loss, critic_loss = loss.detach(), critic_loss.detach()
     if not torch.isfinite(norm + critic_norm + loss + critic_loss):
@@ -335,20 +388,28 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
     with torch.no_grad():
         ratio = torch.exp(logprobs - batch.old_logprobs)
         measured = {
-            "policy_loss": surrogate, "value_loss": critic_loss, "ptx_loss": ptx, "grad_norm": norm,
-            "clip_fraction": masked_mean(clipped(logprobs, batch.old_logprobs, batch.advantages, config.clip_range).float(), mask),
+            "policy_loss": surrogate,
+            "value_loss": critic_loss,
+            "ptx_loss": ptx,
+            "grad_norm": norm,
+            "clip_fraction": masked_mean(
+                clipped(logprobs, batch.old_logprobs, batch.advantages, config.clip_range).float(), mask
+            ),
             "kl_to_old": masked_mean(k3(batch.old_logprobs, logprobs), mask),
-            "ratio": masked_mean(ratio, mask), "ratio_max": torch.where(mask, ratio, 0.0).max(),
+            "ratio": masked_mean(ratio, mask),
+            "ratio_max": torch.where(mask, ratio, 0.0).max(),
         }
-        return dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True))  # read from the device once
+        return dict(
+            zip(measured, torch.stack(list(measured.values())).tolist(), strict=True)
+        )  # read from the device once
 
 
 def ppo_iteration(state: PPOState, config: PPOConfig) -> PPOStats:
     """Sample, score, estimate advantages, and make epochs × minibatches steps. Changes `state`, returns the statistics.
 
-    The rollout is drawn from (seed, iteration) and the minibatch order from (seed, iteration, epoch): repeating an iteration on the
-    same state repeats it exactly. `config` may differ from one call to the next: that is how a run is steered.
-    The first iteration checks that KL to the reference is 0 and the ratio is 1 (InvariantError).
+    The rollout is drawn from (seed, iteration) and the minibatch order from (seed, iteration, epoch): repeating an
+    iteration on the same state repeats it exactly. `config` may differ from one call to the next: that is how a run is
+    steered. The first iteration checks that KL to the reference is 0 and the ratio is 1 (InvariantError).
     Raises ValueError if the reward returns a wrong number of scores, NonFinite if one is NaN or infinite.
     """
     state.iteration += 1
@@ -365,7 +426,9 @@ def ppo_iteration(state: PPOState, config: PPOConfig) -> PPOStats:
         parts = [_score(state, rollout[start : start + config.minibatch_size], config)
                  for start in range(0, len(rollout), config.minibatch_size)]
         ref_logprobs, old_logprobs, values, token_entropy = (torch.cat(part) for part in zip(*parts, strict=True))
-        shaped = (scores - config.missing_eos_penalty * (~rollout.finished).float()).clamp(-config.score_clip, config.score_clip)
+        shaped = (scores - config.missing_eos_penalty * (~rollout.finished).float()).clamp(
+            -config.score_clip, config.score_clip
+        )
         rewards = token_rewards(shaped, old_logprobs, ref_logprobs, mask, state.kl_coef)
         if config.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
@@ -385,8 +448,15 @@ def ppo_iteration(state: PPOState, config: PPOConfig) -> PPOStats:
         order = torch.randperm(len(rollout), generator=seeded(config.seed, iteration, epoch, 1))
         for start in range(0, len(rollout), config.minibatch_size):
             rows = order[start : start + config.minibatch_size].to(mask.device)
-            measured.append(ppo_step(state, batch[rows], config, demonstrations=_demonstrations(state, config, len(measured)),
-                                     train_policy=iteration > config.critic_warmup))
+            measured.append(
+                ppo_step(
+                    state,
+                    batch[rows],
+                    config,
+                    demonstrations=_demonstrations(state, config, len(measured)),
+                    train_policy=iteration > config.critic_warmup,
+                )
+            )
         if config.max_step_kl is not None and measured[-1]["kl_to_old"] > config.max_step_kl:
             break
     state.last_rollout, state.last_scores = rollout, scores
@@ -408,7 +478,7 @@ def ppo_iteration(state: PPOState, config: PPOConfig) -> PPOStats:
 
 
 def ppo(state: PPOState, config: PPOConfig) -> Iterator[PPOStats]:
-    """Iterate to `config.iterations`, yielding each iteration's statistics; stops early when KL exceeds `config.max_kl`."""
+    """Iterate to `config.iterations` or until KL exceeds `config.max_kl`; yields each iteration's statistics."""
     while state.iteration < config.iterations:
         stats = ppo_iteration(state, config)
         yield stats
@@ -416,24 +486,37 @@ def ppo(state: PPOState, config: PPOConfig) -> Iterator[PPOStats]:
             return
 
 
-def check_first_rollout(rollout: Rollout, logprobs: Tensor, ref_logprobs: Tensor, rewards: Tensor | None, scores: Tensor,
-                        kl_coef: float, tolerance: float = 1e-4) -> None:
+def check_first_rollout(
+    rollout: Rollout,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    rewards: Tensor | None,
+    scores: Tensor,
+    kl_coef: float,
+    tolerance: float = 1e-4,
+) -> None:
     """What must hold before the first step; raises InvariantError that says which does not, and what usually causes it.
 
-    The sampler's and the trainer's log-probs agree (ratio 1 ± tolerance); KL to the reference is 0 (bf16: 0.05 nats); the KL that is
-    logged is the KL in the reward.
+    The sampler's and the trainer's log-probs agree (ratio 1 ± tolerance); KL to the reference is 0 (bf16: 0.05 nats);
+    the KL that is logged is the KL in the reward.
     """
     mask = rollout.response_mask
     tolerance = 0.05 if rollout.prompt_ids.device.type == "cuda" else tolerance
     ratio = torch.exp(torch.where(mask, logprobs - rollout.logprobs, 0.0))
     worst = float((ratio - 1).abs().max())
     if worst > tolerance:
-        raise InvariantError(f"step 0: the ratio π / π_old is off by {worst:.2g} before any step, expected 1 ± {tolerance:g}. Sampler and "
-                             "trainer do not score alike: check temperature, padding side, position ids, dropout, a top-k in the sampler")
+        raise InvariantError(
+            f"step 0: the ratio π / π_old is off by {worst:.2g} before any step, expected 1 ± {tolerance:g}. Sampler "
+            "and trainer do not score alike: check temperature, padding side, position ids, dropout, a top-k in the "
+            "sampler"
+        )
     gap = float(torch.where(mask, k1(logprobs, ref_logprobs), 0.0).abs().max())
     if gap > tolerance:
-        raise InvariantError(f"step 0: |log π − log π_ref| is {gap:.2g} nats at some token, expected 0 ± {tolerance:g}. The reference is not "
-                             "the policy that training starts from: check which checkpoint, and whether an adapter is switched off")
+        raise InvariantError(
+            f"step 0: |log π − log π_ref| is {gap:.2g} nats at some token, expected 0 ± {tolerance:g}. The "
+            "reference is not the policy that training starts from: check which checkpoint, and whether an adapter is "
+            "switched off"
+        )
     if rewards is not None:
         charged = (scores - rewards.sum(1))[mask.any(1)]
         logged = kl_coef * torch.where(mask, k1(logprobs, ref_logprobs), 0.0).sum(1)[mask.any(1)]
@@ -449,12 +532,17 @@ def _collect(state: PPOState, config: PPOConfig) -> tuple[Rollout, Tensor]:
         rollout = sample(state.policy, ids, mask, max_new_tokens=config.max_new_tokens,
                          eos_token_id=state.tokenizer.eos_token_id, pad_token_id=state.tokenizer.pad_token_id,
                          generator=seeded(config.seed, state.iteration), temperature=config.temperature)
-    scores = torch.as_tensor(state.reward(texts, decode_responses(state.tokenizer, rollout)), dtype=torch.float32).to(ids.device)
+    scores = torch.as_tensor(state.reward(texts, decode_responses(state.tokenizer, rollout)), dtype=torch.float32).to(
+        ids.device
+    )
     if scores.shape != (len(texts),):
         raise ValueError(f"reward returned shape {tuple(scores.shape)}, expected ({len(texts)},): one score a response")
     if not torch.isfinite(scores).all():
         row = int((~torch.isfinite(scores)).nonzero()[0])
-        raise NonFinite(f"reward returned {float(scores[row])} for response {row} of iteration {state.iteration}; nothing was changed")
+        raise NonFinite(
+            f"reward returned {float(scores[row])} for response {row} of iteration {state.iteration}; nothing was "
+            "changed"
+        )
     return rollout, scores
 
 
@@ -498,7 +586,9 @@ def _demonstrations(state: PPOState, config: PPOConfig, step: int) -> Rollout | 
         return None
     from alignkit.dpo import encode_rows
 
-    picks = torch.randint(len(state.demonstrations), (config.minibatch_size,), generator=seeded(config.seed, state.iteration, step, 3))
+    picks = torch.randint(
+        len(state.demonstrations), (config.minibatch_size,), generator=seeded(config.seed, state.iteration, step, 3)
+    )
     rows = [state.demonstrations[i] for i in picks.tolist()]
     return to_device(encode_rows(state.tokenizer, rows, "completion", config.max_new_tokens), state.policy.device)
 
@@ -520,4 +610,6 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -
 def _same_shape(name: str, tensor: Tensor, **others: Tensor) -> None:
     for other, value in others.items():
         if value.shape != tensor.shape:
-            raise ValueError(f"{other} has shape {tuple(value.shape)}, expected {tuple(tensor.shape)} (the shape of {name})")
+            raise ValueError(
+                f"{other} has shape {tuple(value.shape)}, expected {tuple(tensor.shape)} (the shape of {name})"
+            )

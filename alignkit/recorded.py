@@ -24,9 +24,9 @@ class RecordedRun:
     """One run from SFT, measured on the world's held-out prompts by enumeration: no sampling error in any figure.
 
     value: PPO's kl_coef or DPO's beta. kl, entropy: nats a response. proxy, gold: SFT-sd. optimum: proxy of the best
-    policy at this KL. share: (proxy − SFT's) / (optimum − SFT's). trained: "kl", "proxy" and "share" on prompts that the
-    run was trained on, so that what it did not optimise can be told from what it did not carry over to new questions.
-    shares: class -> behaviour -> probability.
+    policy at this KL. share: (proxy − SFT's) / (optimum − SFT's). trained: "kl", "proxy" and "share" on prompts that
+    the run was trained on, so that what it did not optimise can be told from what it did not carry over to new
+    questions. shares: class -> behaviour -> probability.
     trajectory: "step", "kl", "proxy", "gold", "entropy", lists along training (iterations of PPO, optimiser steps of
     DPO). by_prompt: "kl", "proxy", "gold", lists in the order of the world's prompts.
     """

@@ -1,6 +1,7 @@
-"""The reward model: a thin front on TRL's RewardTrainer, the scorer that everything else uses, and the report that comes first.
+"""The reward model: a thin front on TRL's RewardTrainer, the scorer that all else uses, and its report.
 
-A response is always scored with EOS after it, as in training, so that a score is the same through the API and inside PPO.
+A response is always scored with EOS after it, as in training, so that a score is the same through the API and inside
+PPO.
 """
 
 import importlib
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.data import encode_pairs
-from alignkit.models import autocast, load_reward_model, position_ids, save_model, token_values
+from alignkit.models import autocast, load_reward_model, save_model, token_values
 from alignkit.sampling import right_pad
 from alignkit.sft import run_trainer, trainer_arguments
 
@@ -33,7 +34,9 @@ class RewardConfig:
     seed: int = 0
 
 
-def train_reward_model(model: nn.Module, tokenizer, pairs: list[dict], config: RewardConfig, *, callbacks: Sequence = ()) -> list[dict]:
+def train_reward_model(
+    model: nn.Module, tokenizer, pairs: list[dict], config: RewardConfig, *, callbacks: Sequence = ()
+) -> list[dict]:
     """Train `model` in place on rows prompt / chosen / rejected (texts) with the Bradley–Terry loss −log σ(r_c − r_r).
 
     Returns TRL's log, one dict a step. Raises ValueError if there are no pairs.
@@ -47,19 +50,28 @@ def train_reward_model(model: nn.Module, tokenizer, pairs: list[dict], config: R
     chosen, rejected = (_ids(tokenizer, prompts, [row[side] for row in pairs]) for side in ("chosen", "rejected"))
     rows = [{"chosen_ids": c, "rejected_ids": r} for c, r in zip(chosen, rejected, strict=True)]
     args = trainer_arguments("RewardConfig", config, model, center_rewards_coefficient=config.centre or None)
-    return run_trainer(RewardTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
-                                     callbacks=list(callbacks)))
+    return run_trainer(
+        RewardTrainer(
+            model,
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )
+    )
 
 
 class RewardScorer:
-    """A reward model as a function: prompts, responses -> scores (N,), shifted and scaled by (mean, std) of the reference's responses.
+    """A reward model as a function: prompts, responses -> scores (N,), shifted by `mean` and scaled by `std`.
 
     The reward is read at the EOS after the response, whatever the padding token is.
     """
 
     def __init__(self, model: nn.Module, tokenizer, mean: float = 0.0, std: float = 1.0):
         if not std > 0:
-            raise ValueError(f"std is {std}, expected more than 0: the reward model gives every response the same score")
+            raise ValueError(
+                f"std is {std}, expected more than 0: the reward model gives every response the same score"
+            )
         self.model, self.tokenizer, self.mean, self.std = model.eval(), tokenizer, mean, std
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
@@ -80,7 +92,7 @@ class RewardScorer:
         return torch.cat(scores) if scores else torch.zeros(0)
 
     def normalised(self, prompts: Sequence[str], responses: Sequence[str]) -> "RewardScorer":
-        """The same scorer, shifted and scaled to mean 0 and standard deviation 1 on these responses (the reference policy's)."""
+        """The same scorer with mean 0 and standard deviation 1 on these responses (the reference policy's)."""
         raw = self.raw(prompts, responses)
         return RewardScorer(self.model, self.tokenizer, float(raw.mean()), float(raw.std()))
 
@@ -121,8 +133,9 @@ def load_reward(source: str | Path, *, device: str = "auto"):
 def expected_calibration_error(margins: np.ndarray, bins: int = 10) -> tuple[float, list[dict]]:
     """ECE of a reward model's P(chosen ≻ rejected) = σ(margin), and its reliability bins.
 
-    Each pair counts once as (σ(m), the label holds) with the more confident side first: confidence c = max(σ(m), 1 − σ(m)),
-    correct where m > 0 (ties ½). ECE = Σ share · |accuracy − confidence| over equal-width bins of [½, 1]. margins: (N,).
+    Each pair counts once as (σ(m), the label holds) with the more confident side first: confidence c = max(σ(m), 1 −
+    σ(m)), correct where m > 0 (ties ½). ECE = Σ share · |accuracy − confidence| over equal-width bins of [½, 1].
+    margins: (N,).
     """
     margins = np.asarray(margins, dtype=np.float64)
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
@@ -132,21 +145,28 @@ def expected_calibration_error(margins: np.ndarray, bins: int = 10) -> tuple[flo
     for number in range(bins):
         members = where == number
         if members.any():
-            rows.append({"low": 0.5 + number / (2 * bins), "high": 0.5 + (number + 1) / (2 * bins), "count": int(members.sum()),
-                         "confidence": float(confidence[members].mean()), "accuracy": float(correct[members].mean())})
+            rows.append(
+                {
+                    "low": 0.5 + number / (2 * bins),
+                    "high": 0.5 + (number + 1) / (2 * bins),
+                    "count": int(members.sum()),
+                    "confidence": float(confidence[members].mean()),
+                    "accuracy": float(correct[members].mean()),
+                }
+            )
     return sum(row["count"] * abs(row["accuracy"] - row["confidence"]) for row in rows) / max(len(margins), 1), rows
 
 
 def reward_report(scorer: RewardScorer, pairs: list[dict], world=None) -> dict:
     """What to know of a reward model before anything uses it, on held-out pairs (prompt / chosen / rejected).
 
-    accuracy_labels: share of pairs ranked as labelled, with a 95 % Wilson interval in accuracy_labels_ci95. ece, reliability: calibration, as
-    `expected_calibration_error`. margin_bins: accuracy by size of the margin (quintiles). length_bias: correlation of score and length
-    (words) across all responses. mean, std: the normalisation. score_mean, score_std: of these responses after it.
-    With a `world` and rows that carry `probability`: bayes_accuracy (the best any model can do on these labels in expectation), also as
-    `bayes` of each margin bin,
-    accuracy_gold (share ranked as gold ranks them, ties left out), gold_correlation, politeness_bias (correlation of the score's residual
-    on gold with the number of polite phrases) and length_bias in phrases, also of the residual.
+    accuracy_labels: share of pairs ranked as labelled, with a 95 % Wilson interval in accuracy_labels_ci95. ece,
+    reliability: calibration, as `expected_calibration_error`. margin_bins: accuracy by size of the margin (quintiles).
+    length_bias: correlation of score and length (words) across all responses. mean, std: the normalisation. score_mean,
+    score_std: of these responses after it. With a `world` and rows that carry `probability`: bayes_accuracy (the best
+    any model can do on these labels in expectation), also as `bayes` of each margin bin,
+    accuracy_gold (share ranked as gold ranks them, ties left out), gold_correlation, politeness_bias (correlation of
+    the score's residual on gold with the number of polite phrases) and length_bias in phrases, also of the residual.
     Raises ValueError if there are no pairs.
     """
     if not pairs:
@@ -159,12 +179,19 @@ def reward_report(scorer: RewardScorer, pairs: list[dict], world=None) -> dict:
     ece, reliability = expected_calibration_error(margins)
     quintiles = np.array_split(np.argsort(np.abs(margins)), min(5, len(pairs)))
     report = {
-        "pairs": len(pairs), "accuracy_labels": float(correct.mean()), "accuracy_labels_ci95": list(_wilson(correct.sum(), len(pairs))),
-        "ece": float(ece), "reliability": reliability,
-        "margin_bins": [{"margin": float(np.abs(margins[rows]).mean()), "accuracy": float(correct[rows].mean()), "count": len(rows)}
-                        for rows in quintiles],
-        "mean": scorer.mean, "std": scorer.std,
-        "score_mean": float((scores.mean() - scorer.mean) / scorer.std), "score_std": float(scores.std() / scorer.std),
+        "pairs": len(pairs),
+        "accuracy_labels": float(correct.mean()),
+        "accuracy_labels_ci95": list(_wilson(correct.sum(), len(pairs))),
+        "ece": float(ece),
+        "reliability": reliability,
+        "margin_bins": [
+            {"margin": float(np.abs(margins[rows]).mean()), "accuracy": float(correct[rows].mean()), "count": len(rows)}
+            for rows in quintiles
+        ],
+        "mean": scorer.mean,
+        "std": scorer.std,
+        "score_mean": float((scores.mean() - scorer.mean) / scorer.std),
+        "score_std": float(scores.std() / scorer.std),
         "length_bias": _correlation(scores, np.array([len(text.split()) for text in chosen + rejected])),
     }
     if world is not None:
@@ -183,13 +210,17 @@ def reward_report(scorer: RewardScorer, pairs: list[dict], world=None) -> dict:
             "bayes_accuracy": float(np.maximum(chance, 1 - chance).mean()),
             "accuracy_gold": float(((margins > 0) == (gold_margins > 0))[clear].mean()),
             "gold_correlation": _correlation(scores, gold),
-            "politeness_bias": _correlation(residual, counts[:, 0]), "length_bias": _correlation(residual, counts.sum(1)),
+            "politeness_bias": _correlation(residual, counts[:, 0]),
+            "length_bias": _correlation(residual, counts.sum(1)),
         }
     return report
 
 
 def _ids(tokenizer, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-    return [[*prompt, *response, tokenizer.eos_token_id] for prompt, response in encode_pairs(tokenizer, prompts, responses)[0]]
+    return [
+        [*prompt, *response, tokenizer.eos_token_id]
+        for prompt, response in encode_pairs(tokenizer, prompts, responses)[0]
+    ]
 
 
 def _wilson(successes: float, n: int) -> tuple[float, float]:

@@ -21,8 +21,8 @@ from alignkit.models import autocast, position_ids
 class Rollout:
     """B prompts with a response each.
 
-    prompt_ids (B, P): left-padded. prompt_mask (B, P): True at real tokens. response_ids (B, T): right-padded, EOS included.
-    response_mask (B, T): True at response tokens. logprobs (B, T): the sampler's, nats, 0 outside the mask.
+    prompt_ids (B, P): left-padded. prompt_mask (B, P): True at real tokens. response_ids (B, T): right-padded, EOS
+    included. response_mask (B, T): True at response tokens. logprobs (B, T): the sampler's, nats, 0 outside the mask.
     finished (B,): True where the response ended with EOS rather than at the limit.
     """
 
@@ -78,13 +78,16 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
            pad_token_id: int, generator: torch.Generator, temperature: float = 1.0) -> Rollout:
     """One response for each prompt row, sampled by inverse CDF from softmax(logits / temperature).
 
-    generator: on the CPU; one uniform number a row and a position is drawn from it, so results do not depend on the device.
+    generator: on the CPU; one uniform number a row and a position is drawn from it, so results do not depend on the
+    device.
     Raises ValueError if prompt and response do not fit the model's context, NonFinite on NaN logits.
     """
     limit = getattr(policy.config, "max_position_embeddings", None)
     if limit is not None and prompt_ids.shape[1] + max_new_tokens > limit:
-        raise ValueError(f"prompts of {prompt_ids.shape[1]} tokens and max_new_tokens={max_new_tokens} do not fit the model's "
-                         f"context of {limit} tokens")
+        raise ValueError(
+            f"prompts of {prompt_ids.shape[1]} tokens and max_new_tokens={max_new_tokens} do not fit the model's "
+            f"context of {limit} tokens"
+        )
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}, expected a positive number")
     device = policy.device
@@ -112,7 +115,9 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
             rows = rows[going]
             decoder.select(going.nonzero().squeeze(1))
         logits = decoder.step(tokens[-1][rows], masks[-1][rows])
-    return Rollout(prompt_ids, prompt_mask, torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logprobs, 1), ~alive)
+    return Rollout(
+        prompt_ids, prompt_mask, torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logprobs, 1), ~alive
+    )
 
 
 class _Decoder:
@@ -178,7 +183,7 @@ def _response(policy: nn.Module, rollout: Rollout, temperature: float, states: b
 
 
 def full_ids(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Prompt and response in one row, without the last token, which predicts nothing: ids and attention mask (B, P + T − 1)."""
+    """Prompt and response in a row, without the last token, which predicts nothing: ids and mask (B, P + T − 1)."""
     return (torch.cat([rollout.prompt_ids, rollout.response_ids[:, :-1]], 1),
             torch.cat([rollout.prompt_mask, rollout.response_mask[:, :-1]], 1))
 
@@ -204,8 +209,17 @@ def decode_responses(tokenizer, rollout: Rollout) -> list[str]:
     return [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in rows]
 
 
-def generate_texts(policy: nn.Module, tokenizer, prompts: list[str], *, max_new_tokens: int, seed: int, samples: int = 1,
-                   temperature: float = 1.0, batch_size: int = 256) -> list[list[str]]:
+def generate_texts(
+    policy: nn.Module,
+    tokenizer,
+    prompts: list[str],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    samples: int = 1,
+    temperature: float = 1.0,
+    batch_size: int = 256,
+) -> list[list[str]]:
     """`samples` response texts for each prompt text. The same seed gives the same responses for the same batch size."""
     texts = []
     repeated = [prompt for prompt in prompts for _ in range(samples)]

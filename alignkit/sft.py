@@ -17,8 +17,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every run 
 class SFTConfig:
     """What a user can turn. Defaults are for the desk world.
 
-    epochs, batch_size: passes over the rows, rows a step. learning_rate: AdamW's, after a short warm-up, falling to 0 as a cosine.
-    max_length: tokens a row; longer ones are cut at the end.
+    epochs, batch_size: passes over the rows, rows a step. learning_rate: AdamW's, after a short warm-up, falling to 0
+    as a cosine. max_length: tokens a row; longer ones are cut at the end.
     """
 
     epochs: float = 4
@@ -28,7 +28,9 @@ class SFTConfig:
     seed: int = 0
 
 
-def train_sft(policy: nn.Module, tokenizer, rows: list[dict], config: SFTConfig, *, callbacks: Sequence = ()) -> list[dict]:
+def train_sft(
+    policy: nn.Module, tokenizer, rows: list[dict], config: SFTConfig, *, callbacks: Sequence = ()
+) -> list[dict]:
     """Train `policy` in place on rows prompt / completion (texts); returns TRL's log, one dict a step.
 
     Raises ValueError if there are no rows.
@@ -39,28 +41,48 @@ def train_sft(policy: nn.Module, tokenizer, rows: list[dict], config: SFTConfig,
     if not rows:
         raise ValueError("rows is empty, expected at least one demonstration")
     encoded = []
-    for prompt, completion in encode_pairs(tokenizer, [row["prompt"] for row in rows], [row["completion"] for row in rows])[0]:
+    for prompt, completion in encode_pairs(
+        tokenizer, [row["prompt"] for row in rows], [row["completion"] for row in rows]
+    )[0]:
         ids = [*prompt, *completion, tokenizer.eos_token_id]
         mask = [0] * len(prompt) + [1] * (len(completion) + 1)
         encoded.append({"input_ids": ids, "completion_mask": mask})
-    trainer = SFTTrainer(policy, args=trainer_arguments("SFTConfig", config, policy, completion_only_loss=True),
-                         train_dataset=Dataset.from_list(encoded), processing_class=tokenizer, callbacks=list(callbacks))
+    trainer = SFTTrainer(
+        policy,
+        args=trainer_arguments("SFTConfig", config, policy, completion_only_loss=True),
+        train_dataset=Dataset.from_list(encoded),
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
     return run_trainer(trainer)
 
 
 def trainer_arguments(name: str, config, model: nn.Module, **more):
-    """TRL's config class `name` with what SFT and reward training share: nothing reported, nothing saved, every step logged."""
+    """TRL's config class `name` with what SFT and reward training share: nothing is saved, every step is logged."""
     import trl
 
     on_gpu = model.device.type == "cuda"
     with warnings.catch_warnings():  # gradient_checkpointing has a new name, which older transformers do not know
         warnings.simplefilter("ignore", FutureWarning)
         return getattr(trl, name)(
-            output_dir=os.fspath(Path(os.environ.get("TMPDIR", "/tmp")) / "alignkit-trainer"), num_train_epochs=config.epochs,
-            per_device_train_batch_size=config.batch_size, learning_rate=config.learning_rate, lr_scheduler_type="cosine",
-            warmup_steps=0.05, max_length=config.max_length, seed=config.seed, bf16=on_gpu, use_cpu=not on_gpu,
-            gradient_checkpointing=False, report_to="none", save_strategy="no", logging_steps=1, logging_nan_inf_filter=False,
-            disable_tqdm=True, max_grad_norm=1.0, **more,
+            output_dir=os.fspath(Path(os.environ.get("TMPDIR", "/tmp")) / "alignkit-trainer"),
+            num_train_epochs=config.epochs,
+            per_device_train_batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            max_length=config.max_length,
+            seed=config.seed,
+            bf16=on_gpu,
+            use_cpu=not on_gpu,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            disable_tqdm=True,
+            max_grad_norm=1.0,
+            **more,
         )
 
 
@@ -71,6 +93,10 @@ def run_trainer(trainer) -> list[dict]:
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     trainer.model.eval()
-    # accelerate leaves a `forward` bound to this very object: a deep copy (PPO's reference, say) would run the original's weights
+    # accelerate leaves a `forward` bound to this object: a deep copy (PPO's reference, say) would run its weights
     trainer.model.__dict__.pop("forward", None)
-    return [{"step": row["step"], **{k: v for k, v in row.items() if k != "step"}} for row in trainer.state.log_history if "loss" in row]
+    return [
+        {"step": row["step"], **{k: v for k, v in row.items() if k != "step"}}
+        for row in trainer.state.log_history
+        if "loss" in row
+    ]

@@ -123,8 +123,10 @@ def load_task(data: str | os.PathLike, tokenizer, seed: int = 0, *, skip_bad: bo
         try:
             phrase_ids(tokenizer)
         except ValueError as error:
-            raise ValueError("data is 'desk', whose sentences this model's tokenizer does not have; expected model='tiny', a "
-                             "model that began as it, or data=FILE for the model's own data") from error
+            raise ValueError(
+                "data is 'desk', whose sentences this model's tokenizer does not have; expected model='tiny', a "
+                "model that began as it, or data=FILE for the model's own data"
+            ) from error
         return desk_task(seed, max_new_tokens=max_new_tokens or MAX_PHRASES)
     return file_task(data, tokenizer, seed, skip_bad=skip_bad, max_new_tokens=max_new_tokens or 32,
                      max_length=max_length, heldout_share=heldout_share)

@@ -1,8 +1,8 @@
 """The README's pictures, taken from a finished run: python docs/pictures.py runs/course
 
-Each is the first PNG of the executed notebook's cell whose first line is the given caption's beginning; nothing is drawn
-here. The last one is a screenshot: `alignkit app` trains PPO from that run, is rewound, and goes on with another price of
-KL. It needs Playwright and Chromium.
+Each is the first PNG of the executed notebook's cell whose first line is the given caption's beginning; nothing is
+drawn here. The last one is a screenshot: `alignkit app` trains PPO from that run, is rewound, and goes on with another
+price of KL. It needs Playwright and Chromium.
 """
 
 import base64
@@ -23,7 +23,7 @@ PICTURES = {  # file -> notebook, beginning of the cell's first line
 
 
 def picture(notebook: Path, caption: str) -> bytes:
-    """The PNG that the cell starting with `caption` shows. Raises LookupError, listing the captions, if there is none."""
+    """The PNG that the cell starting with `caption` shows. Raises LookupError if there is none."""
     cells = [cell for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
     for cell in cells:
         if cell.source.startswith(caption):

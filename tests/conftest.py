@@ -18,7 +18,7 @@ SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
-    """The folder with a real model and real preferences beside the project; tests skip where it is not (CI does not allow that)."""
+    """The folder with a real model and real preferences; tests skip where it is not (CI does not allow that)."""
     if not SHARED.is_dir():
         reason = f"{SHARED.name}/ (a small Llama and preference pairs) is not beside the project"
         if os.environ.get("ALIGNKIT_REQUIRE_SHARED"):

@@ -29,14 +29,22 @@ def test_no_public_name_is_hidden_by_a_module_of_the_same_name():
 
 
 def test_every_public_function_of_every_module_has_a_docstring():
-    missing = [f"{path.name}: {node.name}" for path in PACKAGE.glob("*.py") for node in ast.parse(path.read_text()).body
-               if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and not ast.get_docstring(node)]
+    missing = [
+        f"{path.name}: {node.name}"
+        for path in PACKAGE.glob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
     assert not missing
 
 
 def test_the_core_imports_without_trl_datasets_matplotlib_papermill_and_widgets():
     banned = ("trl", "datasets", "matplotlib", "papermill", "ipywidgets", "accelerate")
-    code = f"import sys; sys.modules.update({{name: None for name in {banned}}})\n" + "\n".join(f"import alignkit.{name}" for name in CORE)
+    code = f"import sys; sys.modules.update({{name: None for name in {banned}}})\n" + "\n".join(
+        f"import alignkit.{name}" for name in CORE
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
 

@@ -12,7 +12,9 @@ NOTEBOOKS = ("00_the_world", "01_sft", "02_reward_model", "03_ppo", "04_freeze_a
 
 
 def alignkit(*arguments) -> subprocess.CompletedProcess:
-    result = subprocess.run([sys.executable, "-m", "alignkit.cli", *map(str, arguments)], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "alignkit.cli", *map(str, arguments)], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result
 
@@ -71,12 +73,31 @@ def test_compare_puts_the_checkpoints_side_by_side(desk, tmp_path):
 
 
 def test_a_real_llama_and_real_preferences_go_through_the_same_notebooks(shared, tmp_path):
-    small = {"demonstrations": 64, "pairs": 64, "heldout_pairs": 32, "eval_prompts": 8, "eval_samples": 2, "max_length": 192,
-             "max_new_tokens": 16, "scale_samples": 32, "iterations": 2, "prompts_per_iteration": 16, "minibatch_size": 8}
+    small = {
+        "demonstrations": 64,
+        "pairs": 64,
+        "heldout_pairs": 32,
+        "eval_prompts": 8,
+        "eval_samples": 2,
+        "max_length": 192,
+        "max_new_tokens": 16,
+        "scale_samples": 32,
+        "iterations": 2,
+        "prompts_per_iteration": 16,
+        "minibatch_size": 8,
+    }
     options = [part for name, value in small.items() for part in ("-p", f"{name}={value}")]
     out = tmp_path / "real"
-    alignkit("course", "--model", shared / "models" / "stories260K", "--data", shared / "data" / "hh_rlhf_harmless.jsonl.gz", "--out", out,
-             *options)
+    alignkit(
+        "course",
+        "--model",
+        shared / "models" / "stories260K",
+        "--data",
+        shared / "data" / "hh_rlhf_harmless.jsonl.gz",
+        "--out",
+        out,
+        *options,
+    )
     stages = check_run(out)["stages"]
     assert "gold_mean" not in stages["ppo"]  # there is no gold here, and nothing pretends that there is
     assert {"proxy_mean", "kl_to_sft", "entropy"} <= set(stages["dpo"])

@@ -94,7 +94,13 @@ PPO_KNOBS = {
     "kl_horizon": (100, 10_000, last("kl_coef"), -1, {"target_kl": 1e-3}),  # a target that is exceeded
     "max_kl": (0.05, 5.0, lambda stats, state: len(stats), +1, {"kl_coef": 0.0}),
     "max_step_kl": (1e-4, 10.0, total_steps, +1, {}),
-    "gamma": (0.3, 1.0, length, +1, {"reward": always, "iterations": 10}),  # what comes later is worth less: stop sooner
+    "gamma": (
+        0.3,
+        1.0,
+        length,
+        +1,
+        {"reward": always, "iterations": 10},
+    ),  # what comes later is worth less: stop sooner
     "gae_lambda": (0.0, 1.0, last("score"), +1, {"critic_learning_rate": 0.0}),  # with a critic that knows nothing
     "clip_range": (0.02, 0.5, last("kl_to_ref"), +1, {"epochs": 6}),
     "entropy_coef": (0.0, 1.0, last("entropy"), +1, {"iterations": 8}),
@@ -122,7 +128,9 @@ def interval(differences):
 def assert_direction(low, high, sign, what):
     differences = [sign * (b - a) for a, b in zip(low, high, strict=True)]
     bottom, top = interval(differences)
-    assert bottom > 0, f"{what}: {'rise' if sign > 0 else 'fall'} expected, of {bottom:.4f} to {top:.4f}; {low} -> {high}"
+    assert bottom > 0, (
+        f"{what}: {'rise' if sign > 0 else 'fall'} expected, of {bottom:.4f} to {top:.4f}; {low} -> {high}"
+    )
 
 
 def test_the_table_names_every_knob():

@@ -9,8 +9,20 @@ import torch
 
 from alignkit import ppo as ppo_module
 from alignkit.models import add_lora, frozen_copy, load_policy, tiny_reward_model
-from alignkit.ppo import (PPOBatch, PPOConfig, PPOState, adapt_kl_coef, clipped, gae, policy_loss, ppo, ppo_iteration, ppo_step,
-                          token_rewards, value_loss)
+from alignkit.ppo import (
+    PPOBatch,
+    PPOConfig,
+    PPOState,
+    adapt_kl_coef,
+    clipped,
+    gae,
+    policy_loss,
+    ppo,
+    ppo_iteration,
+    ppo_step,
+    token_rewards,
+    value_loss,
+)
 from alignkit.relay import InvariantError
 from alignkit.sampling import NonFinite, encode_prompts, sample, seeded
 from alignkit.tokens import masked_mean
@@ -26,9 +38,10 @@ def random(*shape, seed=0, scale=1.0):
 
 def slow_gae(rewards, values, length, gamma, gae_lambda):
     """A_t = Σ_l (γλ)^l δ_{t+l} by its definition, for one response."""
-    value = lambda t: values[t] if t < length else 0.0
+    def value(t):
+        return values[t] if t < length else 0.0
     delta = [rewards[t] + gamma * value(t + 1) - values[t] for t in range(length)]
-    return [sum((gamma * gae_lambda) ** (l - t) * delta[l] for l in range(t, length)) for t in range(length)]
+    return [sum((gamma * gae_lambda) ** (s - t) * delta[s] for s in range(t, length)) for t in range(length)]
 
 
 @pytest.mark.parametrize("gamma,gae_lambda", [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (0.99, 0.0)])
@@ -38,7 +51,9 @@ def test_gae_equals_its_definition_on_ragged_responses(gamma, gae_lambda):
     for row, length in enumerate([4, 2, 1, 0]):
         expected = slow_gae(rewards[row].tolist(), values[row].tolist(), length, gamma, gae_lambda)
         assert advantages[row, :length].tolist() == pytest.approx(expected, abs=1e-12)
-        assert returns[row, :length].tolist() == pytest.approx([a + v for a, v in zip(expected, values[row].tolist())], abs=1e-12)
+        assert returns[row, :length].tolist() == pytest.approx(
+            [a + v for a, v in zip(expected, values[row, :length].tolist(), strict=True)], abs=1e-12
+        )
     assert (advantages[~MASK] == 0).all() and (returns[~MASK] == 0).all()
 
 
@@ -67,7 +82,9 @@ def test_policy_loss_equals_a_slow_reference_and_its_gradient_is_zero_exactly_wh
     dead = clipped(logprobs, old, advantages, 0.2)
     assert 0 < dead.float().mean() < 1
     assert torch.equal(logprobs.grad == 0, dead)
-    assert torch.equal(logprobs.grad[~dead] < 0, advantages[~dead] > 0)  # a good token becomes likelier when the loss falls
+    assert torch.equal(
+        logprobs.grad[~dead] < 0, advantages[~dead] > 0
+    )  # a good token becomes likelier when the loss falls
 
 
 def test_policy_loss_at_ratio_1_has_the_policy_gradient():
@@ -94,14 +111,20 @@ def test_token_rewards_charge_kl_everywhere_and_add_the_score_once_at_the_last_t
     rewards = token_rewards(scores, logprobs, ref, MASK, 0.5)
     for row, length in enumerate([4, 2, 1, 0]):
         for t in range(4):
-            expected = -0.5 * float(logprobs[row, t] - ref[row, t]) * (t < length) + float(scores[row]) * (t == length - 1)
+            expected = -0.5 * float(logprobs[row, t] - ref[row, t]) * (t < length) + float(scores[row]) * (
+                t == length - 1
+            )
             assert float(rewards[row, t]) == pytest.approx(expected, abs=1e-12)
-    assert float(token_rewards(scores, logprobs, ref, MASK, 0.0).sum()) == 6.0  # the empty response has no token to reward
+    assert (
+        float(token_rewards(scores, logprobs, ref, MASK, 0.0).sum()) == 6.0
+    )  # the empty response has no token to reward
 
 
 def test_the_adaptive_controller_is_zieglers():
     assert adapt_kl_coef(0.1, kl=12.0, target_kl=6.0, responses=100, horizon=1000) == pytest.approx(0.1 * 1.02)
-    assert adapt_kl_coef(0.1, kl=6.3, target_kl=6.0, responses=100, horizon=1000) == pytest.approx(0.1 * (1 + 0.05 * 0.1))
+    assert adapt_kl_coef(0.1, kl=6.3, target_kl=6.0, responses=100, horizon=1000) == pytest.approx(
+        0.1 * (1 + 0.05 * 0.1)
+    )
     assert adapt_kl_coef(0.1, kl=0.0, target_kl=6.0, responses=100, horizon=1000) == pytest.approx(0.1 * 0.98)
 
 
@@ -110,7 +133,9 @@ def favour(name, other=-1.0):
     return lambda prompts, responses: [1.0 if SENTENCES[name] in text else other for text in responses]
 
 
-def make_state(config, reward=favour("CLARIFY"), seed=0, **options):
+CLARIFYING = favour("CLARIFY")
+
+def make_state(config, reward=CLARIFYING, seed=0, **options):
     policy, tokenizer = load_policy("tiny", seed=seed)
     return PPOState.start(policy, tokenizer, reward, PROMPTS, config, **options)
 
@@ -122,8 +147,17 @@ def test_one_token_ppo_reaches_the_closed_form_optimum():
     """π*(y) ∝ π_ref(y) exp(r(y)/β) over eleven sentences and the empty response, one prompt, one token."""
     policy, tokenizer = load_policy("tiny", seed=3)
     values = {"": 0.3, **{text: 0.25 * math.sin(1.7 * i) + 0.1 * i for i, text in enumerate(SENTENCES.values())}}
-    config = PPOConfig(iterations=60, prompts_per_iteration=1024, minibatch_size=512, max_new_tokens=1, kl_coef=0.4, epochs=2,
-                       learning_rate=1e-3, critic_learning_rate=5e-3, lr_decay=True)
+    config = PPOConfig(
+        iterations=60,
+        prompts_per_iteration=1024,
+        minibatch_size=512,
+        max_new_tokens=1,
+        kl_coef=0.4,
+        epochs=2,
+        learning_rate=1e-3,
+        critic_learning_rate=5e-3,
+        lr_decay=True,
+    )
     critic = tiny_reward_model(tokenizer, hidden=16)
     state = PPOState.start(policy, tokenizer, lambda p, texts: [values[t] for t in texts], ["?"], config, critic=critic)
     ids = [*phrase_ids(tokenizer), tokenizer.eos_token_id]
@@ -154,12 +188,16 @@ def test_the_first_iteration_starts_from_ratio_1_and_kl_0():
 def test_a_wrong_reference_stops_the_run_and_says_so():
     other = frozen_copy(load_policy("tiny", seed=9)[0])
     state = make_state(SMALL, ref_policy=other)
-    with pytest.raises(InvariantError, match="step 0: .log π − log π_ref. is .* The reference is not the policy that training starts from"):
+    with pytest.raises(
+        InvariantError,
+        match="step 0: .log π − log π_ref. is .* The reference is not the policy that training starts from",
+    ):
         ppo_iteration(state, SMALL)
 
 
 def test_a_sampler_that_does_not_score_alike_stops_the_run(monkeypatch):
-    warmer = lambda *args, temperature, **options: sample(*args, temperature=1.7, **options)
+    def warmer(*args, temperature, **options):
+        return sample(*args, temperature=1.7, **options)
     monkeypatch.setattr(ppo_module, "sample", warmer)
     with pytest.raises(InvariantError, match="step 0: the ratio π / π_old is off by"):
         ppo_iteration(make_state(SMALL), SMALL)
@@ -184,13 +222,15 @@ def test_only_policy_and_critic_are_trained():
     assert changed == {"policy": True, "critic": True, "ref": False}
 
 
-def run(config, reward=favour("CLARIFY"), seed=0, **options):
+def run(config, reward=CLARIFYING, seed=0, **options):
     state = make_state(config, reward, seed, **options)
     return state, list(ppo(state, config))
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
-    weights = [torch.cat([p.flatten() for p in run(replace(SMALL, seed=seed))[0].policy.parameters()]) for seed in (1, 1, 2)]
+    weights = [
+        torch.cat([p.flatten() for p in run(replace(SMALL, seed=seed))[0].policy.parameters()]) for seed in (1, 1, 2)
+    ]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
@@ -252,12 +292,14 @@ def test_a_reward_with_a_wrong_number_of_scores_is_refused():
 
 
 def test_equal_scores_give_no_nan_and_almost_no_movement():
-    state, stats = run(replace(SMALL, kl_coef=0.0), lambda prompts, responses: [1.0] * len(responses))
+    _state, stats = run(replace(SMALL, kl_coef=0.0), lambda prompts, responses: [1.0] * len(responses))
     assert all(math.isfinite(value) for row in stats for value in row.log().values())
 
 
 def test_ppo_learns_what_is_rewarded():
-    _, stats = run(replace(SMALL, iterations=12, prompts_per_iteration=128, minibatch_size=64, kl_coef=0.05, learning_rate=2e-3))
+    _, stats = run(
+        replace(SMALL, iterations=12, prompts_per_iteration=128, minibatch_size=64, kl_coef=0.05, learning_rate=2e-3)
+    )
     assert stats[-1].score > stats[0].score + 0.3 and stats[-1].kl_to_ref > 0.1
 
 
@@ -299,7 +341,8 @@ def test_prompts_are_drawn_evenly_from_the_strata():
     config = replace(SMALL, iterations=1)
     policy, tokenizer = load_policy("tiny")
     seen = []
-    reward = lambda prompts, responses: (seen.extend(prompts), [0.0] * len(prompts))[1]
+    def reward(prompts, responses):
+        return (seen.extend(prompts), [0.0] * len(prompts))[1]
     state = PPOState.start(policy, tokenizer, reward, [PROMPTS[:60], PROMPTS[60:61]], config)
     ppo_iteration(state, config)
     assert sum(text == PROMPTS[60] for text in seen) == 16
@@ -307,14 +350,16 @@ def test_prompts_are_drawn_evenly_from_the_strata():
 
 def test_missing_eos_penalty_is_charged_once_and_only_without_eos():
     config = replace(SMALL, iterations=1, kl_coef=0.0, missing_eos_penalty=0.7, max_new_tokens=2)
-    state, stats = run(config, lambda prompts, responses: [1.0] * len(responses))
+    _state, stats = run(config, lambda prompts, responses: [1.0] * len(responses))
     unfinished = 1 - stats[0].eos_rate
     assert 0 < unfinished < 1
     assert stats[0].score == 1.0 and stats[0].rlhf_reward == pytest.approx(1 - 0.7 * unfinished, abs=1e-5)
 
 
 def test_score_clip_limits_what_is_learned_from():
-    _, stats = run(replace(SMALL, iterations=1, kl_coef=0.0, score_clip=2.0), lambda prompts, responses: [9.0] * len(responses))
+    _, stats = run(
+        replace(SMALL, iterations=1, kl_coef=0.0, score_clip=2.0), lambda prompts, responses: [9.0] * len(responses)
+    )
     assert stats[0].score == 9.0 and stats[0].rlhf_reward == pytest.approx(2.0, abs=1e-5)
 
 
@@ -336,7 +381,9 @@ def test_learning_rates_of_0_change_nothing_and_lr_decay_ends_low():
     state = make_state(replace(SMALL, learning_rate=0.0, critic_learning_rate=0.0))
     before = [p.clone() for p in (*state.policy.parameters(), *state.critic.parameters())]
     list(ppo(state, replace(SMALL, learning_rate=0.0, critic_learning_rate=0.0)))
-    assert all(torch.equal(a, b) for a, b in zip(before, (*state.policy.parameters(), *state.critic.parameters()), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, (*state.policy.parameters(), *state.critic.parameters()), strict=True)
+    )
     state, _ = run(replace(SMALL, lr_decay=True))
     assert state.policy_optimizer.param_groups[0]["lr"] == pytest.approx(SMALL.learning_rate / 3)
 
@@ -384,8 +431,27 @@ def test_whiten_rewards_scales_but_does_not_shift():
 
 def test_gamma_and_lambda_and_whitening_reach_the_advantages(monkeypatch):
     seen = {}
-    monkeypatch.setattr(ppo_module, "ppo_step", lambda state, batch, config, **more: seen.setdefault("batch", batch) and None or
-                        {k: 0.0 for k in ("policy_loss", "value_loss", "ptx_loss", "grad_norm", "clip_fraction", "kl_to_old", "ratio", "ratio_max")})
+    monkeypatch.setattr(
+        ppo_module,
+        "ppo_step",
+        lambda state, batch, config, **more: (
+            (seen.setdefault("batch", batch)
+            and None)
+            or {
+                k: 0.0
+                for k in (
+                    "policy_loss",
+                    "value_loss",
+                    "ptx_loss",
+                    "grad_norm",
+                    "clip_fraction",
+                    "kl_to_old",
+                    "ratio",
+                    "ratio_max",
+                )
+            }
+        ),
+    )
     def advantages(**options):
         seen.clear()
         config = replace(SMALL, minibatch_size=32, **options)
@@ -407,12 +473,24 @@ def test_max_grad_norm_limits_the_step():
         config = replace(SMALL, iterations=1, epochs=1, minibatch_size=32, max_grad_norm=limit)
         state = make_state(config)
         ppo_iteration(state, config)
-        norms.append(float(torch.cat([p.grad.flatten() for p in state.policy.parameters() if p.grad is not None]).norm()))
+        norms.append(
+            float(torch.cat([p.grad.flatten() for p in state.policy.parameters() if p.grad is not None]).norm())
+        )
     assert norms[0] == pytest.approx(1e-3, rel=1e-3) and norms[1] > 1e-2
 
 
-@pytest.mark.parametrize("name,value", [("iterations", 0), ("epochs", 0), ("kl_coef", -1.0), ("gamma", 1.5), ("temperature", 0.0),
-                                        ("clip_range", -0.1), ("learning_rate", math.nan)])
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("iterations", 0),
+        ("epochs", 0),
+        ("kl_coef", -1.0),
+        ("gamma", 1.5),
+        ("temperature", 0.0),
+        ("clip_range", -0.1),
+        ("learning_rate", math.nan),
+    ],
+)
 def test_a_config_that_makes_no_sense_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"{name} is "):
         PPOConfig(**{name: value})

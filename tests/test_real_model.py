@@ -7,13 +7,22 @@ from alignkit.models import load_policy
 from alignkit.ppo import PPOConfig, PPOState, ppo
 from alignkit.reward import load_reward
 
-OPENINGS = ["Once upon a time, there was a little girl named Lily.", "One day, a dog went to the park.", "Tom had a red ball.",
-            "The old man lived in a small house.", "A bird sat on a tree.", "Mia was sad because", "Ben and Sam were friends.",
-            "It was raining and"]
+OPENINGS = [
+    "Once upon a time, there was a little girl named Lily.",
+    "One day, a dog went to the park.",
+    "Tom had a red ball.",
+    "The old man lived in a small house.",
+    "A bird sat on a tree.",
+    "Mia was sad because",
+    "Ben and Sam were friends.",
+    "It was raining and",
+]
 
 
 def sentiment(prompts: list[str], responses: list[str]) -> list[float]:
-    """VADER's compound score, −1 to 1, of each response; the reward that the test names as tests.test_real_model:sentiment."""
+    """VADER's compound score, −1 to 1, of each response; the reward that the test names as
+    tests.test_real_model:sentiment.
+    """
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyser = SentimentIntensityAnalyzer()
@@ -22,8 +31,16 @@ def sentiment(prompts: list[str], responses: list[str]) -> list[float]:
 
 def test_ppo_with_a_python_reward_raises_sentiment_and_reports_kl(shared):
     policy, tokenizer = load_policy(shared / "models" / "stories260K")
-    config = PPOConfig(iterations=16, prompts_per_iteration=64, minibatch_size=32, max_new_tokens=24, epochs=2, learning_rate=3e-4,
-                       critic_learning_rate=1e-3, kl_coef=0.01)
+    config = PPOConfig(
+        iterations=16,
+        prompts_per_iteration=64,
+        minibatch_size=32,
+        max_new_tokens=24,
+        epochs=2,
+        learning_rate=3e-4,
+        critic_learning_rate=1e-3,
+        kl_coef=0.01,
+    )
     state = PPOState.start(policy, tokenizer, load_reward("tests.test_real_model:sentiment"), OPENINGS, config)
     stats = list(ppo(state, config))
     before, after = (torch.tensor([s.score for s in part]).mean() for part in (stats[:3], stats[-3:]))

@@ -160,9 +160,14 @@ def test_rows_that_have_ended_are_read_no_longer_and_the_others_do_not_notice(an
     policy, tokenizer, prompts = any_model
     read = []
     forward = policy.forward
-    monkeypatch.setattr(policy, "forward", functools.wraps(forward)(lambda **inputs: (read.append(len(inputs["input_ids"])),
-                                                                                    forward(**inputs))[1]))
-    eos = int(draw(policy, tokenizer, prompts, max_new_tokens=3).response_ids.flatten().mode().values)  # what comes often
+    monkeypatch.setattr(
+        policy,
+        "forward",
+        functools.wraps(forward)(lambda **inputs: (read.append(len(inputs["input_ids"])), forward(**inputs))[1]),
+    )
+    eos = int(
+        draw(policy, tokenizer, prompts, max_new_tokens=3).response_ids.flatten().mode().values
+    )  # what comes often
     ids, mask = encode_prompts(tokenizer, prompts)
 
     def drawn():

@@ -22,7 +22,9 @@ def test_token_logprobs_equal_a_slow_reference():
     result = token_logprobs(logits, tokens)
     for b in range(2):
         for t in range(3):
-            assert float(result[b, t]) == pytest.approx(slow_logprob(logits[b, t].double().tolist(), int(tokens[b, t])), abs=1e-6)
+            assert float(result[b, t]) == pytest.approx(
+                slow_logprob(logits[b, t].double().tolist(), int(tokens[b, t])), abs=1e-6
+            )
 
 
 def test_token_logprobs_names_the_shape_that_does_not_fit():

@@ -132,13 +132,16 @@ from alignkit_widgets import ShiftViewer, GAEExplorer
 from alignkit_widgets.blocks import Text, Tokens, Table, Bars, Copy
 from alignkit_widgets.explorer import Choice, Explorer
 HOSTILE = list({HOSTILE!r}.values()) + ["x" * 1_000_000]
-shift = Shift(("SFT", HOSTILE[0]), tuple(HOSTILE), (tuple(HOSTILE),) * len(HOSTILE), [[[0.1] * len(HOSTILE)] * 2] * len(HOSTILE),
-              [[[0.1, 0.2]] * 2] * len(HOSTILE), [[HOSTILE] * 2] * len(HOSTILE))
+shift = Shift(("SFT", HOSTILE[0]), tuple(HOSTILE), (tuple(HOSTILE),) * len(HOSTILE),
+              [[[0.1] * len(HOSTILE)] * 2] * len(HOSTILE), [[[0.1, 0.2]] * 2] * len(HOSTILE),
+              [[HOSTILE] * 2] * len(HOSTILE))
 """
     every = """
 Explorer("all blocks", [Choice("c", {str(i): text for i, text in enumerate(HOSTILE)}, "0", HOSTILE[1])], lambda state: [
-    [Text(text) for text in HOSTILE[:2]], [Tokens(HOSTILE[0], HOSTILE, [1.0] * len(HOSTILE))], [Table(HOSTILE[1], HOSTILE, [HOSTILE])],
-    [Bars(HOSTILE[2], {HOSTILE[0]: 'blue'}, [(text, 0.5) for text in HOSTILE], HOSTILE[3])], [Copy(HOSTILE[0], HOSTILE[3])]])
+    [Text(text) for text in HOSTILE[:2]], [Tokens(HOSTILE[0], HOSTILE, [1.0] * len(HOSTILE))],
+    [Table(HOSTILE[1], HOSTILE, [HOSTILE])],
+    [Bars(HOSTILE[2], {HOSTILE[0]: 'blue'}, [(text, 0.5) for text in HOSTILE], HOSTILE[3])],
+    [Copy(HOSTILE[0], HOSTILE[3])]])
 """
     notebook = open_notebook([setup + "ShiftViewer(shift)", every], size=(1280, 3200))
     notebook.run()

@@ -55,7 +55,9 @@ def _rows(state: Mapping) -> list:
     if math.isinf(found):
         says += "All labels agree, so the loss has no minimum: it pulls the scores apart for ever."
     else:
-        says += f"The loss is least at log(wins / losses), {fixed(found, sign=True)}; the truth: {fixed(true, sign=True)}."
+        says += (
+            f"The loss is least at log(wins / losses), {fixed(found, sign=True)}; the truth: {fixed(true, sign=True)}."
+        )
         if noise:
             says += " Flips pull that towards 0: more labels do not help."
     shift = ("Only the difference counts: add any number to both scores, and every chance and every loss stays. "
