@@ -264,7 +264,7 @@ MUTANTS = [
            "gold likes wrong answers", "test_world.py::test_gold_equals_the_slow_table_for_every_short_response"),
     Mutant("world.py", '- 3.0 * has["UNSAFE"]', '+ 3.0 * has["UNSAFE"]', "gold likes what is unsafe",
            "test_world.py::test_gold_scores_takes_texts_and_refuses_what_it_does_not_know"),
-    Mutant("world.py", "answers[thing], key in held_out)", "answers[thing], key in held_out and template > 0)",
+    Mutant("world.py", "answers[thing], key in held_out,", "answers[thing], key in held_out and template > 0,",
            "a held-out question is trained on in other words",
            "test_world.py::test_train_and_held_out_prompts_share_neither_text_nor_key"),
     # the exact truth
