@@ -35,7 +35,7 @@ def picture(notebook: Path, caption: str) -> bytes:
 
 
 def app_screenshot(run: Path) -> bytes:
-    """The app's page in the middle of a PPO run: rewound from iteration 25 to 10, and on from there without KL."""
+    """The app's page in the middle of a PPO run: rewound to iteration 10 after 25, and on from there without KL."""
     from playwright.sync_api import sync_playwright
 
     chromium = os.environ.get("ALIGNKIT_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
