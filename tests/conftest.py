@@ -16,12 +16,16 @@ for name, value in {
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 
 
-@pytest.fixture(scope="session")
-def shared() -> pathlib.Path:
-    """The folder with a real model and real preferences; tests skip where it is not (CI does not allow that)."""
-    if not SHARED.is_dir():
+def pytest_runtest_setup(item) -> None:
+    """Skip what is marked `shared` where there is no such folder; CI does not allow that."""
+    if item.get_closest_marker("shared") and not SHARED.is_dir():
         reason = f"{SHARED.name}/ (a small Llama and preference pairs) is not beside the project"
         if os.environ.get("ALIGNKIT_REQUIRE_SHARED"):
             pytest.fail(reason)
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """The folder with a real model and real preferences. Who uses it is marked `shared`."""
     return SHARED

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from alignkit_widgets import dashboard as dashboard_module
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
 from tornado.websocket import websocket_connect
 
@@ -23,7 +24,6 @@ from alignkit.records import RunError, branch_files, read_metrics, start_run
 from alignkit.reward import RewardConfig
 from alignkit.sft import SFTConfig
 
-dashboard_module = pytest.importorskip("alignkit_widgets.dashboard")
 ROOT = Path(__file__).parents[1]
 
 

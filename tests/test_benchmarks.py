@@ -8,8 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("trl")
-
 from benchmarks import steps
 
 ROOT = Path(__file__).resolve().parents[1]

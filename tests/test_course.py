@@ -72,6 +72,7 @@ def test_compare_puts_the_checkpoints_side_by_side(desk, tmp_path):
     assert "gold_mean" in text and "risky_failure_rate" in text
 
 
+@pytest.mark.shared
 def test_a_real_llama_and_real_preferences_go_through_the_same_notebooks(shared, tmp_path):
     small = {
         "demonstrations": 64,

@@ -22,9 +22,6 @@ from alignkit.world import desk_tokenizer
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 HH = SHARED / "data" / "hh_rlhf_harmless.jsonl.gz"
 STORIES = SHARED / "models" / "stories260K"
-needs_shared = pytest.mark.skipif(
-    not (HH.exists() and STORIES.exists()), reason=f"{SHARED} with data and models is absent"
-)
 
 PAIR = {"prompt": "Why is the sky blue?", "chosen": " Because of scattering.", "rejected": " It is not."}
 GOOD = json.dumps(PAIR).encode()
@@ -657,7 +654,7 @@ def test_the_prompts_ids_do_not_depend_on_the_response_nor_on_being_plain(tokeni
     assert tokenizer.eos_token_id not in hostile[1]
 
 
-@needs_shared
+@pytest.mark.shared
 @pytest.mark.parametrize(
     "prompt, response", [("Answer: ", "yes"), ("Answer:", " yes"), ("Answer:", "yes"), ("a ", " b"), ("x", "")]
 )
@@ -671,7 +668,7 @@ def test_prompt_and_response_read_as_the_joint_text(prompt, response):
 # --- real data -------------------------------------------------------------------------------------------------------
 
 
-@needs_shared
+@pytest.mark.shared
 def test_hh_rlhf_is_read_as_1500_pairs_and_nothing_is_lost():
     report = check(HH)
     assert (report.kind, report.rows, report.bad_rows) == ("pairs", 1500, 0)
@@ -686,7 +683,7 @@ def test_hh_rlhf_is_read_as_1500_pairs_and_nothing_is_lost():
             assert row["prompt"] + row["rejected"] == original["rejected"]
 
 
-@needs_shared
+@pytest.mark.shared
 def test_hh_rlhf_as_a_task_fits_the_context_and_keeps_its_parts_apart(write):
     tok = AutoTokenizer.from_pretrained(STORIES)
     with gzip.open(HH) as lines:
@@ -820,7 +817,7 @@ def test_the_desk_world_is_a_task():
     )
 
 
-@needs_shared
+@pytest.mark.shared
 def test_the_desk_world_needs_its_own_tokenizer():
     with pytest.raises(ValueError, match="model='tiny'"):
         load_task("desk", AutoTokenizer.from_pretrained(STORIES))

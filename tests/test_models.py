@@ -341,7 +341,6 @@ def test_dropout_is_off(tmp_path):
 
 
 @pytest.mark.shared
-@pytest.mark.skipif(not STORIES.is_dir(), reason=f"{STORIES} is not there")
 def test_a_real_llama_loads_in_float32_with_padding_of_its_own():
     policy, tokenizer = load_policy(STORIES, device="cpu")
     assert policy.dtype == torch.float32 and tokenizer.padding_side == "right"

@@ -29,6 +29,7 @@ def sentiment(prompts: list[str], responses: list[str]) -> list[float]:
     return [analyser.polarity_scores(text)["compound"] for text in responses]
 
 
+@pytest.mark.shared
 def test_ppo_with_a_python_reward_raises_sentiment_and_reports_kl(shared):
     policy, tokenizer = load_policy(shared / "models" / "stories260K")
     config = PPOConfig(

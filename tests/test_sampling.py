@@ -51,8 +51,6 @@ def any_model(request):
     """The tiny policy, and a real pretrained Llama where its folder is there."""
     if request.param == "desk":
         return request.getfixturevalue("desk")
-    if not STORIES.is_dir():
-        pytest.skip(f"{STORIES} is not there")
     return *load_policy(STORIES, device="cpu"), TALES
 
 
@@ -319,8 +317,6 @@ def test_a_prompt_without_tokens_is_refused_by_its_number():
 
 @pytest.mark.parametrize("model", ["tiny", pytest.param(STORIES, marks=pytest.mark.shared)])
 def test_special_tokens_written_in_a_prompt_stay_text(model):
-    if model != "tiny" and not STORIES.is_dir():
-        pytest.skip(f"{STORIES} is not there")
     tokenizer = load_policy(model, device="cpu")[1]
     special = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
     for text in (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token):

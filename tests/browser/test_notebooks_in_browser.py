@@ -87,7 +87,6 @@ def test_notebooks_open_and_run(open_notebook, course, tmp_path, name):
     course.done.add(name)
 
 
-@pytest.mark.skipif("03_ppo" not in NOTEBOOKS, reason="there is no notebook 03_ppo")
 def test_ppo_is_paused_its_kl_coefficient_doubled_resumed_and_stopped_while_the_cell_runs(
     open_notebook, course, tmp_path
 ):
@@ -125,7 +124,6 @@ def test_ppo_is_paused_its_kl_coefficient_doubled_resumed_and_stopped_while_the_
     notebook.screenshot("03_ppo_stopped")
 
 
-@pytest.mark.skipif("03_ppo" not in NOTEBOOKS, reason="there is no notebook 03_ppo")
 def test_ppo_is_rewound_and_trained_again_at_twice_the_price_of_kl(open_notebook, course, tmp_path):
     course.before("03_ppo")
     log = course.run / "ppo" / "metrics.jsonl"
