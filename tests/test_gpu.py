@@ -1,4 +1,4 @@
-"""Nothing assumes that models are on the CPU: every case gives, on a pretended GPU, the numbers that it gives on a CPU."""
+"""Nothing assumes that models are on the CPU: on a pretended GPU each case gives the numbers that it gives on a CPU."""
 
 import json
 import subprocess
