@@ -102,6 +102,18 @@ def test_the_same_seed_trains_the_same_weights():
     assert torch.equal(weights(train(config)[0]), weights(train(config)[0]))
 
 
+def test_a_row_that_is_too_long_loses_its_end():
+    """A prompt has six tokens: of eight, two sentences stay; of six, nothing that could be learned."""
+    def loss(last, max_length):
+        completion = "".join(SENTENCES[name] for name in ("POLITE", "FILLER", last))
+        rows = [{"prompt": ROWS[0]["prompt"], "completion": completion}]
+        return train(replace(CONFIG, epochs=1, learning_rate=0.0, max_length=max_length), rows)[1][0]["loss"]
+
+    assert loss("CAUTION", 8) == loss("UNSAFE", 8) and loss("CAUTION", 9) != loss("UNSAFE", 9)
+    with pytest.raises(ValueError, match="max_length is 6, and every row is longer"):
+        loss("CAUTION", 6)
+
+
 def test_no_rows_are_refused():
     policy, tokenizer = load_policy("tiny", device="cpu")
     with pytest.raises(ValueError, match="rows is empty, expected at least one demonstration"):
