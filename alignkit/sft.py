@@ -1,8 +1,9 @@
 """Supervised fine-tuning: a thin front on TRL's SFTTrainer, which sees only the response (and its EOS) as labels."""
 
+import contextlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,29 @@ def train_sft(
         return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
     args = trainer_arguments("SFTConfig", config, policy)
-    return run_trainer(SFTTrainer, policy, args, encoded, batch, tokenizer, callbacks)
+    with _narrow_logits(policy.get_output_embeddings().weight.shape[0]):
+        return run_trainer(SFTTrainer, policy, args, encoded, batch, tokenizer, callbacks)
+
+
+@contextlib.contextmanager
+def _narrow_logits(vocabulary: int) -> Iterator[None]:
+    """Let TRL's loss take no more memory than the logits need.
+
+    Its buffer for them is 32,768 tokens wide, half a gigabyte at each step; of a vocabulary of 52 each row lies in a
+    page of its own. A TRL without that buffer is left as it is.
+    """
+    from trl.trainer import utils
+
+    name = "_CHUNKED_LOGPROB_CHUNK_SIZE"
+    width = getattr(utils, name, None)
+    if not isinstance(width, int):
+        yield
+        return
+    setattr(utils, name, min(width, vocabulary))  # one tile as before, and the same logits in it
+    try:
+        yield
+    finally:
+        setattr(utils, name, width)
 
 
 def trainer_arguments(name: str, config, model: nn.Module, **more):

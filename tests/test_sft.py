@@ -1,11 +1,13 @@
 """Supervised fine-tuning through TRL against a plain torch loop, and every knob."""
 
+from contextlib import nullcontext
 from dataclasses import fields, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from alignkit import sft
 from alignkit.models import load_policy
 from alignkit.sft import SFTConfig, train_sft
 from alignkit.world import SENTENCES, World
@@ -112,6 +114,12 @@ def test_a_row_that_is_too_long_loses_its_end():
     assert loss("CAUTION", 8) == loss("UNSAFE", 8) and loss("CAUTION", 9) != loss("UNSAFE", 9)
     with pytest.raises(ValueError, match="max_length is 6, and every row is longer"):
         loss("CAUTION", 6)
+
+
+def test_logits_as_wide_as_the_vocabulary_change_no_weight(monkeypatch):
+    narrow = train()[0]
+    monkeypatch.setattr(sft, "_narrow_logits", lambda vocabulary: nullcontext())
+    assert torch.equal(weights(narrow), weights(train()[0]))
 
 
 def test_no_rows_are_refused():
