@@ -421,11 +421,11 @@ def encode_texts(tokenizer, texts: list[str], add_special_tokens: bool = True) -
             once = list(dict.fromkeys(str(texts[place]) for place in places))  # prompts come many times
             found = tokenizer(once, split_special_tokens=not chat, return_attention_mask=False, verbose=False,
                               add_special_tokens=add_special_tokens and not chat)["input_ids"]
-            known = dict(zip(once, found, strict=True))
+            end = tokenizer.eos_token_id if add_special_tokens and not chat else None  # slow to ask for
+            known = {text: ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
+                     for text, ids in zip(once, found, strict=True)}
             for place in places:
-                ids = known[str(texts[place])]
-                adds_eos = not chat and add_special_tokens and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
-                rows[place] = ids[:-1] if adds_eos else ids[:]
+                rows[place] = known[str(texts[place])][:]
     return rows
 
 

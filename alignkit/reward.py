@@ -218,10 +218,8 @@ def reward_report(scorer: RewardScorer, pairs: list[dict], world=None) -> dict:
 
 
 def _ids(tokenizer, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-    return [
-        [*prompt, *response, tokenizer.eos_token_id]
-        for prompt, response in encode_pairs(tokenizer, prompts, responses)[0]
-    ]
+    end = tokenizer.eos_token_id
+    return [[*prompt, *response, end] for prompt, response in encode_pairs(tokenizer, prompts, responses)[0]]
 
 
 def _wilson(successes: float, n: int) -> tuple[float, float]:

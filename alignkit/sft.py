@@ -41,11 +41,11 @@ def train_sft(
 
     if not rows:
         raise ValueError("rows is empty, expected at least one demonstration")
-    encoded = []
+    encoded, end = [], tokenizer.eos_token_id
     for prompt, completion in encode_pairs(
         tokenizer, [row["prompt"] for row in rows], [row["completion"] for row in rows]
     )[0]:
-        response = [*completion, tokenizer.eos_token_id]
+        response = [*completion, end]
         ids, labels = [*prompt, *response], [-100] * len(prompt) + response
         if len(prompt) < config.max_length:  # or nothing of the response is left
             encoded.append({"input_ids": ids[: config.max_length], "labels": labels[: config.max_length]})

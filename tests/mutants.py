@@ -239,7 +239,7 @@ MUTANTS = [
            "test_models.py::test_a_policy_is_not_a_reward_model_nor_the_other_way_round"),
     Mutant("models.py", "module.p = 0.0", "pass", "dropout stays on", "test_models.py::test_dropout_is_off"),
     # the reward model
-    Mutant("reward.py", "return [[*prompt, *response, tokenizer.eos_token_id] for", "return [[*prompt, *response] for",
+    Mutant("reward.py", "return [[*prompt, *response, end] for", "return [[*prompt, *response] for",
            "responses scored without EOS", "test_reward.py::test_a_score_is_what_hugging_face_s_classifier_says"),
     Mutant("reward.py", "mask.sum(1, keepdim=True) - 1", "mask.sum(1, keepdim=True) - 2",
            "the reward read one token early (pad = EOS)",
