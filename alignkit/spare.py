@@ -34,6 +34,8 @@ class Spare:
 
 
 class ThisPython(KernelSpecManager):
+    """Every kernel is the Python that this process runs under, whatever is installed as `python3`."""
+
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         return KernelSpec(
             argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
