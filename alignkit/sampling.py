@@ -6,6 +6,7 @@ softmax at `temperature`. There is no top-k or top-p, so that what is sampled is
 
 import inspect
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import torch
 import torch.nn.functional as F
@@ -205,8 +206,11 @@ def to_device(rollout: Rollout, device) -> Rollout:
 
 def decode_responses(tokenizer, rollout: Rollout) -> list[str]:
     """The response texts, without EOS and padding."""
-    rows = [ids[mask].tolist() for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
-    return [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in rows]
+    both = zip(rollout.response_ids.tolist(), rollout.response_mask.tolist(), strict=True)  # read from the device once
+    rows = [tuple(compress(ids, mask)) for ids, mask in both]
+    texts = {row: tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+             for row in set(rows)}
+    return [texts[row] for row in rows]
 
 
 def generate_texts(
