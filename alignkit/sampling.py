@@ -12,9 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from alignkit import fast
+from alignkit import fast, graphs
 from alignkit.data import encode_texts
 from alignkit.models import autocast, position_ids
+from alignkit.tokens import inverse_cdf
+
+DIVERGED = "the policy's logits are NaN or infinite; its weights have diverged (lower the learning rate)"
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,9 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
         raise ValueError(f"temperature is {temperature}, expected a positive number")
     device = policy.device
     prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
+    if graphs.usable(policy, max_new_tokens):
+        return _sample_by_graph(policy, prompt_ids, prompt_mask, max_new_tokens, generator, eos_token_id=eos_token_id,
+                                pad_token_id=pad_token_id, temperature=temperature)
     reader = fast.reader(policy)
     decoder = (_Decoder(policy, prompt_ids, prompt_mask) if reader is None
                else fast.Decoder(reader, prompt_ids, prompt_mask, max_new_tokens - 1))
@@ -118,6 +124,20 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
     return Rollout(
         prompt_ids, prompt_mask, torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logprobs, 1), ~alive
     )
+
+
+def _sample_by_graph(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int,
+                     generator: torch.Generator, **options) -> Rollout:
+    state, rows = generator.get_state(), len(prompt_ids)
+    uniform = torch.rand(max_new_tokens, rows, generator=generator, dtype=torch.float64)
+    decoder = graphs.Decoder(policy, *prompt_ids.shape, max_new_tokens, **options)
+    decoder.start(prompt_ids, prompt_mask, uniform)
+    tokens, mask, logprobs = decoder.run()
+    if not decoder.finite:
+        raise NonFinite(DIVERGED)
+    generator.set_state(state)  # it has then given as many numbers as when they are drawn one position at a time
+    torch.rand(tokens.shape[1], rows, generator=generator, dtype=torch.float64)
+    return Rollout(prompt_ids, prompt_mask, tokens, mask, logprobs, ~decoder.alive)
 
 
 class _Decoder:
@@ -240,12 +260,10 @@ def seeded(*numbers: int) -> torch.Generator:
 
 
 def _inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    total = logits.logsumexp(-1, keepdim=True)
-    if not torch.isfinite(total).all():
-        raise NonFinite("the policy's logits are NaN or infinite; its weights have diverged (lower the learning rate)")
-    cumulative = (logits - total).exp().cumsum(-1, dtype=torch.float64)
-    token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
-    return token.squeeze(1), (logits.gather(1, token) - total).squeeze(1)
+    token, logprob = inverse_cdf(logits, uniform)
+    if not torch.isfinite(logprob).all():
+        raise NonFinite(DIVERGED)
+    return token, logprob
 
 
 def _selectable(cache) -> bool:
