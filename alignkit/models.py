@@ -213,6 +213,9 @@ class AdapterOff(nn.Module):
     def device(self) -> torch.device:
         return self._policy[0].device
 
+    def get_base_model(self) -> nn.Module:
+        return self._policy[0].get_base_model()
+
     def forward(self, *args, **kwargs):
         with torch.no_grad(), self._policy[0].disable_adapter():
             return self._policy[0](*args, **kwargs)
