@@ -27,6 +27,7 @@ from alignkit.sampling import (
     seeded,
     to_device,
 )
+from alignkit.threads import side_by_side
 from alignkit.tokens import entropy, masked_mean, token_logprobs, whiten
 
 PRECISIONS = ("fp32", "bf16")
@@ -356,52 +357,75 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
     Nothing is changed if a loss or gradient is not finite: NonFinite is raised. The loss of a critic that is a model of
     its own does not touch the policy; that of a shared one trains the policy's body, weighted by value_coef.
     """
-    rollout = batch.rollout
-    mask = rollout.response_mask
-    logits, values = _read(state, rollout, config)
-    logprobs = torch.where(mask, token_logprobs(logits, rollout.response_ids), 0.0)
-    surrogate = masked_mean(policy_loss(logprobs, batch.old_logprobs, batch.advantages, config.clip_range), mask)
-    loss = surrogate
-    if config.entropy_coef:
-        loss = loss - config.entropy_coef * masked_mean(entropy(logits), mask)
-    ptx = loss.new_zeros(())
-    if demonstrations is not None:
-        with autocast(mask.device, config.precision):
-            demo_logprobs = token_logprobs(response_logits(state.policy, demonstrations), demonstrations.response_ids)
-        ptx = -masked_mean(demo_logprobs, demonstrations.response_mask)
-        loss = loss + config.ptx_coef * ptx
-    critic_loss = masked_mean(value_loss(values, batch.old_values, batch.returns, config.value_clip_range), mask)
-    state.policy_optimizer.zero_grad(set_to_none=True)
-    state.critic_optimizer.zero_grad(set_to_none=True)
-    (loss + config.value_coef * critic_loss).backward()
+    for optimizer in (state.policy_optimizer, state.critic_optimizer):
+        optimizer.zero_grad(set_to_none=True)
+    (loss, of_policy), of_critic = side_by_side(
+        lambda: _policy_gradient(state, batch, config, demonstrations),
+        lambda: _critic_gradient(state, batch, config),
+        state.policy.device,
+    )
     norm = torch.nn.utils.clip_grad_norm_(
         [p for p in state.policy.parameters() if p.grad is not None], config.max_grad_norm
     )
     critic_norm = torch.nn.utils.clip_grad_norm_(state.critic.parameters(), config.max_grad_norm)
-    loss, critic_loss = loss.detach(), critic_loss.detach()
+    measured = {**of_policy, **of_critic, "grad_norm": norm}
+    critic_loss = measured["value_loss"]
     if not torch.isfinite(norm + critic_norm + loss + critic_loss):
         raise NonFinite(f"a PPO step has loss {float(loss):.3g}, critic loss {float(critic_loss):.3g}, gradient norms "
                         f"{float(norm):.3g} and {float(critic_norm):.3g}; the weights were left as they were")
     if train_policy:
         state.policy_optimizer.step()
     state.critic_optimizer.step()
+    return dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True))  # read from the device once
+
+
+def _policy_gradient(
+    state: PPOState, batch: PPOBatch, config: PPOConfig, demonstrations: Rollout | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Gradients of the policy, and of a critic that shares its trunk: the policy's loss, and what was measured."""
+    rollout, mask = batch.rollout, batch.rollout.response_mask
+    logits, values = _read_policy(state, rollout, config)
+    logprobs = torch.where(mask, token_logprobs(logits, rollout.response_ids), 0.0)
+    surrogate = masked_mean(policy_loss(logprobs, batch.old_logprobs, batch.advantages, config.clip_range), mask)
+    loss, ptx = surrogate, surrogate.new_zeros(())
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * masked_mean(entropy(logits), mask)
+    if demonstrations is not None:
+        with autocast(mask.device, config.precision):
+            demo_logprobs = token_logprobs(response_logits(state.policy, demonstrations), demonstrations.response_ids)
+        ptx = -masked_mean(demo_logprobs, demonstrations.response_mask)
+        loss = loss + config.ptx_coef * ptx
+    measured = {"policy_loss": surrogate.detach(), "ptx_loss": ptx.detach()}
+    if values is None:
+        loss.backward()
+    else:
+        critic_loss = _critic_loss(values, batch, config)
+        (loss + config.value_coef * critic_loss).backward()
+        measured["value_loss"] = critic_loss.detach()
     with torch.no_grad():
         ratio = torch.exp(logprobs - batch.old_logprobs)
-        measured = {
-            "policy_loss": surrogate,
-            "value_loss": critic_loss,
-            "ptx_loss": ptx,
-            "grad_norm": norm,
-            "clip_fraction": masked_mean(
-                clipped(logprobs, batch.old_logprobs, batch.advantages, config.clip_range).float(), mask
-            ),
+        outside = clipped(logprobs, batch.old_logprobs, batch.advantages, config.clip_range)
+        measured |= {
+            "clip_fraction": masked_mean(outside.float(), mask),
             "kl_to_old": masked_mean(k3(batch.old_logprobs, logprobs), mask),
             "ratio": masked_mean(ratio, mask),
             "ratio_max": torch.where(mask, ratio, 0.0).max(),
         }
-        return dict(
-            zip(measured, torch.stack(list(measured.values())).tolist(), strict=True)
-        )  # read from the device once
+    return loss.detach(), measured
+
+
+def _critic_gradient(state: PPOState, batch: PPOBatch, config: PPOConfig) -> dict[str, Tensor]:
+    """Gradients of a critic of its own, and its loss; nothing for one that shares the policy's trunk."""
+    if isinstance(state.critic, SharedCritic):
+        return {}
+    loss = _critic_loss(_read_critic(state, batch.rollout, config), batch, config)
+    (config.value_coef * loss).backward()
+    return {"value_loss": loss.detach()}
+
+
+def _critic_loss(values: Tensor, batch: PPOBatch, config: PPOConfig) -> Tensor:
+    losses = value_loss(values, batch.old_values, batch.returns, config.value_clip_range)
+    return masked_mean(losses, batch.rollout.response_mask)
 
 
 def ppo_iteration(state: PPOState, config: PPOConfig) -> PPOStats:
@@ -420,12 +444,12 @@ def ppo_iteration(state: PPOState, config: PPOConfig) -> PPOStats:
     _set_learning_rate(state.policy_optimizer, config.learning_rate * decay)
     _set_learning_rate(state.critic_optimizer, config.critic_learning_rate * decay)
 
-    rollout, scores = _collect(state, config)
+    texts, rollout = _sample(state, config)
     mask = rollout.response_mask
+    scores, (ref_logprobs, old_logprobs, values, token_entropy) = side_by_side(
+        lambda: _scores(state, texts, rollout), lambda: _read(state, rollout, config), state.policy.device
+    )
     with torch.no_grad():
-        parts = [_score(state, rollout[start : start + config.minibatch_size], config)
-                 for start in range(0, len(rollout), config.minibatch_size)]
-        ref_logprobs, old_logprobs, values, token_entropy = (torch.cat(part) for part in zip(*parts, strict=True))
         shaped = (scores - config.missing_eos_penalty * (~rollout.finished).float()).clamp(
             -config.score_clip, config.score_clip
         )
@@ -524,17 +548,21 @@ def check_first_rollout(
             raise InvariantError("step 0: the KL in the reward is not the KL that is logged")
 
 
-def _collect(state: PPOState, config: PPOConfig) -> tuple[Rollout, Tensor]:
+def _sample(state: PPOState, config: PPOConfig) -> tuple[list[str], Rollout]:
+    """The iteration's prompts, and a response to each."""
     texts = _draw_prompts(state.prompts, config.prompts_per_iteration, seeded(config.seed, state.iteration, 2))
     texts = [text for text in texts for _ in range(config.samples_per_prompt)]
     ids, mask = encode_prompts(state.tokenizer, texts)
     with autocast(state.policy.device, config.precision):
-        rollout = sample(state.policy, ids, mask, max_new_tokens=config.max_new_tokens,
-                         eos_token_id=state.tokenizer.eos_token_id, pad_token_id=state.tokenizer.pad_token_id,
-                         generator=seeded(config.seed, state.iteration), temperature=config.temperature)
-    scores = torch.as_tensor(state.reward(texts, decode_responses(state.tokenizer, rollout)), dtype=torch.float32).to(
-        ids.device
-    )
+        return texts, sample(state.policy, ids, mask, max_new_tokens=config.max_new_tokens,
+                             eos_token_id=state.tokenizer.eos_token_id, pad_token_id=state.tokenizer.pad_token_id,
+                             generator=seeded(config.seed, state.iteration), temperature=config.temperature)
+
+
+def _scores(state: PPOState, texts: list[str], rollout: Rollout) -> Tensor:
+    """What the reward says of each response: (B,)."""
+    scores = torch.as_tensor(state.reward(texts, decode_responses(state.tokenizer, rollout)), dtype=torch.float32)
+    scores = scores.to(rollout.prompt_ids.device)
     if scores.shape != (len(texts),):
         raise ValueError(f"reward returned shape {tuple(scores.shape)}, expected ({len(texts)},): one score a response")
     if not torch.isfinite(scores).all():
@@ -543,7 +571,7 @@ def _collect(state: PPOState, config: PPOConfig) -> tuple[Rollout, Tensor]:
             f"reward returned {float(scores[row])} for response {row} of iteration {state.iteration}; nothing was "
             "changed"
         )
-    return rollout, scores
+    return scores
 
 
 def _draw_prompts(strata: list[list[str]], n: int, generator: torch.Generator) -> list[str]:
@@ -552,33 +580,43 @@ def _draw_prompts(strata: list[list[str]], n: int, generator: torch.Generator) -
     return [strata[s][int(u * len(strata[s]))] for s, u in zip(which.tolist(), picks.tolist(), strict=True)]
 
 
-def _score(state: PPOState, rollout: Rollout, config: PPOConfig) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs of reference and policy, values, the policy's entropy: (B, T) each, 0 outside the response."""
-    mask = rollout.response_mask
-    with autocast(mask.device, config.precision):
-        ref_logits = response_logits(state.ref_policy, rollout, config.temperature)
-    ref_logprobs = torch.where(mask, token_logprobs(ref_logits, rollout.response_ids), 0.0)
-    logits, values = _read(state, rollout, config)
-    old_logprobs = torch.where(mask, token_logprobs(logits, rollout.response_ids), 0.0)
-    return ref_logprobs, old_logprobs, values, torch.where(mask, entropy(logits), 0.0)
+@torch.no_grad()
+def _read(state: PPOState, rollout: Rollout, config: PPOConfig) -> list[Tensor]:
+    """Log-probs of reference and policy, values, the policy's entropy: (B, T) each, 0 outside the response.
+
+    Read in parts as large as a minibatch, so that a step needs no less memory.
+    """
+    parts = []
+    for start in range(0, len(rollout), config.minibatch_size):
+        part = rollout[start : start + config.minibatch_size]
+        mask = part.response_mask
+        with autocast(mask.device, config.precision):
+            ref_logits = response_logits(state.ref_policy, part, config.temperature)
+        logits, values = _read_policy(state, part, config)
+        if values is None:
+            values = _read_critic(state, part, config)
+        logprobs = (token_logprobs(each, part.response_ids) for each in (ref_logits, logits))
+        parts.append([torch.where(mask, value, 0.0) for value in (*logprobs, values, entropy(logits))])
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-def _read(state: PPOState, rollout: Rollout, config: PPOConfig) -> tuple[Tensor, Tensor]:
-    """The policy's logits (B, T, V) at config.temperature, and the critic's values (B, T)."""
+def _read_policy(state: PPOState, rollout: Rollout, config: PPOConfig) -> tuple[Tensor, Tensor | None]:
+    """The policy's logits (B, T, V) at config.temperature, and the values (B, T) of a critic that shares its trunk."""
     mask = rollout.response_mask
     with autocast(mask.device, config.precision):
         if not isinstance(state.critic, SharedCritic):
-            logits = response_logits(state.policy, rollout, config.temperature)
-            return logits, _response_values(state.critic, *full_ids(rollout), mask)
+            return response_logits(state.policy, rollout, config.temperature), None
         logits, hidden = response_states(state.policy, rollout, config.temperature)
     score = state.critic.score
     values = score(hidden.to(score.weight.dtype)).squeeze(-1).float()
     return logits, torch.where(mask, values, 0.0)
 
 
-def _response_values(critic: nn.Module, ids: Tensor, attention: Tensor, response_mask: Tensor) -> Tensor:
-    """V(prompt, tokens before t): read one position before the token, 0 outside the response."""
-    return torch.where(response_mask, token_values(critic, ids, attention, response_mask.shape[1]), 0.0)
+def _read_critic(state: PPOState, rollout: Rollout, config: PPOConfig) -> Tensor:
+    """V(prompt, tokens before t) by a critic of its own, read one position before the token: (B, T), 0 outside."""
+    mask = rollout.response_mask
+    with autocast(mask.device, config.precision):
+        return torch.where(mask, token_values(state.critic, *full_ids(rollout), mask.shape[1]), 0.0)
 
 
 def _demonstrations(state: PPOState, config: PPOConfig, step: int) -> Rollout | None:

@@ -1,0 +1,35 @@
+"""Two pieces of work side by side, where operations are so small that a thread is enough for each."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+A, B = TypeVar("A"), TypeVar("B")
+
+
+def side_by_side(one: Callable[[], A], other: Callable[[], B], device: torch.device) -> tuple[A, B]:
+    """`one(), other()`, where neither needs or changes what the other changes.
+
+    `other` runs in a thread of its own, in the caller's grad mode and autocast, on a CPU of which an operation uses one
+    thread and this process may use more cores. Elsewhere one runs after the other. An exception is raised when both
+    have ended.
+    """
+    if torch.device(device).type != "cpu" or torch.get_num_threads() > 1 or _cores() < 2:
+        return one(), other()
+    grad, low, lowered = torch.is_grad_enabled(), torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
+
+    def beside() -> B:
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", low, lowered):
+            return other()
+
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(beside)
+        return one(), job.result()
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
