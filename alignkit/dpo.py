@@ -16,8 +16,8 @@ from alignkit.data import encode_pairs
 from alignkit.models import autocast, reference_policy
 from alignkit.ppo import adamw, check_precision
 from alignkit.relay import InvariantError
-from alignkit.sampling import NonFinite, Rollout, response_logits, rollout_from_ids, seeded, to_device
-from alignkit.tokens import sequence_logps, token_logprobs
+from alignkit.sampling import NonFinite, Rollout, response_logprobs, rollout_from_ids, seeded, to_device
+from alignkit.tokens import sequence_logps
 
 LOSSES = ("sigmoid", "ipo", "hinge")
 
@@ -170,9 +170,7 @@ def encode_rows(tokenizer, rows: list[dict], column: str, max_new_tokens: int) -
 
 def response_logps(policy: nn.Module, responses: Rollout) -> Tensor:
     """log π(response | prompt) (B,), nats a response. Differentiable."""
-    return sequence_logps(
-        token_logprobs(response_logits(policy, responses), responses.response_ids), responses.response_mask
-    )
+    return sequence_logps(response_logprobs(policy, responses), responses.response_mask)
 
 
 @torch.no_grad()

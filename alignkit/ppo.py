@@ -21,14 +21,14 @@ from alignkit.sampling import (
     decode_responses,
     encode_prompts,
     full_ids,
-    response_logits,
-    response_states,
+    read_responses,
+    response_logprobs,
     sample,
     seeded,
     to_device,
 )
 from alignkit.threads import side_by_side
-from alignkit.tokens import entropy, masked_mean, token_logprobs, whiten
+from alignkit.tokens import masked_mean, whiten
 
 PRECISIONS = ("fp32", "bf16")
 Reward = Callable[[list[str], list[str]], Sequence[float]]
@@ -384,15 +384,14 @@ def _policy_gradient(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradients of the policy, and of a critic that shares its trunk: the policy's loss, and what was measured."""
     rollout, mask = batch.rollout, batch.rollout.response_mask
-    logits, values = _read_policy(state, rollout, config)
-    logprobs = torch.where(mask, token_logprobs(logits, rollout.response_ids), 0.0)
+    logprobs, entropies, values = _read_policy(state, rollout, config, config.entropy_coef > 0)
     surrogate = masked_mean(policy_loss(logprobs, batch.old_logprobs, batch.advantages, config.clip_range), mask)
     loss, ptx = surrogate, surrogate.new_zeros(())
     if config.entropy_coef:
-        loss = loss - config.entropy_coef * masked_mean(entropy(logits), mask)
+        loss = loss - config.entropy_coef * masked_mean(entropies, mask)
     if demonstrations is not None:
         with autocast(mask.device, config.precision):
-            demo_logprobs = token_logprobs(response_logits(state.policy, demonstrations), demonstrations.response_ids)
+            demo_logprobs = response_logprobs(state.policy, demonstrations)
         ptx = -masked_mean(demo_logprobs, demonstrations.response_mask)
         loss = loss + config.ptx_coef * ptx
     measured = {"policy_loss": surrogate.detach(), "ptx_loss": ptx.detach()}
@@ -589,27 +588,28 @@ def _read(state: PPOState, rollout: Rollout, config: PPOConfig) -> list[Tensor]:
     parts = []
     for start in range(0, len(rollout), config.minibatch_size):
         part = rollout[start : start + config.minibatch_size]
-        mask = part.response_mask
-        with autocast(mask.device, config.precision):
-            ref_logits = response_logits(state.ref_policy, part, config.temperature)
-        logits, values = _read_policy(state, part, config)
+        with autocast(part.response_mask.device, config.precision):
+            ref_logprobs = response_logprobs(state.ref_policy, part, config.temperature)
+        logprobs, entropies, values = _read_policy(state, part, config, True)
         if values is None:
             values = _read_critic(state, part, config)
-        logprobs = (token_logprobs(each, part.response_ids) for each in (ref_logits, logits))
-        parts.append([torch.where(mask, value, 0.0) for value in (*logprobs, values, entropy(logits))])
+        parts.append([ref_logprobs, logprobs, values, entropies])
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-def _read_policy(state: PPOState, rollout: Rollout, config: PPOConfig) -> tuple[Tensor, Tensor | None]:
-    """The policy's logits (B, T, V) at config.temperature, and the values (B, T) of a critic that shares its trunk."""
-    mask = rollout.response_mask
+def _read_policy(state: PPOState, rollout: Rollout, config: PPOConfig, with_entropy: bool
+                 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The policy's log-probs at config.temperature, its entropy if asked for, and the values of a critic that shares
+    its trunk: (B, T) each, 0 outside the response."""
+    mask, shared = rollout.response_mask, isinstance(state.critic, SharedCritic)
     with autocast(mask.device, config.precision):
-        if not isinstance(state.critic, SharedCritic):
-            return response_logits(state.policy, rollout, config.temperature), None
-        logits, hidden = response_states(state.policy, rollout, config.temperature)
+        logprobs, entropies, hidden = read_responses(state.policy, rollout, config.temperature,
+                                                     with_entropy=with_entropy, with_states=shared)
+    if not shared:
+        return logprobs, entropies, None
     score = state.critic.score
     values = score(hidden.to(score.weight.dtype)).squeeze(-1).float()
-    return logits, torch.where(mask, values, 0.0)
+    return logprobs, entropies, torch.where(mask, values, 0.0)
 
 
 def _read_critic(state: PPOState, rollout: Rollout, config: PPOConfig) -> Tensor:

@@ -184,11 +184,6 @@ def response_logits(policy: nn.Module, rollout: Rollout, temperature: float = 1.
     return _response(policy, rollout, temperature, False)[0]
 
 
-def response_states(policy: nn.Module, rollout: Rollout, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`response_logits` and the last hidden states (B, T, H) that they were read from, by one forward pass."""
-    return _response(policy, rollout, temperature, True)
-
-
 def response_logprobs(policy: nn.Module, rollout: Rollout, temperature: float = 1.0) -> Tensor:
     """Log-prob (B, T), nats, of each response token at `temperature`; 0 outside the response. Differentiable.
 
