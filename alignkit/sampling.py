@@ -298,6 +298,43 @@ def rollout_from_ids(prompts: list[list[int]], responses: list[list[int]], *, eo
     return to_device(made, device)
 
 
+def passes(rollout: Rollout, most: int | None, rows: int) -> list[tuple[slice | Tensor, Rollout]]:
+    """What one forward pass each reads of a rollout, and which rows that are: `rows` at a time, in their order, or, if
+    `most` is not None, `groups` of rows, without columns in which all of them are padding.
+    """
+    if most is None:
+        some = [slice(start, start + rows) for start in range(0, len(rollout), rows)]
+        return [(part, rollout[part]) for part in some]
+    some = groups(rollout.prompt_mask.sum(1), rollout.response_mask.sum(1), most)
+    return [(part, trimmed(rollout[part])) for part in some]
+
+
+def groups(prompt_tokens: Tensor, response_tokens: Tensor, most: int) -> list[Tensor]:
+    """Rows of like length, of which a forward pass reads at most `most` tokens, padding included.
+
+    prompt_tokens, response_tokens: (B,), how many there are. A row that has more is a group of its own.
+    """
+    lengths = torch.stack([prompt_tokens, response_tokens], 1).tolist()
+    found, widest = [], (0, 0)
+    for row in sorted(range(len(lengths)), key=lambda row: sum(lengths[row])):
+        wider = tuple(map(max, widest, lengths[row]))
+        if found and (len(found[-1]) + 1) * (sum(wider) - 1) <= most:  # the last token is not read
+            found[-1].append(row)
+            widest = wider
+        else:
+            found.append([row])
+            widest = tuple(lengths[row])
+    return [torch.tensor(rows, device=prompt_tokens.device) for rows in found]
+
+
+def trimmed(rollout: Rollout) -> Rollout:
+    """The same rows without columns that are padding in all of them; one column of the response is left at least."""
+    prompt, response = rollout.prompt_mask.any(0), rollout.response_mask.any(0)
+    response[0] = True
+    return Rollout(rollout.prompt_ids[:, prompt], rollout.prompt_mask[:, prompt], rollout.response_ids[:, response],
+                   rollout.response_mask[:, response], rollout.logprobs[:, response], rollout.finished)
+
+
 def to_device(rollout: Rollout, device) -> Rollout:
     """The same rollout on another device."""
     return replace(rollout, **{name: value.to(device) for name, value in vars(rollout).items()})

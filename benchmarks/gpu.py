@@ -172,6 +172,10 @@ def checks(device: torch.device) -> list[dict]:
         for part in gradients[0]:
             note(f"{what} step: gradient of the {part}, relative", _apart(gradients[0][part], gradients[1][part]),
                  0.1 if low else 1e-4)
+        gradients = [_gradients(what, there, shape, 8, **options)
+                     for options in ({}, {"tokens_per_pass": 150, "gradient_checkpointing": True})]
+        note(f"{what} step in passes, layers computed again: gradient, relative",
+             _apart(*(each["policy"] for each in gradients)), 0.05 if low else 1e-4)
     rollout = to_device(random_rollout(shape, 8, 24, 32, seed=3, ragged=True), device)
     parts = []
     for most in (2**28, 37 * shape.vocabulary):
@@ -193,7 +197,7 @@ def checks(device: torch.device) -> list[dict]:
 def _first_iteration(device: torch.device):
     """One PPO iteration of the desk world on the device, with responses long enough for the decoder."""
     tokenizer = desk_tokenizer()
-    policy = qwen2(Shape("desk", 64, 128, 2, 4, 2, len(tokenizer)), torch.device("cpu"), spread=0.1).to(device)
+    policy = qwen2(Shape("desk", 64, 128, 2, 4, 2, len(tokenizer)), torch.device("cpu"), spread=0.03).to(device)
     config = PPOConfig(prompts_per_iteration=16, max_new_tokens=graphs.SHORTEST, minibatch_size=8, iterations=1)
     prompts = [prompt.text for prompt in World(0).train_prompts[:16]]
     state = PPOState.start(policy, tokenizer, lambda prompts, responses: [len(text) / 50 for text in responses],
@@ -201,28 +205,30 @@ def _first_iteration(device: torch.device):
     return next(ppo(state, config))
 
 
-def _gradients(what: str, policy: nn.Module, shape: Shape, rows: int) -> dict[str, Tensor]:
+def _gradients(what: str, policy: nn.Module, shape: Shape, rows: int, **options) -> dict[str, Tensor]:
     """Gradients of one step, on the policy's device, of weights that do not move."""
     policy = copy.deepcopy(policy)
-    step, models = _step(what, policy, shape, rows, 24, 32, learning_rate=0.0, ragged=True)
+    step, models = _step(what, policy, shape, rows, 24, 32, learning_rate=0.0, ragged=True, **options)
     step()
     return {name: _flat(model) for name, model in models.items()}
 
 
 def _step(what: str, policy: nn.Module, shape: Shape, rows: int, prompt: int, new: int, *, learning_rate: float = 1e-6,
-          ragged: bool = False) -> tuple[Callable, dict[str, nn.Module]]:
+          ragged: bool = False, **options) -> tuple[Callable, dict[str, nn.Module]]:
     """A PPO or DPO step on random tokens, to be made again and again, and the models that it trains."""
     device = policy.device
     one, other = (to_device(random_rollout(shape, rows, prompt, new, seed, ragged), device) for seed in (4, 5))
     other = replace(other, prompt_ids=one.prompt_ids, prompt_mask=one.prompt_mask)
     if what == "DPO":
-        config, refs = DPOConfig(batch_size=rows, max_grad_norm=math.inf, beta=0.1), _noise((2, rows), 6, device)
+        config = DPOConfig(batch_size=rows, max_grad_norm=math.inf, beta=0.1, **options)
+        refs = _noise((2, rows), 6, device)
         counts = [side.response_mask.sum(1) for side in (one, other)]
         pairs = Pairs(one, other, *(-6.0 * count + 3 * ref for count, ref in zip(counts, refs, strict=True)))
         optimizer = adamw(list(policy.parameters()), learning_rate)
         return lambda: dpo_step(policy, optimizer, pairs, config), {"policy": policy}
     critic = reward_model_from(policy, seed=7)
-    config = PPOConfig(max_grad_norm=math.inf, minibatch_size=rows, clip_range=math.inf, value_clip_range=math.inf)
+    config = PPOConfig(max_grad_norm=math.inf, minibatch_size=rows, clip_range=math.inf, value_clip_range=math.inf,
+                       **options)
     mask = one.response_mask
     noise = torch.where(mask, _noise((3, *mask.shape), 8, device), 0.0)
     with torch.no_grad():
