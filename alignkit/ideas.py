@@ -46,11 +46,11 @@ def read_response(policy, ref_policy, critic, tokenizer, prompt: str, response: 
         raise ValueError(f"response is {response!r}, expected at least one token")
     prompt_ids, prompt_mask = encode_prompts(tokenizer, [prompt])
     rollout = rollout_from_ids([prompt_ids[prompt_mask].tolist()], [ids], eos_token_id=tokenizer.eos_token_id,
-                               pad_token_id=tokenizer.pad_token_id)
+                               pad_token_id=tokenizer.pad_token_id, device=policy.device)
     with torch.no_grad():
-        logits, ref_logits = (response_logits(each, rollout)[0].double().log_softmax(-1)
+        logits, ref_logits = (response_logits(each, rollout)[0].cpu().double().log_softmax(-1)
                               for each in (policy, ref_policy))
-        values = token_values(critic, *full_ids(rollout), len(ids))[0].double()
+        values = token_values(critic, *full_ids(rollout), len(ids))[0].cpu().double()
     kept = (torch.maximum(logits, ref_logits).exp() > 1e-6).any(0)
     kept[ids] = True
     columns = kept.nonzero()[:, 0].tolist()
