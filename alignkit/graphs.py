@@ -46,7 +46,7 @@ def usable(policy: nn.Module, max_new_tokens: int) -> bool:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as raised:  # what a capture that is not permitted raises
-            agrees, why = False, str(raised).splitlines()[0]
+            agrees, why = False, str(raised).partition("\n")[0]
         if not agrees:
             warnings.warn(f"{type(policy).__name__} is sampled without a CUDA graph: {why}", stacklevel=3)
         _agreed[policy] = agrees

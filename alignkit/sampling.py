@@ -88,7 +88,7 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
     """One response for each prompt row, sampled by inverse CDF from softmax(logits / temperature).
 
     generator: on the CPU; one uniform number a row and a position is drawn from it, so results do not depend on the
-    device.
+    device. On a GPU longer responses are drawn by `alignkit.graphs`, where it reads the policy.
     Raises ValueError if prompt and response do not fit the model's context, NonFinite on NaN logits.
     """
     limit = getattr(policy.config, "max_position_embeddings", None)
