@@ -418,11 +418,14 @@ def encode_texts(tokenizer, texts: list[str], add_special_tokens: bool = True) -
     for chat in (False, True):
         places = [place for place, text in enumerate(texts) if isinstance(text, ChatText) == chat]
         if places:
-            found = tokenizer([str(texts[place]) for place in places], split_special_tokens=not chat,
-                              add_special_tokens=add_special_tokens and not chat, verbose=False)["input_ids"]
-            for place, ids in zip(places, found, strict=True):
-                adds_eos = not chat and add_special_tokens and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
-                rows[place] = ids[:-1] if adds_eos else ids
+            once = list(dict.fromkeys(str(texts[place]) for place in places))  # prompts come many times
+            found = tokenizer(once, split_special_tokens=not chat, return_attention_mask=False, verbose=False,
+                              add_special_tokens=add_special_tokens and not chat)["input_ids"]
+            end = tokenizer.eos_token_id if add_special_tokens and not chat else None  # slow to ask for
+            known = {text: ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
+                     for text, ids in zip(once, found, strict=True)}
+            for place in places:
+                rows[place] = known[str(texts[place])][:]
     return rows
 
 

@@ -52,7 +52,7 @@ CHAIN = {  # the notebooks of the course, in order, and the folder of RUN that i
 # what later notebooks may add to, in any folder
 RECORDS = ("results.json", "metrics.jsonl", "evaluation.json", "samples.json")
 # code that changes nothing in a run
-PRESENTATION = ("cli.py", "jobs.py", "kernel.py", "page.py", "parameters.py", "progress.py", "report.py")
+PRESENTATION = ("cli.py", "jobs.py", "kernel.py", "page.py", "parameters.py", "progress.py", "report.py", "spare.py")
 
 
 class RunInUse(RuntimeError):
@@ -147,9 +147,11 @@ def course(
         facts["seed"] = everywhere["seed"].default if "seed" in everywhere else 0
     with _locked(out):
         start_run(out, facts["model"] or model, facts["data"] or data, facts["seed"])
-        expected = _expected(jobs) if progress else {}
-        spare = None
+        spare = _spare(jobs[0]) if jobs else None
         try:
+            expected = _expected(jobs) if progress else {}
+            if spare:
+                import alignkit.kernel  # noqa: F401 (papermill takes seconds; two kernels and this would be too many)
             for job, following in itertools.zip_longest(jobs, jobs[1:]):
                 present, spare = spare, _spare(following)
                 with contextlib.closing(present) if present else contextlib.nullcontext():
@@ -305,10 +307,10 @@ def _run(
 
 
 def _spare(job: _Job | None):
-    """A kernel that starts while the job before runs; None if there is no job, or it was finished once."""
+    """A kernel that starts while other work goes on; None if there is no job, or it was finished once."""
     if job is None or _read_jobs(job.out).get(job.name, {}).get("status") == "finished":
         return None
-    from alignkit.kernel import Spare
+    from alignkit.spare import Spare
 
     return Spare(_environment(job), Path.cwd())
 

@@ -7,23 +7,21 @@ instead, with the cell and the reason, and uses the Python that it runs under.
 
 import contextlib
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from jupyter_client import AsyncKernelManager
-from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-from jupyter_core.utils import run_sync
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill import execute_notebook
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
+from alignkit.spare import Spare, ThisPython
+
 ENGINE = "alignkit"
-NEEDED = ("datasets", "matplotlib.figure", "pandas", "trl", "alignkit.models")  # what notebooks spend seconds importing
 
 
 class NotebookFailed(RuntimeError):
@@ -32,23 +30,6 @@ class NotebookFailed(RuntimeError):
     def __init__(self, message: str, status: str = "failed", cell: int | None = None, error: str = ""):
         super().__init__(message)
         self.status, self.cell, self.error = status, cell, error
-
-
-class Spare:
-    """A kernel for the next notebook, which starts and imports while the present one runs. `close` it in the end."""
-
-    def __init__(self, env: Mapping[str, str], cwd: Path):
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
-        self.manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=_ThisPython())
-        imports = [f"--IPKernelApp.exec_lines=__import__('{name}')" for name in NEEDED]
-        where = {"env": dict(env), "cwd": str(cwd), "stdout": self.log, "stderr": self.log}
-        run_sync(self.manager.start_kernel)(extra_arguments=imports, **where)
-
-    def close(self) -> None:
-        """Stop the kernel if it still runs."""
-        if self.manager.has_kernel:
-            run_sync(self.manager.shutdown_kernel)(now=True)
-        self.log.close()
 
 
 def execute(
@@ -132,7 +113,7 @@ class _Client(PapermillNotebookClient):
         self.watch, self.spare = watch, spare
 
     def create_kernel_manager(self):
-        new = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=_ThisPython(), config=self.config)
+        new = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=ThisPython(), config=self.config)
         self.km = self.spare.manager if self.spare else new
         return self.km
 
@@ -170,16 +151,6 @@ class _Engine(NBClientEngine):
 
 
 papermill_engines.register(ENGINE, _Engine)
-
-
-class _ThisPython(KernelSpecManager):
-    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        return KernelSpec(
-            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-            display_name="Python 3",
-            language="python",
-            metadata={"debugger": False},
-        )
 
 
 def _last_words(exit_code: int | None, log) -> str:

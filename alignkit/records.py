@@ -186,6 +186,9 @@ def plain(value, where: str = "value"):
     if isinstance(value, Mapping):
         return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
+        kinds = {type(item) for item in value}
+        if kinds <= {bool, int, str} or (kinds == {float} and all(map(math.isfinite, value))):
+            return list(value)  # nearly all of an evaluation is plain already
         return [plain(item, f"{where}[{position}]") for position, item in enumerate(value)]
     if hasattr(value, "tolist"):
         return plain(value.tolist(), where)

@@ -41,24 +41,25 @@ def train_reward_model(
 
     Returns TRL's log, one dict a step. Raises ValueError if there are no pairs.
     """
-    from datasets import Dataset
     from trl import RewardTrainer
 
     if not pairs:
         raise ValueError("pairs is empty, expected at least one preference pair")
     prompts = [row["prompt"] for row in pairs]
     chosen, rejected = (_ids(tokenizer, prompts, [row[side] for row in pairs]) for side in ("chosen", "rejected"))
-    rows = [{"chosen_ids": c, "rejected_ids": r} for c, r in zip(chosen, rejected, strict=True)]
+    rows = [
+        {"chosen_ids": c, "rejected_ids": r}
+        for c, r in zip(chosen, rejected, strict=True)
+        if max(len(c), len(r)) <= config.max_length  # without its end a response has no score
+    ]
+
+    def batch(rows: list[dict]) -> dict[str, Tensor]:
+        both = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
+        ids, mask = right_pad(both, tokenizer.pad_token_id)
+        return {"input_ids": ids, "attention_mask": mask.long()}
+
     args = trainer_arguments("RewardConfig", config, model, center_rewards_coefficient=config.centre or None)
-    return run_trainer(
-        RewardTrainer(
-            model,
-            args=args,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            callbacks=list(callbacks),
-        )
-    )
+    return run_trainer(RewardTrainer, model, args, rows, batch, tokenizer, callbacks)
 
 
 class RewardScorer:
@@ -217,10 +218,8 @@ def reward_report(scorer: RewardScorer, pairs: list[dict], world=None) -> dict:
 
 
 def _ids(tokenizer, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-    return [
-        [*prompt, *response, tokenizer.eos_token_id]
-        for prompt, response in encode_pairs(tokenizer, prompts, responses)[0]
-    ]
+    end = tokenizer.eos_token_id
+    return [[*prompt, *response, end] for prompt, response in encode_pairs(tokenizer, prompts, responses)[0]]
 
 
 def _wilson(successes: float, n: int) -> tuple[float, float]:

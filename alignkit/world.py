@@ -195,9 +195,10 @@ class World:
 
     def gold_scores(self, prompts: list[str], responses: list[str]) -> np.ndarray:
         """Gold reward (N,), raw units, of the response texts. Raises ValueError on a text that is not of this world."""
-        counts = phrase_counts(responses)
-        return np.concatenate([np.zeros(0)] + [self.gold(self.find(text), counts[row : row + 1])
-                                               for row, text in enumerate(prompts)])
+        counts, scores = phrase_counts(responses), np.zeros(len(prompts))
+        for prompt, rows in self._alike(prompts):
+            scores[rows] = self.gold(prompt, counts[rows])
+        return scores
 
     def behaviours(self, prompts: list[str], responses: list[str]) -> list[str]:
         """What each response does: unsafe comes before answer, then refuse, hedge, alternative (BEHAVIOURS)."""
@@ -254,17 +255,25 @@ class World:
             who = replace(who, flips=noise)
         draws = np.random.default_rng([self.seed, seed, 2]).random(len(prompts))
         first_counts, second_counts = phrase_counts(first), phrase_counts(second)
-        rows = []
+        chances, rows = np.zeros(len(prompts)), []
+        for prompt, its in self._alike(prompts):
+            chances[its] = self.preference(prompt, first_counts[its], second_counts[its], who)
         for i, (prompt, a, b) in enumerate(zip(prompts, first, second, strict=True)):
             if a == b:
                 continue
-            chance = float(
-                self.preference(self.find(prompt), first_counts[i : i + 1], second_counts[i : i + 1], who)[0]
-            )
+            chance = float(chances[i])
             wins = draws[i] < chance
             rows.append({"prompt": prompt, "chosen": a if wins else b, "rejected": b if wins else a,
                          "probability": chance if wins else 1 - chance})
         return rows
+
+    def _alike(self, prompts: list[str]) -> list[tuple[Prompt, list[int]]]:
+        """Rows of prompts to which gold and annotators are the same, with one such prompt: a few large groups."""
+        rows: dict[tuple, list[int]] = {}
+        for row, text in enumerate(prompts):
+            prompt = self.find(text)
+            rows.setdefault((prompt.kind, prompt.answer, prompt.verb in DUAL_VERBS), []).append(row)
+        return [(self.find(prompts[its[0]]), its) for its in rows.values()]
 
     def demonstrations(self, n: int, messiness: float = 0.7, seed: int = 0) -> list[dict]:
         """`n` rows prompt / completion on training prompts, from four demonstrators who do not agree.

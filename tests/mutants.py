@@ -162,9 +162,9 @@ MUTANTS = [
     Mutant("dpo.py", "shifts = [float((own - ref).mean())", "shifts = [float((ref - own).mean())", "sign of the shifts",
            "test_dpo.py::test_statistics_are_of_before_the_step_and_make_sense"),
     # SFT
-    Mutant("sft.py", "mask = [0] * len(prompt)", "mask = [1] * len(prompt)", "the prompt is a label",
+    Mutant("sft.py", "[-100] * len(prompt) + response", "prompt + response", "the prompt is a label",
            "test_sft.py::test_the_prompt_is_no_label"),
-    Mutant("sft.py", "[1] * (len(completion) + 1)", "[1] * len(completion) + [0]", "EOS is no label",
+    Mutant("sft.py", "len(prompt) + response", "len(prompt) + completion + [-100]", "EOS is no label",
            "test_sft.py::test_the_prompt_is_no_label"),
     # the sampler
     Mutant("sampling.py", "token, logprob = _inverse_cdf(scaled, uniform[rows])",
@@ -259,7 +259,7 @@ MUTANTS = [
            "test_models.py::test_a_policy_is_not_a_reward_model_nor_the_other_way_round"),
     Mutant("models.py", "module.p = 0.0", "pass", "dropout stays on", "test_models.py::test_dropout_is_off"),
     # the reward model
-    Mutant("reward.py", "return [[*prompt, *response, tokenizer.eos_token_id] for", "return [[*prompt, *response] for",
+    Mutant("reward.py", "return [[*prompt, *response, end] for", "return [[*prompt, *response] for",
            "responses scored without EOS", "test_reward.py::test_a_score_is_what_hugging_face_s_classifier_says"),
     Mutant("reward.py", "mask.sum(1, keepdim=True) - 1", "mask.sum(1, keepdim=True) - 2",
            "the reward read one token early (pad = EOS)",

@@ -197,6 +197,17 @@ def test_no_knob_is_idle(name):
     assert not torch.allclose(*ends, atol=1e-5)
 
 
+def test_a_pair_that_is_too_long_is_left_out():
+    """Prompts have six tokens: with two sentences and EOS they are nine."""
+    long = [row | {"chosen": SENTENCES["POLITE"] + row["chosen"]} for row in PAIRS]
+    ends = [noisy_model(2) for _ in range(2)]
+    train_reward_model(ends[0], TOKENIZER, long + PAIRS, replace(QUICK, max_length=8))
+    train_reward_model(ends[1], TOKENIZER, PAIRS, QUICK)
+    assert torch.equal(weights(ends[0]), weights(ends[1]))
+    with pytest.raises(ValueError, match="max_length is 8, and every row is longer"):
+        train_reward_model(noisy_model(), TOKENIZER, long, replace(QUICK, max_length=8))
+
+
 def test_without_pairs_nothing_can_be_trained_or_reported(scorer):
     with pytest.raises(ValueError, match="pairs is empty, expected at least one preference pair"):
         train_reward_model(noisy_model(), TOKENIZER, [], QUICK)

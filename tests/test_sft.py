@@ -1,11 +1,13 @@
 """Supervised fine-tuning through TRL against a plain torch loop, and every knob."""
 
+from contextlib import nullcontext
 from dataclasses import fields, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from alignkit import sft
 from alignkit.models import load_policy
 from alignkit.sft import SFTConfig, train_sft
 from alignkit.world import SENTENCES, World
@@ -100,6 +102,24 @@ def test_no_knob_is_idle(name):
 def test_the_same_seed_trains_the_same_weights():
     config = replace(CONFIG, epochs=1, batch_size=6)
     assert torch.equal(weights(train(config)[0]), weights(train(config)[0]))
+
+
+def test_a_row_that_is_too_long_loses_its_end():
+    """A prompt has six tokens: of eight, two sentences stay; of six, nothing that could be learned."""
+    def loss(last, max_length):
+        completion = "".join(SENTENCES[name] for name in ("POLITE", "FILLER", last))
+        rows = [{"prompt": ROWS[0]["prompt"], "completion": completion}]
+        return train(replace(CONFIG, epochs=1, learning_rate=0.0, max_length=max_length), rows)[1][0]["loss"]
+
+    assert loss("CAUTION", 8) == loss("UNSAFE", 8) and loss("CAUTION", 9) != loss("UNSAFE", 9)
+    with pytest.raises(ValueError, match="max_length is 6, and every row is longer"):
+        loss("CAUTION", 6)
+
+
+def test_logits_as_wide_as_the_vocabulary_change_no_weight(monkeypatch):
+    narrow = train()[0]
+    monkeypatch.setattr(sft, "_narrow_logits", lambda vocabulary: nullcontext())
+    assert torch.equal(weights(narrow), weights(train()[0]))
 
 
 def test_no_rows_are_refused():
