@@ -6,18 +6,28 @@ the policy moves where the pairs do not look. Chosen and rejected log-probs are 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignkit.data import encode_pairs
-from alignkit.models import autocast, reference_policy
-from alignkit.ppo import adamw, check_precision
+from alignkit.models import autocast, checkpointed, reference_policy
+from alignkit.ppo import adamw, check_memory, check_precision
 from alignkit.relay import InvariantError
-from alignkit.sampling import NonFinite, Rollout, response_logits, rollout_from_ids, seeded, to_device
-from alignkit.tokens import sequence_logps, token_logprobs
+from alignkit.sampling import (
+    NonFinite,
+    Rollout,
+    groups,
+    passes,
+    response_logprobs,
+    rollout_from_ids,
+    seeded,
+    to_device,
+    trimmed,
+)
+from alignkit.tokens import sequence_logps
 
 LOSSES = ("sigmoid", "ipo", "hinge")
 
@@ -33,6 +43,11 @@ class DPOConfig:
     a step. learning_rate, max_grad_norm: AdamW's and the clip. warmup: the share of steps over which the rate rises
     linearly. precompute_reference: score all pairs with the reference once, before training. precision: "fp32", or
     "bf16" for the linear layers of policy and reference on a CPU, as in PPOConfig.
+    tokens_per_pass: a batch with more tokens, padding included, is sorted by length and read in parts of at most so
+    many, chosen and rejected by one forward pass each; the
+    gradients of the parts add up to its own. None: all at once.
+    gradient_checkpointing: layers are computed again in the backward pass instead of kept. Both save memory, change
+    nothing but rounding, and are no parameters of the notebooks.
     """
 
     beta: float = 0.5
@@ -47,10 +62,13 @@ class DPOConfig:
     warmup: float = 0.1
     precompute_reference: bool = True
     precision: str = "fp32"
+    tokens_per_pass: int | None = None
+    gradient_checkpointing: bool = False
     seed: int = 0
 
     def __post_init__(self):
         check_precision(self.precision)
+        check_memory(self.tokens_per_pass, self.gradient_checkpointing)
         if not self.beta > 0:
             raise ValueError(f"beta is {self.beta}, expected more than 0")
         if self.loss_type not in LOSSES:
@@ -155,6 +173,14 @@ class Pairs:
             *(None if logps is None else logps[rows] for logps in (self.ref_chosen_logps, self.ref_rejected_logps)),
         )
 
+    def parts(self, tokens_per_pass: int | None) -> list["Pairs"]:
+        """The pairs of which each side is read by one forward pass; see DPOConfig."""
+        if tokens_per_pass is None:
+            return [self]
+        longest = torch.maximum(*(side.response_mask.sum(1) for side in (self.chosen, self.rejected)))
+        some = [self[rows] for rows in groups(self.chosen.prompt_mask.sum(1), longest, tokens_per_pass)]
+        return [replace(pairs, chosen=trimmed(pairs.chosen), rejected=trimmed(pairs.rejected)) for pairs in some]
+
 
 def encode_rows(tokenizer, rows: list[dict], column: str, max_new_tokens: int) -> Rollout:
     """Rows with `prompt` and `column` (texts) as a Rollout; EOS follows a response if max_new_tokens leave room."""
@@ -170,18 +196,21 @@ def encode_rows(tokenizer, rows: list[dict], column: str, max_new_tokens: int) -
 
 def response_logps(policy: nn.Module, responses: Rollout) -> Tensor:
     """log π(response | prompt) (B,), nats a response. Differentiable."""
-    return sequence_logps(
-        token_logprobs(response_logits(policy, responses), responses.response_ids), responses.response_mask
-    )
+    return sequence_logps(response_logprobs(policy, responses), responses.response_mask)
 
 
 @torch.no_grad()
-def with_reference(ref_policy: nn.Module, pairs: Pairs, *, batch_size: int = 256, precision: str = "fp32") -> Pairs:
-    """The same pairs with the reference's log-probs, computed once. precision: that of the training, see DPOConfig."""
-    with autocast(pairs.chosen.prompt_ids.device, precision):
-        logps = [torch.cat([response_logps(ref_policy, side[start : start + batch_size])
-                            for start in range(0, len(side), batch_size)])
-                 for side in (pairs.chosen, pairs.rejected)]
+def with_reference(ref_policy: nn.Module, pairs: Pairs, *, batch_size: int = 256, precision: str = "fp32",
+                   tokens_per_pass: int | None = None) -> Pairs:
+    """The same pairs with the reference's log-probs, computed once. precision, tokens_per_pass: those of the training,
+    see DPOConfig; batch_size: rows a pass, if tokens_per_pass is None.
+    """
+    logps, rows = [], torch.arange(len(pairs), device=pairs.chosen.prompt_ids.device)
+    with autocast(rows.device, precision):
+        for side in (pairs.chosen, pairs.rejected):
+            read = passes(side, tokens_per_pass, batch_size)
+            place = torch.cat([rows[some] for some, _ in read]).argsort()
+            logps.append(torch.cat([response_logps(ref_policy, part) for _, part in read])[place])
     return Pairs(pairs.chosen, pairs.rejected, *logps)
 
 
@@ -195,21 +224,16 @@ def dpo_step(
     """
     if pairs.ref_chosen_logps is None:
         raise ValueError("pairs carry no reference log-probs; call with_reference(ref_policy, pairs) first")
-    sides = (pairs.chosen, pairs.rejected)
-    with autocast(pairs.chosen.prompt_ids.device, config.precision):
-        logps = [response_logps(policy, side) for side in sides]
-    refs = (pairs.ref_chosen_logps, pairs.ref_rejected_logps)
-    tokens = [side.response_mask.sum(1).clamp(min=1) if config.length_normalised else 1 for side in sides]
-    loss = dpo_loss(
-        *(values / count for values, count in zip([*logps, *refs], tokens * 2, strict=True)),
-        beta=config.beta,
-        loss_type=config.loss_type,
-        label_smoothing=config.label_smoothing,
-    ).mean()
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    loss, read = 0.0, []
+    with checkpointed(policy, config.gradient_checkpointing):
+        for part in pairs.parts(config.tokens_per_pass):
+            of_part, *logps = _part_gradient(policy, part, len(part) / len(pairs), config)
+            loss = loss + of_part
+            read.append([*logps, part.ref_chosen_logps, part.ref_rejected_logps])
+    chosen_logps, rejected_logps, *refs = (torch.cat(values) for values in zip(*read, strict=True))
+    logps = [chosen_logps, rejected_logps]
     norm = torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], config.max_grad_norm)
-    loss = loss.detach()
     if not torch.isfinite(norm + loss):
         raise NonFinite(
             f"DPO step {step} has loss {float(loss):.3g} and gradient norm {float(norm):.3g}; the weights were left "
@@ -225,6 +249,25 @@ def dpo_step(
             chosen_logps=float(logps[0].mean()), rejected_logps=float(logps[1].mean()), chosen_shift=shifts[0],
             rejected_shift=shifts[1], grad_norm=float(norm), learning_rate=optimizer.param_groups[0]["lr"],
         )
+
+
+def _part_gradient(
+    policy: nn.Module, pairs: Pairs, share: float, config: DPOConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of what is `share` of a batch; its part of the loss, and log-probs of chosen and rejected, (B,)."""
+    sides = (pairs.chosen, pairs.rejected)
+    with autocast(pairs.chosen.prompt_ids.device, config.precision):
+        logps = [response_logps(policy, side) for side in sides]
+    tokens = [side.response_mask.sum(1).clamp(min=1) if config.length_normalised else 1 for side in sides]
+    values = zip([*logps, pairs.ref_chosen_logps, pairs.ref_rejected_logps], tokens * 2, strict=True)
+    loss = share * dpo_loss(
+        *(value / count for value, count in values),
+        beta=config.beta,
+        loss_type=config.loss_type,
+        label_smoothing=config.label_smoothing,
+    ).mean()
+    loss.backward()
+    return loss.detach(), *(values.detach() for values in logps)
 
 
 def dpo(
@@ -247,7 +290,8 @@ def dpo(
         )
     )
     if config.precompute_reference:
-        pairs = with_reference(ref_policy, pairs, batch_size=2 * config.batch_size, precision=config.precision)
+        pairs = with_reference(ref_policy, pairs, batch_size=2 * config.batch_size, precision=config.precision,
+                               tokens_per_pass=config.tokens_per_pass)
     optimizer = adamw([p for p in policy.parameters() if p.requires_grad], config.learning_rate)
     steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
     warmup_steps = config.warmup * steps_per_epoch * config.epochs
@@ -258,7 +302,8 @@ def dpo(
             step += 1
             batch = pairs[order[start : start + config.batch_size].to(policy.device)]
             if batch.ref_chosen_logps is None:
-                batch = with_reference(ref_policy, batch, precision=config.precision)
+                batch = with_reference(ref_policy, batch, precision=config.precision,
+                                       tokens_per_pass=config.tokens_per_pass)
             for group in optimizer.param_groups:
                 group["lr"] = (
                     config.learning_rate * min(step / warmup_steps, 1.0) if warmup_steps else config.learning_rate

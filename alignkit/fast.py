@@ -75,7 +75,7 @@ class Reader:
         self.gated = isinstance(model, GATED)
         self.width, self.heads, self.groups = attention.head_dim, config.num_attention_heads, config.num_key_value_heads
         self.turned = getattr(attention, "rotary_ndims", self.width)
-        self.order = _order(self.heads + self.groups, self.width, self.turned)
+        self.order = _order(self.heads + self.groups, self.width, self.turned, self.body.embed_tokens.weight.device)
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor) -> Tensor:
         """Last hidden states (n, H) of the n positions where `wanted` (B, L) is True, row by row. Differentiable.
@@ -100,7 +100,7 @@ class Reader:
     def rope(self, length: int) -> Tensor:
         """Rotations (length, width / 2), complex, of the first positions; 1 for dimensions that are not rotated."""
         weight = self.body.embed_tokens.weight
-        cos, sin = self.body.rotary_emb(weight, torch.arange(length)[None])
+        cos, sin = self.body.rotary_emb(weight, torch.arange(length, device=weight.device)[None])
         half, rest = self.turned // 2, (self.width - self.turned) // 2
         return torch.complex(F.pad(cos[0, :, :half], (0, rest), value=1.0), F.pad(sin[0, :, :half], (0, rest)))
 
@@ -471,11 +471,11 @@ def _complex(heads: Tensor) -> Tensor:
 
 
 @functools.lru_cache
-def _order(heads: int, width: int, turned: int) -> Tensor:
+def _order(heads: int, width: int, turned: int, device: torch.device) -> Tensor:
     """The rows of q and k, head by head, with the dimensions that are rotated together side by side."""
-    pairs = torch.arange(turned).view(2, -1).t().flatten()
-    within = torch.cat([pairs, torch.arange(turned, width)])
-    return (torch.arange(heads)[:, None] * width + within).flatten()
+    pairs = torch.arange(turned, device=device).view(2, -1).t().flatten()
+    within = torch.cat([pairs, torch.arange(turned, width, device=device)])
+    return (torch.arange(heads, device=device).unsqueeze(1) * width + within).flatten()
 
 
 def _sources(place: Tensor, size: int) -> Tensor:
@@ -498,8 +498,8 @@ def _low_precision() -> torch.dtype | None:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
-def _plain(model: nn.Module) -> bool:
-    """Whether the model is made of nothing but what is written out here."""
+def _plain(model: nn.Module, device: str = "cpu") -> bool:
+    """Whether the model is made of nothing but what is written out here, on this kind of device."""
     config, attention = model.config, model.model.layers[0].self_attn
     rope = getattr(config, "rope_parameters", None) or {}
     known = (
@@ -512,10 +512,10 @@ def _plain(model: nn.Module) -> bool:
         and attention.head_dim % 2 == 0
         and (type(model) in PARALLEL or (config.hidden_act == "silu" and not getattr(config, "mlp_bias", False)))
     )
-    return known and all(_ordinary(module) for module in model.modules())
+    return known and all(_ordinary(module, device) for module in model.modules())
 
 
-def _ordinary(module: nn.Module) -> bool:
+def _ordinary(module: nn.Module, device: str) -> bool:
     its = vars(module)
     if "forward" in its or any(its[hooks] for hooks in HOOKS) or its.get("gradient_checkpointing"):
         return False  # someone watches it, or changes what it does
@@ -529,7 +529,7 @@ def _ordinary(module: nn.Module) -> bool:
     return not own or (
         type(module) in WEIGHTS
         and all(
-            type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32
+            type(weight) is nn.Parameter and weight.device.type == device and weight.dtype == torch.float32
             for weight in own
         )
     )

@@ -5,6 +5,7 @@ Weights are read from and written to safetensors only, and remote code is never 
 
 import contextlib
 import copy
+import functools
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +25,7 @@ from transformers import (
     PhiForCausalLM,
     PhiForSequenceClassification,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alignkit import fast
 from alignkit.world import desk_tokenizer, phrase_ids
@@ -46,6 +49,25 @@ def autocast(device: torch.device, precision: str = "fp32"):
     if kind == "cuda" or (kind == "cpu" and precision == "bf16"):
         return torch.autocast(kind, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def checkpointed(model: nn.Module, wanted: bool = True):
+    """In it, if `wanted`, the model's layers keep their inputs alone and are computed again in the backward pass.
+
+    The layers that transformers would checkpoint are, but in any mode: train mode would switch dropout on.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)] if wanted else []
+    own = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 def load_policy(model: str | Path, *, seed: int = 0, device: str = "auto"):
@@ -212,6 +234,9 @@ class AdapterOff(nn.Module):
     @property
     def device(self) -> torch.device:
         return self._policy[0].device
+
+    def get_base_model(self) -> nn.Module:
+        return self._policy[0].get_base_model()
 
     def forward(self, *args, **kwargs):
         with torch.no_grad(), self._policy[0].disable_adapter():

@@ -10,10 +10,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignkit.kl import k1, k3
-from alignkit.models import SharedCritic, autocast, reference_policy, same_vocabulary, token_values, value_model_from
+from alignkit.models import (
+    SharedCritic,
+    autocast,
+    checkpointed,
+    reference_policy,
+    same_vocabulary,
+    token_values,
+    value_model_from,
+)
 from alignkit.relay import InvariantError
 from alignkit.sampling import (
     NonFinite,
@@ -21,14 +30,15 @@ from alignkit.sampling import (
     decode_responses,
     encode_prompts,
     full_ids,
-    response_logits,
-    response_states,
+    passes,
+    read_responses,
+    response_logprobs,
     sample,
     seeded,
     to_device,
 )
 from alignkit.threads import side_by_side
-from alignkit.tokens import entropy, masked_mean, token_logprobs, whiten
+from alignkit.tokens import masked_mean, whiten
 
 PRECISIONS = ("fp32", "bf16")
 Reward = Callable[[list[str], list[str]], Sequence[float]]
@@ -55,6 +65,10 @@ class PPOConfig:
     first, and its loss trains that body too: one forward pass a step instead of two. precision: "fp32", or "bf16" for
     the linear layers of policy, reference and critic on a CPU (attention and heads stay in fp32 where `alignkit.fast`
     reads the model); it pays where the CPU multiplies bf16 in hardware (AMX). A GPU always takes bf16.
+    tokens_per_pass: a minibatch with more tokens, padding included, is sorted by length and read in parts of at most so
+    many, by one forward pass each; the gradients of its parts add up to its own. None: all at once.
+    gradient_checkpointing: layers are computed again in the backward pass instead of kept. Both save memory, change
+    nothing but rounding, and are no parameters of the notebooks.
     """
 
     iterations: int = 40
@@ -87,10 +101,13 @@ class PPOConfig:
     lr_decay: bool = True
     shared_trunk: bool = False
     precision: str = "fp32"
+    tokens_per_pass: int | None = None
+    gradient_checkpointing: bool = False
     seed: int = 0
 
     def __post_init__(self):
         check_precision(self.precision)
+        check_memory(self.tokens_per_pass, self.gradient_checkpointing)
         for name in (
             "iterations",
             "prompts_per_iteration",
@@ -118,6 +135,14 @@ def check_precision(precision: str) -> None:
     """Raise ValueError if `precision` is not "fp32" or "bf16"."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+
+
+def check_memory(tokens_per_pass: int | None, gradient_checkpointing: bool) -> None:
+    """Raise ValueError if an option that saves memory is not what its name says."""
+    if tokens_per_pass is not None and not (type(tokens_per_pass) is int and tokens_per_pass >= 1):
+        raise ValueError(f"tokens_per_pass is {tokens_per_pass!r}, expected None or a whole number of at least 1")
+    if type(gradient_checkpointing) is not bool:
+        raise ValueError(f"gradient_checkpointing is {gradient_checkpointing!r}, expected True or False")
 
 
 def _stat(name: str, meaning: str):
@@ -349,6 +374,17 @@ class PPOBatch:
     def __getitem__(self, rows) -> "PPOBatch":
         return PPOBatch(**{name: value[rows] for name, value in vars(self).items()})
 
+    def parts(self, tokens_per_pass: int | None) -> list[tuple["PPOBatch", float]]:
+        """What one forward pass each reads, with its share of the response tokens; see PPOConfig."""
+        if tokens_per_pass is None:
+            return [(self, 1.0)]
+        found, tokens = [], self.rollout.response_mask.sum()
+        for rows, rollout in passes(self.rollout, tokens_per_pass, len(self.rollout)):
+            width = rollout.response_mask.shape[1]
+            rest = {name: value[rows][:, :width] for name, value in vars(self).items() if name != "rollout"}
+            found.append((PPOBatch(rollout, **rest), float(rollout.response_mask.sum() / tokens.clamp(min=1))))
+        return found
+
 
 def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrations: Rollout | None = None,
              train_policy: bool = True) -> dict[str, float]:
@@ -359,11 +395,13 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
     """
     for optimizer in (state.policy_optimizer, state.critic_optimizer):
         optimizer.zero_grad(set_to_none=True)
-    (loss, of_policy), of_critic = side_by_side(
-        lambda: _policy_gradient(state, batch, config, demonstrations),
-        lambda: _critic_gradient(state, batch, config),
-        state.policy.device,
-    )
+    again = config.gradient_checkpointing
+    with checkpointed(state.policy, again), checkpointed(state.critic, again):
+        (loss, of_policy), of_critic = side_by_side(
+            lambda: _policy_gradient(state, batch, config, demonstrations),
+            lambda: _critic_gradient(state, batch, config),
+            state.policy.device,
+        )
     norm = torch.nn.utils.clip_grad_norm_(
         [p for p in state.policy.parameters() if p.grad is not None], config.max_grad_norm
     )
@@ -383,25 +421,35 @@ def _policy_gradient(
     state: PPOState, batch: PPOBatch, config: PPOConfig, demonstrations: Rollout | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradients of the policy, and of a critic that shares its trunk: the policy's loss, and what was measured."""
-    rollout, mask = batch.rollout, batch.rollout.response_mask
-    logits, values = _read_policy(state, rollout, config)
-    logprobs = torch.where(mask, token_logprobs(logits, rollout.response_ids), 0.0)
-    surrogate = masked_mean(policy_loss(logprobs, batch.old_logprobs, batch.advantages, config.clip_range), mask)
-    loss, ptx = surrogate, surrogate.new_zeros(())
-    if config.entropy_coef:
-        loss = loss - config.entropy_coef * masked_mean(entropy(logits), mask)
+    measured = [_part_gradient(state, part, share, config) for part, share in batch.parts(config.tokens_per_pass)]
+    total = {name: sum(each[name] for each in measured) for name in measured[0]}
+    total["ratio_max"] = torch.stack([each["ratio_max"] for each in measured]).max()
+    total["ptx_loss"] = total["loss"].new_zeros(())
     if demonstrations is not None:
-        with autocast(mask.device, config.precision):
-            demo_logprobs = token_logprobs(response_logits(state.policy, demonstrations), demonstrations.response_ids)
-        ptx = -masked_mean(demo_logprobs, demonstrations.response_mask)
-        loss = loss + config.ptx_coef * ptx
-    measured = {"policy_loss": surrogate.detach(), "ptx_loss": ptx.detach()}
-    if values is None:
-        loss.backward()
-    else:
+        tokens = demonstrations.response_mask.sum().clamp(min=1)
+        for _, shown in passes(demonstrations, config.tokens_per_pass, len(demonstrations)):
+            with autocast(tokens.device, config.precision):
+                logprobs = response_logprobs(state.policy, shown)
+            ptx = -logprobs.sum() / tokens
+            (config.ptx_coef * ptx).backward()
+            total["ptx_loss"] = total["ptx_loss"] + ptx.detach()
+    return total.pop("loss") + config.ptx_coef * total["ptx_loss"], total
+
+
+def _part_gradient(state: PPOState, batch: PPOBatch, share: float, config: PPOConfig) -> dict[str, Tensor]:
+    """Gradients of what is `share` of a minibatch; its part of the policy's loss and of what is measured."""
+    rollout, mask = batch.rollout, batch.rollout.response_mask
+    logprobs, entropies, values = _read_policy(state, rollout, config, config.entropy_coef > 0)
+    surrogate = masked_mean(policy_loss(logprobs, batch.old_logprobs, batch.advantages, config.clip_range), mask)
+    loss = surrogate
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * masked_mean(entropies, mask)
+    measured = {"loss": loss.detach(), "policy_loss": surrogate.detach()}
+    if values is not None:
         critic_loss = _critic_loss(values, batch, config)
-        (loss + config.value_coef * critic_loss).backward()
+        loss = loss + config.value_coef * critic_loss
         measured["value_loss"] = critic_loss.detach()
+    (share * loss).backward()
     with torch.no_grad():
         ratio = torch.exp(logprobs - batch.old_logprobs)
         outside = clipped(logprobs, batch.old_logprobs, batch.advantages, config.clip_range)
@@ -409,18 +457,21 @@ def _policy_gradient(
             "clip_fraction": masked_mean(outside.float(), mask),
             "kl_to_old": masked_mean(k3(batch.old_logprobs, logprobs), mask),
             "ratio": masked_mean(ratio, mask),
-            "ratio_max": torch.where(mask, ratio, 0.0).max(),
         }
-    return loss.detach(), measured
+        return {name: share * value for name, value in measured.items()} | {
+            "ratio_max": torch.where(mask, ratio, 0.0).max()}
 
 
 def _critic_gradient(state: PPOState, batch: PPOBatch, config: PPOConfig) -> dict[str, Tensor]:
     """Gradients of a critic of its own, and its loss; nothing for one that shares the policy's trunk."""
     if isinstance(state.critic, SharedCritic):
         return {}
-    loss = _critic_loss(_read_critic(state, batch.rollout, config), batch, config)
-    (config.value_coef * loss).backward()
-    return {"value_loss": loss.detach()}
+    total = 0.0
+    for part, share in batch.parts(config.tokens_per_pass):
+        loss = share * _critic_loss(_read_critic(state, part.rollout, config), part, config)
+        (config.value_coef * loss).backward()
+        total = total + loss.detach()
+    return {"value_loss": total}
 
 
 def _critic_loss(values: Tensor, batch: PPOBatch, config: PPOConfig) -> Tensor:
@@ -584,32 +635,34 @@ def _draw_prompts(strata: list[list[str]], n: int, generator: torch.Generator) -
 def _read(state: PPOState, rollout: Rollout, config: PPOConfig) -> list[Tensor]:
     """Log-probs of reference and policy, values, the policy's entropy: (B, T) each, 0 outside the response.
 
-    Read in parts as large as a minibatch, so that a step needs no less memory.
+    Read in parts as large as a minibatch or as tokens_per_pass, so that a step needs no less memory.
     """
-    parts = []
-    for start in range(0, len(rollout), config.minibatch_size):
-        part = rollout[start : start + config.minibatch_size]
-        mask = part.response_mask
-        with autocast(mask.device, config.precision):
-            ref_logits = response_logits(state.ref_policy, part, config.temperature)
-        logits, values = _read_policy(state, part, config)
+    parts, rows, length = [], torch.arange(len(rollout), device=rollout.response_mask.device), rollout.logprobs.shape[1]
+    read = passes(rollout, config.tokens_per_pass, config.minibatch_size)
+    for _, part in read:
+        with autocast(part.response_mask.device, config.precision):
+            ref_logprobs = response_logprobs(state.ref_policy, part, config.temperature)
+        logprobs, entropies, values = _read_policy(state, part, config, True)
         if values is None:
             values = _read_critic(state, part, config)
-        logprobs = (token_logprobs(each, part.response_ids) for each in (ref_logits, logits))
-        parts.append([torch.where(mask, value, 0.0) for value in (*logprobs, values, entropy(logits))])
-    return [torch.cat(part) for part in zip(*parts, strict=True)]
+        parts.append([F.pad(each, (0, length - each.shape[1])) for each in (ref_logprobs, logprobs, values, entropies)])
+    place = torch.cat([rows[some] for some, _ in read]).argsort()
+    return [torch.cat(part)[place] for part in zip(*parts, strict=True)]
 
 
-def _read_policy(state: PPOState, rollout: Rollout, config: PPOConfig) -> tuple[Tensor, Tensor | None]:
-    """The policy's logits (B, T, V) at config.temperature, and the values (B, T) of a critic that shares its trunk."""
-    mask = rollout.response_mask
+def _read_policy(state: PPOState, rollout: Rollout, config: PPOConfig, with_entropy: bool
+                 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The policy's log-probs at config.temperature, its entropy if asked for, and the values of a critic that shares
+    its trunk: (B, T) each, 0 outside the response."""
+    mask, shared = rollout.response_mask, isinstance(state.critic, SharedCritic)
     with autocast(mask.device, config.precision):
-        if not isinstance(state.critic, SharedCritic):
-            return response_logits(state.policy, rollout, config.temperature), None
-        logits, hidden = response_states(state.policy, rollout, config.temperature)
+        logprobs, entropies, hidden = read_responses(state.policy, rollout, config.temperature,
+                                                     with_entropy=with_entropy, with_states=shared)
+    if not shared:
+        return logprobs, entropies, None
     score = state.critic.score
     values = score(hidden.to(score.weight.dtype)).squeeze(-1).float()
-    return logits, torch.where(mask, values, 0.0)
+    return logprobs, entropies, torch.where(mask, values, 0.0)
 
 
 def _read_critic(state: PPOState, rollout: Rollout, config: PPOConfig) -> Tensor:

@@ -5,17 +5,26 @@ softmax at `temperature`. There is no top-k or top-p, so that what is sampled is
 """
 
 import inspect
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import compress
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from alignkit import fast
+from alignkit import fast, graphs
 from alignkit.data import encode_texts
-from alignkit.models import autocast, position_ids
+from alignkit.models import autocast, body, position_ids
+from alignkit.tokens import entropy, inverse_cdf, token_logprobs
+
+DIVERGED = "the policy's logits are NaN or infinite; its weights have diverged (lower the learning rate)"
+MOST_LOGITS = 2**28  # elements, 1 GiB in float32: what would be more is computed in parts, and again in backward
+
+_linear: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
     """One response for each prompt row, sampled by inverse CDF from softmax(logits / temperature).
 
     generator: on the CPU; one uniform number a row and a position is drawn from it, so results do not depend on the
-    device.
+    device. On a GPU longer responses are drawn by `alignkit.graphs`, where it reads the policy.
     Raises ValueError if prompt and response do not fit the model's context, NonFinite on NaN logits.
     """
     limit = getattr(policy.config, "max_position_embeddings", None)
@@ -93,6 +102,9 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
         raise ValueError(f"temperature is {temperature}, expected a positive number")
     device = policy.device
     prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
+    if graphs.usable(policy, max_new_tokens):
+        return _sample_by_graph(policy, prompt_ids, prompt_mask, max_new_tokens, generator, eos_token_id=eos_token_id,
+                                pad_token_id=pad_token_id, temperature=temperature)
     reader = fast.reader(policy)
     decoder = (_Decoder(policy, prompt_ids, prompt_mask) if reader is None
                else fast.Decoder(reader, prompt_ids, prompt_mask, max_new_tokens - 1))
@@ -119,6 +131,20 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
     return Rollout(
         prompt_ids, prompt_mask, torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logprobs, 1), ~alive
     )
+
+
+def _sample_by_graph(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int,
+                     generator: torch.Generator, **options) -> Rollout:
+    state, rows = generator.get_state(), len(prompt_ids)
+    uniform = torch.rand(max_new_tokens, rows, generator=generator, dtype=torch.float64)
+    decoder = graphs.Decoder(policy, *prompt_ids.shape, max_new_tokens, **options)
+    decoder.start(prompt_ids, prompt_mask, uniform)
+    tokens, mask, logprobs = decoder.run()
+    if not decoder.finite:
+        raise NonFinite(DIVERGED)
+    generator.set_state(state)  # it has then given as many numbers as when they are drawn one position at a time
+    torch.rand(tokens.shape[1], rows, generator=generator, dtype=torch.float64)
+    return Rollout(prompt_ids, prompt_mask, tokens, mask, logprobs, ~decoder.alive)
 
 
 class _Decoder:
@@ -159,9 +185,83 @@ def response_logits(policy: nn.Module, rollout: Rollout, temperature: float = 1.
     return _response(policy, rollout, temperature, False)[0]
 
 
-def response_states(policy: nn.Module, rollout: Rollout, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`response_logits` and the last hidden states (B, T, H) that they were read from, by one forward pass."""
-    return _response(policy, rollout, temperature, True)
+def response_logprobs(policy: nn.Module, rollout: Rollout, temperature: float = 1.0) -> Tensor:
+    """Log-prob (B, T), nats, of each response token at `temperature`; 0 outside the response. Differentiable.
+
+    `token_logprobs` of `response_logits`, which are not held all at once if they are more than MOST_LOGITS.
+    """
+    return read_responses(policy, rollout, temperature)[0]
+
+
+def read_responses(policy: nn.Module, rollout: Rollout, temperature: float = 1.0, *, with_entropy: bool = False,
+                   with_states: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`response_logprobs`, and from the same forward pass, where asked for, the entropies (B, T) of the next-token
+    distributions, nats, 0 outside the response, and the last hidden states (B, T, H), which mean nothing there.
+    """
+    mask, tokens, packed = rollout.response_mask, rollout.response_ids, None
+    if mask.numel() * getattr(policy.config, "vocab_size", 0) > MOST_LOGITS:
+        packed = _packed(policy, rollout)
+    if packed is None:
+        logits, hidden = _response(policy, rollout, temperature, with_states)
+        read = token_logprobs(logits, tokens), entropy(logits) if with_entropy else None
+    else:
+        head, states = packed
+        with autocast(mask.device):
+            size = max(1, MOST_LOGITS // policy.config.vocab_size)
+            read = _in_parts(head, states, tokens[mask], size, temperature, with_entropy)
+        read = tuple(None if part is None else fast.spread(part, mask) for part in read)
+        hidden = fast.spread(states, mask) if with_states else None
+    return *(None if part is None else torch.where(mask, part, 0.0) for part in read), hidden
+
+
+def _in_parts(head: Callable, states: Tensor, tokens: Tensor, size: int, temperature: float, with_entropy: bool
+              ) -> tuple[Tensor, Tensor | None]:
+    """Log-probs (n,) of tokens (n,), and entropies, from hidden states (n, H): logits of `size` at a time, not kept."""
+    def read(states: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+        logits = head(states)
+        logits = logits if temperature == 1.0 else logits / temperature
+        return (token_logprobs(logits, tokens), entropy(logits)) if with_entropy else (token_logprobs(logits, tokens),)
+
+    parts = [checkpoint(read, *part, use_reentrant=False, preserve_rng_state=False)
+             for part in zip(states.split(size), tokens.split(size), strict=True)]
+    logprobs, *rest = (torch.cat(part) for part in zip(*parts, strict=True))
+    return logprobs, rest[0] if rest else None
+
+
+def _packed(policy: nn.Module, rollout: Rollout) -> tuple[Callable, Tensor] | None:
+    """The head, and the last hidden states (n, H) that it reads for the response's tokens, row by row.
+
+    None if the policy's logits are not known to be what a linear head says of them, which is tried once a model.
+    """
+    ids, mask = full_ids(rollout)
+    reader = fast.reader(policy)
+    if reader is not None:
+        return reader.logits, reader(ids, mask, F.pad(rollout.response_mask, (rollout.prompt_ids.shape[1] - 1, 0)))
+    head = _base(policy).get_output_embeddings()
+    if type(head) is not nn.Linear or not _last_logits(policy, 1):
+        return None
+    if policy not in _linear:
+        few = ids[:1, :8]
+        logits, states = _read(policy, few, torch.ones_like(few), 0)
+        with torch.no_grad(), autocast(ids.device):
+            _linear[policy] = bool((head(states) - logits).abs().max() <= 1e-6 * logits.abs().max())
+    if not _linear[policy]:
+        return None
+    states = _read(policy, ids, mask, 1)[1][:, -rollout.response_ids.shape[1] :]
+    return head, states[rollout.response_mask]
+
+
+def _read(policy: nn.Module, ids: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Logits at the last `keep` positions (0: at all), and the last hidden states (B, L, H), by one forward pass."""
+    states = []
+    hook = body(_base(policy)).register_forward_hook(lambda module, inputs, output: states.append(output[0]))
+    try:
+        with autocast(ids.device):
+            output = policy(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False,
+                            logits_to_keep=keep)
+    finally:
+        hook.remove()
+    return output.logits, states[0]
 
 
 def _response(policy: nn.Module, rollout: Rollout, temperature: float, states: bool) -> tuple[Tensor, Tensor | None]:
@@ -197,6 +297,43 @@ def rollout_from_ids(prompts: list[list[int]], responses: list[list[int]], *, eo
     finished = torch.tensor([bool(row) and row[-1] == eos_token_id for row in responses])
     made = Rollout(prompt_ids, prompt_mask, response_ids, response_mask, torch.zeros(response_ids.shape), finished)
     return to_device(made, device)
+
+
+def passes(rollout: Rollout, most: int | None, rows: int) -> list[tuple[slice | Tensor, Rollout]]:
+    """What one forward pass each reads of a rollout, and which rows that are: `rows` at a time, in their order, or, if
+    `most` is not None, `groups` of rows, without columns in which all of them are padding.
+    """
+    if most is None:
+        some = [slice(start, start + rows) for start in range(0, len(rollout), rows)]
+        return [(part, rollout[part]) for part in some]
+    some = groups(rollout.prompt_mask.sum(1), rollout.response_mask.sum(1), most)
+    return [(part, trimmed(rollout[part])) for part in some]
+
+
+def groups(prompt_tokens: Tensor, response_tokens: Tensor, most: int) -> list[Tensor]:
+    """Rows of like length, of which a forward pass reads at most `most` tokens, padding included.
+
+    prompt_tokens, response_tokens: (B,), how many there are. A row that has more is a group of its own.
+    """
+    lengths = torch.stack([prompt_tokens, response_tokens], 1).tolist()
+    found, widest = [], (0, 0)
+    for row in sorted(range(len(lengths)), key=lambda row: sum(lengths[row])):
+        wider = tuple(map(max, widest, lengths[row]))
+        if found and (len(found[-1]) + 1) * (sum(wider) - 1) <= most:  # the last token is not read
+            found[-1].append(row)
+            widest = wider
+        else:
+            found.append([row])
+            widest = tuple(lengths[row])
+    return [torch.tensor(rows, device=prompt_tokens.device) for rows in found]
+
+
+def trimmed(rollout: Rollout) -> Rollout:
+    """The same rows without columns that are padding in all of them; one column of the response is left at least."""
+    prompt, response = rollout.prompt_mask.any(0), rollout.response_mask.any(0)
+    response[0] = True
+    return Rollout(rollout.prompt_ids[:, prompt], rollout.prompt_mask[:, prompt], rollout.response_ids[:, response],
+                   rollout.response_mask[:, response], rollout.logprobs[:, response], rollout.finished)
 
 
 def to_device(rollout: Rollout, device) -> Rollout:
@@ -244,12 +381,10 @@ def seeded(*numbers: int) -> torch.Generator:
 
 
 def _inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    total = logits.logsumexp(-1, keepdim=True)
-    if not torch.isfinite(total).all():
-        raise NonFinite("the policy's logits are NaN or infinite; its weights have diverged (lower the learning rate)")
-    cumulative = (logits - total).exp().cumsum(-1, dtype=torch.float64)
-    token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
-    return token.squeeze(1), (logits.gather(1, token) - total).squeeze(1)
+    token, logprob = inverse_cdf(logits, uniform)
+    if not torch.isfinite(logprob).all():
+        raise NonFinite(DIVERGED)
+    return token, logprob
 
 
 def _selectable(cache) -> bool:
@@ -259,5 +394,9 @@ def _selectable(cache) -> bool:
 
 def _last_logits(policy: nn.Module, keep: int) -> dict[str, int]:
     """`logits_to_keep`, for models that can leave out the head at the other positions."""
-    model = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
-    return {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(_base(policy).forward).parameters else {}
+
+
+def _base(policy: nn.Module) -> nn.Module:
+    """The model in which an adapter is, or the model."""
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy

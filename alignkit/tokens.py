@@ -33,6 +33,19 @@ def entropy(logits: Tensor) -> Tensor:
     )  # below e^-80 the term is 0, also at −inf
 
 
+def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (B,) drawn from softmax(logits), and their log-probs (B,), nats: `(token, logprob)`.
+
+    The first token whose cumulative probability exceeds uniform (B, 1), float64 in [0, 1); logits: (B, V). A token of
+    probability 0 is never drawn. NaN or infinite logits give a log-prob that is not finite.
+    """
+    total = logits.logsumexp(-1, keepdim=True)
+    cumulative = (logits - total).exp().cumsum(-1, dtype=torch.float64)
+    token = torch.searchsorted(cumulative, uniform * cumulative.narrow(1, logits.shape[-1] - 1, 1), right=True)
+    token = token.clamp(max=logits.shape[-1] - 1)
+    return token.squeeze(1), (logits.gather(1, token) - total).squeeze(1)
+
+
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
     """Mean of values where mask is True; 0 where nothing is. Over everything, or over `dim`."""
     kept = torch.where(mask, values, 0.0)

@@ -15,6 +15,7 @@ import json
 import sys
 import traceback
 from dataclasses import asdict
+from unittest.mock import patch
 
 import numpy
 import torch
@@ -201,6 +202,27 @@ def one_response(device: str) -> list[float]:
     return torch.cat([numbers.logits.flatten(), numbers.ref_logits.flatten(), numbers.values]).tolist()
 
 
+def by_graph(device: str) -> list[float]:
+    """The step that a graph would hold, on the device; the generic loop on the CPU."""
+    from alignkit import fast, graphs
+    from alignkit.sampling import left_pad, sample, seeded
+
+    policy, _, _, tokenizer = models(device)
+    ids, mask = left_pad([[1, 15, 20], [1, 16], [1, 15, 20], [1, 17, 18, 19]], 0)
+    with patch.object(graphs, "DEVICE", "gpu"), patch.object(fast, "_plain", lambda *_: True):  # by types
+        assert graphs.usable(policy, 20) == (device == GPU)
+        drawn = sample(policy, ids, mask, max_new_tokens=20, eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
+                       generator=seeded(1))
+    return [*drawn.response_ids.flatten().tolist(), *drawn.logprobs.flatten().tolist(), *drawn.finished.tolist()]
+
+
+def in_parts(device: str) -> list[float]:
+    from alignkit import sampling
+
+    with patch.object(sampling, "MOST_LOGITS", 200):
+        return dpo(device) + ppo(device, shared_trunk=True, entropy_coef=0.01)
+
+
 def shift(device: str) -> list[float]:
     from alignkit.shift import measure_shift
 
@@ -244,6 +266,11 @@ CASES = {
     "dpo with LoRA": lambda device: dpo(device, lora=True),
     "dpo, reference at each step": lambda device: dpo(device, precompute_reference=False),
     "ipo, per token": lambda device: dpo(device, loss_type="ipo", length_normalised=True),
+    "ppo in passes, layers computed again": lambda device: ppo(
+        device, tokens_per_pass=20, gradient_checkpointing=True, ptx_coef=0.5, entropy_coef=0.01),
+    "dpo in passes, layers computed again": lambda device: dpo(device, tokens_per_pass=20, gradient_checkpointing=True),
+    "log-probs in parts": in_parts,
+    "sampled by the step of a graph": by_graph,
     "evaluate": evaluation,
     "generate": texts,
     "enumeration": enumeration,
@@ -278,4 +305,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     _setup_privateuseone_for_python_backend("gpu")
+    torch.gpu.get_amp_supported_dtype = lambda: [torch.bfloat16]  # asked for even where autocast is switched off
     main()

@@ -115,7 +115,8 @@ PPO_KNOBS = {
     "lr_decay": (False, True, distance, -1, {}),
 }
 ELSEWHERE = {  # tested by their exact effect in test_ppo.py and test_ppo_step.py
-    "shared_trunk", "precision", "value_coef", "value_clip_range", "whiten_rewards", "whiten_advantages",
+    "shared_trunk", "precision", "tokens_per_pass", "gradient_checkpointing", "value_coef", "value_clip_range",
+    "whiten_rewards", "whiten_advantages",
     "max_grad_norm", "seed"}
 
 
@@ -172,7 +173,8 @@ DPO_KNOBS = {
     "max_grad_norm": (1e-9, 1.0, +1, {}),
 }
 DPO_ELSEWHERE = {  # in test_dpo.py
-    "loss_type", "length_normalised", "max_new_tokens", "precompute_reference", "precision", "seed", "warmup"}
+    "loss_type", "length_normalised", "max_new_tokens", "precompute_reference", "precision", "seed", "warmup",
+    "tokens_per_pass", "gradient_checkpointing"}
 
 
 def test_the_table_names_every_knob_of_dpo():

@@ -290,11 +290,12 @@ def test_a_shared_critic_s_values_are_its_head_on_the_policy_s_last_hidden_state
         critic.score.load_state_dict(shared.critic.score.state_dict())
         shared.critic = critic
     with torch.no_grad():
-        logits, values = ppo_module._read_policy(shared, rollout, CONFIG)
+        logprobs, _, values = ppo_module._read_policy(shared, rollout, CONFIG, False)
         mask = rollout.response_mask
         apart = token_values(shared.critic, *full_ids(rollout), mask.shape[1])
         expected = response_logits(shared.policy, rollout, CONFIG.temperature)
-        assert torch.allclose(logits[mask], expected[mask], atol=1e-5)
+        expected = token_logprobs(expected, rollout.response_ids)
+        assert torch.allclose(logprobs[mask], expected[mask], atol=1e-5)
         body = shared.critic.trunk
         rows = [prompt + response[:t] for prompt, response in rows_of(rollout) for t in range(len(response))]
         slow = [float(shared.critic.score(body(input_ids=torch.tensor([row])).last_hidden_state[0, -1]))
@@ -355,9 +356,9 @@ def test_bf16_is_near_fp32_and_its_first_iteration_holds(state):
     rollout, config = draw(state), replace(CONFIG, precision="bf16")
     mask = rollout.response_mask
     with torch.no_grad():
-        logits, low = (ppo_module._read_policy(state, rollout, each)[0] for each in (CONFIG, config))
+        logprobs, low = (ppo_module._read_policy(state, rollout, each, False)[0] for each in (CONFIG, config))
         values, low_values = (ppo_module._read_critic(state, rollout, each) for each in (CONFIG, config))
-    for exact, rounded in ((logits[mask], low[mask]), (values[mask], low_values[mask])):
+    for exact, rounded in ((logprobs[mask], low[mask]), (values[mask], low_values[mask])):
         exact, rounded = exact[exact > -1e3], rounded[exact > -1e3]
         assert 1e-5 < float((rounded - exact).norm() / exact.norm()) < 0.03
         assert rounded.dtype == torch.float32
@@ -373,8 +374,7 @@ def test_gradients_in_bf16_are_near_those_in_fp32(state):
     direction = torch.randn(rollout.response_ids.shape, generator=seeded(3))
     found = []
     for precision in ("fp32", "bf16"):
-        logits, _ = ppo_module._read_policy(state, rollout, replace(CONFIG, precision=precision))
-        chosen = torch.where(rollout.response_mask, token_logprobs(logits, rollout.response_ids), 0.0)
+        chosen = ppo_module._read_policy(state, rollout, replace(CONFIG, precision=precision), False)[0]
         found.append(torch.cat([g.flatten() for g in torch.autograd.grad((chosen * direction).sum(), weight)]))
     assert 1e-5 < float((found[0] - found[1]).norm() / found[0].norm()) < 0.05
 
