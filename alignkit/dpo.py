@@ -311,7 +311,7 @@ def dpo(
             stats = dpo_step(policy, optimizer, batch, config, step)
             if step == 1 and starts_at_reference:
                 low = policy.device.type == "cuda" or config.precision == "bf16"
-                check_first_step(stats, config, 0.05 if low else 1e-4)
+                check_first_step(stats, config, 0.1 if low else 1e-4)
             yield stats
 
 

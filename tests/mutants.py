@@ -129,7 +129,7 @@ MUTANTS = [
            "test_ppo_step.py::test_padding_a_minibatch_changes_neither_weights_nor_measurements"),
     Mutant("ppo.py", "if not torch.isfinite(norm + critic_norm + loss + critic_loss)", "if False", "steps into NaN",
            "test_ppo.py::test_a_loss_that_is_not_finite_leaves_the_weights"),
-    Mutant("ppo.py", "if gap > tolerance", "if False", "a wrong reference goes unseen",
+    Mutant("ppo.py", "if not gap <= tolerance", "if False", "a wrong reference goes unseen",
            "test_ppo.py::test_a_wrong_reference_stops_the_run_and_says_so"),
     Mutant("ppo.py", "which = torch.arange(n) % len(strata)", "which = torch.zeros(n, dtype=torch.long)",
            "prompts from the first class only", "test_ppo.py::test_prompts_are_drawn_evenly_from_the_strata"),

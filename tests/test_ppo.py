@@ -185,22 +185,34 @@ def test_the_first_iteration_starts_from_ratio_1_and_kl_0():
     assert stats.rlhf_reward == pytest.approx(stats.score, abs=1e-4)
 
 
-def test_a_wrong_reference_stops_the_run_and_says_so():
-    other = frozen_copy(load_policy("tiny", seed=9)[0])
-    state = make_state(SMALL, ref_policy=other)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_wrong_reference_stops_the_run_and_says_so(precision):
+    config = replace(SMALL, precision=precision)
+    state = make_state(config, ref_policy=frozen_copy(sharp(load_policy("tiny", seed=9)[0])))
     with pytest.raises(
         InvariantError,
         match="step 0: .log π − log π_ref. is .* The reference is not the policy that training starts from",
     ):
-        ppo_iteration(state, SMALL)
+        ppo_iteration(state, config)
 
 
-def test_a_sampler_that_does_not_score_alike_stops_the_run(monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_sampler_that_does_not_score_alike_stops_the_run(precision, monkeypatch):
     def warmer(*args, temperature, **options):
         return sample(*args, temperature=1.7, **options)
     monkeypatch.setattr(ppo_module, "sample", warmer)
-    with pytest.raises(InvariantError, match="step 0: the ratio π / π_old is off by"):
-        ppo_iteration(make_state(SMALL), SMALL)
+    config = replace(SMALL, precision=precision)
+    state = make_state(config)
+    sharp(state.policy)
+    with pytest.raises(InvariantError, match="step 0: the ratio π / π_old is off before any step"):
+        ppo_iteration(state, config)
+
+
+def sharp(policy):
+    """The policy with opinions: a fresh one says everything about equally often, at any temperature."""
+    with torch.no_grad():
+        policy.lm_head.weight.mul_(8)
+    return policy
 
 
 def test_logged_kl_is_the_kl_that_is_charged():

@@ -48,3 +48,13 @@ def test_ppo_with_a_python_reward_raises_sentiment_and_reports_kl(shared):
     assert after > before + 0.2
     assert stats[0].kl_to_ref == pytest.approx(0, abs=1e-3) and stats[-1].kl_to_ref > 0.1
     assert stats[-1].kl_to_ref_k3 > 0.1
+
+
+@pytest.mark.shared
+def test_ppo_in_bf16_begins_though_single_tokens_are_scored_a_quarter_of_a_nat_apart(shared):
+    policy, tokenizer = load_policy(shared / "models" / "stories260K", device="cpu")
+    config = PPOConfig(iterations=1, prompts_per_iteration=32, minibatch_size=32, epochs=1, max_new_tokens=48,
+                       precision="bf16")
+    state = PPOState.start(policy, tokenizer, lambda prompts, responses: [0.0] * len(prompts), OPENINGS, config)
+    (stats,) = ppo(state, config)
+    assert stats.ratio_first == pytest.approx(1, abs=0.01) and abs(stats.kl_to_ref) < 0.5
