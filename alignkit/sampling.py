@@ -105,10 +105,7 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
     if graphs.usable(policy, max_new_tokens):
         return _sample_by_graph(policy, prompt_ids, prompt_mask, max_new_tokens, generator, eos_token_id=eos_token_id,
                                 pad_token_id=pad_token_id, temperature=temperature)
-    reader = fast.reader(policy)
-    decoder = (_Decoder(policy, prompt_ids, prompt_mask) if reader is None
-               else fast.Decoder(reader, prompt_ids, prompt_mask, max_new_tokens - 1))
-    logits = decoder.logits
+    decoder, logits = _prompts_read(policy, prompt_ids, prompt_mask, max_new_tokens - 1)
     alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
     rows = torch.arange(len(prompt_ids), device=device)  # those that the model still reads
     padding, nothing = torch.full_like(rows, pad_token_id), torch.zeros(len(prompt_ids), device=device)
@@ -131,6 +128,27 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
     return Rollout(
         prompt_ids, prompt_mask, torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logprobs, 1), ~alive
     )
+
+
+def _prompts_read(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, room: int) -> tuple:
+    """A decoder that has read the prompts, and the logits (B, V) of the next token.
+
+    Where each prompt is there twice or more on average, it is read once.
+    """
+    reader = fast.reader(policy)
+
+    def read(ids: Tensor, mask: Tensor):
+        return _Decoder(policy, ids, mask) if reader is None else fast.Decoder(reader, ids, mask, room)
+
+    unique, which = torch.unique(torch.cat([prompt_ids, prompt_mask.long()], 1), dim=0, return_inverse=True)
+    if 2 * len(unique) <= len(prompt_ids):
+        ids, mask = unique.chunk(2, 1)
+        decoder = read(ids, mask.bool())
+        if decoder.selectable:
+            decoder.select(which)
+            return decoder, decoder.logits[which]
+    decoder = read(prompt_ids, prompt_mask)
+    return decoder, decoder.logits
 
 
 def _sample_by_graph(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int,
