@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +161,7 @@ def _measure(policy, ref_policy, rollout: Rollout) -> dict[str, list]:
         measured["ref_logp"] = sequence_logps(ref_logprobs, mask)
         measured["k3"] = sequence_logps(k3(logprobs, ref_logprobs), mask)
         kl = exact_kl(logits, ref_logits)
-        measured["token_kl"] = [row[kept].tolist() for row, kept in zip(kl, mask, strict=True)]
+        measured["token_kl"] = [list(compress(*row)) for row in zip(kl.tolist(), mask.tolist(), strict=True)]
     return {column: value if isinstance(value, list) else value.tolist() for column, value in measured.items()}
 
 

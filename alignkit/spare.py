@@ -14,6 +14,8 @@ from jupyter_core.utils import run_sync
 
 # what notebooks spend seconds importing
 NEEDED = ("alignkit.models", "matplotlib.figure", "pandas", "datasets", "trl.trainer.sft_trainer")
+# at its end Python looks through all objects for cycles, two seconds with these modules; files are closed all the same
+QUICK_END = "__import__('atexit').register(__import__('gc').freeze);"
 
 
 class Spare:
@@ -38,7 +40,8 @@ class ThisPython(KernelSpecManager):
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         return KernelSpec(
-            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+            argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}",
+                  f"--IPKernelApp.exec_lines={QUICK_END}"],
             display_name="Python 3",
             language="python",
             metadata={"debugger": False},
