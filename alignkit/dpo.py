@@ -44,8 +44,7 @@ class DPOConfig:
     linearly. precompute_reference: score all pairs with the reference once, before training. precision: "fp32", or
     "bf16" for the linear layers of policy and reference on a CPU, as in PPOConfig.
     tokens_per_pass: a batch with more tokens, padding included, is sorted by length and read in parts of at most so
-    many, chosen and rejected by one forward pass each; the
-    gradients of the parts add up to its own. None: all at once.
+    many, chosen and rejected by one forward pass each; the gradients of the parts add up to its own. None: all at once.
     gradient_checkpointing: layers are computed again in the backward pass instead of kept. Both save memory, change
     nothing but rounding, and are no parameters of the notebooks.
     """

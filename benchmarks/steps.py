@@ -1,6 +1,7 @@
 """What one step costs: rollout, scoring, PPO update, whole iteration, DPO, SFT and reward-model step, beside baselines.
 
-    python -m benchmarks.steps --json steps.json [--quick] [--threads 2] [--rounds 8] [--trl-ppo runs/trl-ppo]
+    python -m benchmarks.steps --json steps.json [--quick] [--threads 2] [--rounds 8] [--growth]
+                               [--trl-ppo runs/trl-ppo]
 
 Each row is measured three ways, in turn, round by round: alignkit; a bare torch + transformers loop that does the same
 work (head at every position, no statistics, `generate` with top_k=0); and the trainer of the installed TRL, given one
@@ -20,7 +21,7 @@ more than noise and the trainer's bookkeeping round a step.
 
 A second row has alignkit's best settings: a trunk that policy and critic share, and bf16 where this machine multiplies
 bf16 faster than fp32 (tried at the model's own shapes). The shared trunk is another algorithm, so the row compares what
-an iteration costs, not the same numbers. A second table shows how the cost of a default iteration grows.
+an iteration costs, not the same numbers. With --growth a second table shows how the cost of a default iteration grows.
 """
 
 import argparse
@@ -817,7 +818,9 @@ def growth(sizes: Sizes, values: dict[str, tuple[int, ...]]) -> list[dict]:
 # measure
 
 
-def measure_all(sizes: Sizes, rounds: int, *, quick: bool = False, trl_ppo: Path | None = None) -> dict:
+def measure_all(
+    sizes: Sizes, rounds: int, *, quick: bool = False, grow: bool = False, trl_ppo: Path | None = None
+) -> dict:
     """Compare, measure memory, then time: a dict as the JSON has it. trl_ppo: where TRL's PPO lives."""
     rates = bf16_rates(quick)
     work = Work(sizes, precision="bf16" if rates["bf16"] > 1.5 * rates["fp32"] else "fp32")
@@ -850,7 +853,7 @@ def measure_all(sizes: Sizes, rounds: int, *, quick: bool = False, trl_ppo: Path
         alike = _same_ppo(sizes, observed)
         peaks["ppo"]["trl"] = worker.peak_mb
         worker.close()
-    grown = growth(sizes, {"prompts": (2,), "new_tokens": (3,)} if quick else GROWTH)
+    grown = growth(sizes, {"prompts": (2,), "new_tokens": (3,)} if quick else GROWTH) if grow else []
     flops, bandwidth = (statistics.median(rate) for rate in zip(*probes, strict=True))
     cost, cheaper = costs(work), costs(work, shared_trunk=True)
     faster = flops * max(1.0, rates[work.precision] / rates["fp32"])  # of the best settings
@@ -1025,7 +1028,12 @@ def table(results: dict) -> str:
         ]
     lines += [f"Not measured: {what}: {why}." for what, why in results["not_measured"].items()]
     lines += [
-        "alignkit's SFT and reward training are TRL's trainers: their ratio to TRL is 1 but for bookkeeping and noise.",
+        "alignkit's SFT and reward training are TRL's trainers with batches from lists; collators and data loaders are "
+        "timed on no side.",
+    ]
+    if not results["growth"]:
+        return "\n".join(lines)
+    lines += [
         "",
         "How the cost grows, one size at a time (alignkit, default settings; the second run of each, so only "
         "differences of a fifth and more mean something):",
@@ -1042,24 +1050,25 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
-def write_page(page: Path, made: str) -> None:
-    """Put a table between the marks in a Markdown page. Raises ValueError if the page has none."""
-    text = page.read_text(encoding="utf-8")
+def write_page(page: Path, name: str, made: str) -> None:
+    """Put the table of the results in file `name` between its marks in a Markdown page; ValueError if it has none."""
+    text, mark = page.read_text(encoding="utf-8"), f"<!-- {name} -->\n"
     try:
-        before, rest = text.split("<!-- steps -->\n")
-        after = rest.split("<!-- end -->\n")[1]
+        before, rest = text.split(mark)
+        after = rest.split("<!-- end -->\n", 1)[1]
     except (ValueError, IndexError):
         raise ValueError(
-            f"{page} has no place for the table, expected <!-- steps --> and <!-- end --> on their lines"
+            f"{page} has no place for the table, expected {mark.strip()} and <!-- end --> on their lines"
         ) from None
-    page.write_text(f"{before}<!-- steps -->\n{made}\n<!-- end -->\n{after}", encoding="utf-8")
+    page.write_text(f"{before}{mark}{made}\n<!-- end -->\n{after}", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> dict:
     """Run, print the table, write the JSON and the table's place in a page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--page", type=Path, help="put the table into this Markdown page, between its marks")
+    parser.add_argument("--page", type=Path, help="put the table into this Markdown page, where it names that file")
+    parser.add_argument("--growth", action="store_true", help="measure how the cost grows with sizes, too")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run? Its times mean nothing")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="for torch (default: %(default)s)")
     parser.add_argument("--rounds", type=int, help="interleaved rounds (default: 8; 2 with --quick)")
@@ -1070,16 +1079,19 @@ def main(arguments: list[str] | None = None) -> dict:
     rounds = (2 if given.quick else 8) if given.rounds is None else given.rounds
     if rounds < 1:
         parser.error(f"--rounds is {rounds}, expected at least 1")
+    if given.page and not given.json:
+        parser.error("--page needs --json: the page names the file that its table is made from")
     if given.threads < 1:
         parser.error(f"--threads is {given.threads}, expected at least 1")
     with _quiet(), _threads(given.threads):
-        results = measure_all(QUICK if given.quick else Sizes(), rounds, quick=given.quick, trl_ppo=given.trl_ppo)
+        results = measure_all(QUICK if given.quick else Sizes(), rounds, quick=given.quick, grow=given.growth,
+                              trl_ppo=given.trl_ppo)
     print(table(results))
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(given.json, results)
     if given.page:
-        write_page(given.page, table(results))
+        write_page(given.page, given.json.name, table(results))
     return results
 
 

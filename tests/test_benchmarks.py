@@ -18,7 +18,7 @@ def quick(tmp_path_factory):
     """What `--quick` wrote, and the thread count before and after."""
     file = tmp_path_factory.mktemp("benchmark") / "new" / "steps.json"
     before = torch.get_num_threads()
-    steps.main(["--quick", "--json", str(file), "--threads", "1", "--rounds", "1"])
+    steps.main(["--quick", "--growth", "--json", str(file), "--threads", "1", "--rounds", "1"])
     return json.loads(file.read_text()), (before, torch.get_num_threads())
 
 
@@ -85,25 +85,24 @@ def test_the_machine_and_what_was_not_measured_are_told(quick):
     assert "Not measured: TRL PPO" in steps.table(results)
 
 
-def test_the_page_about_speed_has_the_table_of_the_recorded_results():
-    page, recorded = (ROOT / "docs/speed.md").read_text(), ROOT / "benchmarks/results/steps.json"
-    if not recorded.exists():
-        assert "No table has been recorded yet" in page
-        return
-    results = json.loads(recorded.read_text())
-    assert steps.table(results) in page
+@pytest.mark.parametrize(("file", "threads"), [("steps.json", 1), ("steps-2-threads.json", 2)])
+def test_the_page_about_speed_has_the_tables_of_the_recorded_results(file, threads):
+    page, results = (ROOT / "docs/speed.md").read_text(), json.loads((ROOT / "benchmarks/results" / file).read_text())
+    assert f"<!-- {file} -->\n{steps.table(results)}\n<!-- end -->" in page
     assert results["sizes"] == vars(steps.Sizes()) and results["rounds"] >= 8
+    assert results["machine"]["threads"] == threads
 
 
 def test_a_table_is_put_between_the_marks_of_a_page(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("# Speed\n<!-- steps -->\nold\ntable\n<!-- end -->\nafter\n")
+    other = "<!-- other.json -->\nanother\n<!-- end -->\n"
+    page.write_text(f"# Speed\n{other}<!-- steps.json -->\nold\ntable\n<!-- end -->\nafter\n{other}")
     for made in ("| a | b |", "| c |"):
-        steps.write_page(page, made)
-        assert page.read_text() == f"# Speed\n<!-- steps -->\n{made}\n<!-- end -->\nafter\n"
+        steps.write_page(page, "steps.json", made)
+        assert page.read_text() == f"# Speed\n{other}<!-- steps.json -->\n{made}\n<!-- end -->\nafter\n{other}"
     page.write_text("# Speed\n")
-    with pytest.raises(ValueError, match="expected <!-- steps -->"):
-        steps.write_page(page, "| a |")
+    with pytest.raises(ValueError, match="expected <!-- steps.json -->"):
+        steps.write_page(page, "steps.json", "| a |")
 
 
 def test_trl_s_ppo_must_do_the_same_work():
