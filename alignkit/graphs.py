@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PhiForCausalLM, Qwen2ForCausalLM
 
 from alignkit import fast
-from alignkit.models import autocast, position_ids
+from alignkit.models import autocast, distinct_prompts, position_ids
 from alignkit.tokens import inverse_cdf
 
 DEVICE = "cuda"
@@ -96,11 +96,9 @@ class Decoder:
         """
         if self.mask.device.type == "cuda" and self.graph is None:
             self._capture()  # the steps of its warm-up write where start writes again
-        both = torch.cat([prompt_ids, prompt_mask.long()], 1)
-        unique, which = torch.unique(both, dim=0, return_inverse=True)
-        ids, mask = unique.chunk(2, 1)
+        ids, mask, which = distinct_prompts(prompt_ids, prompt_mask)
         with autocast(ids.device):
-            output = self.policy(input_ids=ids, attention_mask=mask.bool(), position_ids=position_ids(mask),
+            output = self.policy(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask),
                                  use_cache=True, logits_to_keep=1)
         within = fast._order(1, self.reader.width, self.reader.turned, ids.device)
         for cache, layer in zip(self.cache, output.past_key_values.layers, strict=True):

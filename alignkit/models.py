@@ -184,6 +184,13 @@ def position_ids(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def distinct_prompts(prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and mask (N, P) of the prompts that are there, each once, and which of them each row (B,) is."""
+    both, which = torch.unique(torch.cat([prompt_ids, prompt_mask.long()], 1), dim=0, return_inverse=True)
+    ids, mask = both.chunk(2, 1)
+    return ids, mask.bool(), which
+
+
 def body(model: nn.Module) -> nn.Module:
     """The transformer without its head."""
     return getattr(model, model.base_model_prefix)

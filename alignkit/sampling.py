@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from alignkit import fast, graphs
 from alignkit.data import encode_texts
-from alignkit.models import autocast, body, position_ids
+from alignkit.models import autocast, body, distinct_prompts, position_ids
 from alignkit.tokens import entropy, inverse_cdf, token_logprobs
 
 DIVERGED = "the policy's logits are NaN or infinite; its weights have diverged (lower the learning rate)"
@@ -140,10 +140,9 @@ def _prompts_read(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, ro
     def read(ids: Tensor, mask: Tensor):
         return _Decoder(policy, ids, mask) if reader is None else fast.Decoder(reader, ids, mask, room)
 
-    unique, which = torch.unique(torch.cat([prompt_ids, prompt_mask.long()], 1), dim=0, return_inverse=True)
-    if 2 * len(unique) <= len(prompt_ids):
-        ids, mask = unique.chunk(2, 1)
-        decoder = read(ids, mask.bool())
+    ids, mask, which = distinct_prompts(prompt_ids, prompt_mask)
+    if 2 * len(ids) <= len(prompt_ids):
+        decoder = read(ids, mask)
         if decoder.selectable:
             decoder.select(which)
             return decoder, decoder.logits[which]
@@ -276,28 +275,25 @@ def _read(policy: nn.Module, ids: Tensor, mask: Tensor, keep: int) -> tuple[Tens
     try:
         with autocast(ids.device):
             output = policy(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False,
-                            logits_to_keep=keep)
+                            **_last_logits(policy, keep))
     finally:
         hook.remove()
-    return output.logits, states[0]
+    return output.logits[:, -keep:], states[0]
 
 
 def _response(policy: nn.Module, rollout: Rollout, temperature: float, states: bool) -> tuple[Tensor, Tensor | None]:
+    """`response_logits`, and, if asked for, the last hidden states (B, T, H) that they were read from."""
     ids, mask = full_ids(rollout)
     length = rollout.response_ids.shape[1]
-    reader, hidden = fast.reader(policy), None
+    reader = fast.reader(policy)
     if reader is not None:
         wanted = F.pad(rollout.response_mask, (rollout.prompt_ids.shape[1] - 1, 0))  # one before the token
         packed = reader(ids, mask, wanted)
         logits = fast.spread(reader.logits(packed), rollout.response_mask)
         hidden = fast.spread(packed, rollout.response_mask) if states else None
     else:
-        more = {"output_hidden_states": True} if states else {}
-        with autocast(ids.device):
-            output = policy(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False,
-                            **more, **_last_logits(policy, length))
-        logits = output.logits[:, -length:]
-        hidden = output.hidden_states[-1][:, -length:] if states else None
+        logits, read = _read(policy, ids, mask, length)
+        hidden = read[:, -length:] if states else None
     return logits if temperature == 1.0 else logits / temperature, hidden
 
 
