@@ -6,151 +6,45 @@ the policy moves where the pairs do not look. Chosen and rejected log-probs are 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alignkit.data import encode_pairs
-from alignkit.models import autocast, checkpointed, reference_policy
-from alignkit.ppo import adamw, check_memory, check_precision
-from alignkit.relay import InvariantError
-from alignkit.sampling import (
-    NonFinite,
-    Rollout,
-    groups,
-    passes,
-    response_logprobs,
-    rollout_from_ids,
-    seeded,
-    to_device,
-    trimmed,
-)
-from alignkit.tokens import sequence_logps
-
-LOSSES = ("sigmoid", "ipo", "hinge")
-
-
-@dataclass(frozen=True)
-class DPOConfig:
-    """What a user can turn. Defaults are for the desk world.
-
-    beta: the price of KL, the same quantity as PPO's kl_coef: a larger beta keeps the policy closer to the reference.
-    loss_type: "sigmoid" (DPO), "ipo" or "hinge". label_smoothing: the share of labels assumed flipped (cDPO), sigmoid
-    only. length_normalised: the loss is on log-probs per token rather than per response (what is logged stays per
-    response). max_new_tokens: responses, EOS included, are cut there. epochs, batch_size: passes over the pairs, pairs
-    a step. learning_rate, max_grad_norm: AdamW's and the clip. warmup: the share of steps over which the rate rises
-    linearly. precompute_reference: score all pairs with the reference once, before training. precision: "fp32", or
-    "bf16" for the linear layers of policy and reference on a CPU, as in PPOConfig.
-    tokens_per_pass: a batch with more tokens, padding included, is sorted by length and read in parts of at most so
-    many, chosen and rejected by one forward pass each; the gradients of the parts add up to its own. None: all at once.
-    gradient_checkpointing: layers are computed again in the backward pass instead of kept. Both save memory, change
-    nothing but rounding, and are no parameters of the notebooks.
-    """
-
-    beta: float = 0.5
-    loss_type: str = "sigmoid"
-    label_smoothing: float = 0.0
-    length_normalised: bool = False
-    max_new_tokens: int = 4
-    epochs: int = 3
-    batch_size: int = 128
-    learning_rate: float = 3e-4
-    max_grad_norm: float = 1.0
-    warmup: float = 0.1
-    precompute_reference: bool = True
-    precision: str = "fp32"
-    tokens_per_pass: int | None = None
-    gradient_checkpointing: bool = False
-    seed: int = 0
-
-    def __post_init__(self):
-        check_precision(self.precision)
-        check_memory(self.tokens_per_pass, self.gradient_checkpointing)
-        if not self.beta > 0:
-            raise ValueError(f"beta is {self.beta}, expected more than 0")
-        if self.loss_type not in LOSSES:
-            raise ValueError(f"loss_type is {self.loss_type!r}, expected one of {', '.join(LOSSES)}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(
-                f"label_smoothing is {self.label_smoothing}, expected a share of flipped labels from 0 to below 0.5"
-            )
-        if self.label_smoothing and self.loss_type != "sigmoid":
-            raise ValueError(f"label_smoothing goes with loss_type 'sigmoid' only, not with {self.loss_type!r}")
-        for name in ("max_new_tokens", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup is {self.warmup}, expected a share of the steps between 0 and 1")
-
-
-def _stat(name: str, meaning: str):
-    return field(metadata={"name": name, "meaning": meaning})
+from alignkit.configs import DPOConfig
+from alignkit.errors import InvariantError, NonFinite
+from alignkit.formulas.losses import dpo_loss, implicit_reward
+from alignkit.formulas.randomness import seeded
+from alignkit.forward.precision import autocast, checkpointed
+from alignkit.forward.reading import response_logps
+from alignkit.forward.rollout import Rollout, encode_rows, groups, passes, to_device, trimmed
+from alignkit.metrics import stat
+from alignkit.models.adapters import reference_policy
+from alignkit.optim import adamw
 
 
 @dataclass(frozen=True)
 class DPOStats:
     """What one DPO step measured, before the step. `log()` has the same numbers under TRL's names."""
 
-    step: int = _stat("step", "optimiser steps so far, this one included")
-    loss: float = _stat("loss", "mean DPO loss; ln 2 at step 0 for the sigmoid")
-    chosen_reward: float = _stat("rewards/chosen", "mean implicit reward β log(π / π_ref) of the chosen responses")
-    rejected_reward: float = _stat("rewards/rejected", "the same of the rejected responses")
-    accuracy: float = _stat("rewards/accuracies", "share of pairs whose chosen response has the larger implicit reward")
-    margin: float = _stat("rewards/margins", "mean implicit reward, chosen minus rejected")
-    chosen_logps: float = _stat("logps/chosen", "mean log π of the chosen responses, nats a response")
-    rejected_logps: float = _stat("logps/rejected", "the same of the rejected responses")
-    chosen_shift: float = _stat(
+    step: int = stat("step", "optimiser steps so far, this one included")
+    loss: float = stat("loss", "mean DPO loss; ln 2 at step 0 for the sigmoid")
+    chosen_reward: float = stat("rewards/chosen", "mean implicit reward β log(π / π_ref) of the chosen responses")
+    rejected_reward: float = stat("rewards/rejected", "the same of the rejected responses")
+    accuracy: float = stat("rewards/accuracies", "share of pairs whose chosen response has the larger implicit reward")
+    margin: float = stat("rewards/margins", "mean implicit reward, chosen minus rejected")
+    chosen_logps: float = stat("logps/chosen", "mean log π of the chosen responses, nats a response")
+    rejected_logps: float = stat("logps/rejected", "the same of the rejected responses")
+    chosen_shift: float = stat(
         "logps/chosen_shift", "mean log π − log π_ref of the chosen responses: below 0 the chosen ones became rarer"
     )
-    rejected_shift: float = _stat("logps/rejected_shift", "the same of the rejected responses")
-    grad_norm: float = _stat("grad_norm", "gradient norm before the clip")
-    learning_rate: float = _stat("learning_rate", "in force at this step")
+    rejected_shift: float = stat("logps/rejected_shift", "the same of the rejected responses")
+    grad_norm: float = stat("grad_norm", "gradient norm before the clip")
+    learning_rate: float = stat("learning_rate", "in force at this step")
 
     def log(self) -> dict[str, float]:
         """The numbers under their plot names."""
         return {f.metadata["name"]: getattr(self, f.name) for f in fields(self)}
-
-
-def implicit_reward(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-    """β log(π / π_ref) of each response: (B,). Only differences in a prompt mean anything. (Rafailov 2023, eq. 5)"""
-    return beta * (logps - ref_logps)
-
-
-def dpo_loss(
-    policy_chosen_logps: Tensor,
-    policy_rejected_logps: Tensor,
-    ref_chosen_logps: Tensor,
-    ref_rejected_logps: Tensor,
-    *,
-    beta: float,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """Loss of each pair: (B,). With the margin m = β [log π/π_ref (chosen) − log π/π_ref (rejected)]:
-
-    sigmoid  −(1 − ε) log σ(m) − ε log σ(−m)      (Rafailov 2023, eq. 7; ε = label_smoothing: cDPO, Mitchell 2023)
-    ipo      (m/β − 1/(2β))²                     (Azar 2023, eq. 17)
-    hinge    max(0, 1 − m)                       (SLiC; Zhao 2023)
-    Raises ValueError on shapes that differ or an unknown loss_type.
-    """
-    for name, value in (("policy_rejected_logps", policy_rejected_logps), ("ref_chosen_logps", ref_chosen_logps),
-                        ("ref_rejected_logps", ref_rejected_logps)):
-        if value.shape != policy_chosen_logps.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}, expected {tuple(policy_chosen_logps.shape)} "
-                "(policy_chosen_logps')"
-            )
-    margin = (implicit_reward(policy_chosen_logps, ref_chosen_logps, beta)
-              - implicit_reward(policy_rejected_logps, ref_rejected_logps, beta))
-    if loss_type == "sigmoid":
-        return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
-    if loss_type == "ipo":
-        return (margin / beta - 1 / (2 * beta)).square()
-    if loss_type == "hinge":
-        return (1 - margin).relu()
-    raise ValueError(f"loss_type is {loss_type!r}, expected one of {', '.join(LOSSES)}")
 
 
 @dataclass(frozen=True)
@@ -179,23 +73,6 @@ class Pairs:
         longest = torch.maximum(*(side.response_mask.sum(1) for side in (self.chosen, self.rejected)))
         some = [self[rows] for rows in groups(self.chosen.prompt_mask.sum(1), longest, tokens_per_pass)]
         return [replace(pairs, chosen=trimmed(pairs.chosen), rejected=trimmed(pairs.rejected)) for pairs in some]
-
-
-def encode_rows(tokenizer, rows: list[dict], column: str, max_new_tokens: int) -> Rollout:
-    """Rows with `prompt` and `column` (texts) as a Rollout; EOS follows a response if max_new_tokens leave room."""
-    pairs = encode_pairs(tokenizer, [row["prompt"] for row in rows], [row[column] for row in rows])[0]
-    prompts, responses = (
-        [prompt for prompt, _ in pairs],
-        [[*ids, tokenizer.eos_token_id][:max_new_tokens] for _, ids in pairs],
-    )
-    return rollout_from_ids(
-        prompts, responses, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
-
-
-def response_logps(policy: nn.Module, responses: Rollout) -> Tensor:
-    """log π(response | prompt) (B,), nats a response. Differentiable."""
-    return sequence_logps(response_logprobs(policy, responses), responses.response_mask)
 
 
 @torch.no_grad()

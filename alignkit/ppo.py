@@ -5,7 +5,6 @@ the score of the whole response is added at its last token; GAE turns rewards an
 the clipped surrogate is what one step minimises.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
@@ -13,245 +12,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alignkit.kl import k1, k3
-from alignkit.models import (
-    SharedCritic,
-    autocast,
-    checkpointed,
-    reference_policy,
-    same_vocabulary,
-    token_values,
-    value_model_from,
-)
-from alignkit.relay import InvariantError
-from alignkit.sampling import (
-    NonFinite,
-    Rollout,
-    decode_responses,
-    encode_prompts,
-    full_ids,
-    passes,
-    read_responses,
-    response_logprobs,
-    sample,
-    seeded,
-    to_device,
-)
-from alignkit.threads import side_by_side
-from alignkit.tokens import masked_mean, whiten
+from alignkit.configs import PPOConfig
+from alignkit.errors import InvariantError, NonFinite
+from alignkit.formulas.kl import k1, k3
+from alignkit.formulas.losses import adapt_kl_coef, clipped, gae, policy_loss, token_rewards, value_loss
+from alignkit.formulas.randomness import seeded
+from alignkit.formulas.tokens import masked_mean, whiten
+from alignkit.forward.precision import autocast, checkpointed
+from alignkit.forward.reading import read_responses, response_logprobs, token_values
+from alignkit.forward.rollout import Rollout, decode_responses, encode_prompts, full_ids, passes, to_device
+from alignkit.forward.sampling import sample
+from alignkit.metrics import stat
+from alignkit.models.adapters import reference_policy
+from alignkit.models.heads import SharedCritic, value_model_from
+from alignkit.models.loading import same_vocabulary
+from alignkit.optim import set_learning_rate, adamw, side_by_side
 
-PRECISIONS = ("fp32", "bf16")
 Reward = Callable[[list[str], list[str]], Sequence[float]]
-
-
-@dataclass(frozen=True)
-class PPOConfig:
-    """What a user can turn. Defaults are for the desk world.
-
-    iterations: rollouts, each followed by its steps. prompts_per_iteration, samples_per_prompt: their product is the
-    batch. max_new_tokens: response limit, tokens. temperature: of sampling and of scoring alike.
-    kl_coef: price of a nat of KL(π ‖ π_ref), in units of the score; the same quantity as DPO's beta.
-    target_kl: None keeps kl_coef fixed; a number (nats a response) adapts it (Ziegler 2019) with kl_horizon
-    (responses). max_kl: stop training when objective/kl exceeds this many nats. max_step_kl: leave an iteration's
-    remaining steps out when the policy has moved this far (nats a token) from the one that sampled.
-    gamma, gae_lambda: discount and GAE's λ. clip_range, value_clip_range: half-widths of the clips (inf: none).
-    value_coef: weight of the critic's loss; only in effect with shared_trunk. entropy_coef: bonus per nat.
-    ptx_coef: weight of the SFT loss on demonstrations.
-    missing_eos_penalty: taken off the score, once, of a response cut at the limit. score_clip: scores are clipped to ±
-    this. whiten_rewards: scale per-token rewards to variance 1 (no mean shift). whiten_advantages: mean 0, variance 1 a
-    batch. epochs, minibatch_size: passes over a rollout, responses a step. learning_rate, critic_learning_rate,
-    max_grad_norm: AdamW's and the clip. critic_warmup: first iterations that train the critic alone. lr_decay: linear
-    decay of both rates to 0 over `iterations`. shared_trunk: the critic is a value head on the policy's own body, 0 at
-    first, and its loss trains that body too: one forward pass a step instead of two. precision: "fp32", or "bf16" for
-    the linear layers of policy, reference and critic on a CPU (attention and heads stay in fp32 where `alignkit.fast`
-    reads the model); it pays where the CPU multiplies bf16 in hardware (AMX). A GPU always takes bf16.
-    tokens_per_pass: a minibatch with more tokens, padding included, is sorted by length and read in parts of at most so
-    many, by one forward pass each; the gradients of its parts add up to its own. None: all at once.
-    gradient_checkpointing: layers are computed again in the backward pass instead of kept. Both save memory, change
-    nothing but rounding, and are no parameters of the notebooks.
-    """
-
-    iterations: int = 40
-    prompts_per_iteration: int = 512
-    samples_per_prompt: int = 1
-    max_new_tokens: int = 4
-    temperature: float = 1.0
-    kl_coef: float = 0.2
-    target_kl: float | None = None
-    kl_horizon: int = 10_000
-    max_kl: float | None = None
-    max_step_kl: float | None = None
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
-    clip_range: float = 0.2
-    value_clip_range: float = 0.2
-    value_coef: float = 1.0
-    entropy_coef: float = 0.0
-    ptx_coef: float = 0.0
-    missing_eos_penalty: float = 0.0
-    score_clip: float = math.inf
-    whiten_rewards: bool = False
-    whiten_advantages: bool = True
-    epochs: int = 2
-    minibatch_size: int = 128
-    learning_rate: float = 1e-3
-    critic_learning_rate: float = 2e-3
-    max_grad_norm: float = 1.0
-    critic_warmup: int = 0
-    lr_decay: bool = True
-    shared_trunk: bool = False
-    precision: str = "fp32"
-    tokens_per_pass: int | None = None
-    gradient_checkpointing: bool = False
-    seed: int = 0
-
-    def __post_init__(self):
-        check_precision(self.precision)
-        check_memory(self.tokens_per_pass, self.gradient_checkpointing)
-        for name in (
-            "iterations",
-            "prompts_per_iteration",
-            "samples_per_prompt",
-            "max_new_tokens",
-            "epochs",
-            "minibatch_size",
-            "kl_horizon",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        for name in ("kl_coef", "entropy_coef", "ptx_coef", "value_coef", "missing_eos_penalty", "learning_rate",
-                     "critic_learning_rate", "critic_warmup", "clip_range", "value_clip_range"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        for name in ("temperature", "max_grad_norm", "score_clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected more than 0")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a number between 0 and 1")
-
-
-def check_precision(precision: str) -> None:
-    """Raise ValueError if `precision` is not "fp32" or "bf16"."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
-
-
-def check_memory(tokens_per_pass: int | None, gradient_checkpointing: bool) -> None:
-    """Raise ValueError if an option that saves memory is not what its name says."""
-    if tokens_per_pass is not None and not (type(tokens_per_pass) is int and tokens_per_pass >= 1):
-        raise ValueError(f"tokens_per_pass is {tokens_per_pass!r}, expected None or a whole number of at least 1")
-    if type(gradient_checkpointing) is not bool:
-        raise ValueError(f"gradient_checkpointing is {gradient_checkpointing!r}, expected True or False")
-
-
-def _stat(name: str, meaning: str):
-    return field(metadata={"name": name, "meaning": meaning})
 
 
 @dataclass(frozen=True)
 class PPOStats:
     """What one PPO iteration measured. `log()` has the same numbers under the names that TRL used."""
 
-    iteration: int = _stat("iteration", "rollouts so far, this one included")
-    score: float = _stat("objective/scores", "mean score of the responses, as the reward gave it")
-    rlhf_reward: float = _stat(
+    iteration: int = stat("iteration", "rollouts so far, this one included")
+    score: float = stat("objective/scores", "mean score of the responses, as the reward gave it")
+    rlhf_reward: float = stat(
         "objective/rlhf_reward", "mean over responses of the sum of per-token rewards: score − kl_coef · KL"
     )
-    kl_to_ref: float = _stat("objective/kl", "KL(π ‖ π_ref), k1: nats a response")
-    kl_to_ref_k3: float = _stat("objective/kl_k3", "the same KL by k3, never negative: nats a response")
-    kl_coef: float = _stat("objective/kl_coef", "the price of KL in force")
-    entropy: float = _stat(
+    kl_to_ref: float = stat("objective/kl", "KL(π ‖ π_ref), k1: nats a response")
+    kl_to_ref_k3: float = stat("objective/kl_k3", "the same KL by k3, never negative: nats a response")
+    kl_coef: float = stat("objective/kl_coef", "the price of KL in force")
+    entropy: float = stat(
         "objective/entropy", "entropy of the next-token distribution, summed over the response: nats a response"
     )
-    length: float = _stat("objective/length", "tokens a response, EOS included")
-    eos_rate: float = _stat("val/eos_rate", "share of responses that ended with EOS")
-    policy_loss: float = _stat(
+    length: float = stat("objective/length", "tokens a response, EOS included")
+    eos_rate: float = stat("val/eos_rate", "share of responses that ended with EOS")
+    policy_loss: float = stat(
         "loss/policy_avg", "clipped surrogate loss; about 0 by construction, not a measure of progress"
     )
-    value_loss: float = _stat("loss/value_avg", "half the clipped squared error of the critic")
-    ptx_loss: float = _stat("loss/ptx_avg", "SFT loss on the demonstrations mixed in: nats a token; 0 without ptx_coef")
-    clip_fraction: float = _stat(
+    value_loss: float = stat("loss/value_avg", "half the clipped squared error of the critic")
+    ptx_loss: float = stat("loss/ptx_avg", "SFT loss on the demonstrations mixed in: nats a token; 0 without ptx_coef")
+    clip_fraction: float = stat(
         "policy/clipfrac_avg", "share of tokens whose policy gradient is exactly 0 because of the clip"
     )
-    kl_to_old: float = _stat("policy/approxkl_avg", "KL(π_old ‖ π) by k3 at the last step: nats a token")
-    ratio_first: float = _stat(
+    kl_to_old: float = stat("policy/approxkl_avg", "KL(π_old ‖ π) by k3 at the last step: nats a token")
+    ratio_first: float = stat(
         "val/ratio_first", "mean ratio π / π_old at the first step; 1 if sampler and trainer agree"
     )
-    ratio_max: float = _stat("val/ratio_max", "largest ratio π / π_old seen")
-    explained_variance: float = _stat(
+    ratio_max: float = stat("val/ratio_max", "largest ratio π / π_old seen")
+    explained_variance: float = stat(
         "val/explained_variance", "1 − Var(returns − values) / Var(returns), before this iteration's steps"
     )
-    grad_norm: float = _stat("policy/grad_norm", "policy's gradient norm before the clip, mean over steps")
-    steps: int = _stat("steps", "optimiser steps made in this iteration")
+    grad_norm: float = stat("policy/grad_norm", "policy's gradient norm before the clip, mean over steps")
+    steps: int = stat("steps", "optimiser steps made in this iteration")
 
     def log(self) -> dict[str, float]:
         """The numbers under their plot names, `step` first."""
         return {"step": self.iteration, **{f.metadata["name"]: getattr(self, f.name) for f in fields(self)[1:]}}
-
-
-def gae(
-    rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float = 1.0, gae_lambda: float = 0.95
-) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates and returns: `(advantages, returns)`, each (B, T), 0 outside the response.
-
-    δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γλ A_{t+1},  returns = A + V;  V = A = 0 after the last response token.
-    rewards, values: (B, T), in score units. Raises ValueError if shapes differ. (Schulman 2016, eq. 11–16)
-    """
-    _same_shape("rewards", rewards, values=values, response_mask=response_mask)
-    rewards, values = torch.where(response_mask, rewards, 0.0), torch.where(response_mask, values, 0.0)
-    advantages = torch.zeros_like(rewards)
-    following = torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(rewards.shape[1])):
-        next_value = values[:, t + 1] if t + 1 < rewards.shape[1] else torch.zeros_like(following)
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        following = torch.where(response_mask[:, t], delta + gamma * gae_lambda * following, 0.0)
-        advantages[:, t] = following
-    return advantages, advantages + values
-
-
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float = 0.2) -> Tensor:
-    """PPO's clipped surrogate, to minimise, per token: (B, T).
-
-    −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A), ρ = π / π_old. (Schulman 2017, eq. 7, with the sign turned)
-    """
-    _same_shape("logprobs", logprobs, old_logprobs=old_logprobs, advantages=advantages)
-    ratio = torch.exp(logprobs - old_logprobs)
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
-
-
-def clipped(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float = 0.2) -> Tensor:
-    """Where `policy_loss` has no gradient: (B, T) bool. ρ > 1 + ε with A > 0, or ρ < 1 − ε with A < 0."""
-    ratio = torch.exp(logprobs - old_logprobs)
-    return ((ratio > 1 + clip_range) & (advantages > 0)) | ((ratio < 1 - clip_range) & (advantages < 0))
-
-
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float = 0.2) -> Tensor:
-    """The critic's clipped squared error per token: (B, T).
-
-    ½ max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²). (Huang 2024, detail 22; Engstrom 2020)
-    """
-    _same_shape("values", values, old_values=old_values, returns=returns)
-    near = old_values + (values - old_values).clamp(-clip_range, clip_range)
-    return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
-
-
-def token_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float
-) -> Tensor:
-    """Per-token rewards (B, T): −kl_coef · (log π − log π_ref) at each response token, the score (B,) at the last.
-
-    The tokens must come from the policy that gave `logprobs`. A row without response tokens gets no reward.
-    """
-    _same_shape("logprobs", logprobs, ref_logprobs=ref_logprobs, response_mask=response_mask)
-    rewards = torch.where(response_mask, -kl_coef * k1(logprobs, ref_logprobs), 0.0)
-    last = (response_mask.sum(1) - 1).clamp(min=0)
-    return rewards.scatter_add(1, last[:, None], torch.where(response_mask.any(1), scores, 0.0)[:, None])
-
-
-def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float, responses: int, horizon: int) -> float:
-    """The adaptive KL controller: β (1 + clip(KL/target − 1, ±0.2) · n/horizon). (Ziegler 2019, §2.2)"""
-    return kl_coef * (1 + min(max(kl / target_kl - 1, -0.2), 0.2) * responses / horizon)
 
 
 @dataclass
@@ -354,11 +172,6 @@ class PPOState:
         self.critic_optimizer.load_state_dict(saved["critic_optimizer"])
         self.iteration, self.kl_coef = saved["iteration"], saved["kl_coef"]
         self.last_rollout = self.last_scores = None
-
-
-def adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
-    """AdamW without weight decay, fused, eps 1e-5 (Huang 2024, detail 25)."""
-    return torch.optim.AdamW(parameters, lr=learning_rate, eps=1e-5, weight_decay=0.0, fused=True)
 
 
 @dataclass(frozen=True)
@@ -492,8 +305,8 @@ def ppo_iteration(state: PPOState, config: PPOConfig) -> PPOStats:
     if state.kl_coef is None or config.target_kl is None:
         state.kl_coef = config.kl_coef
     decay = max(1 - (iteration - 1) / config.iterations, 0.0) if config.lr_decay else 1.0
-    _set_learning_rate(state.policy_optimizer, config.learning_rate * decay)
-    _set_learning_rate(state.critic_optimizer, config.critic_learning_rate * decay)
+    set_learning_rate(state.policy_optimizer, config.learning_rate * decay)
+    set_learning_rate(state.critic_optimizer, config.critic_learning_rate * decay)
 
     texts, rollout = _sample(state, config)
     mask = rollout.response_mask
@@ -680,7 +493,7 @@ def _read_critic(state: PPOState, rollout: Rollout, config: PPOConfig) -> Tensor
 def _demonstrations(state: PPOState, config: PPOConfig, step: int) -> Rollout | None:
     if not config.ptx_coef:
         return None
-    from alignkit.dpo import encode_rows
+    from alignkit.forward.rollout import encode_rows
 
     picks = torch.randint(
         len(state.demonstrations), (config.minibatch_size,), generator=seeded(config.seed, state.iteration, step, 3)
@@ -696,16 +509,3 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
 def _variance(values: Tensor, mask: Tensor) -> Tensor:
     mean = masked_mean(values, mask)
     return masked_mean((values - mean).square(), mask)
-
-
-def _set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-
-
-def _same_shape(name: str, tensor: Tensor, **others: Tensor) -> None:
-    for other, value in others.items():
-        if value.shape != tensor.shape:
-            raise ValueError(
-                f"{other} has shape {tuple(value.shape)}, expected {tuple(tensor.shape)} (the shape of {name})"
-            )

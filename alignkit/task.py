@@ -16,9 +16,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from alignkit.data import ChatText, DataError, Rows, encode_pair, encode_pairs, encode_text, encode_texts, load_rows
-from alignkit.sampling import generate_texts
-from alignkit.world import MAX_PHRASES, World, phrase_ids
+from alignkit.data.fitting import fit_rows
+from alignkit.data.rows import load_rows
+from alignkit.desk.tiny import phrase_ids
+from alignkit.desk.world import MAX_PHRASES, World
+from alignkit.errors import DataError
+from alignkit.forward.sampling import generate_texts
 
 SPLITS = ("train", "heldout")
 
@@ -161,7 +164,7 @@ def file_task(source: str | os.PathLike, tokenizer, seed: int = 0, *, kind: str 
     if not 0 < heldout_share < 1:
         raise ValueError(f"heldout_share is {heldout_share}, expected a share between 0 and 1")
     loaded = load_rows(source, kind, tokenizer=tokenizer, skip_bad=skip_bad)
-    rows, notes = _fit(loaded, tokenizer, limit, max_new_tokens)
+    rows, notes = fit_rows(loaded, tokenizer, limit, max_new_tokens)
     prompts = {}  # normalised -> as first written
     for row in rows:
         if row["prompt"]:
@@ -217,66 +220,3 @@ def _evenly(prompts: list[str], kinds: list[str], n: int, rng) -> list[str]:
 
 def _shuffled(rows: list[dict], n: int | None, seed: int) -> list[dict]:
     return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))[:n]]
-
-
-def _fit(rows: Rows, tokenizer, limit: int, max_new_tokens: int) -> tuple[list[dict], tuple[str, ...]]:
-    """The rows, shortened so that prompt, response and EOS fit in `limit` tokens, and notes on what was done."""
-    known, tokens, unknown = {}, 0, 0
-    unique = list(dict.fromkeys(row["prompt"] for row in rows))
-    for prompt, ids in zip(unique, encode_texts(tokenizer, unique), strict=True):
-        tokens, unknown = tokens + len(ids), unknown + ids.count(tokenizer.unk_token_id)
-        fits = len(ids) <= limit - max_new_tokens
-        known[prompt] = prompt if fits else _end_of(tokenizer, prompt, limit - max_new_tokens)
-    prompts = [known[row["prompt"]] for row in rows]
-    columns = {"prompt": prompts}
-    for name in [name for name in rows[0] if name != "prompt"]:
-        columns[name] = [row[name] for row in rows]
-        pairs, _ = encode_pairs(tokenizer, prompts, columns[name])
-        for index, (head, ids) in enumerate(pairs):
-            if len(head) + len(ids) >= limit:
-                room = limit - len(head) - 1
-                columns[name][index] = _start_of(tokenizer, prompts[index], columns[name][index], room)
-    fitted = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    cut_prompts = sum(new["prompt"] != row["prompt"] for new, row in zip(fitted, rows, strict=True))
-    cut_responses = sum(any(new[name] != row[name] for name in row if name != "prompt")
-                        for new, row in zip(fitted, rows, strict=True))
-    if rows.kind == "pairs":
-        fitted = [row for row in fitted if row["chosen"].strip() != row["rejected"].strip()]
-    dropped = len(rows) - len(fitted)
-    notes = [*([f"{rows.skipped:,} bad rows left out"] if rows.skipped else []), *rows.warnings]
-    notes += [f"{count:,} of {len(rows):,} rows: {what}" for count, what in (
-        (cut_prompts, f"the prompt was longer than {limit - max_new_tokens:,} tokens and lost its beginning"),
-        (cut_responses, f"prompt and response were longer than {limit:,} tokens and the response lost its end"),
-        (dropped, "left out, chosen and rejected are equal in what is left of them")) if count]
-    if unknown > 0.1 * tokens:
-        notes.append(f"the tokenizer does not know {unknown / tokens:.0%} of the prompts' tokens: is the model right?")
-    return fitted, tuple(notes)
-
-
-def _offsets(tokenizer, text: str) -> list[tuple[int, int]]:
-    if not tokenizer.is_fast:
-        raise DataError("a text is too long, and only a fast tokenizer can cut it; raise max_length or cut the data")
-    return tokenizer(str(text), add_special_tokens=False, split_special_tokens=not isinstance(text, ChatText),
-                     return_offsets_mapping=True, verbose=False)["offset_mapping"]
-
-
-def _end_of(tokenizer, prompt: str, limit: int) -> str:
-    """The last tokens of a prompt, at most `limit` with BOS. A rendered conversation keeps its BOS."""
-    offsets = _offsets(tokenizer, prompt)
-    bos = tokenizer.bos_token or ""
-    front = bos if isinstance(prompt, ChatText) and prompt.startswith(bos) else ""
-    for kept in range(min(limit, len(offsets)), 0, -1):
-        piece = type(prompt)(front + prompt[offsets[-kept][0]:])
-        if len(encode_text(tokenizer, piece)) <= limit:
-            return piece
-    raise DataError(f"no end of the prompt {prompt[:40]!r} fits in {limit} tokens")
-
-
-def _start_of(tokenizer, prompt: str, response: str, limit: int) -> str:
-    """The first tokens of a response, at most `limit` behind its prompt."""
-    offsets = _offsets(tokenizer, response)
-    for kept in range(min(limit, len(offsets)), 0, -1):
-        piece = type(response)(response[: offsets[kept - 1][1]])
-        if len(encode_pair(tokenizer, prompt, piece)[1]) <= limit:
-            return piece
-    return type(response)("")

@@ -19,11 +19,13 @@ import torch
 import transformers
 
 from alignkit import exact
-from alignkit.models import load_policy, tiny_reward_model
+from alignkit.desk.tiny import phrase_ids, tiny_reward_model
+from alignkit.desk.world import World
+from alignkit.formulas.tokens import sequence_logps, token_logprobs
+from alignkit.forward.reading import response_logits
+from alignkit.forward.rollout import Rollout, encode_prompts
+from alignkit.models.loading import load_policy
 from alignkit.reward import RewardScorer
-from alignkit.sampling import Rollout, encode_prompts, response_logits
-from alignkit.tokens import sequence_logps, token_logprobs
-from alignkit.world import World, phrase_ids
 
 ENUMERATIONS = [(2, 1), (3, 1), (4, 1), (5, 1), (4, 4), (4, 16), (4, 64), (5, 4), (6, 1)]  # (T, prompts)
 TARGETS = {(4, 1): 0.15, (5, 1): 1.5}  # seconds on one thread

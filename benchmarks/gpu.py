@@ -37,20 +37,23 @@ import transformers
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from alignkit import graphs, sampling
-from alignkit.dpo import DPOConfig, Pairs, dpo_step
-from alignkit.models import frozen_copy, pick_device, reward_model_from
-from alignkit.ppo import PPOBatch, PPOConfig, PPOState, adamw, ppo, ppo_step
-from alignkit.records import versions, write_json
-from alignkit.sampling import (
-    Rollout,
-    response_logprobs,
-    rollout_from_ids,
-    sample,
-    seeded,
-    to_device,
-)
-from alignkit.world import World, desk_tokenizer
+from alignkit.configs import DPOConfig, PPOConfig
+from alignkit.desk.tiny import desk_tokenizer
+from alignkit.desk.world import World
+from alignkit.dpo import Pairs, dpo_step
+from alignkit.formulas.randomness import seeded
+from alignkit.forward import cuda_graph
+from alignkit.forward import reading as reading_module
+from alignkit.forward.reading import response_logprobs
+from alignkit.forward.rollout import Rollout, rollout_from_ids, to_device
+from alignkit.forward.sampling import sample
+from alignkit.models.adapters import frozen_copy
+from alignkit.models.heads import reward_model_from
+from alignkit.models.loading import pick_device
+from alignkit.optim import adamw
+from alignkit.ppo import PPOBatch, PPOState, ppo, ppo_step
+from alignkit.runs.records import versions
+from alignkit.storage import write_json
 
 NO_GPU = "made on a CPU with tiny shapes, to try the code: no result about a GPU"
 
@@ -135,9 +138,9 @@ def checks(device: torch.device) -> list[dict]:
         _say(f"{what}: {difference:.2g} (at most {tolerance:g})")
 
     with patch.object(graphs, "DEVICE", device.type):
-        note("decoder: log-probs against the model's own, in standard deviations", graphs._error(there),
-             graphs.TOLERANCE[torch.bfloat16 if low else torch.float32])
-        note("decoder: 0 if it is used, 1 if not", float(not graphs.usable(there, 64)), 0.0)
+        note("decoder: log-probs against the model's own, in standard deviations", cuda_graph._error(there),
+             cuda_graph.TOLERANCE[torch.bfloat16 if low else torch.float32])
+        note("decoder: 0 if it is used, 1 if not", float(not cuda_graph.usable(there, 64)), 0.0)
         start = random_rollout(shape, 16, 24, 1, seed=1, ragged=True)
         for what, temperature in (("greedy", 1e-5), ("sampled", 1.0)):
             drawn = sample(there, start.prompt_ids, start.prompt_mask, max_new_tokens=48, eos_token_id=2,
@@ -145,7 +148,7 @@ def checks(device: torch.device) -> list[dict]:
             mask = drawn.response_mask
             if what == "greedy":
                 with torch.no_grad():
-                    logits = sampling.response_logits(plain, to_device(drawn, "cpu"))
+                    logits = reading_module.response_logits(plain, to_device(drawn, "cpu"))
                 chosen = logits.gather(-1, drawn.response_ids.cpu()[..., None]).squeeze(-1)
                 behind = (logits.amax(-1) - chosen)[mask.cpu()].max() / logits.std()
                 note("greedy tokens: behind the CPU's best logit, in standard deviations", float(behind),
@@ -198,7 +201,7 @@ def _first_iteration(device: torch.device):
     """One PPO iteration of the desk world on the device, with responses long enough for the decoder."""
     tokenizer = desk_tokenizer()
     policy = qwen2(Shape("desk", 64, 128, 2, 4, 2, len(tokenizer)), torch.device("cpu"), spread=0.03).to(device)
-    config = PPOConfig(prompts_per_iteration=16, max_new_tokens=graphs.SHORTEST, minibatch_size=8, iterations=1)
+    config = PPOConfig(prompts_per_iteration=16, max_new_tokens=cuda_graph.SHORTEST, minibatch_size=8, iterations=1)
     prompts = [prompt.text for prompt in World(0).train_prompts[:16]]
     state = PPOState.start(policy, tokenizer, lambda prompts, responses: [len(text) / 50 for text in responses],
                            prompts, config)
@@ -310,7 +313,7 @@ def decoding(shape: Shape, sizes: Sizes, device: torch.device, rates: dict[str, 
         step = max((2 * weights + batch * keys) / rates["bandwidth"], 2 * weights * batch / rates["flops"])
         limit = sizes.new * step + 2 * weights * batch * sizes.prompt / rates["flops"]
         row = {"model": shape.name, "batch": batch, "limit_tokens_per_second": batch * sizes.new / limit,
-               "limit_step_ms": 1000 * step, "graph": graphs.usable(policy, sizes.new)}
+               "limit_step_ms": 1000 * step, "graph": cuda_graph.usable(policy, sizes.new)}
         for name, job in jobs.items():
             try:
                 spent, peak = _measured(job, device, sizes.rounds if name == "alignkit" else 1)
@@ -363,7 +366,7 @@ def _trl_step(policy: nn.Module, shape: Shape, sizes: Sizes, device: torch.devic
     import datasets
     import trl
 
-    from benchmarks.steps import word_tokenizer
+    from benchmarks.steps.work import word_tokenizer
 
     tokenizer = word_tokenizer(shape.vocabulary)
     drawn = [random_rollout(shape, sizes.rows, sizes.prompt, sizes.new - 1, seed) for seed in (4, 5)]  # EOS follows

@@ -10,8 +10,9 @@ import json
 import statistics
 from pathlib import Path
 
-from alignkit.estimate import RECORDED, probe_seconds
-from alignkit.records import versions, write_json
+from alignkit.jobs.estimate import RECORDED, probe_seconds
+from alignkit.runs.records import versions
+from alignkit.storage import write_json
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -39,7 +39,7 @@ def app_screenshot(run: Path) -> bytes:
     from playwright.sync_api import sync_playwright
 
     chromium = os.environ.get("ALIGNKIT_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    command = [sys.executable, "-u", "-m", "alignkit.cli", "app", os.fspath(run)]
+    command = [sys.executable, "-u", "-m", "alignkit", "app", os.fspath(run)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as driver:
         address = next(line.strip() for line in server.stdout if "http://127.0.0.1" in line)
         page = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page(

@@ -120,7 +120,9 @@ def placed(model: nn.Module, device: str) -> nn.Module:
 
 def models(device: str, lora: bool = False):
     """A policy that is not its reference, the reference, a scorer and a tokenizer."""
-    from alignkit.models import add_lora, frozen_copy, load_policy, reward_model_from
+    from alignkit.models.adapters import add_lora, frozen_copy
+    from alignkit.models.heads import reward_model_from
+    from alignkit.models.loading import load_policy
     from alignkit.reward import RewardScorer
 
     policy, tokenizer = load_policy("tiny", device="cpu")
@@ -141,7 +143,8 @@ ROWS = [{"prompt": prompt, "completion": "Hello.", "chosen": "Hello. Sure.", "re
 
 
 def ppo(device: str, lora: bool = False, own_reference: bool = True, **options) -> list[float]:
-    from alignkit.ppo import PPOConfig, PPOState, ppo_iteration
+    from alignkit.configs import PPOConfig
+    from alignkit.ppo import PPOState, ppo_iteration
 
     policy, reference, scorer, tokenizer = models(device, lora)
     config = PPOConfig(iterations=2, prompts_per_iteration=6, minibatch_size=4, **options)
@@ -156,7 +159,7 @@ def ppo(device: str, lora: bool = False, own_reference: bool = True, **options) 
 
 
 def dpo(device: str, lora: bool = False, **options) -> list[float]:
-    from alignkit.dpo import DPOConfig
+    from alignkit.configs import DPOConfig
     from alignkit.dpo import dpo as train
 
     policy, _, _, tokenizer = models(device, lora)
@@ -165,7 +168,7 @@ def dpo(device: str, lora: bool = False, **options) -> list[float]:
 
 
 def evaluation(device: str) -> list[float]:
-    from alignkit.evaluate import evaluate, evaluation_set
+    from alignkit.evaluate.evaluation import evaluate, evaluation_set
     from alignkit.task import desk_task
 
     policy, reference, scorer, tokenizer = models(device)
@@ -176,7 +179,7 @@ def evaluation(device: str) -> list[float]:
 
 
 def texts(device: str) -> list[float]:
-    from alignkit.sampling import generate_texts
+    from alignkit.forward.sampling import generate_texts
 
     policy, _, scorer, tokenizer = models(device)
     said = generate_texts(policy, tokenizer, PROMPTS, max_new_tokens=4, seed=3, samples=3)
@@ -193,8 +196,9 @@ def enumeration(device: str) -> list[float]:
 
 
 def one_response(device: str) -> list[float]:
-    from alignkit.ideas import read_response
-    from alignkit.models import value_model_from
+    from alignkit_widgets.explorers.worked_numbers import read_response
+
+    from alignkit.models.heads import value_model_from
 
     policy, reference, scorer, tokenizer = models(device)
     critic = value_model_from(scorer.model)
@@ -204,27 +208,29 @@ def one_response(device: str) -> list[float]:
 
 def by_graph(device: str) -> list[float]:
     """The step that a graph would hold, on the device; the generic loop on the CPU."""
-    from alignkit import fast, graphs
-    from alignkit.sampling import left_pad, sample, seeded
+    from alignkit.formulas.randomness import seeded
+    from alignkit.forward import cuda_graph
+    from alignkit.forward.rollout import left_pad
+    from alignkit.forward.sampling import sample
 
     policy, _, _, tokenizer = models(device)
     ids, mask = left_pad([[1, 15, 20], [1, 16], [1, 15, 20], [1, 17, 18, 19]], 0)
     with patch.object(graphs, "DEVICE", "gpu"), patch.object(fast, "_plain", lambda *_: True):  # by types
-        assert graphs.usable(policy, 20) == (device == GPU)
+        assert cuda_graph.usable(policy, 20) == (device == GPU)
         drawn = sample(policy, ids, mask, max_new_tokens=20, eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
                        generator=seeded(1))
     return [*drawn.response_ids.flatten().tolist(), *drawn.logprobs.flatten().tolist(), *drawn.finished.tolist()]
 
 
 def in_parts(device: str) -> list[float]:
-    from alignkit import sampling
+    from alignkit.forward import sampling
 
     with patch.object(sampling, "MOST_LOGITS", 200):
         return dpo(device) + ppo(device, shared_trunk=True, entropy_coef=0.01)
 
 
 def shift(device: str) -> list[float]:
-    from alignkit.shift import measure_shift
+    from alignkit.evaluate.shift import measure_shift
 
     policy, reference, _, tokenizer = models(device)
     measured = measure_shift([("before", reference), ("after", policy)], tokenizer, PROMPTS, samples=6)
@@ -233,7 +239,7 @@ def shift(device: str) -> list[float]:
 
 
 def pairs(device: str) -> list[float]:
-    from alignkit.reward import reward_report
+    from alignkit.evaluate.reward_model import reward_report
     from alignkit.task import desk_task
 
     policy, _, scorer, tokenizer = models(device)
@@ -287,9 +293,9 @@ def _near(one: float, other: float) -> bool:
 
 
 def main() -> None:
-    from alignkit import fast
+    from alignkit.forward import cpu
 
-    fast.reader = lambda model: None  # it is for a CPU: both sides take the generic pass
+    cpu.reader = lambda model: None  # it is for a CPU: both sides take the generic pass
     outcomes = {}
     for name, case in CASES.items():
         expected = case("cpu")

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from alignkit import exact
-from alignkit.enumerated import Enumerated
-from alignkit.recorded import RecordedRun, RecordedWorld, Sweep
-from alignkit.world import BEHAVIOURS, World
+from alignkit.desk.world import BEHAVIOURS, World
+from alignkit.exact.prompts import Enumerated
+from alignkit.exact.sweep import RecordedRun, RecordedWorld, Sweep
 
 VALUES = {"ppo": (0.1, 0.35, 1.5), "dpo": (0.3, 1.0, 4.0)}
 BETAS = np.geomspace(40, 0.02, 40)

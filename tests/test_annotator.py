@@ -12,22 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from alignkit_widgets.boards.annotator import first_shown
+from alignkit_widgets.boards.responses import sample_pairs, word_differences
 
-from alignkit.cli import main
-from alignkit.data import ChatText, check, load_rows
-from alignkit.intervals import wilson
-from alignkit.labels import (
-    ChoiceLog,
-    choice_items,
-    first_shown,
-    retrain,
-    sample_pairs,
-    stored_rows,
-    word_differences,
-)
-from alignkit.models import load_policy, tiny_reward_model
-from alignkit.reward import RewardConfig, RewardScorer, train_reward_model
-from alignkit.world import PHRASES, World, render
+from alignkit.configs import RewardConfig
+from alignkit.data.encoding import ChatText
+from alignkit.data.labels import ChoiceLog, choice_items, stored_rows
+from alignkit.data.rows import check, load_rows
+from alignkit.desk.tiny import tiny_reward_model
+from alignkit.desk.world import PHRASES, World, render
+from alignkit.evaluate.reward_model import retrain
+from alignkit.formulas.intervals import wilson
+from alignkit.jobs.cli import main
+from alignkit.models.loading import load_policy
+from alignkit.reward import RewardScorer, train_reward_model
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,15 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from alignkit_widgets import dashboard as dashboard_module
+from alignkit_widgets.app import server
+from alignkit_widgets.app.playground import make_desk_start, open_playground
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
 from tornado.websocket import websocket_connect
 
-from alignkit.live import make_desk_start, open_playground
-from alignkit.models import load_policy
-from alignkit.records import RunError, branch_files, read_metrics, start_run
-from alignkit.reward import RewardConfig
-from alignkit.sft import SFTConfig
+from alignkit.configs import RewardConfig, SFTConfig
+from alignkit.errors import RunError
+from alignkit.models.loading import load_policy
+from alignkit.runs.records import start_run
+from alignkit.storage import branch_files, read_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,7 +70,7 @@ def serving(playground, test) -> None:
     """Run `await test(dashboard, page)` beside a dashboard."""
 
     async def run() -> None:
-        dashboard = dashboard_module.Dashboard(playground)
+        dashboard = server.Dashboard(playground)
         dashboard.listen()
         try:
             page = Page(await websocket_connect(f"ws://127.0.0.1:{dashboard.port}/socket?token={dashboard.token}"))
@@ -116,7 +117,7 @@ def test_the_page_loads_nothing_from_elsewhere(playground):
         answer = await AsyncHTTPClient().fetch(dashboard.url)
         assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
         assert answer.headers["Referrer-Policy"] == "no-referrer"
-        for name in sorted(dashboard_module.FILES):
+        for name in sorted(server.FILES):
             text = (Path(dashboard_module.__file__).parent / name).read_text(encoding="utf-8")
             assert not [a for a in re.findall(r"https?://[^\s\"'`]+", text) if a != "http://www.w3.org/2000/svg"], name
             assert "innerHTML" not in text and "insertAdjacentHTML" not in text, name
@@ -194,7 +195,7 @@ def test_what_makes_no_sense_is_ignored_and_an_error_is_said(playground):
         page.say(do="compare", names="sft")
         message = await page.until(lambda m: m.get("status", {}).get("said", {}).get("compare"))
         assert "expected two to six" in message["status"]["said"]["compare"]
-        assert dashboard_module._whole("9", 1, 5) is None and dashboard_module._whole(9, 1, 5) == 5
+        assert server._whole("9", 1, 5) is None and server._whole(9, 1, 5) == 5
 
     serving(playground, test)
 
@@ -213,7 +214,7 @@ def test_the_command_prints_its_address_and_ends_cleanly(desk_start, tmp_path):
     for name in ("sft", "reward", "run.json"):
         os.symlink(desk_start / name, run / name)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'widgets'}", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "alignkit.cli", "app", str(run)]
+    command = [sys.executable, "-m", "alignkit", "app", str(run)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as app:
         said = ""
         while "Ctrl-C" not in said:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import steps
+from benchmarks.steps import __main__ as steps
+from benchmarks.steps import bare, costs, ours, tables, work
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,10 +25,10 @@ def quick(tmp_path_factory):
 
 def test_every_row_has_its_sides_with_times_rates_memory_and_ratios(quick):
     results, _ = quick
-    assert [row["name"] for row in results["rows"]] == list(steps.ROWS)
+    assert [row["name"] for row in results["rows"]] == list(tables.ROWS)
     for row in results["rows"]:
-        expected = {"alignkit", "bare"} if row["name"] in steps.PPO_PARTS else {"alignkit", "bare", "trl"}
-        if row["name"] in steps.PPO_PARTS or (
+        expected = {"alignkit", "bare"} if row["name"] in tables.PPO_PARTS else {"alignkit", "bare", "trl"}
+        if row["name"] in tables.PPO_PARTS or (
             row["name"].startswith("dpo") and results["best"]["precision"] == "bf16"
         ):
             expected |= {"best"}
@@ -49,7 +50,7 @@ def test_the_best_settings_are_rows_of_their_own_and_cheaper_by_the_critic(quick
     results, _ = quick
     rows = {row["name"]: row for row in results["rows"]}
     assert rows["update"]["sides"]["best"]["limit_seconds"] < rows["update"]["limit_seconds"]
-    made = steps.table(results)
+    made = tables.table(results)
     assert "| PPO: update, best settings |" in made and "| PPO: whole iteration, best settings |" in made
     for side, ratio in rows["iteration"]["best_ratios"].items():
         pairs = zip(*(rows["iteration"]["sides"][name]["seconds"] for name in (side, "best")), strict=True)
@@ -57,8 +58,8 @@ def test_the_best_settings_are_rows_of_their_own_and_cheaper_by_the_critic(quick
 
 
 def test_a_shared_trunk_saves_the_critic_s_products_and_nothing_of_the_policy_s():
-    work = steps.Work(steps.QUICK)
-    apart, shared = steps.costs(work), steps.costs(work, shared_trunk=True)
+    work = work.Work(work.QUICK)
+    apart, shared = costs.costs(work), costs.costs(work, shared_trunk=True)
     for name in ("update", "scoring"):
         assert shared[name].phases[0][0] < apart[name].phases[0][0]
     for name in ("rollout", "dpo", "sft", "reward"):
@@ -72,8 +73,8 @@ def test_growth_is_measured_one_size_at_a_time(quick):
     assert [(row["changed"], row["value"]) for row in results["growth"]] == [
         (None, None), ("prompts", 2), ("new_tokens", 3)]
     assert all(row["iteration"] > 0 and row["dpo"] > 0 and row["parameters"] > 0 for row in results["growth"])
-    assert "| prompts: 2 |" in steps.table(results) and "| new tokens: 3 |" in steps.table(results)
-    assert all(hasattr(steps.Sizes(), name) for name in steps.GROWTH)
+    assert "| prompts: 2 |" in tables.table(results) and "| new tokens: 3 |" in tables.table(results)
+    assert all(hasattr(work.Sizes(), name) for name in steps.GROWTH)
 
 
 def test_the_machine_and_what_was_not_measured_are_told(quick):
@@ -82,14 +83,14 @@ def test_the_machine_and_what_was_not_measured_are_told(quick):
     assert results["machine"]["bytes_per_second"] > 0 and len(results["machine"]["load_before"]) == 3
     assert {"python", "torch", "transformers", "trl"} <= set(results["versions"])
     assert "TRL PPO" in results["not_measured"]
-    assert "Not measured: TRL PPO" in steps.table(results)
+    assert "Not measured: TRL PPO" in tables.table(results)
 
 
 @pytest.mark.parametrize(("file", "threads"), [("steps.json", 1), ("steps-2-threads.json", 2)])
 def test_the_page_about_speed_has_the_tables_of_the_recorded_results(file, threads):
     page, results = (ROOT / "docs/speed.md").read_text(), json.loads((ROOT / "benchmarks/results" / file).read_text())
-    assert f"<!-- {file} -->\n{steps.table(results)}\n<!-- end -->" in page
-    assert results["sizes"] == vars(steps.Sizes()) and results["rounds"] >= 8
+    assert f"<!-- {file} -->\n{tables.table(results)}\n<!-- end -->" in page
+    assert results["sizes"] == vars(work.Sizes()) and results["rounds"] >= 8
     assert results["machine"]["threads"] == threads
 
 
@@ -98,19 +99,19 @@ def test_a_table_is_put_between_the_marks_of_a_page(tmp_path):
     other = "<!-- other.json -->\nanother\n<!-- end -->\n"
     page.write_text(f"# Speed\n{other}<!-- steps.json -->\nold\ntable\n<!-- end -->\nafter\n{other}")
     for made in ("| a | b |", "| c |"):
-        steps.write_page(page, "steps.json", made)
+        tables.write_page(page, "steps.json", made)
         assert page.read_text() == f"# Speed\n{other}<!-- steps.json -->\n{made}\n<!-- end -->\nafter\n{other}"
     page.write_text("# Speed\n")
     with pytest.raises(ValueError, match="expected <!-- steps.json -->"):
-        steps.write_page(page, "steps.json", "| a |")
+        tables.write_page(page, "steps.json", "| a |")
 
 
 def test_trl_s_ppo_must_do_the_same_work():
     rounds = [(16, 16, 10.0, 10.5), (16, 16, 10.0, 11.5)]
-    assert steps._same_ppo(steps.Sizes(), rounds) == pytest.approx({"steps": 16, "kl": 10.0, "kl_trl": 11.0})
+    assert steps._same_ppo(work.Sizes(), rounds) == pytest.approx({"steps": 16, "kl": 10.0, "kl_trl": 11.0})
     for wrong in ([(16, 4, 10.0, 10.0)], [(16, 16, 10.0, 14.0)]):
-        with pytest.raises(steps.Different, match="optimiser steps|KL"):
-            steps._same_ppo(steps.Sizes(), wrong)
+        with pytest.raises(work.Different, match="optimiser steps|KL"):
+            steps._same_ppo(work.Sizes(), wrong)
 
 
 def test_the_thread_count_is_left_as_it_was(quick):
@@ -133,41 +134,41 @@ def test_both_sides_of_each_row_compute_the_same_thing(quick):
 
 def test_sides_that_compute_something_else_are_no_benchmark(monkeypatch):
     """A baseline that scores other rows than it was given is noticed."""
-    work = steps.Work(steps.QUICK)
-    score = steps.BarePPO.score
-    monkeypatch.setattr(steps.BarePPO, "score", lambda self, tokens: score(self, tokens.roll(1, 0)))
+    work = work.Work(work.QUICK)
+    score = bare.BarePPO.score
+    monkeypatch.setattr(bare.BarePPO, "score", lambda self, tokens: score(self, tokens.roll(1, 0)))
     monkeypatch.setattr(steps, "sides", lambda work: {})  # PPO alone, to be quick
-    with pytest.raises(steps.Different, match="rollout|scoring|update"):
+    with pytest.raises(work.Different, match="rollout|scoring|update"):
         steps.compare(work)
 
 
 def test_the_reference_matters_to_the_dpo_loss_that_is_compared():
     """With the policy itself as reference the loss is ln 2; with the other one it is not."""
-    work = steps.Work(steps.QUICK)
+    work = work.Work(work.QUICK)
     own = copy.copy(work)
     own.ref = work.policy
-    for side in (steps.AlignkitDPO, steps.BareDPO):
+    for side in (ours.AlignkitDPO, bare.BareDPO):
         assert abs(side(own, True).step() - math.log(2)) < 1e-6
         assert abs(side(work, True).step() - math.log(2)) > 1e-3
 
 
 def test_every_response_has_full_length_and_no_special_token():
-    work = steps.Work(steps.QUICK)
-    side = steps.AlignkitPPO(work)
+    work = work.Work(work.QUICK)
+    side = ours.AlignkitPPO(work)
     side()
     rollout = side.state.last_rollout
     assert rollout.response_mask.all() and rollout.response_ids.shape[1] == work.sizes.new_tokens
     assert not torch.isin(rollout.response_ids, torch.tensor(work.tokenizer.all_special_ids)).any()
-    assert torch.equal(rollout.prompt_ids, steps.BarePPO(work).ids)  # the same prompts on both sides
+    assert torch.equal(rollout.prompt_ids, bare.BarePPO(work).ids)  # the same prompts on both sides
 
 
 def test_the_work_is_as_the_docs_say():
     """The full model has 0.92 M parameters; a decoded token costs 2 FLOPs a weight; DPO's reference adds 2 to 6."""
-    sizes = steps.Sizes(prompts=4, pairs=2)
-    work = steps.Work(sizes)
+    sizes = work.Sizes(prompts=4, pairs=2)
+    work = work.Work(sizes)
     parameters = sum(parameter.numel() for parameter in work.policy.parameters())
     assert parameters == pytest.approx(0.923e6, rel=1e-3)
-    costs = steps.costs(work)
+    costs = costs.costs(work)
     assert (
         len(costs["rollout"].phases) == sizes.new_tokens
         and costs["rollout"].phases[1][0] == 2 * parameters * sizes.prompts

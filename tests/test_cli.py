@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from alignkit import cli, jobs
+from alignkit.jobs import cli
 
 
 def alignkit(*arguments: str) -> int:
@@ -112,7 +112,7 @@ def test_check_names_the_line_of_a_bad_row(tmp_path, capsys):
 
 
 def test_freeze_and_verify(tmp_path, capsys):
-    from alignkit.models import load_policy, save_model
+    from alignkit.models.loading import load_policy, save_model
 
     save_model(*load_policy("tiny", seed=0, device="cpu"), tmp_path / "a")
     assert alignkit("freeze", tmp_path / "a", "--out", tmp_path / "b") == 0
@@ -125,7 +125,6 @@ def test_freeze_and_verify(tmp_path, capsys):
 
 
 def test_compare_hands_its_folders_on_and_says_where_the_page_is(tmp_path, capsys, monkeypatch):
-    from alignkit import compare
 
     seen = []
     monkeypatch.setattr(compare, "compare_directories", lambda *given: seen.append(given) or "the table")

@@ -9,12 +9,13 @@ import nbformat
 import numpy as np
 import pytest
 from alignkit_widgets import CheckpointComparer, PreferenceAnnotator
+from alignkit_widgets.boards.responses import sample_side_by_side
 
-from alignkit.data import load_rows
-from alignkit.intervals import vote_shares
-from alignkit.labels import sample_side_by_side
-from alignkit.models import load_policy, save_model
-from alignkit.world import PHRASES, World, phrase_ids
+from alignkit.data.rows import load_rows
+from alignkit.desk.tiny import phrase_ids
+from alignkit.desk.world import PHRASES, World
+from alignkit.formulas.intervals import vote_shares
+from alignkit.models.loading import load_policy, save_model
 
 WORLD = World(0)
 PROMPTS = [prompt.text for prompt in WORLD.heldout_prompts[:200:8]]
@@ -185,7 +186,7 @@ def test_a_label_that_cannot_be_saved_is_said_and_the_pair_stays(tmp_path, monke
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("alignkit.labels.append_metrics", full)
+    monkeypatch.setattr("alignkit.data.labels.append_metrics", full)
     press(board, "left")
     assert "not saved" in told[-1]["note"] and "No space left" in told[-1]["note"]
     assert told[-1]["item"]["id"] == board.items[0].id and told[-1]["done"] == 0

@@ -13,7 +13,7 @@ NOTEBOOKS = ("00_the_world", "01_sft", "02_reward_model", "03_ppo", "04_freeze_a
 
 def alignkit(*arguments) -> subprocess.CompletedProcess:
     result = subprocess.run(
-        [sys.executable, "-m", "alignkit.cli", *map(str, arguments)], capture_output=True, text=True
+        [sys.executable, "-m", "alignkit", *map(str, arguments)], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result

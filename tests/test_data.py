@@ -13,11 +13,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from alignkit import data, files
-from alignkit.data import ChatText, DataError, check, encode_pair, encode_pairs, encode_text, load_rows
-from alignkit.sampling import encode_prompts
+from alignkit.data.encoding import ChatText, encode_pair, encode_pairs, encode_text
+from alignkit.data.files import LINE_LIMIT
+from alignkit.data.rows import check, load_rows
+from alignkit.desk.tiny import desk_tokenizer
+from alignkit.errors import DataError
+from alignkit.forward.rollout import encode_prompts
 from alignkit.task import DeskTask, desk_task, file_task, is_heldout, load_task
-from alignkit.world import desk_tokenizer
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 HH = SHARED / "data" / "hh_rlhf_harmless.jsonl.gz"
@@ -186,14 +188,14 @@ def test_an_empty_file_is_refused(write, name, content):
 
 def test_lines_over_the_limit_are_skipped_without_reading_them_whole(write):
     path = write(
-        "pairs.jsonl.gz", GOOD + b"\n" + b'{"prompt": "' + b"x" * (3 * files.LINE_LIMIT) + b'"}\n' + GOOD + b"\n"
+        "pairs.jsonl.gz", GOOD + b"\n" + b'{"prompt": "' + b"x" * (3 * LINE_LIMIT) + b'"}\n' + GOOD + b"\n"
     )
     tracemalloc.start()
     report = check(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert [str(problem) for problem in report.problems] == [f"{path}:2: the line is longer than 16 MiB"]
-    assert report.rows == 3 and peak < 2.5 * files.LINE_LIMIT
+    assert report.rows == 3 and peak < 2.5 * LINE_LIMIT
 
 
 def test_a_check_does_not_keep_the_rows(write):
@@ -824,7 +826,7 @@ def test_the_desk_world_needs_its_own_tokenizer():
 
 
 def test_desk_pairs_come_from_the_policy_and_the_annotator():
-    from alignkit.models import load_policy
+    from alignkit.models.loading import load_policy
 
     policy, tokenizer = load_policy("tiny", seed=0, device="cpu")
     task = desk_task(0)

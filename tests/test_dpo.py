@@ -9,23 +9,18 @@ import numpy as np
 import pytest
 import torch
 
-from alignkit.dpo import (
-    DPOConfig,
-    Pairs,
-    check_first_step,
-    dpo,
-    dpo_loss,
-    dpo_step,
-    encode_rows,
-    implicit_reward,
-    response_logps,
-    with_reference,
-)
-from alignkit.models import AdapterOff, add_lora, frozen_copy, load_policy, reference_policy, save_model
-from alignkit.ppo import adamw
-from alignkit.relay import InvariantError
-from alignkit.sampling import NonFinite, encode_prompts, seeded
-from alignkit.world import SENTENCES, World, phrase_ids
+from alignkit.configs import DPOConfig
+from alignkit.desk.tiny import phrase_ids
+from alignkit.desk.world import SENTENCES, World
+from alignkit.dpo import Pairs, check_first_step, dpo, dpo_step, with_reference
+from alignkit.errors import InvariantError, NonFinite
+from alignkit.formulas.losses import dpo_loss, implicit_reward
+from alignkit.formulas.randomness import seeded
+from alignkit.forward.reading import response_logps
+from alignkit.forward.rollout import encode_prompts, encode_rows
+from alignkit.models.adapters import AdapterOff, add_lora, frozen_copy, reference_policy
+from alignkit.models.loading import load_policy, save_model
+from alignkit.optim import adamw
 
 TEXTS = list(SENTENCES.values())
 PROMPTS = [prompt.text * (1 + number % 2) for number, prompt in enumerate(World(0).train_prompts[::23])]  # ragged

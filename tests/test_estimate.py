@@ -4,11 +4,14 @@ import json
 
 import pytest
 
-from alignkit import estimate
-from alignkit.jobs import CHAIN, course
-from alignkit.models import load_policy
-from alignkit.sft import SFTConfig, train_sft
-from alignkit.world import World
+from alignkit import trainer
+from alignkit.configs import SFTConfig
+from alignkit.desk.world import World
+from alignkit.jobs import estimate
+from alignkit.jobs.notebooks import course
+from alignkit.models.loading import load_policy
+from alignkit.runs.stages import CHAIN
+from alignkit.sft import train_sft
 
 
 def test_the_time_of_a_step_is_what_further_batches_add(monkeypatch):
@@ -20,10 +23,10 @@ def test_the_time_of_a_step_is_what_further_batches_add(monkeypatch):
         seen.append(len(rows))
         now[0] += 3.0 + 0.5 * len(rows) / 8  # three seconds to begin, half a second a step of 8 rows
 
-    assert estimate.step_seconds(train, range(20), 8) == pytest.approx((3.0, 0.5))
+    assert trainer.step_seconds(train, range(20), 8) == pytest.approx((3.0, 0.5))
     assert seen == [8, 8, 40]
     with pytest.raises(ValueError, match="rows is empty"):
-        estimate.step_seconds(train, [], 8)
+        trainer.step_seconds(train, [], 8)
 
 
 def test_a_trial_at_learning_rate_0_moves_no_weight():
@@ -31,7 +34,7 @@ def test_a_trial_at_learning_rate_0_moves_no_weight():
     before = {name: weight.clone() for name, weight in policy.state_dict().items()}
     rows = World(0).demonstrations(40, messiness=0.7, seed=0)
     still = SFTConfig(epochs=1, batch_size=64, learning_rate=0.0)
-    start, step = estimate.step_seconds(lambda some: train_sft(policy, tokenizer, some, still), rows, 64)
+    start, step = trainer.step_seconds(lambda some: train_sft(policy, tokenizer, some, still), rows, 64)
     assert start > 0 and step > 0
     assert all((weight == before[name]).all() for name, weight in policy.state_dict().items())
 
@@ -46,9 +49,9 @@ def test_recorded_times_are_scaled_by_the_speed_of_the_machine():
 @pytest.mark.parametrize(("parameters", "says"), [(None, "about "), ({"pairs": 5}, "each notebook says")])
 def test_the_course_says_what_it_will_take_before_it_starts(tmp_path, monkeypatch, capsys, parameters, says):
     ran = []
-    monkeypatch.setattr("alignkit.jobs._spare", lambda job: None)
-    monkeypatch.setattr("alignkit.jobs._run", lambda job, **options: ran.append((job.name, options["expected"])))
-    monkeypatch.setattr("alignkit.report.build_report", lambda out: None)
+    monkeypatch.setattr("alignkit.jobs.notebooks._spare", lambda job: None)
+    monkeypatch.setattr("alignkit.jobs.notebooks._run", lambda job, **options: ran.append((job.name, options["expected"])))
+    monkeypatch.setattr("alignkit.jobs.report.build_report", lambda out: None)
     course(tmp_path, parameters=parameters)
     assert says in capsys.readouterr().out.splitlines()[0]
     assert [name for name, _ in ran] == list(CHAIN)

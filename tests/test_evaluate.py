@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from alignkit.compare import Comparison, _page, compare, compare_directories
-from alignkit.data import ChatText
-from alignkit.evaluate import Evaluation, EvaluationSet, difference, evaluate, evaluation_set, win_rate
-from alignkit.intervals import Bootstrap, Estimate, wilson
-from alignkit.models import load_policy, save_model
-from alignkit.relay import ManifestError, freeze, start_run
-from alignkit.sampling import generate_texts, left_pad
+from alignkit.data.encoding import ChatText
+from alignkit.desk.world import BEHAVIOURS, KINDS, phrase_counts
+from alignkit.errors import ManifestError
+from alignkit.evaluate.comparison import Comparison, _page, compare, compare_directories
+from alignkit.evaluate.evaluation import Evaluation, EvaluationSet, difference, evaluate, evaluation_set, win_rate
+from alignkit.formulas.intervals import Bootstrap, Estimate, wilson
+from alignkit.forward.rollout import left_pad
+from alignkit.forward.sampling import generate_texts
+from alignkit.models.loading import load_policy, save_model
+from alignkit.runs.frozen import freeze
+from alignkit.runs.records import start_run
 from alignkit.task import desk_task
-from alignkit.world import BEHAVIOURS, KINDS, phrase_counts
 
 
 def length_reward(prompts, responses):
@@ -152,7 +155,7 @@ def test_prompts_of_different_lengths_keep_their_responses(policies, evalset, ta
     _, second, tokenizer = policies
     encoded = [[tokenizer.bos_token_id] * (1 + 7 * number % 5) + tokenizer(prompt, add_special_tokens=False).input_ids
                for number, prompt in enumerate(evalset.prompts)]
-    monkeypatch.setattr("alignkit.evaluate.encode_prompts",
+    monkeypatch.setattr("alignkit.evaluate.evaluation.encode_prompts",
                         lambda tokenizer, prompts: left_pad(encoded, tokenizer.pad_token_id))
     found = evaluate(second, tokenizer, evalset, reward=length_reward, world=task.world, batch_size=50)
     for number, row in enumerate(found.rows()):
@@ -172,7 +175,7 @@ def test_prompts_of_different_lengths_keep_their_responses(policies, evalset, ta
 @torch.no_grad()
 def test_log_probs_entropy_and_kl_equal_a_slow_reference(policies, evalset, monkeypatch):
     """Token by token, no batch, no padding, no cache, in float64 at the end; against small batches."""
-    monkeypatch.setattr("alignkit.evaluate.LOGITS", 2000)
+    monkeypatch.setattr("alignkit.evaluate.evaluation.LOGITS", 2000)
     first, second, tokenizer = policies
     found = evaluate(second, tokenizer, evalset, ref_policy=first, batch_size=50)
     for row, token_kl in list(zip(found.rows(), found.columns["token_kl"], strict=True))[::37]:

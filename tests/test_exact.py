@@ -9,12 +9,19 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig, MistralConfig
 
 from alignkit import exact
-from alignkit.kl import k1, k3
-from alignkit.models import add_lora, load_policy, position_ids, reward_model_from, tiny_reward_model
+from alignkit.desk.tiny import phrase_ids, tiny_reward_model
+from alignkit.desk.world import PHRASES, World, phrase_counts, render
+from alignkit.exact import enumeration
+from alignkit.formulas.kl import k1, k3
+from alignkit.formulas.randomness import seeded
+from alignkit.formulas.tokens import sequence_logps, token_logprobs
+from alignkit.forward.reading import response_logits
+from alignkit.forward.rollout import Rollout, encode_prompts, position_ids
+from alignkit.forward.sampling import sample
+from alignkit.models.adapters import add_lora
+from alignkit.models.heads import reward_model_from
+from alignkit.models.loading import load_policy
 from alignkit.reward import RewardScorer
-from alignkit.sampling import Rollout, encode_prompts, response_logits, sample, seeded
-from alignkit.tokens import sequence_logps, token_logprobs
-from alignkit.world import PHRASES, World, phrase_counts, phrase_ids, render
 
 SPACE = exact.response_space()
 WORLD = World(0)
@@ -257,7 +264,7 @@ def test_proxy_table_is_what_the_scorer_says(desk, kind):
     read = exact.proxy_table(scorer, desk["prompts"], small)
     scored = exact.proxy_table(lambda prompts, responses: scorer(prompts, responses), desk["prompts"], small)
     assert read.shape == (6, 133) and (read - scored).abs().max() < 1e-5
-    assert exact._trie_scores(scorer, [prompt.text for prompt in desk["prompts"]], small) is not None
+    assert enumeration._trie_scores(scorer, [prompt.text for prompt in desk["prompts"]], small) is not None
     texts, whole = SPACE.texts(), exact.proxy_table(scorer, desk["prompts"][:1], SPACE)
     chosen = torch.randint(len(SPACE), (100,), generator=torch.Generator().manual_seed(0))
     own = scorer([desk["prompts"][0].text] * 100, [texts[i] for i in chosen.tolist()])
@@ -708,7 +715,7 @@ def test_weights_hash_sees_weights_configuration_and_adapters(desk):
     with adapted.disable_adapter():
         assert exact.weights_hash(adapted) != on
     with pytest.raises(ValueError, match="no weights"):
-        from alignkit.models import AdapterOff
+        from alignkit.models.adapters import AdapterOff
 
         exact.weights_hash(AdapterOff(adapted))
 

@@ -21,20 +21,23 @@ from alignkit_widgets import (
     ShiftViewer,
     StepThroughExplorer,
 )
-from alignkit_widgets import explorer as explorer_module
-from alignkit_widgets.blocks import Axis, Bars, Chart, Copy, Series, Stack, Table, Text, Tokens, plain
-from alignkit_widgets.clip import objective_and_slope
-from alignkit_widgets.dpo_beta import loss_and_pull
-from alignkit_widgets.explorer import Button, Choice, Explorer, Slider, Toggle
+from alignkit_widgets.explorers import explorer, worked_numbers
+from alignkit_widgets.explorers.blocks import Axis, Bars, Chart, Copy, Series, Stack, Table, Text, Tokens, plain
+from alignkit_widgets.explorers.clip import objective_and_slope
+from alignkit_widgets.explorers.dpo_beta import loss_and_pull
+from alignkit_widgets.explorers.explorer import Button, Choice, Explorer, Slider, Toggle
 from small_sweep import BETAS, small_sweep, small_truth, write_sweep
 
-from alignkit import exact, ideas
-from alignkit.enumerated import at_price, enumerate_world
-from alignkit.models import load_policy, tiny_reward_model, value_model_from
-from alignkit.ppo import PPOConfig
-from alignkit.recorded import load_sweep
-from alignkit.shift import Shift, measure_shift
-from alignkit.world import World
+from alignkit import exact
+from alignkit.configs import PPOConfig
+from alignkit.desk.tiny import tiny_reward_model
+from alignkit.desk.world import World
+from alignkit.evaluate.shift import Shift, measure_shift
+from alignkit.exact.prompts import at_price, enumerate_world
+from alignkit.exact.sweep import load_sweep
+from alignkit.formulas import losses
+from alignkit.models.heads import value_model_from
+from alignkit.models.loading import load_policy
 
 HOSTILE = ["<script>window.hacked = 1</script>", "\x1b[31mred", "abc\u202egnp", r"$\frac{$", "x" * 1_000_000]
 SHIFT = Shift(
@@ -464,14 +467,14 @@ def slow_update(numbers, kl_coef, gamma, lam, clip, rate, steps):
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_an_update_is_what_loops_by_hand_give(steps):
-    numbers = ideas.example_response()
+    numbers = worked_numbers.example_response()
     settings = {"kl_coef": 0.3, "gamma": 0.9, "gae_lambda": 0.8, "clip_range": 0.1, "learning_rate": 2.0}
-    found = ideas.ppo_update(numbers, **settings, steps=steps)
+    found = worked_numbers.ppo_update(numbers, **settings, steps=steps)
     for name, slow in slow_update(numbers, *settings.values(), steps).items():
         assert np.allclose(getattr(found, name), slow, atol=1e-12), name
     assert steps or torch.equal(found.ratio, torch.ones(4, dtype=torch.float64))
     assert not steps or found.still.any(), "the example should reach the clip"
-    _, advantages = ideas.token_advantages(numbers, kl_coef=0.3, gamma=0.9, gae_lambda=0.8)
+    _, advantages = worked_numbers.token_advantages(numbers, kl_coef=0.3, gamma=0.9, gae_lambda=0.8)
     assert torch.equal(advantages, found.advantages)
 
 
@@ -479,9 +482,9 @@ def test_a_real_response_is_read_as_ppo_reads_it():
     policy, tokenizer = load_policy("tiny", seed=0)
     reference, critic = load_policy("tiny", seed=1)[0], value_model_from(tiny_reward_model(tokenizer, seed=0))
     prompt, response = World(0).heldout_prompts[0].text, " Happy to help! Fill in the online form."
-    numbers = ideas.read_response(policy, reference, critic, tokenizer, prompt, response, 0.7)
+    numbers = worked_numbers.read_response(policy, reference, critic, tokenizer, prompt, response, 0.7)
     assert numbers.tokens == (" Happy to help!", " Fill in the online form.", "<eos>") and numbers.score == 0.7
-    found = ideas.ppo_update(numbers)
+    found = worked_numbers.ppo_update(numbers)
     space = exact.response_space()
     for logprobs, model in ((found.old, policy), (found.ref, reference)):
         slow = exact.response_logps(model, tokenizer, [prompt])[0, space.texts().index(response)]
@@ -493,13 +496,13 @@ def test_a_real_response_is_read_as_ppo_reads_it():
     assert torch.allclose(numbers.values.float(), slow, atol=1e-5)
     assert "Happy to help!" in GAEExplorer(numbers).text() and "Happy to help!" in StepThroughExplorer(numbers).text()
     with pytest.raises(ValueError, match="response is ''"):
-        ideas.read_response(policy, reference, critic, tokenizer, prompt, "", 0.0)
+        worked_numbers.read_response(policy, reference, critic, tokenizer, prompt, "", 0.0)
 
 
 def test_gae_explorer_says_what_lambda_does():
     one_step = GAEExplorer(state="lambda=0&kl_coef=0").rows()
     tokens = one_step[1][0]
-    values = [*ideas.example_response().values.tolist(), 0.0]
+    values = [*worked_numbers.example_response().values.tolist(), 0.0]
     slow = [(1.0 if t == 3 else 0.0) + values[t + 1] - values[t] for t in range(4)]
     assert np.allclose(tokens["values"], slow) and "one step" in one_step[0][0]["text"]
     assert "baseline only" in GAEExplorer(state="lambda=1").rows()[0][0]["text"]
@@ -525,12 +528,12 @@ def test_the_pull_is_the_slope_of_the_loss(kind):
 
 
 def test_bradley_terry_labels_and_loss():
-    assert float(ideas.preference_chance(1.0, 0.1)) == pytest.approx(0.9 / (1 + math.exp(-1)) + 0.1 / (1 + math.e))
-    wins = ideas.labels_for_first(1.0, 40_000, 0.1, seed=2)
-    assert wins / 40_000 == pytest.approx(float(ideas.preference_chance(1.0, 0.1)), abs=0.01)
-    assert wins == ideas.labels_for_first(1.0, 40_000, 0.1, seed=2) != ideas.labels_for_first(1.0, 40_000, 0.1, seed=3)
+    assert float(losses.preference_chance(1.0, 0.1)) == pytest.approx(0.9 / (1 + math.exp(-1)) + 0.1 / (1 + math.e))
+    wins = worked_numbers.labels_for_first(1.0, 40_000, 0.1, seed=2)
+    assert wins / 40_000 == pytest.approx(float(losses.preference_chance(1.0, 0.1)), abs=0.01)
+    assert wins == worked_numbers.labels_for_first(1.0, 40_000, 0.1, seed=2) != worked_numbers.labels_for_first(1.0, 40_000, 0.1, seed=3)
     places = torch.linspace(-3, 3, 6001, dtype=torch.float64)
-    losses = ideas.bradley_terry_loss(places, 33, 50)
+    losses = losses.bradley_terry_loss(places, 33, 50)
     assert float(places[losses.argmin()]) == pytest.approx(math.log(33 / 17), abs=1e-3)
     assert float(losses[3000]) == pytest.approx(math.log(2))
     one = BradleyTerryExplorer(state="labels=1")
@@ -542,18 +545,18 @@ def test_bradley_terry_labels_and_loss():
 
 def test_kl_estimates_have_the_exact_mean_and_spread():
     ref = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
-    policy = ideas.tilted(ref, torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64), 0.7)
+    policy = worked_numbers.tilted(ref, torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64), 0.7)
     p, q = policy.exp().numpy(), ref.exp().numpy()
     assert np.allclose(p, q * np.exp([0.7, 0, -0.7]) / (q * np.exp([0.7, 0, -0.7])).sum())
     exactly = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    found = ideas.kl_estimates(policy, ref, 200_000, seed=1)
+    found = worked_numbers.kl_estimates(policy, ref, 200_000, seed=1)
     assert found["k1"][1] == pytest.approx(exactly) == found["k3"][1] and found["k2"][1] != pytest.approx(
         exactly, abs=1e-3
     )
     for values, mean, sd in found.values():
         assert float(values.mean()) == pytest.approx(mean, abs=5 * sd / 200_000**0.5)
         assert float(values.std()) == pytest.approx(sd, rel=0.02)
-    wrong = ideas.kl_estimates(policy, ref, 8, sampler=ref)
+    wrong = worked_numbers.kl_estimates(policy, ref, 8, sampler=ref)
     assert wrong["k1"][1] == pytest.approx(-sum(b * math.log(b / a) for a, b in zip(p, q, strict=True)))
 
 

@@ -16,11 +16,19 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from alignkit import fast, models, sampling
-from alignkit.models import add_lora, load_policy, position_ids, reward_model_from, token_values
-from alignkit.ppo import PPOConfig, PPOState, ppo_step
-from alignkit.sampling import full_ids, left_pad, response_logits, rollout_from_ids, sample, seeded
-from alignkit.tokens import token_logprobs
+from alignkit.configs import PPOConfig
+from alignkit.formulas.randomness import seeded
+from alignkit.formulas.tokens import token_logprobs
+from alignkit.forward import cpu, sampling
+from alignkit.forward.known import spread
+from alignkit.forward.reading import response_logits, token_values
+from alignkit.forward.rollout import full_ids, left_pad, position_ids, rollout_from_ids
+from alignkit.forward.sampling import sample
+from alignkit.models import adapters, heads
+from alignkit.models.adapters import add_lora
+from alignkit.models.heads import reward_model_from
+from alignkit.models.loading import load_policy
+from alignkit.ppo import PPOState, ppo_step
 from tests.test_ppo_step import batch_of
 
 SIZES = {
@@ -76,8 +84,8 @@ def generic(monkeypatch):
 
 def watched(monkeypatch):
     """Which models are read fast from here on."""
-    seen, read = [], fast.Reader._read
-    monkeypatch.setattr(fast.Reader, "_read", lambda self, *rest: (seen.append(self.model), read(self, *rest))[1])
+    seen, read = [], cpu.Reader._read
+    monkeypatch.setattr(cpu.Reader, "_read", lambda self, *rest: (seen.append(self.model), read(self, *rest))[1])
     return seen
 
 
@@ -120,7 +128,7 @@ def test_a_score_at_every_position_and_its_gradients_are_the_model_s_own(model, 
 def test_without_padding_and_with_everything_wanted_it_is_the_same(model):
     ids = torch.randint(3, 61, (4, 9), generator=seeded(3))
     mask = torch.ones_like(ids, dtype=torch.bool)
-    reader = fast.reader(model)
+    reader = cpu.reader(model)
     logits = reader.logits(reader(ids, mask, mask)).view(4, 9, -1)
     assert torch.allclose(logits, model(input_ids=ids).logits, rtol=1e-5, atol=1e-4)
 
@@ -128,7 +136,7 @@ def test_without_padding_and_with_everything_wanted_it_is_the_same(model):
 def test_nothing_wanted_is_nothing(model):
     ids = torch.tensor([[5, 6, 7]])
     mask = torch.ones_like(ids, dtype=torch.bool)
-    assert fast.reader(model)(ids, mask, ~mask).shape == (0, 32)
+    assert cpu.reader(model)(ids, mask, ~mask).shape == (0, 32)
 
 
 @pytest.mark.parametrize("temperature", [1e-5, 1.0])
@@ -157,7 +165,7 @@ def test_greedy_and_sampled_tokens_are_those_of_the_model_s_own_decoding(model, 
 
 def test_the_decoder_reads_on_with_the_rows_that_are_left(model):
     ids, mask = left_pad(PROMPTS, 0)
-    every, some = (fast.Decoder(fast.reader(model), ids, mask, 4) for _ in range(2))
+    every, some = (cpu.Decoder(cpu.reader(model), ids, mask, 4) for _ in range(2))
     tokens = torch.randint(3, 61, (4, len(ids)), generator=seeded(6))
     real, rows = torch.tensor([True, True, False, True, True]), torch.tensor([0, 3, 4])
     for t in range(2):
@@ -170,14 +178,14 @@ def test_the_decoder_reads_on_with_the_rows_that_are_left(model):
 
 def test_rows_that_have_ended_are_read_no_longer(monkeypatch):
     policy, tokenizer = load_policy("tiny", device="cpu")
-    assert fast.reader(policy) is not None
+    assert cpu.reader(policy) is not None
     ids, mask = left_pad([[1, 15, 20], [1, 16]] * 40, 0)
-    read, drawn, step = [], [], fast.Decoder.step
+    read, drawn, step = [], [], cpu.Decoder.step
     monkeypatch.setattr(
-        fast.Decoder, "step", lambda self, tokens, real: (read.append(len(tokens)), step(self, tokens, real))[1]
+        cpu.Decoder, "step", lambda self, tokens, real: (read.append(len(tokens)), step(self, tokens, real))[1]
     )
     for selectable in (True, False):
-        monkeypatch.setattr(fast.Decoder, "selectable", selectable)
+        monkeypatch.setattr(cpu.Decoder, "selectable", selectable)
         drawn.append(
             sample(
                 policy,
@@ -318,9 +326,9 @@ def with_checkpoints(model):
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi"])
 def test_what_is_more_than_the_plain_model_is_left_to_the_model(name, change, ragged):
     model = made(name)
-    assert fast.reader(model) is not None  # and so it is known to agree; it is looked at again all the same
+    assert cpu.reader(model) is not None  # and so it is known to agree; it is looked at again all the same
     changed = change(model)
-    assert fast.reader(changed) is None
+    assert cpu.reader(changed) is None
     ids, mask = full_ids(ragged)
     if changed.training:
         return
@@ -341,54 +349,54 @@ def test_what_is_more_than_the_plain_model_is_left_to_the_model(name, change, ra
     ids=["linear rope", "dynamic rope", "gelu", "biased MLP"],
 )
 def test_other_kinds_of_llama_are_left_to_the_model(options):
-    assert fast.reader(LlamaForCausalLM(LlamaConfig(**SIZES, **options)).eval()) is None
+    assert cpu.reader(LlamaForCausalLM(LlamaConfig(**SIZES, **options)).eval()) is None
 
 
 def test_a_sliding_window_and_norms_of_q_and_k_are_left_to_the_model():
     window = Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=1)
     assert "sliding_attention" in window.layer_types
-    assert fast.reader(Qwen2ForCausalLM(window).eval()) is None
-    assert fast.reader(PhiForCausalLM(PhiConfig(**SIZES, qk_layernorm=True)).eval()) is None
+    assert cpu.reader(Qwen2ForCausalLM(window).eval()) is None
+    assert cpu.reader(PhiForCausalLM(PhiConfig(**SIZES, qk_layernorm=True)).eval()) is None
 
 
 def test_another_architecture_is_left_to_the_model(ragged):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=2, n_positions=64)).eval()
-    assert fast.reader(model) is None
+    assert cpu.reader(model) is None
     assert response_logits(model, ragged).shape == (5, 5, 61)
 
 
 def test_a_model_whose_numbers_differ_is_left_to_the_model_and_asked_once(monkeypatch):
     model, asked = made("llama"), []
-    agrees, norm = fast._agrees, fast._norm
+    agrees, norm = cpu._agrees, cpu._norm
     monkeypatch.setattr(fast, "_agrees", lambda model: (asked.append(model), agrees(model))[1])
     monkeypatch.setattr(fast, "_norm", lambda x, module: norm(x, module) + 1e-3)
-    assert fast.reader(model) is None and fast.reader(model) is None and asked == [model]
+    assert cpu.reader(model) is None and cpu.reader(model) is None and asked == [model]
     monkeypatch.setattr(fast, "_norm", norm)
     other = copy.deepcopy(model)
-    assert fast.reader(other) is not None and fast.reader(other) is not None and asked == [model, other]
+    assert cpu.reader(other) is not None and cpu.reader(other) is not None and asked == [model, other]
 
 
 def test_a_model_that_is_gone_is_not_kept():
     import gc
 
-    before = len(fast._agreed)
+    before = len(cpu._agreed)
     model = made("phi")
-    fast.reader(model)
-    assert len(fast._agreed) == before + 1
+    cpu.reader(model)
+    assert len(cpu._agreed) == before + 1
     del model
     gc.collect()
-    assert len(fast._agreed) <= before
+    assert len(cpu._agreed) <= before
 
 
 def test_the_desk_world_s_models_and_every_tied_copy_are_read_fast():
     policy, _ = load_policy("tiny", device="cpu")
-    for each in (policy, models.frozen_copy(policy), reward_model_from(policy), models.value_model_from(policy)):
-        assert fast.reader(each) is not None
+    for each in (policy, adapters.frozen_copy(policy), reward_model_from(policy), heads.value_model_from(policy)):
+        assert cpu.reader(each) is not None
 
 
 def test_a_decoder_that_is_full_says_so(model):
     ids, mask = left_pad(PROMPTS, 0)
-    decoder = fast.Decoder(fast.reader(model), ids, mask, 1)
+    decoder = cpu.Decoder(cpu.reader(model), ids, mask, 1)
     one, real = torch.full((len(ids),), 5), torch.ones(len(ids), dtype=torch.bool)
     decoder.step(one, real)
     with pytest.raises(IndexError, match="room for 8 tokens has no place for one more"):
@@ -398,11 +406,11 @@ def test_a_decoder_that_is_full_says_so(model):
 def test_what_was_read_goes_back_to_its_place():
     mask = torch.tensor([[True, False], [True, True]])
     packed = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    assert fast.spread(packed, mask).tolist() == [[[1, 2], [0, 0]], [[3, 4], [5, 6]]]
-    assert torch.equal(fast.spread(packed, torch.ones(3, 1, dtype=torch.bool)), packed[:, None])
+    assert spread(packed, mask).tolist() == [[[1, 2], [0, 0]], [[3, 4], [5, 6]]]
+    assert torch.equal(spread(packed, torch.ones(3, 1, dtype=torch.bool)), packed[:, None])
 
 
 def test_the_sampler_s_two_decoders_are_interchangeable():
     """Every name that `sample` uses is there in both."""
     for name in ("step", "select", "selectable"):
-        assert hasattr(fast.Decoder, name) and hasattr(sampling._Decoder, name)
+        assert hasattr(cpu.Decoder, name) and hasattr(sampling._Decoder, name)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignkit import graphs, sampling
+from alignkit.forward import sampling
 from benchmarks import gpu
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,9 +16,14 @@ from torch._subclasses.fake_tensor import (
 )
 from transformers.initialization import no_init_weights
 
-from alignkit import fast, graphs
-from alignkit.models import add_lora, load_policy
-from alignkit.sampling import NonFinite, left_pad, sample, seeded
+from alignkit.errors import NonFinite
+from alignkit.formulas.randomness import seeded
+from alignkit.forward import cpu, cuda_graph
+from alignkit.forward.known import rotation_order
+from alignkit.forward.rollout import left_pad
+from alignkit.forward.sampling import sample
+from alignkit.models.adapters import add_lora
+from alignkit.models.loading import load_policy
 from tests.test_fast import MODELS, PROMPTS, made
 
 NAMES = ("response_ids", "response_mask", "logprobs", "finished")
@@ -38,9 +43,9 @@ def drawn(model, *, prompts=PROMPTS, eos=2, tokens=20, temperature=1.0, generato
 
 def by_graph(monkeypatch):
     """From here on a CPU is taken for a GPU: which steps are made, by how many rows."""
-    steps, step = [], graphs.Decoder.step
+    steps, step = [], cuda_graph.Decoder.step
     monkeypatch.setattr(graphs, "DEVICE", "cpu")
-    monkeypatch.setattr(graphs.Decoder, "step", lambda self: (steps.append(self.rows), step(self))[1])
+    monkeypatch.setattr(cuda_graph.Decoder, "step", lambda self: (steps.append(self.rows), step(self))[1])
     return steps
 
 
@@ -73,17 +78,17 @@ def test_when_every_row_has_ended_the_host_notices_and_the_columns_left_are_not_
     eos = int(drawn(model, eos=-1, temperature=1e-5).response_ids[0, 2])
     expected = drawn(model, prompts=[PROMPTS[0]] * 3, eos=eos, tokens=50, temperature=1e-5)
     steps = by_graph(monkeypatch)
-    assert graphs.usable(model, 50)
+    assert cuda_graph.usable(model, 50)
     steps.clear()
     found = drawn(model, prompts=[PROMPTS[0]] * 3, eos=eos, tokens=50, temperature=1e-5)
-    assert len(steps) == graphs.CHECK and expected.response_ids.shape[1] <= 3
+    assert len(steps) == cuda_graph.CHECK and expected.response_ids.shape[1] <= 3
     assert torch.equal(found.response_ids, expected.response_ids) and found.finished.all()
 
 
 def test_a_prompt_that_occurs_several_times_is_read_once(monkeypatch):
     model, read = made("qwen2"), []
     by_graph(monkeypatch)
-    assert graphs.usable(model, 20)
+    assert cuda_graph.usable(model, 20)
     forward = type(model).forward
 
     def counted(self, *args, **options):
@@ -111,7 +116,7 @@ def test_a_step_of_the_optimiser_is_seen(monkeypatch):
 def test_nan_is_refused(monkeypatch):
     model = made("llama")
     by_graph(monkeypatch)
-    assert graphs.usable(model, 20)
+    assert cuda_graph.usable(model, 20)
     with torch.no_grad():
         model.model.embed_tokens.weight[9:] = torch.nan
     with pytest.raises(NonFinite, match="logits are NaN or infinite"):
@@ -126,13 +131,13 @@ def fake(monkeypatch):
     """Tensors on a GPU that does not exist: shapes, dtypes and devices are right, numbers there are none."""
     for module in (nn.Linear, nn.Embedding):
         monkeypatch.setattr(module, "reset_parameters", lambda self: None)
-    monkeypatch.setattr(fast.Reader, "rope", lambda self, length: torch.zeros(  # the model's own indexes with None
+    monkeypatch.setattr(cpu.Reader, "rope", lambda self, length: torch.zeros(  # the model's own indexes with None
         length, self.width // 2, dtype=torch.complex64, device="cuda"))
     monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: self.zero_().add_(other))  # needs a real one too
-    fast._order.cache_clear()
+    rotation_order.cache_clear()
     with FakeTensorMode() as mode:
         yield mode
-    fast._order.cache_clear()
+    rotation_order.cache_clear()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -140,7 +145,7 @@ def test_no_operation_of_a_step_waits_for_the_device_or_reads_the_host(name, fak
     """.item(), nonzero, `if tensor` and a tensor of the CPU among those of the GPU all raise with fake tensors."""
     with torch.device("cuda"), no_init_weights():
         model = MODELS[name]().eval()
-    decoder = graphs.Decoder(model, 5, 7, 20, eos_token_id=2, pad_token_id=0, temperature=0.7)
+    decoder = cuda_graph.Decoder(model, 5, 7, 20, eos_token_id=2, pad_token_id=0, temperature=0.7)
     kept = {key: value for key, value in vars(decoder).items() if isinstance(value, torch.Tensor)}
     assert {value.device.type for value in [*kept.values(), *decoder.cache]} == {"cuda"}
     assert decoder.cache[0].dtype == decoder.layers[0].qkv[0].dtype == decoder.head[0].dtype == torch.bfloat16
@@ -160,11 +165,11 @@ def test_no_operation_of_a_step_waits_for_the_device_or_reads_the_host(name, fak
     ids=["a number read back", "a shape that depends on numbers", "a tensor on the CPU"],
 )
 def test_fake_tensors_do_notice_it(broken, error, fake, monkeypatch):
-    draw = graphs.Decoder._draw
-    monkeypatch.setattr(graphs.Decoder, "_draw", lambda self: (draw(self), broken(self))[0])
+    draw = cuda_graph.Decoder._draw
+    monkeypatch.setattr(cuda_graph.Decoder, "_draw", lambda self: (draw(self), broken(self))[0])
     with torch.device("cuda"), no_init_weights():
         model = MODELS["qwen2"]().eval()
-    decoder = graphs.Decoder(model, 5, 7, 20, eos_token_id=2, pad_token_id=0)
+    decoder = cuda_graph.Decoder(model, 5, 7, 20, eos_token_id=2, pad_token_id=0)
     with pytest.raises(error):
         decoder.step()
 
@@ -183,14 +188,14 @@ def test_fake_tensors_do_notice_it(broken, error, fake, monkeypatch):
 )
 def test_what_is_more_than_the_plain_model_is_left_to_the_generic_loop(other, monkeypatch):
     steps = by_graph(monkeypatch)
-    assert not graphs.usable(other(), 100) and not steps
+    assert not cuda_graph.usable(other(), 100) and not steps
 
 
 def test_short_responses_and_a_cpu_are_left_to_the_generic_loop(monkeypatch):
     model = made("phi")
-    assert not graphs.usable(model, 100)
+    assert not cuda_graph.usable(model, 100)
     by_graph(monkeypatch)
-    assert not graphs.usable(model, graphs.SHORTEST - 1) and graphs.usable(model, graphs.SHORTEST)
+    assert not cuda_graph.usable(model, cuda_graph.SHORTEST - 1) and cuda_graph.usable(model, cuda_graph.SHORTEST)
 
 
 def fails(self):
@@ -205,7 +210,7 @@ def test_a_decoder_that_disagrees_or_fails_is_not_used_and_says_so_once(name, br
     model = made("llama")
     expected = drawn(model)
     monkeypatch.setattr(graphs, "DEVICE", "cpu")
-    owner = graphs.Decoder if "." in name else graphs
+    owner = cuda_graph.Decoder if "." in name else graphs
     monkeypatch.setattr(owner, name.split(".")[-1], broken)
     with pytest.warns(UserWarning, match=f"LlamaForCausalLM is sampled without a CUDA graph: .*{message}"):
         found = drawn(model)
@@ -217,17 +222,17 @@ def test_a_decoder_that_disagrees_or_fails_is_not_used_and_says_so_once(name, br
 
 @pytest.mark.parametrize("change", ["place", "position", "turn"])
 def test_the_check_notices_a_counter_that_stands_still(change, monkeypatch):
-    model, read = made("qwen2"), graphs.Decoder._read
-    assert graphs._error(model) < 1e-5
+    model, read = made("qwen2"), cuda_graph.Decoder._read
+    assert cuda_graph._error(model) < 1e-5
     monkeypatch.setattr(
-        graphs.Decoder, "_read", lambda self, token: (read(self, token), getattr(self, change).sub_(1))[0]
+        cuda_graph.Decoder, "_read", lambda self, token: (read(self, token), getattr(self, change).sub_(1))[0]
     )
-    assert graphs._error(model) > 0.05
+    assert cuda_graph._error(model) > 0.05
 
 
 @pytest.mark.parametrize("name", ["llama, two heads a key", "qwen2", "phi"])
 def test_in_bf16_it_is_as_near_to_the_model_as_bf16_is(name):
     model = made(name)
     with torch.autocast("cpu", torch.bfloat16):
-        error = graphs._error(model)
-    assert 1e-4 < error < graphs.TOLERANCE[torch.bfloat16]
+        error = cuda_graph._error(model)
+    assert 1e-4 < error < cuda_graph.TOLERANCE[torch.bfloat16]

@@ -11,17 +11,11 @@ import nbformat
 import psutil
 import pytest
 
-from alignkit import jobs
-from alignkit.jobs import (
-    NotebookFailed,
-    ParameterError,
-    RunInUse,
-    check_parameters,
-    course,
-    notebook_parameters,
-    run_notebook,
-)
-from alignkit.records import RunError
+from alignkit.errors import ParameterError, RunError, RunInUse
+from alignkit.jobs import notebooks
+from alignkit.jobs.notebooks import NotebookFailed, course, run_notebook
+from alignkit.jobs.parameters import check_parameters, notebook_parameters
+from alignkit.runs import stages
 
 PARAMETERS = """\
 run = "runs/course"  # where everything goes
@@ -253,7 +247,7 @@ def test_interrupt_lets_the_notebook_save_and_two_jobs_cannot_share_a_folder(tmp
     )
     out = tmp_path / "run"
     job = subprocess.Popen(
-        [sys.executable, "-m", "alignkit.cli", "run", str(source), "--out", str(out)],
+        [sys.executable, "-m", "alignkit", "run", str(source), "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -278,7 +272,7 @@ def test_a_killed_job_takes_its_kernel_along_frees_the_folder_and_runs_again(tmp
     )
     out = tmp_path / "run"
     job = subprocess.Popen(
-        [sys.executable, "-m", "alignkit.cli", "run", str(source), "--out", str(out)], stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "alignkit", "run", str(source), "--out", str(out)], stdout=subprocess.DEVNULL
     )
     try:
         wait_for(out / "ready", job)
@@ -385,7 +379,7 @@ def test_the_course_resumes_and_repeats_what_a_change_touches(tmp_path, monkeypa
 
 def test_each_kernel_imports_while_other_work_goes_on_and_none_is_left(tmp_path):
     note = "import os, sys\nfrom pathlib import Path\n"
-    note += "Path(run, '{0}').write_text(f\"{{os.getpid()}} {{'alignkit.models' in sys.modules}}\")"
+    note += "Path(run, '{0}').write_text(f\"{{os.getpid()}} {{'alignkit.models.loading' in sys.modules}}\")"
     first = notebook(tmp_path / "a.ipynb", note.format("a"))
     second = notebook(tmp_path / "b.ipynb", note.format("b"), "raise ValueError('stop here')")
     third = notebook(tmp_path / "c.ipynb", note.format("c"))
@@ -422,10 +416,10 @@ def test_what_a_job_made_with_other_parameters_is_cleared_and_what_it_did_not_ma
 
 
 def test_every_notebook_of_the_course_is_there_and_its_parameters_can_be_read():
-    found = jobs.find_notebooks()
+    found = notebooks.find_notebooks()
     if not found:
         pytest.fail("no notebooks were found")
-    assert set(jobs.CHAIN) <= set(found)
+    assert set(stages.CHAIN) <= set(found)
     for name, path in found.items():
         parameters = notebook_parameters(path)
         assert {"run", "seed"} <= set(parameters), name
@@ -437,6 +431,6 @@ def test_every_notebook_of_the_course_is_there_and_its_parameters_can_be_read():
 def test_a_notebook_is_found_by_path_name_and_number(tmp_path, monkeypatch):
     path = notebook(tmp_path / "notebooks" / "03_ppo.ipynb")
     monkeypatch.setattr(jobs, "find_notebooks", lambda: {"03_ppo": path})
-    assert [jobs.find_notebook(name) for name in (path, "03_ppo", "03_ppo.ipynb", "3", "03")] == [path] * 5
+    assert [notebooks.find_notebook(name) for name in (path, "03_ppo", "03_ppo.ipynb", "3", "03")] == [path] * 5
     with pytest.raises(FileNotFoundError, match="expected a path to an .ipynb file or one of: 03_ppo"):
-        jobs.find_notebook("04_other")
+        notebooks.find_notebook("04_other")

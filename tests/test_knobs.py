@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from alignkit import exact
-from alignkit.dpo import DPOConfig, dpo
-from alignkit.models import load_policy
-from alignkit.ppo import PPOConfig, PPOState, ppo
-from alignkit.world import SENTENCES, World, phrase_counts
+from alignkit.configs import DPOConfig, PPOConfig
+from alignkit.desk.world import SENTENCES, World, phrase_counts
+from alignkit.dpo import dpo
+from alignkit.models.loading import load_policy
+from alignkit.ppo import PPOState, ppo
 
 PROMPTS = [prompt.text for prompt in World(0).train_prompts[:64]]
 SEEDS = range(4)

@@ -12,31 +12,20 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from alignkit.dpo import DPOConfig, dpo
-from alignkit.kl import exact_kl
-from alignkit.models import (
-    AdapterOff,
-    add_lora,
-    body,
-    frozen_copy,
-    load_policy,
-    load_reward_model,
-    merged,
-    pick_device,
-    position_ids,
-    reference_policy,
-    reward_model_from,
-    same_vocabulary,
-    save_model,
-    tiny_policy,
-    tiny_reward_model,
-    token_values,
-    value_model_from,
-)
-from alignkit.ppo import PPOConfig, PPOState, ppo
-from alignkit.sampling import encode_prompts, sample, seeded
-from alignkit.sft import SFTConfig, train_sft
-from alignkit.world import SENTENCES, World, desk_tokenizer, phrase_ids
+from alignkit.configs import DPOConfig, PPOConfig, SFTConfig
+from alignkit.desk.tiny import desk_tokenizer, phrase_ids, tiny_policy, tiny_reward_model
+from alignkit.desk.world import SENTENCES, World
+from alignkit.dpo import dpo
+from alignkit.formulas.kl import exact_kl
+from alignkit.formulas.randomness import seeded
+from alignkit.forward.reading import token_values
+from alignkit.forward.rollout import encode_prompts, position_ids
+from alignkit.forward.sampling import sample
+from alignkit.models.adapters import AdapterOff, add_lora, frozen_copy, merged, reference_policy
+from alignkit.models.heads import body, reward_model_from, value_model_from
+from alignkit.models.loading import load_policy, load_reward_model, pick_device, same_vocabulary, save_model
+from alignkit.ppo import PPOState, ppo
+from alignkit.sft import train_sft
 
 STORIES = Path(__file__).resolve().parents[1].parent / "shared/models/stories260K"
 WORLD = World(0)

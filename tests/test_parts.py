@@ -9,21 +9,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from alignkit import sampling
-from alignkit.dpo import DPOConfig, Pairs, dpo, dpo_step, with_reference
-from alignkit.models import AdapterOff, add_lora, checkpointed, load_policy
-from alignkit.ppo import PPOConfig, PPOState, ppo_iteration, ppo_step
-from alignkit.sampling import (
-    groups,
-    passes,
-    read_responses,
-    response_logits,
-    response_logprobs,
-    rollout_from_ids,
-    seeded,
-)
-from alignkit.tokens import token_logprobs
-from alignkit.world import phrase_ids
+from alignkit.configs import DPOConfig, PPOConfig
+from alignkit.desk.tiny import phrase_ids
+from alignkit.dpo import Pairs, dpo, dpo_step, with_reference
+from alignkit.formulas.randomness import seeded
+from alignkit.formulas.tokens import token_logprobs
+from alignkit.forward import sampling
+from alignkit.forward.precision import checkpointed
+from alignkit.forward.reading import read_responses, response_logits, response_logprobs
+from alignkit.forward.rollout import groups, passes, rollout_from_ids
+from alignkit.models.adapters import AdapterOff, add_lora
+from alignkit.models.loading import load_policy
+from alignkit.ppo import PPOState, ppo_iteration, ppo_step
 from tests.test_fast import generic, made
 from tests.test_ppo_step import batch_of
 

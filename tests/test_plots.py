@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle, StepPatch
 
 from alignkit import plots
-from alignkit.world import BEHAVIOURS
+from alignkit.desk.world import BEHAVIOURS
+from alignkit.plots import style
 
 HOSTILE = {"hostile": "_$\\frac{$<b>\u202e\x1b[3\ud800\n%{0}" + "a" * 1_000_000, "empty": ""}
 ROWS = [
@@ -171,11 +172,11 @@ def test_the_last_line_of_a_cell_shows_a_png_with_alt_text(drawn):
 
 
 def test_names_differ_by_more_than_colour():
-    styles = plots._styles(["SFT", "reward model", "PPO", "frozen", "runs/a/dpo", "seven", "eight"]).values()
+    styles = style._styles(["SFT", "reward model", "PPO", "frozen", "runs/a/dpo", "seven", "eight"]).values()
     assert len({(marker, str(line)) for _, marker, line, _ in styles}) == 7
     assert (
-        plots._styles(["runs/a/ppo"])["runs/a/ppo"]
-        == plots._styles(["x", "PPO (β = 1)"])["PPO (β = 1)"]
+        style._styles(["runs/a/ppo"])["runs/a/ppo"]
+        == style._styles(["x", "PPO (β = 1)"])["PPO (β = 1)"]
         == plots.KNOWN["ppo"]
     )
 
@@ -287,7 +288,7 @@ def test_a_live_chart_redraws_in_place():
     assert [line.get_xydata().tolist() for line in live.axes[0].lines] == [
         line.get_xydata().tolist() for line in fresh.axes[0].lines
     ]
-    assert plots._png(live, 60) == plots._png(fresh, 60)
+    assert style._png(live, 60) == style._png(fresh, 60)
     with pytest.raises(ValueError, match="figure has the panels"):
         plots.plot_metrics(ROWS, ["loss"], live)
 

@@ -8,25 +8,18 @@ import pytest
 import torch
 
 from alignkit import ppo as ppo_module
-from alignkit.models import add_lora, frozen_copy, load_policy, tiny_reward_model
-from alignkit.ppo import (
-    PPOBatch,
-    PPOConfig,
-    PPOState,
-    adapt_kl_coef,
-    clipped,
-    gae,
-    policy_loss,
-    ppo,
-    ppo_iteration,
-    ppo_step,
-    token_rewards,
-    value_loss,
-)
-from alignkit.relay import InvariantError
-from alignkit.sampling import NonFinite, encode_prompts, sample, seeded
-from alignkit.tokens import masked_mean
-from alignkit.world import SENTENCES, World, phrase_ids
+from alignkit.configs import PPOConfig
+from alignkit.desk.tiny import phrase_ids, tiny_reward_model
+from alignkit.desk.world import SENTENCES, World
+from alignkit.errors import InvariantError, NonFinite
+from alignkit.formulas.losses import adapt_kl_coef, clipped, gae, policy_loss, token_rewards, value_loss
+from alignkit.formulas.randomness import seeded
+from alignkit.formulas.tokens import masked_mean
+from alignkit.forward.rollout import encode_prompts
+from alignkit.forward.sampling import sample
+from alignkit.models.adapters import add_lora, frozen_copy
+from alignkit.models.loading import load_policy
+from alignkit.ppo import PPOBatch, PPOState, ppo, ppo_iteration, ppo_step
 
 PROMPTS = [prompt.text for prompt in World(0).train_prompts[:64]]
 MASK = torch.tensor([[True] * 4, [True, True, False, False], [True, False, False, False], [False] * 4])
@@ -134,6 +127,7 @@ def favour(name, other=-1.0):
 
 
 CLARIFYING = favour("CLARIFY")
+
 
 def make_state(config, reward=CLARIFYING, seed=0, **options):
     policy, tokenizer = load_policy("tiny", seed=seed)
@@ -353,6 +347,7 @@ def test_prompts_are_drawn_evenly_from_the_strata():
     config = replace(SMALL, iterations=1)
     policy, tokenizer = load_policy("tiny")
     seen = []
+
     def reward(prompts, responses):
         return (seen.extend(prompts), [0.0] * len(prompts))[1]
     state = PPOState.start(policy, tokenizer, reward, [PROMPTS[:60], PROMPTS[60:61]], config)
@@ -464,6 +459,7 @@ def test_gamma_and_lambda_and_whitening_reach_the_advantages(monkeypatch):
             }
         ),
     )
+
     def advantages(**options):
         seen.clear()
         config = replace(SMALL, minibatch_size=32, **options)

@@ -8,11 +8,19 @@ import pytest
 import torch
 
 from alignkit import ppo as ppo_module
-from alignkit.models import SharedCritic, add_lora, frozen_copy, load_policy, reward_model_from, token_values
-from alignkit.ppo import PPOBatch, PPOConfig, PPOState, ppo_iteration, ppo_step
-from alignkit.sampling import NonFinite, encode_prompts, full_ids, response_logits, rollout_from_ids, sample, seeded
-from alignkit.tokens import token_logprobs
-from alignkit.world import World
+from alignkit.configs import PPOConfig
+from alignkit.desk.world import World
+from alignkit.errors import NonFinite
+from alignkit.formulas import losses
+from alignkit.formulas.randomness import seeded
+from alignkit.formulas.tokens import token_logprobs
+from alignkit.forward.reading import response_logits, token_values
+from alignkit.forward.rollout import encode_prompts, full_ids, rollout_from_ids
+from alignkit.forward.sampling import sample
+from alignkit.models.adapters import add_lora, frozen_copy
+from alignkit.models.heads import SharedCritic, reward_model_from
+from alignkit.models.loading import load_policy
+from alignkit.ppo import PPOBatch, PPOState, ppo_iteration, ppo_step
 
 PROMPTS = [prompt.text * (1 + number % 2) for number, prompt in enumerate(World(0).train_prompts[::101])]  # ragged
 CONFIG = PPOConfig(iterations=5, prompts_per_iteration=24, minibatch_size=24, epochs=1, max_new_tokens=4,
@@ -314,8 +322,8 @@ def test_value_coef_weighs_the_value_loss_in_a_shared_trunk_and_nothing_else(sha
     hidden = slow.model(input_ids=ids, attention_mask=attention, position_ids=positions).last_hidden_state
     hidden = hidden[:, -mask.shape[1] :]
     logprobs = token_logprobs(slow.lm_head(hidden) / config.temperature, batch.rollout.response_ids)[mask]
-    surrogate = ppo_module.policy_loss(logprobs, batch.old_logprobs[mask], batch.advantages[mask], 0.2).mean()
-    error = ppo_module.value_loss(head(hidden).squeeze(-1)[mask], batch.old_values[mask], batch.returns[mask]).mean()
+    surrogate = losses.policy_loss(logprobs, batch.old_logprobs[mask], batch.advantages[mask], 0.2).mean()
+    error = losses.value_loss(head(hidden).squeeze(-1)[mask], batch.old_values[mask], batch.returns[mask]).mean()
     (surrogate + value_coef * error).backward()
     for module, rate in ((slow, config.learning_rate), (head, config.critic_learning_rate)):
         torch.nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm)
@@ -332,11 +340,11 @@ def test_value_coef_weighs_the_value_loss_in_a_shared_trunk_and_nothing_else(sha
 
 
 def test_one_forward_pass_a_step_serves_policy_and_shared_critic(shared, monkeypatch):
-    from alignkit import fast
+    from alignkit.forward import cpu
 
-    read, reader = [], fast.Reader._read
-    fast.reader(shared.policy)
-    monkeypatch.setattr(fast.Reader, "_read", lambda self, *rest: (read.append(self.model), reader(self, *rest))[1])
+    read, reader = [], cpu.Reader._read
+    cpu.reader(shared.policy)
+    monkeypatch.setattr(cpu.Reader, "_read", lambda self, *rest: (read.append(self.model), reader(self, *rest))[1])
     ppo_step(shared, batch_of(shared, draw(shared)), replace(CONFIG, shared_trunk=True))
     assert len(read) == 3  # drawing, the old log-probs of the test's batch, the step
 

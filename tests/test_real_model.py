@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from alignkit.models import load_policy
-from alignkit.ppo import PPOConfig, PPOState, ppo
+from alignkit.configs import PPOConfig
+from alignkit.models.loading import load_policy
+from alignkit.ppo import PPOState, ppo
 from alignkit.reward import load_reward
 
 OPENINGS = [

@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from alignkit import relay
-from alignkit.intervals import Estimate
-from alignkit.models import add_lora, load_policy, save_model
-from alignkit.records import content_hash, plain, write_atomically
-from alignkit.relay import ManifestError, RunError, advice, freeze, lineage, verify
+from alignkit.errors import ManifestError, RunError
+from alignkit.evaluate.adviser import advice
+from alignkit.formulas.intervals import Estimate
+from alignkit.models.adapters import add_lora
+from alignkit.models.loading import load_policy, save_model
+from alignkit.runs import frozen, stages
+from alignkit.runs.frozen import freeze, lineage, verify
+from alignkit.storage import content_hash, plain, write_atomically
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def test_a_frozen_checkpoint_is_the_same_model_and_says_where_it_came_from(sourc
     before, after = load_policy(source)[0].state_dict(), load_policy(frozen)[0].state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     parent, own = lineage(frozen)
-    assert parent["path"].endswith("sft") and parent["hash"] == relay.checkpoint_hash(source.parent / "sft")
+    assert parent["path"].endswith("sft") and parent["hash"] == frozen.checkpoint_hash(source.parent / "sft")
     assert own["hash"] == manifest.hash and own["seed"] == 3 and own["config"] == {"kl_coef": 0.35}
     assert own["config_hash"] == relay.config_hash({"kl_coef": 0.35})
     assert own["data_hash"] == "d" * 64 and own["evaluation_set_hash"] == "e" * 64
@@ -95,7 +98,7 @@ def test_truncation_deletion_and_additions_are_seen_and_named(frozen):
         with pytest.raises(ManifestError, match=f"{added} was added"):
             verify(frozen)
         (frozen / added).unlink()
-    for record in relay.RUN_FILES:  # a run's own records are not part of it
+    for record in stages.RUN_FILES:  # a run's own records are not part of it
         (frozen / record).write_text("{}\n")
     verify(frozen)
 
@@ -229,10 +232,10 @@ def test_leftovers_of_a_killed_freeze_go_and_those_of_a_living_one_stay(source, 
 
 
 def test_another_freeze_of_the_same_name_leaves_a_running_one_alone(source, tmp_path, monkeypatch):
-    flush = relay._flush
+    flush = frozen._flush
 
     def interrupted(path):
-        relay._sweep(tmp_path / "frozen")  # what another process does when it begins
+        frozen._sweep(tmp_path / "frozen")  # what another process does when it begins
         flush(path)
 
     monkeypatch.setattr(relay, "_flush", interrupted)

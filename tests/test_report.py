@@ -8,10 +8,11 @@ from html.parser import HTMLParser
 import nbformat
 import pytest
 
-from alignkit.page import figure, page, table, text
-from alignkit.records import RunError, record_seconds, start_run, write_results
-from alignkit.report import build_report, overview
-from alignkit.text import visible
+from alignkit.errors import RunError
+from alignkit.jobs.report import build_report, overview
+from alignkit.pages.render import figure, page, table, text
+from alignkit.runs.records import record_seconds, start_run, write_results
+from alignkit.safe_text import visible
 
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

@@ -9,17 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from alignkit.intervals import wilson
-from alignkit.models import load_policy, reward_model_from, tiny_reward_model
-from alignkit.reward import (
-    RewardConfig,
-    RewardScorer,
-    expected_calibration_error,
-    load_reward,
-    reward_report,
-    train_reward_model,
-)
-from alignkit.world import PHRASES, SENTENCES, World, desk_tokenizer, phrase_counts, render
+from alignkit.configs import RewardConfig
+from alignkit.desk.tiny import desk_tokenizer, tiny_reward_model
+from alignkit.desk.world import PHRASES, SENTENCES, World, phrase_counts, render
+from alignkit.evaluate.reward_model import expected_calibration_error, reward_report
+from alignkit.formulas.intervals import wilson
+from alignkit.models.heads import reward_model_from
+from alignkit.models.loading import load_policy
+from alignkit.reward import RewardScorer, load_reward, train_reward_model
 
 WORLD = World(0)
 TOKENIZER = desk_tokenizer()

@@ -8,25 +8,24 @@ import pytest
 import torch
 from transformers import PhiConfig, PhiForCausalLM
 
-from alignkit import fast, sampling
-from alignkit.models import load_policy
-from alignkit.sampling import (
-    NonFinite,
+from alignkit.desk.tiny import phrase_ids
+from alignkit.desk.world import SENTENCES, World
+from alignkit.errors import NonFinite
+from alignkit.formulas.randomness import seeded
+from alignkit.formulas.tokens import token_logprobs
+from alignkit.forward import sampling
+from alignkit.forward.reading import response_logits
+from alignkit.forward.rollout import (
     Rollout,
-    _inverse_cdf,
     decode_responses,
     encode_prompts,
     full_ids,
-    generate_texts,
     left_pad,
-    response_logits,
     right_pad,
     rollout_from_ids,
-    sample,
-    seeded,
 )
-from alignkit.tokens import token_logprobs
-from alignkit.world import SENTENCES, World, phrase_ids
+from alignkit.forward.sampling import _inverse_cdf, generate_texts, sample
+from alignkit.models.loading import load_policy
 
 STORIES = Path(__file__).resolve().parents[1].parent / "shared/models/stories260K"
 DESK = [prompt.text * (1 + number % 2) for number, prompt in enumerate(World(0).train_prompts[::57])][:32]  # ragged

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from alignkit import sft
-from alignkit.models import load_policy
-from alignkit.sft import SFTConfig, train_sft
-from alignkit.world import SENTENCES, World
+from alignkit.configs import SFTConfig
+from alignkit.desk.world import SENTENCES, World
+from alignkit.models.loading import load_policy
+from alignkit.sft import train_sft
 
 ROWS = World(0).demonstrations(24, seed=4)
 CONFIG = SFTConfig(epochs=4, batch_size=len(ROWS), learning_rate=5e-3)

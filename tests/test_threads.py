@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from alignkit import threads
-from alignkit.models import load_policy
-from alignkit.ppo import PPOConfig, PPOState, ppo_iteration
-from alignkit.threads import side_by_side
+from alignkit.configs import PPOConfig
+from alignkit.models.loading import load_policy
+from alignkit.optim import side_by_side
+from alignkit.ppo import PPOState, ppo_iteration
 
 CPU = torch.device("cpu")
 

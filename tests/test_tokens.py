@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from alignkit.kl import exact_kl, k1, k2, k3
-from alignkit.tokens import entropy, masked_mean, sequence_logps, token_logprobs, whiten
+from alignkit.formulas.kl import exact_kl, k1, k2, k3
+from alignkit.formulas.tokens import entropy, masked_mean, sequence_logps, token_logprobs, whiten
 
 MASK = torch.tensor([[True, True, True], [True, False, False], [False, False, False]])
 

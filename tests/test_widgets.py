@@ -14,15 +14,17 @@ import alignkit_widgets.session as session_module
 import nbformat
 import pytest
 import torch
-from alignkit_widgets import TrainingCockpit, replay, snapshots
-from alignkit_widgets.controls import Control, Controls
-from alignkit_widgets.headless import has_front_end
-from alignkit_widgets.runlog import branches_of, marks_of
+from alignkit_widgets import TrainingCockpit, replay
+from alignkit_widgets.cockpit import snapshots
+from alignkit_widgets.cockpit.controls import Control, Controls
+from alignkit_widgets.cockpit.log import branches_of, marks_of
+from alignkit_widgets.notebook import has_front_end
 
-from alignkit.models import load_policy
-from alignkit.ppo import PPOConfig, PPOState, ppo_iteration
-from alignkit.records import branch_files, branch_metrics, read_metrics
-from alignkit.world import World
+from alignkit.configs import PPOConfig
+from alignkit.desk.world import World
+from alignkit.models.loading import load_policy
+from alignkit.ppo import PPOState, ppo_iteration
+from alignkit.storage import branch_files, branch_metrics, read_metrics
 
 CHARTS = [("KL (nats)", ["kl"])]
 CONTROLS = {"kl_coef": (0.0, 1.0, 0.05, "log"), "clip_range": (0.05, 0.5, 0.2)}
@@ -270,7 +272,7 @@ def test_a_rewind_that_fails_in_the_middle_leaves_every_row(tmp_path, watched, m
         return read_metrics(*arguments)
 
     if error is OSError:  # the disk is full after the branch's file was written, before the log is cut
-        monkeypatch.setattr("alignkit.records.trim_metrics", fail)
+        monkeypatch.setattr("alignkit.storage.trim_metrics", fail)
     else:
         monkeypatch.setattr(walk, "load_state_dict", fail)
     with pytest.raises(error):

@@ -6,7 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from alignkit.world import (
+from alignkit.desk.tiny import desk_tokenizer, phrase_ids
+from alignkit.desk.world import (
     ANNOTATORS,
     ANSWERS,
     BEHAVIOURS,
@@ -15,10 +16,8 @@ from alignkit.world import (
     SENTENCES,
     Annotator,
     World,
-    desk_tokenizer,
     parse,
     phrase_counts,
-    phrase_ids,
     render,
 )
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from alignkit.data import load_rows
+from alignkit.data.rows import load_rows
 
 pytestmark = pytest.mark.browser
 

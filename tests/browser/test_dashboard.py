@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from alignkit_widgets.app.playground import make_desk_start
 from lab_page import ARTIFACTS, PATIENCE
 
-from alignkit.live import make_desk_start
-from alignkit.records import read_metrics, start_run
-from alignkit.reward import RewardConfig
-from alignkit.sft import SFTConfig
+from alignkit.configs import RewardConfig, SFTConfig
+from alignkit.runs.records import start_run
+from alignkit.storage import read_metrics
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ def app(tmp_path_factory):
     run = start_run(tmp_path_factory.mktemp("app") / "run", "tiny", "desk", 0)
     make_desk_start(run, pairs=256, sft=SFTConfig(epochs=1), reward=RewardConfig(epochs=2))
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'widgets'}", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "alignkit.cli", "app", str(run)]
+    command = [sys.executable, "-m", "alignkit", "app", str(run)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as server:
         said = []

@@ -16,9 +16,10 @@ import pytest
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
-from alignkit.jobs import CHAIN, run_notebook
-from alignkit.parameters import check_parameters
-from alignkit.records import read_metrics
+from alignkit.jobs.notebooks import run_notebook
+from alignkit.jobs.parameters import check_parameters
+from alignkit.runs.stages import CHAIN
+from alignkit.storage import read_metrics
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

@@ -6,19 +6,20 @@ A widget is loaded when it is first used.
 import importlib
 
 _MODULES = {
-    "annotator": ["PreferenceAnnotator"],
-    "bradley_terry": ["BradleyTerryExplorer"],
-    "clip": ["ClipExplorer"],
-    "cockpit": ["TrainingCockpit"],
-    "comparer": ["CheckpointComparer"],
-    "dpo_beta": ["BetaExplorer"],
-    "explorer": ["Explorer"],
-    "frontier": ["FrontierExplorer"],
-    "gae": ["GAEExplorer"],
-    "kl_estimators": ["KLEstimatorsExplorer"],
-    "runlog": ["replay"],
-    "shift": ["ShiftViewer"],
-    "step_through": ["StepThroughExplorer"],
+    "boards.annotator": ["PreferenceAnnotator"],
+    "boards.comparer": ["CheckpointComparer"],
+    "cockpit.cockpit": ["TrainingCockpit"],
+    "cockpit.log": ["replay"],
+    "explorers.bradley_terry": ["BradleyTerryExplorer"],
+    "explorers.clip": ["ClipExplorer"],
+    "explorers.dpo_beta": ["BetaExplorer"],
+    "explorers.explorer": ["Explorer"],
+    "explorers.frontier": ["FrontierExplorer"],
+    "explorers.gae": ["GAEExplorer"],
+    "explorers.kl_estimators": ["KLEstimatorsExplorer"],
+    "explorers.shift": ["ShiftViewer"],
+    "explorers.step_through": ["StepThroughExplorer"],
+    "explorers.worked_numbers": ["read_response"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOME)

@@ -1,0 +1,256 @@
+"""Records from files and Hub data sets, one after the other, each with its place; `alignkit.data.rows` makes rows of them.
+
+JSON lines, one JSON array, CSV and Parquet, each also gzipped (told by the first bytes, not by the name), a folder
+written by `datasets.save_to_disk`, or a Hub id. Files are read in pieces, so memory is bounded by one record. What one
+record has wrong is yielded in its place as a `Fault`, and reading goes on wherever the next record can be found.
+"""
+
+import contextlib
+import csv
+import gzip
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from alignkit.errors import DataError
+
+LINE_LIMIT = 16 * 2**20  # bytes in a line of a file, characters in an item of an array or in a text
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+_GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
+
+
+class Fault(Exception):
+    """Why one record, or one field of it, cannot be used."""
+
+    def __init__(self, reason: str, field: str = ""):
+        super().__init__(reason)
+        self.reason, self.field = reason, field
+
+
+def _open(path: Path) -> io.BufferedIOBase:
+    with open(path, "rb") as stream:
+        zipped = stream.read(2) == b"\x1f\x8b"
+    return gzip.open(path) if zipped else open(path, "rb")
+
+
+def records(source: str | os.PathLike) -> tuple[str, Iterator[tuple[int, object]]]:
+    """("line" or "row", the records of a source): pairs of a number, from 1, and a JSON value or a Fault.
+
+    Raises DataError when there is no such source; the iterator raises Fault for what is wrong with all of it.
+    """
+    name, path = str(source), Path(source).expanduser()
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if path.is_dir():
+        if not any((path / part).is_file() for part in ("state.json", "dataset_dict.json")):
+            raise DataError(f"{name}: is a folder; expected a file, or a folder written by datasets.save_to_disk")
+        return "row", _dataset_records(str(path))
+    if not path.exists():
+        hub_id = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
+        if suffix in SUFFIXES or not hub_id:
+            raise DataError(f"{name}: there is no such file")
+        return "row", _dataset_records(name)
+    if suffix not in SUFFIXES or not path.is_file():
+        raise DataError(f"{name}: unknown kind of file {suffix!r}; expected {', '.join(SUFFIXES)}, each also with .gz")
+    reader = {".csv": _csv_records, ".parquet": _parquet_records}.get(suffix, _jsonl_records)
+    if suffix == ".json":
+        with _open(path) as stream, contextlib.suppress(*_GZIP_ERRORS):
+            if stream.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+                reader = _array_records
+
+    def read() -> Iterator[tuple[int, object]]:
+        with _open(path) as stream:
+            yield from reader(stream)
+
+    return ("row" if reader in (_array_records, _parquet_records) else "line"), read()
+
+
+def _lines(stream: io.BufferedIOBase) -> Iterator[tuple[int, bytes | Fault]]:
+    """Yield (line number, line with its end), or a Fault for a line that is too long; a UTF-8 BOM is taken off."""
+    for number in itertools.count(1):
+        try:
+            line = stream.readline(LINE_LIMIT + 1)
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line:
+                return
+            too_long = len(line) > LINE_LIMIT
+            while too_long and line and not line.endswith(b"\n"):
+                line = stream.readline(2**16)
+        except _GZIP_ERRORS as error:
+            yield number, Fault(f"the gzip stream is damaged or cut off here ({error}); compress the file again")
+            return
+        yield number, Fault(f"the line is longer than {LINE_LIMIT // 2**20} MiB") if too_long else line
+
+
+class _Json:
+    """A JSON decoder that also refuses duplicate keys, NaN and Infinity."""
+
+    def __init__(self):
+        self._faults: list[str] = []
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant)
+
+    def _object(self, pairs: list[tuple[str, object]]) -> dict:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            self._faults.append(f"the key {max(names, key=names.count)!r} is there twice")
+        return dict(pairs)
+
+    def _constant(self, name: str) -> None:
+        self._faults.append(f"{name} is not JSON; expected a number, text or null")
+
+    def decode(self, text: str, start: int = 0) -> tuple[object, int]:
+        """Return (value or Fault, end). Raises json.JSONDecodeError where the text is not JSON or not all of it."""
+        self._faults.clear()
+        try:
+            value, end = self._decoder.raw_decode(text, start)
+        except RecursionError:
+            raise json.JSONDecodeError("nested too deeply", text, start) from None
+        except ValueError as error:
+            if isinstance(error, json.JSONDecodeError):
+                raise
+            raise json.JSONDecodeError(str(error), text, start) from None
+        return (Fault(self._faults[0]) if self._faults else value), end
+
+
+def _jsonl_records(stream: io.BufferedIOBase) -> Iterator[tuple[int, object]]:
+    decoder = _Json()
+    for number, line in _lines(stream):
+        if isinstance(line, Fault):
+            yield number, line
+            continue
+        torn = "" if line.endswith(b"\n") else "the file ends in the middle of this line (a torn write?): "
+        try:
+            text = line.decode("utf-8").strip()
+            if not text:
+                continue
+            value, end = decoder.decode(text)
+            yield number, value if end == len(text) else Fault(f"more text after the JSON value, at column {end + 1}")
+        except UnicodeDecodeError as error:
+            hint = "; the file looks like UTF-16, save it as UTF-8" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+            yield number, Fault(f"{torn}invalid UTF-8 at byte {error.start + 1} of the line{hint}")
+        except json.JSONDecodeError as error:
+            nul = " (the line contains NUL bytes)" if b"\0" in line else ""
+            yield number, Fault(f"{torn}not valid JSON: {error.msg} at column {error.pos + 1}{nul}")
+
+
+def _array_records(stream: io.BufferedIOBase) -> Iterator[tuple[int, object]]:
+    """The items of one JSON array, read in pieces of a MiB; what is not JSON ends the reading."""
+    source = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+    decoder, text, position, row, more = _Json(), "", 0, 0, True
+    stops = "; reading stops here"
+    try:
+        while True:  # one item and the comma, or the bracket, before and after it
+            separator = re.compile(r"\s*,\s*" if row else r"\s*\[\s*").match(text, position)
+            value, end, error = None, None, None
+            if separator and separator.end() < len(text):
+                if text[separator.end()] == "]" and row == 0:
+                    return
+                try:
+                    value, end = decoder.decode(text, separator.end())
+                except json.JSONDecodeError as problem:
+                    error = f"not valid JSON: {problem.msg}"
+            after = re.compile(r"\s*([,\]])").match(text, end) if end else None
+            if after is None and more and len(text) - position <= LINE_LIMIT:
+                piece = source.read(max(2**20, len(text) - position))  # doubles: an item is parsed O(log size) times
+                text, position, more = text[position:] + piece, 0, bool(piece)
+                continue
+            row += 1
+            if after is None:
+                error = f"{error or 'not an item'}, or longer than {LINE_LIMIT // 2**20} MiB" if more else error
+                yield row, Fault((error or "the file ends inside the array (a torn write?)") + stops)
+                return
+            try:
+                text[position:end].encode()
+                yield row, value
+            except UnicodeEncodeError:
+                yield row, Fault("invalid UTF-8")
+            position = end
+            if after[1] == "]":
+                return
+    except _GZIP_ERRORS as error:
+        yield row + 1, Fault(f"the gzip stream is damaged or cut off here ({error}); compress the file again")
+
+
+def _csv_records(stream: io.BufferedIOBase) -> Iterator[tuple[int, object]]:
+    csv.field_size_limit(max(csv.field_size_limit(), LINE_LIMIT))
+
+    def texts() -> Iterator[str]:
+        for _, line in _lines(stream):
+            if isinstance(line, Fault):
+                raise line
+            yield line.decode("utf-8", "surrogateescape")
+
+    reader, header = csv.reader(texts(), strict=True), None
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except Fault as fault:
+            yield number, Fault(f"{fault.reason}; reading stops here")
+            return
+        except csv.Error as error:
+            yield number, Fault(f"not valid CSV: {error}")
+            continue
+        if not cells:
+            continue
+        if header is None:
+            header = [cell.strip() for cell in cells]
+            if len(set(header)) < len(header):
+                raise Fault(f"two columns have the same name: {', '.join(map(repr, header))}")
+        elif any(re.search("[\udc80-\udcff]", cell) for cell in cells):
+            yield number, Fault("invalid UTF-8")
+        elif len(cells) > len(header):
+            yield number, Fault(f"{len(cells)} cells, the header has {len(header)}")
+        else:
+            yield number, dict(zip(header, cells, strict=False))  # a short row lacks its last columns
+
+
+def _parquet_records(stream: io.BufferedIOBase) -> Iterator[tuple[int, object]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise Fault("Parquet files need pyarrow: pip install pyarrow") from None
+    with tempfile.TemporaryFile() as plain:
+        if isinstance(stream, gzip.GzipFile):  # Parquet is read from its end
+            shutil.copyfileobj(stream, plain)
+            stream = plain
+        try:
+            row = 0
+            for batch in parquet.ParquetFile(stream).iter_batches(batch_size=64):
+                for index in range(len(batch)):
+                    row += 1
+                    try:
+                        yield row, batch.slice(index, 1).to_pylist()[0]
+                    except UnicodeDecodeError:
+                        yield row, Fault("invalid UTF-8")
+        except pyarrow.ArrowException as error:
+            raise Fault(f"not a readable Parquet file: {error}") from None
+
+
+def _dataset_records(source: str) -> Iterator[tuple[int, object]]:
+    """The split "train", or the only one, of a saved or a Hub data set. No code of its repository runs."""
+    try:
+        import datasets
+    except ImportError:
+        raise Fault("data sets from the Hub need the package datasets: pip install datasets") from None
+    try:
+        data = datasets.load_from_disk(source) if os.path.isdir(source) else datasets.load_dataset(source)
+    except Exception as error:  # the Hub client raises many kinds
+        raise Fault(f"cannot load this as a Hub data set ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
+                     "Offline, or the name is wrong? Download the data and give a local file "
+                     f"({', '.join(SUFFIXES)}, each also .gz)") from error
+    if isinstance(data, dict):
+        if "train" not in data and len(data) != 1:
+            raise Fault(f"it has the splits {', '.join(data)}, none is called train; save the one you want as a file")
+        data = data["train"] if "train" in data else next(iter(data.values()))
+    yield from enumerate(data, 1)

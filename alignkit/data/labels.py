@@ -1,0 +1,200 @@
+"""What people choose: responses to choose from, a log that loses no choice, preference pairs, and what they moved.
+
+A choice is between two or more named responses to one prompt. Each is appended to FILE.log.jsonl and flushed to the
+disk before anything else happens; FILE.jsonl holds the preference pairs that follow, rewritten in one step from the
+log, as `alignkit.load_rows` reads them. Ties, skips and choices against or for an empty response, which preference
+files cannot hold, are in the log alone.
+"""
+
+import json
+import os
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from alignkit.data.encoding import ChatText
+from alignkit.data.rows import load_rows
+from alignkit.storage import append_metrics, content_hash, read_metrics, trim_metrics, write_atomically
+
+UNDECIDED = ("tie", "skip")  # choices that make no preference pair
+
+
+@dataclass(frozen=True)
+class Item:
+    """One choice to make. responses: name -> text; order: the names as they are shown; id: hash of prompt and texts.
+
+    notes: name -> what is written beside the response, such as its behaviour in the desk world.
+    """
+
+    id: str
+    prompt: str
+    responses: dict[str, str]
+    order: tuple[str, ...]
+    notes: dict[str, str]
+
+
+def choice_items(rows: Sequence[Mapping], seed: int = 0) -> list[Item]:
+    """Items from rows {"prompt", "responses": {name: text}}, optionally "notes": {name: text}; order is shuffled.
+
+    The order depends on seed, prompt and responses, not on the row's place, so that it is the same when one goes on.
+    Raises ValueError, naming the row, if it lacks something or holds text that a preference file cannot.
+    """
+    items, seen = [], {}
+    for number, row in enumerate(rows):
+        where = f"rows[{number}]"
+        if not isinstance(row, Mapping) or not {"prompt", "responses"} <= row.keys() or len(row["responses"]) < 2:
+            raise ValueError(f"{where} is {str(row)[:80]!r}, expected a prompt and at least two responses")
+        prompt, responses = row["prompt"], dict(row["responses"])
+        _check_texts(where, {"prompt": prompt, **responses})
+        if taken := [name for name in responses if name in UNDECIDED]:
+            raise ValueError(f"{where} has a response named {taken[0]!r}, which stands for another choice")
+        name = content_hash([prompt, responses])[:16]
+        seen[name] = seen.get(name, 0) + 1
+        name += f"-{seen[name]}" if seen[name] > 1 else ""
+        order = sorted(responses)
+        random.Random(f"{seed} {name}").shuffle(order)
+        items.append(Item(name, prompt, responses, tuple(order), dict(row.get("notes") or {})))
+    if not items:
+        raise ValueError("rows is empty, expected at least one prompt with responses to choose from")
+    return items
+
+
+class ChoiceLog:
+    """The choices made on `items`, in FILE.log.jsonl, and their preference pairs, in FILE.jsonl.
+
+    A file that is there already is gone on with: what was chosen before is known again, choices on other items stay.
+    Raises ValueError if `path` does not end in .jsonl, FileExistsError if it holds rows that no log beside it explains.
+    """
+
+    def __init__(self, path: str | Path, items: Sequence[Item]):
+        self.path = Path(path)
+        if self.path.suffix != ".jsonl" or self.path.name.endswith(".log.jsonl"):
+            raise ValueError(f"path is {str(path)!r}, expected a name that ends in .jsonl (and not in .log.jsonl)")
+        self.log = _log_of(self.path)
+        self.items = {item.id: item for item in items}
+        if not self.log.exists() and self.path.exists() and self.path.stat().st_size:
+            raise FileExistsError(f"{self.path} is there, and was not made here (there is no {self.log.name} beside "
+                                  "it); choose another name for your labels")
+        self._history = _fold(trim_metrics(self.log), self.log)
+        if self.log.exists():
+            self._write_pairs()
+
+    def choose(self, item: Item, choice: str, **facts) -> None:
+        """Note that `choice`, a name of a response, "tie" or "skip", was made; on the disk when this returns.
+
+        facts: more to write down, such as the seconds it took. A later choice on the same item takes its place.
+        """
+        if choice not in (*item.order, *UNDECIDED):
+            raise ValueError(f"choice is {choice!r}, expected one of {', '.join((*item.order, *UNDECIDED))}")
+        self._append({"item": item.id, "choice": choice, "order": list(item.order), "prompt": item.prompt,
+                      "responses": item.responses, **facts})
+
+    def undo(self) -> str | None:
+        """Take back the last choice on these items, by a record of its own; its item's id, None if there is none."""
+        last = next((row["item"] for row in reversed(self._history) if row["item"] in self.items), None)
+        if last is not None:
+            self._append({"undo": last})
+        return last
+
+    @property
+    def choices(self) -> dict[str, dict]:
+        """The records in force on these items, by item id, the oldest choice first."""
+        return {name: row for name, row in _latest(self._history).items() if name in self.items}
+
+    def pairs(self) -> list[dict]:
+        """All preference pairs of the file: prompt, chosen, rejected, and `label` with where they came from."""
+        return [
+            {"prompt": row["prompt"], "chosen": row["responses"][row["choice"]], "rejected": text,
+             "label": {"chosen": row["choice"], "rejected": name, "order": row["order"], "item": row["item"]}}
+            for row in _latest(self._history).values() if row["choice"] not in UNDECIDED
+            for name, text in row["responses"].items()
+            if name != row["choice"] and "" != text.strip() != row["responses"][row["choice"]].strip() != ""
+        ]
+
+    def replay(self, source: str | Path) -> int:
+        """Make the choices that a stored file holds on these items (by prompt and texts); how many there were.
+
+        source: a label file, whose log is read if it lies beside it, or any preference pairs that `load_rows` reads.
+        """
+        stored = {_texts(row["prompt"], row["responses"]): row["responses"].get(row["choice"], row["choice"])
+                  for row in _stored(source)}
+        done, made = self.choices, 0
+        for item in self.items.values():
+            said = stored.get(_texts(item.prompt, item.responses))
+            if said is not None and item.id not in done:
+                name = said if said in UNDECIDED else next(n for n, text in item.responses.items() if text == said)
+                self.choose(item, name, replayed=str(source))
+                made += 1
+        return made
+
+    def _append(self, record: dict) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        append_metrics(self.log, {**record, "time": datetime.now(UTC).isoformat(timespec="milliseconds")})
+        with self.log.open("rb") as file:
+            os.fsync(file.fileno())
+        self._history = _fold(read_metrics(self.log), self.log)  # another kernel may have labelled meanwhile
+        self._write_pairs()
+
+    def _write_pairs(self) -> None:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.pairs())
+        if not self.path.exists() or self.path.read_text(encoding="utf-8") != lines:
+            write_atomically(self.path, lines)
+
+
+def stored_rows(source: str | Path) -> list[dict]:
+    """Rows {"prompt", "responses"} of the choices in a stored label file, or of any preference pairs."""
+    return [{"prompt": row["prompt"], "responses": row["responses"]} for row in _stored(source)]
+
+
+def _texts(prompt: str, responses: Mapping[str, str]) -> tuple:
+    return prompt, frozenset(responses.values())
+
+
+def _check_texts(where: str, texts: Mapping[str, object]) -> None:
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: {name} is {type(text).__name__}, expected text")
+        if isinstance(text, ChatText):
+            raise ValueError(f"{where}: {name} is a conversation that a chat template rendered; its special tokens "
+                             "would be plain text in the label file; label plain prompts")
+        if "\0" in text or re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{where}: {name} holds a NUL or half of a surrogate pair, which data files may not")
+    if not texts["prompt"].strip():
+        raise ValueError(f"{where}: prompt is blank")
+
+
+def _log_of(path: Path) -> Path:
+    return path if path.name.endswith(".log.jsonl") else path.with_name(f"{path.stem}.log.jsonl")
+
+
+def _stored(source: str | Path) -> list[dict]:
+    log = _log_of(Path(source))
+    if log.exists():
+        return list(_latest(_fold(read_metrics(log), log)).values())
+    return [{"prompt": row["prompt"], "responses": {"a": row["chosen"], "b": row["rejected"]}, "choice": "a"}
+            for row in load_rows(source, "pairs")]
+
+
+def _fold(rows: Sequence[Mapping], log: Path) -> list[Mapping]:
+    """The choices that stand, oldest first: an undo takes the last one on its item away."""
+    history: list[Mapping] = []
+    for number, row in enumerate(rows, 1):
+        if "undo" in row:
+            places = [place for place, its in enumerate(history) if its["item"] == row["undo"]]
+            history[places[-1] :] = history[places[-1] + 1 :] if places else []
+        elif {"item", "choice", "order", "prompt", "responses"} <= row.keys():
+            history.append(row)
+        else:
+            raise ValueError(f"{log}:{number}: is not the record of a choice; choose another name for your labels")
+    return history
+
+
+def _latest(history: Sequence[Mapping]) -> dict[str, Mapping]:
+    latest: dict[str, Mapping] = {}
+    for row in history:
+        latest.pop(row["item"], None)
+        latest[row["item"]] = row
+    return latest

@@ -1,0 +1,47 @@
+"""The errors that alignkit raises on purpose. Their message says what is wrong and what to do; no traceback is needed."""
+
+from collections.abc import Iterable
+
+
+class AlignkitError(Exception):
+    """Base of all errors that alignkit raises on purpose: the command prints their message and nothing else."""
+
+
+class NonFinite(AlignkitError, ValueError):
+    """A model produced NaN or infinite numbers."""
+
+
+class DataError(AlignkitError, ValueError):
+    """A source that cannot be used; the message says where, why and what to do."""
+
+
+class RunError(AlignkitError, ValueError):
+    """A run directory belongs to another run, or one of its records cannot be read."""
+
+
+class ManifestError(AlignkitError, ValueError):
+    """A checkpoint is not what its manifest says, or must not be frozen as it is; `files` names the files."""
+
+    def __init__(self, message: str, files: Iterable[str] = ()):
+        super().__init__(message)
+        self.files = tuple(files)
+
+
+class InvariantError(AlignkitError, RuntimeError):
+    """Something that must hold before the first optimizer step does not hold (checked by PPO and DPO)."""
+
+
+class RunInUse(AlignkitError, RuntimeError):
+    """Another job is at work in this run directory."""
+
+
+class NotebookFailed(AlignkitError, RuntimeError):
+    """A notebook did not reach its end. status: "failed", "timeout", "interrupted"; cell: from 0, None: none began."""
+
+    def __init__(self, message: str, status: str = "failed", cell: int | None = None, error: str = ""):
+        super().__init__(message)
+        self.status, self.cell, self.error = status, cell, error
+
+
+class ParameterError(AlignkitError, ValueError):
+    """A parameter that the notebook does not have, or a value that is not of its type."""

@@ -1,0 +1,290 @@
+"""Checkpoints side by side: the same prompts, the same random numbers, paired differences, a table and pictures."""
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from alignkit.errors import ManifestError
+from alignkit.evaluate.adviser import advice
+from alignkit.evaluate.evaluation import Evaluation, EvaluationSet, difference, evaluate, evaluation_set, win_rate
+from alignkit.formulas.intervals import Estimate
+from alignkit.models.loading import load_policy, same_vocabulary
+from alignkit.runs.frozen import LINEAGE, MANIFEST, verify
+from alignkit.storage import plain, write_atomically, write_json
+from alignkit.task import load_task
+
+METRICS = {  # name -> (what it is called in a table, how it is written)
+    "gold_mean": ("gold reward, SFT-sd", "+.2f"),
+    "proxy_mean": ("proxy reward", "+.2f"),
+    "risky_failure_rate": ("risky failures", ".1%"),
+    "over_refusal_rate": ("over-refusal", ".1%"),
+    "answered_gold": ("gold where not refused, SFT-sd", "+.2f"),
+    "kl_to_sft": ("KL to {reference}, nats", ".2f"),
+    "kl_rao_blackwell": ("KL, Rao–Blackwellised, nats", ".2f"),
+    "kl_k3": ("KL, k3, nats", ".2f"),
+    "self_agreement": ("self-agreement", ".2f"),
+    "paraphrase_agreement": ("paraphrase agreement", ".2f"),
+    "entropy": ("entropy, nats a token", ".2f"),
+    "sequence_entropy": ("entropy, nats a response", ".2f"),
+    "length": ("length, tokens", ".1f"),
+    "eos_rate": ("ended by itself", ".1%"),
+    "distinct_1": ("distinct words", ".1%"),
+    "distinct_2": ("distinct word pairs", ".1%"),
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Evaluations of checkpoints on one evaluation set, by name, in order; the others are compared with the first."""
+
+    evaluations: dict[str, Evaluation]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def reference(self) -> str:
+        """The name of the first checkpoint."""
+        return next(iter(self.evaluations))
+
+    def difference(self, first: str, second: str, metric: str) -> Estimate:
+        """metric(second) − metric(first) with its paired 95 % interval."""
+        return difference(self.evaluations[first], self.evaluations[second], metric)
+
+    @cached_property
+    def differences(self) -> dict[str, dict[str, Estimate]]:
+        """Each later checkpoint's paired differences to the first: name -> metric -> Estimate."""
+        known = self.evaluations[self.reference].metrics
+        return {name: {metric: self.difference(self.reference, name, metric)
+                       for metric in evaluation.metrics if metric in known}
+                for name, evaluation in self.evaluations.items() if name != self.reference}
+
+    @cached_property
+    def win_rates(self) -> dict[str, dict[str, Estimate]]:
+        """How often each later checkpoint beats the first, ties ½: name -> "gold" | "proxy" -> Estimate."""
+        first = self.evaluations[self.reference]
+        return {name: {score: win_rate(first, evaluation, score) for score in ("gold", "proxy")
+                       if score in first.columns and score in evaluation.columns}
+                for name, evaluation in self.evaluations.items() if name != self.reference}
+
+    def table(self) -> list[dict]:
+        """A row for each checkpoint: {"checkpoint": name, metric: Estimate, …, "win_rate_gold": Estimate, …}."""
+        rows = []
+        for name, evaluation in self.evaluations.items():
+            known = {metric: evaluation.metrics[metric] for metric in METRICS if metric in evaluation.metrics}
+            wins = {f"win_rate_{score}": rate for score, rate in self.win_rates.get(name, {}).items()}
+            rows.append({"checkpoint": name, **known, **wins})
+        return rows
+
+    def cells(self) -> list[list[str]]:
+        """The table as text, a line for each metric and a column for each checkpoint, with a heading line.
+
+        "*" marks a value whose paired difference to the first checkpoint has an interval that excludes 0.
+        """
+        rows = self.table()
+        found = [metric for metric in METRICS if any(metric in row for row in rows)]
+        lines = [["", *self.evaluations]]
+        for metric in found:
+            label, spec = METRICS[metric]
+            cells = []
+            for row in rows:
+                changed = self.differences.get(row["checkpoint"], {}).get(metric)
+                mark = "*" if changed and changed.excludes_zero else ""
+                cells.append(f"{row[metric]:{spec}}{mark}" if metric in row else "–")
+            lines.append([label.format(reference=self.reference), *cells])
+        for score in ("gold", "proxy"):
+            wins = [row.get(f"win_rate_{score}") for row in rows]
+            if any(wins):
+                lines.append([f"wins over {self.reference}, {score}", *(f"{win:.1%}" if win else "–" for win in wins)])
+        return lines
+
+    def __str__(self) -> str:
+        lines = self.cells()
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+        padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+        return "\n".join([*("  ".join(line).rstrip() for line in padded), "", *self.remarks()])
+
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        head, *lines = [[cell.replace("|", "\\|") for cell in line] for line in self.cells()]
+        ruled = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+        remarks = (f"{remark}\n" for remark in self.remarks())
+        return "\n".join([*("| " + " | ".join(line) + " |" for line in ruled), "", *remarks])
+
+    def remarks(self) -> list[str]:
+        """What the table means, what was noticed while it was made, and what the figures ask for next."""
+        evalset = self.evaluations[self.reference].set
+        about = (f"{len(evalset.prompts)} prompts × {evalset.samples} samples, evaluation set {evalset.hash[:12]}. In "
+                 f"brackets: 95 % intervals, paired cluster bootstrap over {len(set(evalset.keys))} prompt keys. "
+                 f"*: differs from {self.reference}.")
+        return [about, *self.notes, *advice(self)]
+
+    def to_csv(self) -> str:
+        """A line per checkpoint and metric: value, low, high, and the difference to the first with its low and high."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        change_columns = ["difference", "difference_low", "difference_high"]
+        writer.writerow(["checkpoint", "metric", "value", "low", "high", *change_columns])
+        for row in self.table():
+            for metric, estimate in row.items():
+                if isinstance(estimate, Estimate):
+                    change = self.differences.get(row["checkpoint"], {}).get(metric)
+                    writer.writerow([row["checkpoint"], metric, estimate.value, estimate.low, estimate.high,
+                                     *((change.value, change.low, change.high) if change else ("", "", ""))])
+        return text.getvalue()
+
+    def to_dict(self) -> dict:
+        """Everything as plain numbers and text, for compare.json and for the HTML page."""
+        return plain({
+            "reference": self.reference, "evaluation_set": self.evaluations[self.reference].set.hash,
+            "checkpoints": {name: evaluation.summary() for name, evaluation in self.evaluations.items()},
+            "differences": self.differences, "win_rates": self.win_rates, "table": self.cells(),
+            "remarks": self.remarks(), "samples": self.samples(),
+        })
+
+    def samples(self, prompts_per_kind: int = 2, responses: int = 2) -> list[dict]:
+        """What they say to a few prompts of each kind: {"prompt", "kind", "responses": {name: [text, …]}}."""
+        evalset = self.evaluations[self.reference].set
+        shown = []
+        for kind in dict.fromkeys(evalset.kinds):
+            keys = {}
+            for position, (key, its) in enumerate(zip(evalset.keys, evalset.kinds, strict=True)):
+                if its == kind:
+                    keys.setdefault(key, position)
+            for position in list(keys.values())[:prompts_per_kind]:
+                start = position * evalset.samples
+                shown.append({"prompt": str(evalset.prompts[position]), "kind": kind, "responses": {
+                    name: evaluation.columns["response"][start : start + min(responses, evalset.samples)]
+                    for name, evaluation in self.evaluations.items()}})
+        return shown
+
+    def pictures(self) -> dict:
+        """Matplotlib figures by name: intervals; with a world also behaviour and tradeoff."""
+        from alignkit import plots
+
+        panels = {}
+        for metric in ("gold_mean", "proxy_mean", "kl_to_sft", "risky_failure_rate", "over_refusal_rate",
+                       "paraphrase_agreement", "self_agreement", "entropy", "length"):
+            values = {name: (e.value,) if e.low is None else (e.value, e.low, e.high)
+                      for name, evaluation in self.evaluations.items() if (e := evaluation.metrics.get(metric))}
+            if values:
+                panels[METRICS[metric][0].format(reference=self.reference)] = values
+        figures = {"intervals": plots.plot_intervals_panels(panels)}
+        summaries = {name: evaluation.summary() for name, evaluation in self.evaluations.items()}
+        if all(summary["behaviour_shares"] for summary in summaries.values()):
+            shares = {name: its["behaviour_shares"] for name, its in summaries.items()}
+            figures["behaviour"] = plots.plot_behaviour(shares)
+        if all({"over_refusal_rate", "risky_failure_rate"} <= summary.keys() for summary in summaries.values()):
+            figures["tradeoff"] = plots.plot_tradeoff([{"name": name, **its} for name, its in summaries.items()])
+        return figures
+
+
+def compare(evaluations: Mapping[str, Evaluation], notes: Sequence[str] = ()) -> Comparison:
+    """Put evaluations side by side. Raises ValueError if their sets, or the units of their gold, differ."""
+    if not evaluations:
+        raise ValueError("evaluations is empty, expected at least one checkpoint")
+    comparison = Comparison(dict(evaluations), tuple(notes))
+    _ = comparison.differences  # raises if they cannot be paired
+    return comparison
+
+
+def compare_directories(directories: Sequence[str | Path], data: str = "desk", out: str | Path | None = None, *,
+                        reward=None, seed: int | None = None, prompts: int = 192, samples: int = 8,
+                        batch_size: int = 512) -> Comparison:
+    """Evaluate checkpoint folders on one evaluation set; write table, pictures, page and JSON to `out`.
+
+    A folder with a manifest is verified first: ManifestError if a byte differs. KL is measured, and gold scaled, by the
+    first folder. If that lies in a run of the same data, the run's evaluation_set.json, seed and reward model are used;
+    otherwise `prompts` held-out prompts of `data` (seed 0 by default). reward: a callable prompts, responses -> scores.
+    Writes compare.md, compare.csv, compare.json, compare.html and PNG files.
+    """
+    directories = [Path(directory) for directory in directories]
+    loaded = {name: _load(directory) for name, directory in zip(_names(directories), directories, strict=True)}
+    first, tokenizer = next(iter(loaded.values()))
+    run = directories[0].parent
+    facts = json.loads((run / "run.json").read_text(encoding="utf-8")) if (run / "run.json").exists() else {}
+    of_run = facts.get("data") == str(data)
+    task = load_task(data, tokenizer, seed=seed if seed is not None else facts.get("seed", 0) if of_run else 0)
+    if of_run and seed is None and (run / "evaluation_set.json").exists():
+        evalset = EvaluationSet.load(run / "evaluation_set.json")
+    else:
+        evalset = evaluation_set(task, prompts=prompts, samples=samples)
+    if reward is None and of_run and (run / "reward" / "config.json").exists():
+        from alignkit.reward import load_reward
+
+        reward = load_reward(run / "reward")
+    notes = [f"{name} was frozen with another evaluation set ({frozen_with[:12]}…)."
+             for name, directory in zip(loaded, directories, strict=True)
+             if (frozen_with := _frozen_with(directory)) not in (None, evalset.hash)]
+    evaluations, scale = {}, None
+    for name, (policy, its_tokenizer) in loaded.items():
+        same = same_vocabulary(tokenizer, its_tokenizer)
+        if not same:
+            notes.append(f"{name} has another vocabulary than {next(iter(loaded))}: there is no KL between them.")
+        evaluations[name] = evaluate(policy, its_tokenizer, evalset, ref_policy=first if same else None, reward=reward,
+                                     world=task.world, gold_scale=scale, batch_size=batch_size, name=name)
+        scale = evaluations[name].gold_scale
+    comparison = compare(evaluations, notes)
+    if out is not None:
+        _write(comparison, Path(out))
+    return comparison
+
+
+def _load(directory: Path):
+    if (directory / MANIFEST).exists():
+        verify(directory)
+    try:
+        return load_policy(directory)
+    except ValueError as error:
+        raise ManifestError(f"{directory}: {error}") from error
+
+
+def _names(directories: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell the folders apart."""
+    paths = [directory.absolute().parts for directory in directories]
+    if len(set(paths)) < len(paths):
+        raise ManifestError(f"a folder is given twice: {', '.join(map(str, directories))}")
+    depth = 1
+    while len({path[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path[-depth:]) for path in paths]
+
+
+def _frozen_with(directory: Path) -> str | None:
+    lineage = directory / LINEAGE
+    return json.loads(lineage.read_text(encoding="utf-8"))["evaluation_set_hash"] if lineage.exists() else None
+
+
+def _write(comparison: Comparison, out: Path) -> None:
+    from alignkit import plots
+
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = []
+    for name, figure in comparison.pictures().items():
+        path = plots.save_figure(figure, out / f"{name}.png")
+        pictures.append((path.read_bytes(), plots.describe(figure.get_figure(root=True))))
+    write_atomically(out / "compare.md", comparison.markdown())
+    write_atomically(out / "compare.csv", comparison.to_csv())
+    write_atomically(out / "compare.html", _page(comparison, pictures))
+    write_json(out / "compare.json", comparison.to_dict())
+
+
+def _page(comparison: Comparison, pictures: Sequence[tuple[bytes, str]]) -> str:
+    """compare.html: table, pictures (PNG and alt text) and sample responses; all text is escaped."""
+    from alignkit.pages.render import figure, page, section, table, text
+
+    head, *lines = [[text(cell) for cell in line] for line in comparison.cells()]
+    said = [[f"{text(sample['prompt'])}<small>{text(sample['kind'])}</small>",
+             *("".join(f"<p>{text(response) or '<i>(empty)</i>'}</p>" for response in responses)
+               for responses in sample["responses"].values())] for sample in comparison.samples()]
+    return page("alignkit: checkpoints compared", [
+        f"<header><p class=kicker>alignkit</p><h1>{text(' · '.join(comparison.evaluations))}</h1></header>",
+        section("What they measure",
+                table("The same held-out prompts and random numbers for each checkpoint", head, lines, "wide"),
+                *(f"<p>{text(remark)}</p>" for remark in comparison.remarks())),
+        section("Side by side", f"<div class=charts>{''.join(figure(png, alt) for png, alt in pictures)}</div>"),
+        section("What they say",
+                table("Sampled responses", ["Prompt", *map(text, comparison.evaluations)], said, "said wide")),
+    ])

@@ -1,0 +1,53 @@
+"""What is known exactly: all responses of the desk world enumerated, and what follows from that."""
+
+from alignkit.exact.cache import cached, weights_hash
+from alignkit.exact.enumeration import gold_table, proxy_table, response_logps, trie_logps
+from alignkit.exact.gradient import exact_gradient, score_gradient
+from alignkit.exact.responses import Responses, response_space
+from alignkit.exact.sampled import SampledOptimum, sampled_best_of_n, sampled_optimum
+from alignkit.exact.truth import (
+    Frontier,
+    Gap,
+    Pruned,
+    best_of_n,
+    best_of_n_kl_bound,
+    expectation,
+    frontier,
+    gap,
+    optimum,
+    prune,
+    response_entropy,
+    response_kl,
+    tabular_dpo,
+    variance,
+)
+
+__all__ = [
+    "Frontier",
+    "Gap",
+    "Pruned",
+    "Responses",
+    "SampledOptimum",
+    "best_of_n",
+    "best_of_n_kl_bound",
+    "cached",
+    "exact_gradient",
+    "expectation",
+    "frontier",
+    "gap",
+    "gold_table",
+    "optimum",
+    "proxy_table",
+    "prune",
+    "response_entropy",
+    "response_kl",
+    "response_logps",
+    "response_space",
+    "sampled_best_of_n",
+    "sampled_optimum",
+    "score_gradient",
+    "tabular_dpo",
+    "trie_logps",
+    "variance",
+    "weights_hash",
+]

@@ -1,0 +1,134 @@
+"""The recorded sweep: PPO and DPO over β and world seeds, measured exactly. Notebooks and sliders read it.
+
+`python -m experiments.sweep` makes `sweep.json`. It holds the hashes of the code that made it, and a test compares them
+with the code that is here, so that a figure is never older than what it describes.
+"""
+
+import ast
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCES = ("dpo", "exact", "fast", "kl", "models", "ppo", "reward", "sampling", "sft", "task", "tokens", "world")
+MEASURES = {  # of exact only what the sweep measures with: the rest may grow
+    "trie_logps", "response_logps", "_levels", "_assemble", "_Reader", "_policy_reader", "_reward_reader", "_walk",
+    "gold_table", "proxy_table", "_trie_scores", "expectation", "response_entropy", "response_kl", "optimum",
+    "Frontier", "frontier", "gap", "best_of_n", "_reward_groups", "_rounding"}
+FILE = Path(__file__).with_name("sweep.json")
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """One run from SFT, measured on the world's held-out prompts by enumeration: no sampling error in any figure.
+
+    value: PPO's kl_coef or DPO's beta. kl, entropy: nats a response. proxy, gold: SFT-sd. optimum: proxy of the best
+    policy at this KL. share: (proxy − SFT's) / (optimum − SFT's). trained: "kl", "proxy" and "share" on prompts that
+    the run was trained on, so that what it did not optimise can be told from what it did not carry over to new
+    questions. shares: class -> behaviour -> probability.
+    trajectory: "step", "kl", "proxy", "gold", "entropy", lists along training (iterations of PPO, optimiser steps of
+    DPO). by_prompt: "kl", "proxy", "gold", lists in the order of the world's prompts.
+    """
+
+    method: str
+    value: float
+    seed: int
+    kl: float
+    proxy: float
+    gold: float
+    entropy: float
+    optimum: float
+    share: float
+    trained: dict[str, float]
+    shares: dict[str, dict[str, float]]
+    trajectory: dict[str, list[float]]
+    by_prompt: dict[str, list[float]]
+    config: str  # hash of the whole config
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RecordedWorld:
+    """What is exactly known of one seed's SFT policy and reward model on its held-out prompts.
+
+    frontier: "beta", "kl", "proxy", "gold" (gold along it); gold_frontier: "beta", "kl", "gold"; best_of_n: "n", "kl",
+    "proxy", "gold": lists. sft: its "proxy", "gold", "entropy", and "shares". by_prompt: "variance" of the proxy under
+    SFT, "entropy". gold_scale: mean and sd of raw gold under SFT: gold is (raw − mean) / sd everywhere here.
+    """
+
+    seed: int
+    prompts: list[str]
+    kinds: list[str]
+    keys: list[int]
+    frontier: dict[str, list[float]]
+    gold_frontier: dict[str, list[float]]
+    best_of_n: dict[str, list[float]]
+    sft: dict
+    by_prompt: dict[str, list[float]]
+    gold_scale: tuple[float, float]
+    reward: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All runs and worlds. command, versions, sources, configs: what made them."""
+
+    command: str
+    versions: dict[str, str]
+    sources: dict[str, str]
+    configs: dict[str, dict]
+    worlds: dict[int, RecordedWorld]
+    runs: tuple[RecordedRun, ...]
+    probe: dict[str, float]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The world seeds, in order."""
+        return sorted(self.worlds)
+
+    def values(self, method: str) -> list[float]:
+        """The recorded kl_coef of "ppo" or beta of "dpo", smallest first. Raises ValueError on another method."""
+        found = sorted({run.value for run in self.runs if run.method == method})
+        if not found:
+            raise ValueError(f"method is {method!r}, expected one of {sorted({run.method for run in self.runs})}")
+        return found
+
+    def select(self, method: str, value: float | None = None, seed: int | None = None) -> list[RecordedRun]:
+        """Runs of a method, of one value or all, of one seed or all; by value, then seed. Raises ValueError on none."""
+        chosen = [run for run in self.runs if run.method == method and value in (None, run.value)
+                  and seed in (None, run.seed)]
+        if not chosen:
+            raise ValueError(f"no run of {method!r} with value {value} and seed {seed}; recorded are "
+                             f"{self.values(method)} for seeds {self.seeds}")
+        return sorted(chosen, key=lambda run: (run.value, run.seed))
+
+
+def load_sweep(path: str | Path | None = None) -> Sweep:
+    """The sweep that comes with alignkit, or the one in `path`.
+
+    Raises FileNotFoundError that says how to make one.
+    """
+    path = FILE if path is None else Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; make it with: python -m experiments.sweep --out {path}")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    worlds = {world["seed"]: RecordedWorld(**{**world, "gold_scale": tuple(world["gold_scale"])})
+              for world in stored["worlds"]}
+    return Sweep(stored["command"], stored["versions"], stored["sources"], stored["configs"], worlds,
+                 tuple(RecordedRun(**run) for run in stored["runs"]), stored["probe"])
+
+
+def source_hashes(modules: Sequence[str] = SOURCES) -> dict[str, str]:
+    """Module name -> SHA-256 of its syntax tree: docstrings, comments and line breaks do not count."""
+    hashes = {}
+    for name in modules:
+        tree = ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
+        if name == "exact":
+            tree.body = [node for node in tree.body if getattr(node, "name", None) in MEASURES]
+        for node in ast.walk(tree):
+            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            if documented and ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:]
+        hashes[name] = hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+    return hashes

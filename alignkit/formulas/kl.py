@@ -1,0 +1,35 @@
+"""KL(π ‖ π_ref): three estimators from samples, and the exact value from logits. All in nats per token.
+
+The samples must come from the policy that gave `logprobs`; from any other sampler all three estimate something else.
+"""
+
+import torch
+from torch import Tensor
+
+from alignkit.formulas.tokens import entropy
+
+
+def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k1 = log π − log π_ref: unbiased, can be negative, high variance. Same shape as the arguments. (Schulman 2020)"""
+    return logprobs - ref_logprobs
+
+
+def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k2 = ½ (log π − log π_ref)²: never negative, low variance, biased. Shaped as the arguments. (Schulman 2020)"""
+    return 0.5 * (logprobs - ref_logprobs).square()
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """k3 = (r − 1) − log r with r = π_ref / π: unbiased, never negative. Shaped as the arguments. (Schulman 2020)
+
+    Uses expm1, so that it stays non-negative when π and π_ref almost agree in float32.
+    """
+    log_ratio = ref_logprobs - logprobs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
+    """KL of the next-token distributions, Σ_v π_v (log π_v − log π_ref,v): (B, T) for logits (B, T, V)."""
+    logprobs = logits.float().log_softmax(-1)
+    cross = -torch.where(logprobs > -80, logprobs.exp() * ref_logits.float().log_softmax(-1), 0.0).sum(-1)
+    return cross - entropy(logits)

@@ -1,0 +1,1 @@
+"""What a model says: responses sampled, and responses read."""

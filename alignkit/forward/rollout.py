@@ -1,0 +1,152 @@
+"""B prompts with a response each, as padded tensors; made from texts or ids, cut into parts, decoded."""
+
+from dataclasses import dataclass, replace
+from itertools import compress
+
+import torch
+from torch import Tensor
+
+from alignkit.data.encoding import encode_pairs, encode_texts
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions (B, L) that count real tokens only, so that left padding changes nothing."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def distinct_prompts(prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and mask (N, P) of the prompts that are there, each once, and which of them each row (B,) is."""
+    both, which = torch.unique(torch.cat([prompt_ids, prompt_mask.long()], 1), dim=0, return_inverse=True)
+    ids, mask = both.chunk(2, 1)
+    return ids, mask.bool(), which
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B prompts with a response each.
+
+    prompt_ids (B, P): left-padded. prompt_mask (B, P): True at real tokens. response_ids (B, T): right-padded, EOS
+    included. response_mask (B, T): True at response tokens. logprobs (B, T): the sampler's, nats, 0 outside the mask.
+    finished (B,): True where the response ended with EOS rather than at the limit.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    logprobs: Tensor
+    finished: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def __getitem__(self, rows) -> "Rollout":
+        return Rollout(**{name: value[rows] for name, value in vars(self).items()})
+
+
+def left_pad(sequences: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids (B, P) and mask (B, P) bool of sequences of different lengths, padded on the left."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in sequences])
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in sequences])
+    return ids, mask
+
+
+def right_pad(sequences: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids (B, T) and mask (B, T) bool of sequences of different lengths, padded on the right."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([list(row) + [pad_token_id] * (width - len(row)) for row in sequences])
+    mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in sequences])
+    return ids, mask
+
+
+def encode_prompts(tokenizer, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """Token ids (B, P), left-padded, and mask (B, P) of prompt texts. Special tokens written in a prompt stay text
+    (in a `ChatText`, which a chat template wrote, they are real).
+
+    Raises ValueError, naming the row, if a prompt has no tokens.
+    """
+    rows = encode_texts(tokenizer, list(prompts))
+    for number, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"prompt {number} is empty: it has no tokens")
+    return left_pad(rows, tokenizer.pad_token_id)
+
+
+def full_ids(rollout: Rollout) -> tuple[Tensor, Tensor]:
+    """Prompt and response in a row, without the last token, which predicts nothing: ids and mask (B, P + T − 1)."""
+    return (torch.cat([rollout.prompt_ids, rollout.response_ids[:, :-1]], 1),
+            torch.cat([rollout.prompt_mask, rollout.response_mask[:, :-1]], 1))
+
+
+def rollout_from_ids(prompts: list[list[int]], responses: list[list[int]], *, eos_token_id: int, pad_token_id: int,
+                     device="cpu") -> Rollout:
+    """A Rollout of given token ids (EOS is theirs to contain), with logprobs 0: to score text that was not sampled."""
+    prompt_ids, prompt_mask = left_pad(prompts, pad_token_id)
+    response_ids, response_mask = right_pad(responses, pad_token_id)
+    finished = torch.tensor([bool(row) and row[-1] == eos_token_id for row in responses])
+    made = Rollout(prompt_ids, prompt_mask, response_ids, response_mask, torch.zeros(response_ids.shape), finished)
+    return to_device(made, device)
+
+
+def encode_rows(tokenizer, rows: list[dict], column: str, max_new_tokens: int) -> Rollout:
+    """Rows with `prompt` and `column` (texts) as a Rollout; EOS follows a response if max_new_tokens leave room."""
+    pairs = encode_pairs(tokenizer, [row["prompt"] for row in rows], [row[column] for row in rows])[0]
+    prompts, responses = (
+        [prompt for prompt, _ in pairs],
+        [[*ids, tokenizer.eos_token_id][:max_new_tokens] for _, ids in pairs],
+    )
+    return rollout_from_ids(
+        prompts, responses, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+
+
+def passes(rollout: Rollout, most: int | None, rows: int) -> list[tuple[slice | Tensor, Rollout]]:
+    """What one forward pass each reads of a rollout, and which rows that are: `rows` at a time, in their order, or, if
+    `most` is not None, `groups` of rows, without columns in which all of them are padding.
+    """
+    if most is None:
+        some = [slice(start, start + rows) for start in range(0, len(rollout), rows)]
+        return [(part, rollout[part]) for part in some]
+    some = groups(rollout.prompt_mask.sum(1), rollout.response_mask.sum(1), most)
+    return [(part, trimmed(rollout[part])) for part in some]
+
+
+def groups(prompt_tokens: Tensor, response_tokens: Tensor, most: int) -> list[Tensor]:
+    """Rows of like length, of which a forward pass reads at most `most` tokens, padding included.
+
+    prompt_tokens, response_tokens: (B,), how many there are. A row that has more is a group of its own.
+    """
+    lengths = torch.stack([prompt_tokens, response_tokens], 1).tolist()
+    found, widest = [], (0, 0)
+    for row in sorted(range(len(lengths)), key=lambda row: sum(lengths[row])):
+        wider = tuple(map(max, widest, lengths[row]))
+        if found and (len(found[-1]) + 1) * (sum(wider) - 1) <= most:  # the last token is not read
+            found[-1].append(row)
+            widest = wider
+        else:
+            found.append([row])
+            widest = tuple(lengths[row])
+    return [torch.tensor(rows, device=prompt_tokens.device) for rows in found]
+
+
+def trimmed(rollout: Rollout) -> Rollout:
+    """The same rows without columns that are padding in all of them; one column of the response is left at least."""
+    prompt, response = rollout.prompt_mask.any(0), rollout.response_mask.any(0)
+    response[0] = True
+    return Rollout(rollout.prompt_ids[:, prompt], rollout.prompt_mask[:, prompt], rollout.response_ids[:, response],
+                   rollout.response_mask[:, response], rollout.logprobs[:, response], rollout.finished)
+
+
+def to_device(rollout: Rollout, device) -> Rollout:
+    """The same rollout on another device."""
+    return replace(rollout, **{name: value.to(device) for name, value in vars(rollout).items()})
+
+
+def decode_responses(tokenizer, rollout: Rollout) -> list[str]:
+    """The response texts, without EOS and padding."""
+    both = zip(rollout.response_ids.tolist(), rollout.response_mask.tolist(), strict=True)  # read from the device once
+    rows = [tuple(compress(ids, mask)) for ids, mask in both]
+    texts = {row: tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+             for row in set(rows)}
+    return [texts[row] for row in rows]

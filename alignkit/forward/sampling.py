@@ -1,0 +1,163 @@
+"""Rollouts: sample responses with a KV cache, and read the logits of responses that are there already.
+
+This is the one door for randomness: what is sampled comes from the generator that the caller passes, and from the full
+softmax at `temperature`. There is no top-k or top-p, so that what is sampled is what is scored.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from alignkit.errors import NonFinite
+from alignkit.formulas.randomness import inverse_cdf, seeded
+from alignkit.forward import cpu, cuda_graph
+from alignkit.forward.precision import autocast
+from alignkit.forward.reading import last_logits
+from alignkit.forward.rollout import Rollout, decode_responses, distinct_prompts, encode_prompts, position_ids
+
+DIVERGED = "the policy's logits are NaN or infinite; its weights have diverged (lower the learning rate)"
+
+
+@torch.no_grad()
+def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_new_tokens: int, eos_token_id: int,
+           pad_token_id: int, generator: torch.Generator, temperature: float = 1.0) -> Rollout:
+    """One response for each prompt row, sampled by inverse CDF from softmax(logits / temperature).
+
+    generator: on the CPU; one uniform number a row and a position is drawn from it, so results do not depend on the
+    device. On a GPU longer responses are drawn by `alignkit.forward.cuda_graph`, where it reads the policy.
+    Raises ValueError if prompt and response do not fit the model's context, NonFinite on NaN logits.
+    """
+    limit = getattr(policy.config, "max_position_embeddings", None)
+    if limit is not None and prompt_ids.shape[1] + max_new_tokens > limit:
+        raise ValueError(
+            f"prompts of {prompt_ids.shape[1]} tokens and max_new_tokens={max_new_tokens} do not fit the model's "
+            f"context of {limit} tokens"
+        )
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}, expected a positive number")
+    device = policy.device
+    prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
+    if cuda_graph.usable(policy, max_new_tokens):
+        return _sample_by_graph(policy, prompt_ids, prompt_mask, max_new_tokens, generator, eos_token_id=eos_token_id,
+                                pad_token_id=pad_token_id, temperature=temperature)
+    decoder, logits = _prompts_read(policy, prompt_ids, prompt_mask, max_new_tokens - 1)
+    alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
+    rows = torch.arange(len(prompt_ids), device=device)  # those that the model still reads
+    padding, nothing = torch.full_like(rows, pad_token_id), torch.zeros(len(prompt_ids), device=device)
+    tokens, masks, logprobs = [], [], []
+    while True:
+        scaled = logits.float() / temperature
+        uniform = torch.rand(len(prompt_ids), 1, generator=generator, dtype=torch.float64).to(device)
+        token, logprob = _inverse_cdf(scaled, uniform[rows])
+        tokens.append(torch.where(alive, padding.scatter(0, rows, token), pad_token_id))
+        logprobs.append(torch.where(alive, nothing.scatter(0, rows, logprob), 0.0))
+        masks.append(alive)
+        alive = alive & (tokens[-1] != eos_token_id)
+        if len(tokens) == max_new_tokens or not alive.any():
+            break
+        going = alive[rows]
+        if 2 * going.sum() <= len(rows) and decoder.selectable:  # half of the rows have ended: they are read no longer
+            rows = rows[going]
+            decoder.select(going.nonzero().squeeze(1))
+        logits = decoder.step(tokens[-1][rows], masks[-1][rows])
+    return Rollout(
+        prompt_ids, prompt_mask, torch.stack(tokens, 1), torch.stack(masks, 1), torch.stack(logprobs, 1), ~alive
+    )
+
+
+def _prompts_read(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, room: int) -> tuple:
+    """A decoder that has read the prompts, and the logits (B, V) of the next token.
+
+    Where each prompt is there twice or more on average, it is read once.
+    """
+    reader = cpu.reader(policy)
+
+    def read(ids: Tensor, mask: Tensor):
+        return _Decoder(policy, ids, mask) if reader is None else cpu.Decoder(reader, ids, mask, room)
+
+    ids, mask, which = distinct_prompts(prompt_ids, prompt_mask)
+    if 2 * len(ids) <= len(prompt_ids):
+        decoder = read(ids, mask)
+        if decoder.selectable:
+            decoder.select(which)
+            return decoder, decoder.logits[which]
+    decoder = read(prompt_ids, prompt_mask)
+    return decoder, decoder.logits
+
+
+def _sample_by_graph(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int,
+                     generator: torch.Generator, **options) -> Rollout:
+    state, rows = generator.get_state(), len(prompt_ids)
+    uniform = torch.rand(max_new_tokens, rows, generator=generator, dtype=torch.float64)
+    decoder = cuda_graph.Decoder(policy, *prompt_ids.shape, max_new_tokens, **options)
+    decoder.start(prompt_ids, prompt_mask, uniform)
+    tokens, mask, logprobs = decoder.run()
+    if not decoder.finite:
+        raise NonFinite(DIVERGED)
+    generator.set_state(state)  # it has then given as many numbers as when they are drawn one position at a time
+    torch.rand(tokens.shape[1], rows, generator=generator, dtype=torch.float64)
+    return Rollout(prompt_ids, prompt_mask, tokens, mask, logprobs, ~decoder.alive)
+
+
+class _Decoder:
+    """Any Hugging Face causal LM, a token at a time, with its own cache. logits: (B, V), of the next token."""
+
+    def __init__(self, policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor):
+        self.policy, self.mask, self.positions, self.cache = policy, prompt_mask, position_ids(prompt_mask), None
+        self.logits = self._read(prompt_ids)
+
+    def _read(self, ids: Tensor) -> Tensor:
+        with autocast(ids.device):
+            output = self.policy(input_ids=ids, attention_mask=self.mask, position_ids=self.positions,
+                                 past_key_values=self.cache, use_cache=True, **last_logits(self.policy, 1))
+        self.cache = output.past_key_values
+        return output.logits[:, -1]
+
+    def step(self, tokens: Tensor, real: Tensor) -> Tensor:
+        """Logits (B, V) after one more token (B,) a row; real (B,): False where it is padding."""
+        self.mask = torch.cat([self.mask, real[:, None]], 1)
+        self.positions = self.positions[:, -1:] + 1
+        return self._read(tokens[:, None])
+
+    @property
+    def selectable(self) -> bool:
+        return _selectable(self.cache)
+
+    def select(self, rows: Tensor) -> None:
+        """Read on with these rows (R,) alone."""
+        self.mask, self.positions = self.mask[rows], self.positions[rows]
+        self.cache.batch_select_indices(rows)
+
+
+def generate_texts(
+    policy: nn.Module,
+    tokenizer,
+    prompts: list[str],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    samples: int = 1,
+    temperature: float = 1.0,
+    batch_size: int = 256,
+) -> list[list[str]]:
+    """`samples` response texts for each prompt text. The same seed gives the same responses for the same batch size."""
+    texts = []
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    for start in range(0, len(repeated), batch_size):
+        ids, mask = encode_prompts(tokenizer, repeated[start : start + batch_size])
+        rollout = sample(policy, ids, mask, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+                         pad_token_id=tokenizer.pad_token_id, temperature=temperature, generator=seeded(seed, start))
+        texts += decode_responses(tokenizer, rollout)
+    return [texts[start : start + samples] for start in range(0, len(texts), samples)]
+
+
+def _inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    token, logprob = inverse_cdf(logits, uniform)
+    if not torch.isfinite(logprob).all():
+        raise NonFinite(DIVERGED)
+    return token, logprob
+
+
+def _selectable(cache) -> bool:
+    """Whether rows can be taken out of the cache: all that the model remembers is keys and values, a row a response."""
+    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)

@@ -1,0 +1,1 @@
+"""The command, and notebooks as jobs."""

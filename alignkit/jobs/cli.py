@@ -1,0 +1,223 @@
+"""The `alignkit` command: notebooks as jobs, data and checkpoints checked, checkpoints compared.
+
+Exit codes: 0 done; 1 it did not work, with one message and no traceback; 2 wrong usage; 130 interrupted.
+ALIGNKIT_TRACEBACK=1 shows tracebacks all the same. What a command needs is imported when it runs, so that
+`alignkit --help` is quick.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from alignkit import __version__
+from alignkit.errors import AlignkitError, ParameterError
+
+
+class Refused(AlignkitError, ValueError):
+    """What a command was asked to do cannot be done with what it was given."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code. `arguments` defaults to the command line."""
+    options = _parser().parse_args(arguments)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C: the notebook may save, and the job's record says so
+    try:
+        return options.command(options) or 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `alignkit check … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("ALIGNKIT_TRACEBACK") or not isinstance(error, OSError | AlignkitError):
+            raise
+        from alignkit.safe_text import visible
+
+        print(f"alignkit: {visible(error, 5000)}", file=sys.stderr)
+        return 130 if getattr(error, "status", "") == "interrupted" else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "RLHF you can run: SFT, reward model, PPO, frozen checkpoint, DPO."
+    parser = argparse.ArgumentParser(prog="alignkit", description=about)
+    parser.add_argument("--version", action="version", version=f"alignkit {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, command, about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+        added.set_defaults(command=command)
+        return added
+
+    def add_out(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--out", required=True, type=folder, metavar="DIR")
+
+    def add_data(command: argparse.ArgumentParser) -> None:
+        about = "`desk`, a file, a folder or a Hub id (default: desk)"
+        command.add_argument("--data", default="desk", metavar="D", help=about)
+
+    def add_job(command: argparse.ArgumentParser) -> None:
+        add_out(command)
+        about = "a parameter of the notebooks; may be repeated"
+        command.add_argument(
+            "-p", dest="parameters", action="append", default=[], type=_assignment, metavar="NAME=VALUE", help=about
+        )
+        command.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="give a notebook up after so long")
+
+    course = add("course", _course, "run the series of notebooks as one job; run again, it resumes")
+    course.add_argument("--model", default="tiny", metavar="M", help="`tiny`, a folder or a Hub id (default: tiny)")
+    add_data(course)
+    add_job(course)
+
+    run = add("run", _run, "run one notebook as a job")
+    run.add_argument(
+        "notebook", metavar="NOTEBOOK", help="a path, or the name or number of one of alignkit's notebooks"
+    )
+    add_job(run)
+    run.add_argument("--force", action="store_true", help="run it even if it was done already")
+
+    check = add("check", _check, "validate prompts, demonstrations or preference data: exit 1 if a row is bad")
+    check.add_argument("source", metavar="FILE", help="a file, a folder or a Hub id")
+
+    freeze = add("freeze", _freeze, "make a frozen checkpoint: weights, tokenizer, lineage and a SHA-256 manifest")
+    freeze.add_argument("checkpoint", type=folder, metavar="DIR")
+    add_out(freeze)
+
+    verify = add("verify", _verify, "check a frozen checkpoint against its manifest: exit 1 if a byte differs")
+    verify.add_argument("checkpoint", type=folder, metavar="DIR")
+
+    compare = add("compare", _compare, "evaluate checkpoints side by side on the frozen evaluation set")
+    compare.add_argument("checkpoints", nargs="+", type=folder, metavar="DIR")
+    add_data(compare)
+    add_out(compare)
+
+    for verb in importlib.metadata.entry_points(group="alignkit.commands"):  # those of other packages, such as `app`
+        verb.load()(add)
+
+    report = add("report", _report, "write report.html of a run directory again")
+    report.add_argument("run", type=folder, metavar="DIR")
+    return parser
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+def _course(options: argparse.Namespace) -> None:
+    from alignkit.jobs import notebooks
+    from alignkit.jobs.report import overview
+
+    given = _parameters(options)
+    for name in given.keys() & {"model", "data"}:
+        raise ParameterError(f"{name}: give it as --{name}")
+    run = notebooks.course(options.out, options.model, options.data, given, timeout=options.timeout)
+    print(f"\n{overview(run)}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    from alignkit.jobs import notebooks
+
+    executed = notebooks.run_notebook(
+        options.notebook, options.out, _parameters(options), timeout=options.timeout, force=options.force
+    )
+    print(f"executed notebook: {_shown(executed)}")
+
+
+def _check(options: argparse.Namespace) -> int:
+    from alignkit.data.rows import check
+    from alignkit.safe_text import visible
+
+    report = check(options.source)
+    print(visible(report, limit=10**9))
+    return 0 if report.ok else 1
+
+
+def _freeze(options: argparse.Namespace) -> None:
+    from alignkit.runs.frozen import freeze, verify
+
+    try:
+        out = freeze(options.checkpoint, options.out)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    print(f"frozen: {_shown(out)}, {_files(verify(out))}")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from alignkit.runs.frozen import verify
+
+    print(f"{_shown(options.checkpoint)}: {_files(verify(options.checkpoint))}, every byte as it was frozen")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from alignkit.evaluate.comparison import compare_directories
+    from alignkit.jobs.notebooks import absolute
+    from alignkit.safe_text import visible
+
+    comparison = compare_directories(options.checkpoints, absolute("data", options.data), options.out)
+    print(visible(comparison, limit=10**6))
+    print(f"\npage: {_shown(options.out / 'compare.html')}; also compare.md, .csv, .json and pictures")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from alignkit.jobs.report import build_report
+
+    print(_shown(build_report(options.run)))
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def folder(text: str) -> Path:
+    """A folder named on the command line; it need not be there."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
+    return Path(text).expanduser()
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return seconds
+
+
+def port(text: str) -> int:
+    """A port named on the command line, 0 to 65535."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, a number from 0 to 65535")
+    return int(text)
+
+
+def _parameters(options: argparse.Namespace) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for name, value in options.parameters:
+        if name in given:
+            raise ParameterError(f"{name} is given twice, as {given[name]!r} and as {value!r}")
+        given[name] = value
+    return given
+
+
+# --- small things ----------------------------------------------------------------------------------------------------
+def _interrupt(_signal, _frame) -> None:
+    raise KeyboardInterrupt
+
+
+def _files(manifest) -> str:
+    size = sum(file["size"] for file in manifest.files.values())
+    return f"{len(manifest.files)} files, {size:,} bytes, hash {manifest.hash[:12]}"
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it can be said from here."""
+    path = Path(path).absolute()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -1,0 +1,35 @@
+"""What training will cost, said before it starts: a few real steps that change nothing, or recorded times and a probe.
+
+`seconds.json` holds what the notebooks took once, and what the probe took on that machine in the same minutes;
+`python -m benchmarks.seconds RUN` makes it.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+RECORDED = Path(__file__).with_name("seconds.json")
+
+
+def notebook_seconds(speed: float | None = None) -> dict[str, float]:
+    """Seconds that each notebook takes here at its default settings, by the recorded times and this machine's speed.
+
+    speed: of this machine, in recorded machines; None: probed, which takes about a second.
+    """
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
+    speed = recorded["probe"] / probe_seconds() if speed is None else speed
+    return {name: seconds / speed for name, seconds in recorded["notebooks"].items()}
+
+
+def probe_seconds() -> float:
+    """CPU seconds of a fixed piece of work on one thread: elementwise functions of small arrays. Best of five."""
+    start = np.linspace(-2, 2, 65536, dtype=np.float32)
+    best = float("inf")
+    for _ in range(5):
+        begun, x = time.thread_time(), start
+        for _ in range(500):
+            x = np.tanh(x) * 0.5 + start
+        best = min(best, time.thread_time() - begun)
+    return best

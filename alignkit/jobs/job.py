@@ -1,0 +1,130 @@
+"""One notebook as a job: what its outcome depends on, and whether that changed since it ran."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignkit.jobs.parameters import notebook_parameters
+from alignkit.runs.stages import CHAIN, RUN_FILES
+from alignkit.storage import content_hash, plain
+
+PRESENTATION = ("jobs", "pages")  # folders of code that changes nothing in a run
+
+
+@dataclass(frozen=True)
+class Job:
+    notebook: Path
+    out: Path
+    values: dict[str, object]
+
+    @property
+    def name(self) -> str:
+        return self.notebook.stem
+
+    @property
+    def executed(self) -> Path:
+        return self.out / self.notebook.name
+
+    @property
+    def folder(self) -> Path | None:
+        return self.out / CHAIN[self.name] if CHAIN.get(self.name) else None
+
+
+def job_key(job: Job, records: Mapping[str, dict]) -> dict[str, object]:
+    """What decides the outcome of a job, part by part, so that a difference can be named."""
+    earlier = {name: record.get("made") for name, record in records.items() if name < job.name and record.get("made")}
+    files = {
+        name: _digest(Path(value))
+        for name, value in job.values.items()
+        if name != "run" and isinstance(value, str) and os.path.isabs(value) and os.path.exists(value)
+    }
+    return plain(
+        {
+            "notebook": hashlib.sha256(job.notebook.read_bytes()).hexdigest(),
+            "parameters": {
+                name: job.values.get(name, known.default)
+                for name, known in notebook_parameters(job.notebook).items()
+                if name != "run"
+            },
+            "files": files,
+            "alignkit": _code_hash(),
+            "earlier": content_hash(earlier),
+        }
+    )
+
+
+def why_run(job: Job, before: Mapping, key: Mapping) -> str:
+    """Why a job has to run (again); "" if it is finished and nothing changed."""
+    was = before.get("key", {})
+    if before.get("status") != "finished":
+        return f"{before.get('status', 'not')} before".replace("running", "interrupted").replace(
+            "not before", "not run yet"
+        )
+    if was.get("parameters") != key["parameters"]:
+        old, new = was.get("parameters", {}), key["parameters"]
+        differing = [
+            f"{name} was {old[name]!r}, now {new[name]!r}" for name in new if name in old and old[name] != new[name]
+        ]
+        return "; ".join(differing) or "the notebook has other parameters now"
+    reasons = {
+        "notebook": "the notebook changed",
+        "files": "the model or data changed",
+        "alignkit": "alignkit's code changed",
+        "earlier": "an earlier stage changed",
+    }
+    for part, reason in reasons.items():
+        if was.get(part) != key[part]:
+            return reason
+    if not job.executed.exists():
+        return f"{job.executed.name} is missing"
+    made, there = before.get("made", {}), files_made(job.folder)
+    differing = sorted(name for name in made if made[name] != there.get(name))
+    return f"{differing[0]} is not what it wrote" if differing else ""
+
+
+def set_aside(job: Job, before: Mapping) -> None:
+    """Clear a job's folder of what another key made: delete what can be made again, move all else to RUN/aside."""
+    if not job.folder or not job.folder.exists():
+        return
+    if before.get("status") == "finished" and files_made(job.folder) == before.get("made"):
+        shutil.rmtree(job.folder)
+        return
+    aside = job.out / "aside"
+    aside.mkdir(exist_ok=True)
+    taken = {path.name for path in aside.iterdir()}
+    number = next(n for n in range(1, len(taken) + 2) if f"{job.folder.name}-{n}" not in taken)
+    os.rename(job.folder, aside / f"{job.folder.name}-{number}")
+
+
+def files_made(folder: Path | None) -> dict[str, str]:
+    """SHA-256 of each file in a job's folder, by path below RUN; without records, which later notebooks may change."""
+    if folder is None or not folder.is_dir():
+        return {}
+    return {
+        path.relative_to(folder.parent).as_posix(): _digest(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in RUN_FILES
+    }
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file's bytes; of a folder, the names, sizes and times of what is in it."""
+    if path.is_dir():
+        return content_hash(
+            [
+                [str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns]
+                for file in sorted(path.rglob("*"))
+                if file.is_file()
+            ]
+        )
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _code_hash() -> str:
+    package = Path(__file__).parents[1]
+    files = {path.relative_to(package): path for path in sorted(package.rglob("*.py"))}
+    return content_hash({name.as_posix(): _digest(path) for name, path in files.items() if name.parts[0] not in PRESENTATION})

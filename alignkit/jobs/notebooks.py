@@ -1,0 +1,300 @@
+"""Notebooks as jobs: one notebook, or the whole course, in a run directory that can be resumed.
+
+RUN/jobs.json says of each notebook how far it came, written before, during and last of all: whether a notebook finished
+is never judged from the notebook itself. A job is known by its key: the notebook's source, its parameters, the code of
+alignkit and what the notebooks before it left in RUN. A finished job with the same key is not repeated.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from alignkit.errors import ParameterError, RunError, RunInUse
+from alignkit.jobs.estimate import notebook_seconds
+from alignkit.jobs.job import why_run, Job, job_key, files_made, set_aside
+from alignkit.jobs.parameters import check_name, check_parameters, notebook_parameters, unknown_name
+from alignkit.jobs.progress import Progress, clock
+from alignkit.runs.records import record_seconds, start_run
+from alignkit.runs.stages import CHAIN
+from alignkit.storage import write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there, nobody stops two jobs in one folder
+    fcntl = None
+
+
+def find_notebooks() -> dict[str, Path]:
+    """The course's notebooks, name -> path in order of name: those of a clone, or those installed with the package."""
+    package = Path(__file__).parents[1]
+    for folder in (package / "notebooks", package.parent / "notebooks"):
+        found = {path.stem: path for path in sorted(folder.glob("[0-9]*.ipynb"))}
+        if found:
+            return found
+    return {}
+
+
+def find_notebook(notebook: str | Path) -> Path:
+    """A notebook by path, by name (`03_ppo`) or by number (`3`, `03`). Raises FileNotFoundError that lists them."""
+    path, known = Path(notebook), find_notebooks()
+    if path.suffix == ".ipynb" and path.is_file():
+        return path.absolute()
+    name = path.stem if path.suffix == ".ipynb" else str(notebook)
+    number = name.zfill(2) + "_" if name.isdecimal() else None
+    found = known.get(name) or next((known[other] for other in known if number and other.startswith(number)), None)
+    if not found:
+        raise FileNotFoundError(
+            f"no notebook {str(notebook)!r}; expected a path to an .ipynb file or one of: {', '.join(known) or 'none'}"
+        )
+    return found
+
+
+def run_notebook(
+    notebook: str | Path,
+    out: str | Path,
+    parameters: Mapping[str, object] | None = None,
+    *,
+    timeout: float | None = None,
+    progress: bool = True,
+    force: bool = False,
+) -> Path:
+    """Run one notebook in the run directory `out`, unless that was done already; returns the executed notebook.
+
+    parameters: name -> value, checked before a kernel starts; `run` is set to `out`. timeout: seconds. progress: print
+    one line about it. force: run even if it was done. Raises ParameterError; RunInUse; NotebookFailed, with the cell.
+    """
+    notebook, out = find_notebook(notebook), _run_directory(out)
+    job = _job(notebook, out, parameters or {})
+    with _locked(out):
+        expected = _expected([job]).get(job.name) if progress else None
+        return _run(job, timeout=timeout, progress=progress, force=force, expected=expected)
+
+
+def course(
+    out: str | Path,
+    model: str = "tiny",
+    data: str = "desk",
+    parameters: Mapping[str, object] | None = None,
+    *,
+    notebooks: Sequence[str | Path] = tuple(CHAIN),
+    timeout: float | None = None,
+    progress: bool = True,
+) -> Path:
+    """Run the series of notebooks in order as one job, then write report.html; returns the run directory.
+
+    Each notebook gets those of `parameters` that it knows; one that none knows is refused, before a kernel starts. What
+    an earlier call finished is not repeated. When a notebook fails, what came before it is kept and reported.
+    Raises as `run_notebook` does, and RunError if `out` belongs to a run of another model, data or seed.
+    """
+    from alignkit.jobs.report import build_report
+
+    out, given = _run_directory(out), {"model": model, "data": data, **(parameters or {})}
+    paths = [find_notebook(notebook) for notebook in notebooks]
+    known = {path: notebook_parameters(path) for path in paths}
+    everywhere = {name: parameter for found in known.values() for name, parameter in found.items()}
+    for name in parameters or {}:
+        check_name(name)
+        if name not in everywhere:
+            raise ParameterError(unknown_name(name, everywhere, "no notebook of the course has such a parameter"))
+    jobs = [_job(path, out, {name: value for name, value in given.items() if name in known[path]}) for path in paths]
+    facts = {
+        name: next((job.values[name] for job in jobs if name in job.values), None) for name in ("model", "data", "seed")
+    }
+    if facts["seed"] is None:
+        facts["seed"] = everywhere["seed"].default if "seed" in everywhere else 0
+    with _locked(out):
+        start_run(out, facts["model"] or model, facts["data"] or data, facts["seed"])
+        spare = _spare(jobs[0]) if jobs else None
+        try:
+            expected = _expected(jobs) if progress else {}
+            if spare:
+                import alignkit.jobs.kernel  # noqa: F401 (papermill takes seconds; two kernels and this would be too many)
+            for job, following in itertools.zip_longest(jobs, jobs[1:]):
+                present, spare = spare, _spare(following)
+                with contextlib.closing(present) if present else contextlib.nullcontext():
+                    _run(job, timeout=timeout, progress=progress, expected=expected.get(job.name), spare=present)
+        except BaseException:
+            if spare:
+                spare.close()
+            with contextlib.suppress(Exception):  # what went wrong first is what has to be told
+                build_report(out)
+            raise
+        build_report(out)
+    return out
+
+
+def _job(notebook: Path, out: Path, given: Mapping[str, object]) -> Job:
+    if "run" in given:
+        raise ParameterError("run: the run directory is given by `--out` (out=…), not as a parameter")
+    if (out / notebook.name).resolve() == notebook.resolve():
+        raise ParameterError(
+            f"out is {str(out)!r}, the folder of the notebook itself: it would be overwritten by its executed copy"
+        )
+    values = {name: absolute(name, value) for name, value in check_parameters(notebook, given).items()}
+    return Job(notebook, out, values | ({"run": str(out)} if "run" in notebook_parameters(notebook) else {}))
+
+
+def absolute(name: str, value: object) -> object:
+    """The value of parameter `name`, with a path made absolute; `tiny`, `desk`, Hub ids and all else as they are.
+
+    Raises ParameterError if a `model` or `data` that can only be a path is not there.
+    """
+    if not isinstance(value, str) or value in ("tiny", "desk"):
+        return value
+    path = os.path.abspath(os.path.expanduser(value))
+    is_source = name in ("model", "data")
+    if value.startswith(("./", "../", "~/", "/")) or value in (".", ".."):
+        if is_source and not os.path.exists(path):
+            raise ParameterError(f"{name} is {value!r}, and there is no such file or folder")
+        return path
+    return path if is_source and os.path.exists(path) else value
+
+
+def _run_directory(out: str | Path) -> Path:
+    out = Path(out).expanduser().absolute()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise RunError(f"run directory {str(out)!r} cannot be made: {error}") from None
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise RunError(f"run directory {str(out)!r} cannot be written to")
+    return out
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold RUN/.lock. The system lets go of it when this process ends, however it ends."""
+    with open(out / ".lock", "a+", encoding="utf-8") as lock:
+        if fcntl:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                raise RunInUse(
+                    f"{out} is in use by {lock.read().strip() or 'another process'}; wait, or choose another --out"
+                ) from None
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} since {_now()}\n")
+        lock.flush()
+        yield
+        lock.truncate(0)
+
+
+def _expected(jobs: Sequence[Job]) -> dict[str, float]:
+    """Say what the notebooks that are to run will take; their seconds by name, where that is known before they run."""
+    done, usual = _read_jobs(jobs[0].out), {"model": "tiny", "data": "desk"}
+    ahead = [job for job in jobs if done.get(job.name, {}).get("status") != "finished"]
+    changed = any(set(job.values) - {"run", "seed", *usual} for job in ahead)
+    changed = changed or any(job.values.get(name, value) != value for job in ahead for name, value in usual.items())
+    known = notebook_seconds() if ahead and not changed else {}
+    if ahead and {job.name for job in ahead} <= known.keys():
+        what = ahead[0].name if len(ahead) == 1 else f"{len(ahead)} notebooks"
+        print(f"{what}: about {clock(sum(known[job.name] for job in ahead))} on this machine if nothing else runs, "
+              "less than 2 GB of memory", flush=True)
+    elif ahead:
+        print("each notebook says how long it will train, and what memory it needs, before it does", flush=True)
+    return known
+
+
+def _run(
+    job: Job,
+    *,
+    timeout: float | None,
+    progress: bool,
+    force: bool = False,
+    expected: float | None = None,
+    spare=None,
+) -> Path:
+    records = _read_jobs(job.out)
+    before, key = records.get(job.name, {}), job_key(job, records)
+    changed = why_run(job, before, key)
+    line = Progress(job.name, before.get("seconds", expected)) if progress else None
+    if not changed and not force:
+        if line:
+            line.say(f"done already, in {clock(before['seconds'])}")
+        return job.executed
+    if before and before.get("key") != key:
+        set_aside(job, before)
+    if line and before and changed:
+        line.say(f"again: {changed}")
+    record = {"status": "running", "key": key, "pid": os.getpid(), "started": _now()}
+    started = time.monotonic()
+
+    def note(**facts: object) -> None:
+        record.update(facts, seconds=round(time.monotonic() - started, 1))
+        write_json(job.out / "jobs.json", {**records, job.name: record})
+
+    def on_cell(cell: int, cells: int) -> None:
+        note(cell=cell + 1, cells=cells)
+        if line:
+            line.at(cell, cells)
+
+    note()
+    try:
+        _execute(job, timeout, on_cell, spare)
+    except BaseException as error:
+        note(status=getattr(error, "status", "failed"), error=str(error))
+        if line:
+            line.end(f"{record['status'].upper()} after {clock(record['seconds'])}")
+        raise
+    note(status="finished", made=files_made(job.folder))
+    record_seconds(job.out, job.name, record["seconds"])
+    if line:
+        line.end(f"done in {clock(record['seconds'])}")
+    return job.executed
+
+
+def _spare(job: Job | None):
+    """A kernel that starts while other work goes on; None if there is no job, or it was finished once."""
+    if job is None or _read_jobs(job.out).get(job.name, {}).get("status") == "finished":
+        return None
+    from alignkit.jobs.spare_kernel import Spare
+
+    return Spare(_environment(job), Path.cwd())
+
+
+def _environment(job: Job) -> dict[str, str]:
+    env = {**os.environ, "ALIGNKIT_HEADLESS": "1"}
+    for name, value in {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        **({"OMP_NUM_THREADS": "1"} if job.values.get("model", "tiny") == "tiny" else {}),
+    }.items():
+        env.setdefault(name, value)  # the tiny model's matrices are too small to be worth a second thread
+    return env
+
+
+def _execute(job: Job, timeout: float | None, on_cell, spare) -> None:
+    from alignkit.errors import NotebookFailed
+    from alignkit.jobs.kernel import execute
+
+    place = {"env": _environment(job), "cwd": Path.cwd(), "spare": spare}
+    try:
+        execute(job.notebook, job.executed, job.values, timeout=timeout, on_cell=on_cell, **place)
+    except NotebookFailed as error:
+        how = {"failed": "failed", "timeout": "ran out of time", "interrupted": "was interrupted"}[error.status]
+        raise NotebookFailed(
+            f"{job.name} {how}{': ' if error.cell is None else ' in '}{error}", error.status, error.cell, error.error
+        ) from None
+
+
+def _read_jobs(out: Path) -> dict[str, dict]:
+    try:
+        found = json.loads((out / "jobs.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(record, dict) for record in found.values()):
+        raise RunError(f"{out / 'jobs.json'} is damaged; delete it, and the notebooks run again")
+    return found
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,211 @@
+"""A notebook's parameters, read without running it; and values for them, refused before a kernel starts.
+
+The parameters of a notebook are the assignments in its cell tagged `parameters`, each a name and a literal, with an
+annotation (`steps: int = 40`) where the literal does not tell the type, and a comment that says what it is for.
+Papermill itself only warns of an unknown name, takes a value of any type, and runs a "name" that contains code.
+"""
+
+import ast
+import difflib
+import json
+import keyword
+import math
+import tokenize
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+from alignkit.errors import ParameterError
+
+TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
+_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """type: a key of TYPES, "" when neither default nor annotation tells; element: the type of a list's items."""
+
+    name: str
+    default: object
+    type: str
+    optional: bool = False
+    element: str = ""
+    help: str = ""
+
+    def __str__(self) -> str:
+        kind = f"list of {self.element}" if self.element else self.type or "any literal"
+        return f"{self.name} ({kind}{' or none' if self.optional else ''}, default {self.default!r})"
+
+
+def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
+    """The parameters of a notebook in their order, by name; {} if it has no cell tagged `parameters`. Runs nothing.
+
+    Raises ParameterError if the file is not a notebook, or that cell has more than comments and names given literals.
+    """
+    notebook = Path(notebook)
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ParameterError(f"{notebook} is not a notebook (nbformat 4)") from None
+    if not tagged:
+        return {}
+    source = "".join(tagged[0]["source"])
+    try:
+        body = ast.parse(source).body
+    except SyntaxError as error:
+        raise ParameterError(f"{notebook}: the cell tagged `parameters` is not valid Python: {error}") from None
+    comments = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    found = (_parameter(statement, comments, notebook) for statement in body if not _is_text(statement))
+    return {parameter.name: parameter for parameter in found}
+
+
+def check_parameters(notebook: str | Path, given: Mapping[str, object]) -> dict[str, object]:
+    """`given` (name -> a value, or its text as typed on a command line) as values of the types that the notebook has.
+
+    Raises ParameterError that lists everything wrong: a name that is not a plain name or not one of the notebook's,
+    with the closest ones; a value that is not of the type, with what came.
+    """
+    known = notebook_parameters(notebook)
+    values, wrong = {}, []
+    for name, value in given.items():
+        try:
+            check_name(name)
+            if name not in known:
+                raise ParameterError(unknown_name(name, known, f"{Path(notebook).stem} has no such parameter"))
+            values[name] = _convert(known[name], value)
+        except ParameterError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ParameterError("\n".join(wrong))
+    return values
+
+
+def check_name(name: object) -> None:
+    """Raise ParameterError unless `name` can be a parameter: an identifier, no keyword, that starts with a letter."""
+    plain = isinstance(name, str) and name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
+    if not plain or name.startswith("_"):
+        raise ParameterError(f"parameter name is {name!r}, expected a plain name such as `seed`")
+
+
+def unknown_name(name: str, known: Mapping[str, Parameter], what: str) -> str:
+    """The message for a name that is not in `known`: close matches if there are any, else all names."""
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"it has: {', '.join(known) or 'none'}"
+    return f"{name}: {what}; {hint}"
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def _parameter(statement: ast.stmt, comments: Mapping[int, str], notebook: Path) -> Parameter:
+    target = (
+        statement.targets[0]
+        if isinstance(statement, ast.Assign) and len(statement.targets) == 1
+        else getattr(statement, "target", None)
+    )
+    try:
+        if not isinstance(target, ast.Name) or isinstance(statement, ast.AugAssign):
+            raise ValueError
+        default = ast.literal_eval(statement.value)
+    except (ValueError, TypeError, AttributeError, SyntaxError):
+        raise ParameterError(
+            f"{notebook}: line {statement.lineno} of the cell tagged `parameters` is {ast.unparse(statement)!r}, "
+            "expected NAME = literal"
+        ) from None
+    kind, optional, element = _annotation(getattr(statement, "annotation", None))
+    if not kind and default is not None:
+        kind = type(default).__name__
+    if kind == "list" and not element and default:
+        kinds = {type(item).__name__ for item in default}
+        element = kinds.pop() if len(kinds) == 1 else "float" if kinds == {"int", "float"} else ""
+    return Parameter(
+        target.id,
+        default,
+        kind if kind in TYPES else "",
+        optional or default is None,
+        element,
+        comments.get(statement.end_lineno, ""),
+    )
+
+
+def _annotation(node: ast.expr | None) -> tuple[str, bool, str]:
+    """Type, may it be None, type of the items; for `int`, `float | None`, `list[int]`. Anything else tells nothing."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        left, right = _annotation(node.left), _annotation(node.right)
+        kind, _, element = left if left[0] else right
+        return kind, left[1] or right[1], element
+    if isinstance(node, ast.Constant) and node.value is None:
+        return "", True, ""
+    if isinstance(node, ast.Name):
+        return node.id, False, ""
+    if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
+        return node.value.id, False, _annotation(node.slice)[0]
+    return "", False, ""
+
+
+def _convert(parameter: Parameter, value: object) -> object:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ParameterError(f"{parameter.name} has bytes that are not text (UTF-8)") from None
+    if parameter.optional and (value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null"))):
+        return None
+    if parameter.type == "list":
+        return [
+            _one(item, parameter.element, f"{parameter.name}[{at}]", parameter)
+            for at, item in enumerate(_items(parameter, value))
+        ]
+    return _one(value, parameter.type, parameter.name, parameter)
+
+
+def _items(parameter: Parameter, value: object) -> list:
+    if isinstance(value, str):
+        if not value.lstrip().startswith("["):
+            return [item.strip() for item in value.split(",")] if value.strip() else []
+        value = _literal(value)
+    if not isinstance(value, (list, tuple)):
+        raise ParameterError(f"{parameter.name} is {value!r}, expected a list; the parameter is {parameter}")
+    return list(value)
+
+
+def _one(value: object, kind: str, where: str, parameter: Parameter) -> object:
+    """`value` as a `kind`, from that kind, from its text, or from an int where a float is expected."""
+    text = value.strip() if isinstance(value, str) else None
+    converted = value
+    try:
+        if kind == "bool" and text is not None:
+            converted = _WORDS[text.lower()]
+        elif kind in ("int", "float") and text is not None:
+            converted = TYPES[kind](text)
+        elif kind == "float" and type(value) is int:
+            converted = float(value)
+        elif kind in ("", "dict") and text is not None:
+            converted = _literal(value)
+        if kind and type(converted) is not TYPES[kind]:
+            raise ValueError
+        if isinstance(converted, float) and not math.isfinite(converted):
+            raise ValueError
+    except (ValueError, KeyError, OverflowError):
+        shown = value if not isinstance(value, str) or len(value) < 80 else value[:80] + "…"
+        article = "an" if kind == "int" else "a"
+        finite = "a finite number" if kind == "float" else "true or false" if kind == "bool" else f"{article} {kind}"
+        raise ParameterError(f"{where} is {shown!r}, expected {finite}; the parameter is {parameter}") from None
+    return converted
+
+
+def _literal(text: str) -> object:
+    """A JSON or Python literal; text that is neither stays text."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return text

@@ -1,0 +1,1 @@
+"""Models loaded, adapted and saved."""

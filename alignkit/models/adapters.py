@@ -1,0 +1,66 @@
+"""LoRA adapters, and the reference policy that training starts from."""
+
+import copy
+
+import torch
+from torch import nn
+
+from alignkit.formulas.randomness import seeded_weights
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """A copy that no optimiser can change: merged if it has an adapter, in eval mode, without gradients."""
+    return copy.deepcopy(merged(model)).eval().requires_grad_(False)
+
+
+def add_lora(policy: nn.Module, *, rank: int = 8, alpha: int = 16, seed: int = 0) -> nn.Module:
+    """`policy` with a fresh LoRA adapter on every linear layer (peft); only the adapter is trained."""
+    from peft import LoraConfig, get_peft_model
+
+    with seeded_weights(seed):
+        return get_peft_model(
+            policy, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """The model itself, or, if it has an adapter, a copy with the adapter merged in."""
+    return copy.deepcopy(model).merge_and_unload() if _has_adapter(model) else model
+
+
+def reference_policy(policy: nn.Module) -> nn.Module:
+    """The policy as it is now, to measure KL against.
+
+    With an adapter that has not been trained yet the reference is the same model with the adapter switched off, which
+    costs no memory; in every other case it is a frozen copy. (A trained adapter switched off would be the *base*, not
+    this policy.)
+    """
+    if _has_adapter(policy) and all(
+        (weight == 0).all() for name, weight in policy.named_parameters() if "lora_B" in name
+    ):
+        return AdapterOff(policy)
+    return frozen_copy(policy)
+
+
+class AdapterOff(nn.Module):
+    """A PEFT model read with its adapter switched off."""
+
+    def __init__(self, policy: nn.Module):
+        super().__init__()
+        self._policy = [policy]  # in a list, so that its parameters are not this module's
+        self.config = policy.config
+
+    @property
+    def device(self) -> torch.device:
+        return self._policy[0].device
+
+    def get_base_model(self) -> nn.Module:
+        return self._policy[0].get_base_model()
+
+    def forward(self, *args, **kwargs):
+        with torch.no_grad(), self._policy[0].disable_adapter():
+            return self._policy[0](*args, **kwargs)
+
+
+def _has_adapter(model: nn.Module) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "merge_and_unload")

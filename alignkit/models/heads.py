@@ -1,0 +1,73 @@
+"""Reward and value models: a body with a head that says one number a token."""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+)
+
+from alignkit.formulas.randomness import seeded_weights
+from alignkit.models.adapters import _has_adapter, merged
+
+
+def reward_model_from(policy: nn.Module, seed: int = 0) -> nn.Module:
+    """A sequence classifier with the policy's body and a new linear head of standard deviation 1/√(hidden + 1)."""
+    policy = merged(policy)
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    with seeded_weights(seed):
+        reward_model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
+    body(reward_model).load_state_dict(body(policy).state_dict())
+    head = score_head(reward_model)
+    with seeded_weights(seed), torch.no_grad():
+        head.weight.normal_(0, (head.in_features + 1) ** -0.5)
+    return reward_model.to(policy.device).eval()
+
+
+def value_model_from(model: nn.Module) -> nn.Module:
+    """A critic: a copy of a reward model, or, if `model` is a policy, its body with a head that is 0."""
+    if hasattr(model, "score"):
+        return copy.deepcopy(model).requires_grad_(True)
+    critic = reward_model_from(model)
+    with torch.no_grad():
+        score_head(critic).weight.zero_()
+    return critic
+
+
+class SharedCritic(nn.Module):
+    """A critic that is a value head, 0 at first, on the policy's own body. Its parameters are the head's alone.
+
+    `token_values` reads it as any other critic, with a forward pass of its own.
+    """
+
+    base_model_prefix = "trunk"
+
+    def __init__(self, policy: nn.Module):
+        super().__init__()
+        self._policy = [policy]  # in a list, so that its parameters are not this module's
+        self.score = nn.Linear(policy.config.get_text_config().hidden_size, 1, bias=False, device=policy.device,
+                               dtype=policy.dtype)
+        nn.init.zeros_(self.score.weight)
+
+    @property
+    def policy(self) -> nn.Module:
+        return self._policy[0]
+
+    @property
+    def trunk(self) -> nn.Module:
+        return body(self.policy.get_base_model() if _has_adapter(self.policy) else self.policy)
+
+
+def body(model: nn.Module) -> nn.Module:
+    """The transformer without its head."""
+    return getattr(model, model.base_model_prefix)
+
+
+def score_head(model: nn.Module) -> nn.Linear:
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise ValueError(f"{type(model).__name__} has no `score` head with one output; expected a causal "
+                         "…ForSequenceClassification model with num_labels=1")
+    return head

@@ -1,0 +1,180 @@
+"""Files that are whole or absent: JSON without NaN, logs that lose no line, and hashes of what is in them."""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import uuid
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+
+from alignkit.errors import RunError
+
+
+def append_metrics(path: str | Path, row: Mapping) -> None:
+    """Add one row to a metrics.jsonl, as one line in one write.
+
+    A torn last line, left by a killed process, is cut off first. Raises ValueError, naming the metric, on NaN or
+    infinity.
+    """
+    path = Path(path)
+    line = json.dumps(plain(row, "metrics"), allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not _ends_whole(path):
+        trim_metrics(path)
+    with path.open("ab", buffering=0) as file:
+        file.write(line.encode())
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The rows of a metrics.jsonl; [] if there is no file. Changes nothing, so a run that is still writing can be read.
+
+    A torn last line is left out with a warning. Raises RunError with file and line if another line is not a JSON
+    object.
+    """
+    rows, torn = _metrics(Path(path))
+    if torn:
+        warnings.warn(f"{path}: the last line is torn (the process that wrote it was killed, or is still writing); it "
+                      f"was left out, {len(rows)} rows are whole", stacklevel=2)
+    return rows
+
+
+def trim_metrics(path: str | Path, last_step: int | None = None) -> list[dict]:
+    """Cut off a torn last line and, to resume from a checkpoint at `last_step`, the rows after it; returns the rest."""
+    path = Path(path)
+    rows, torn = _metrics(path)
+    kept = [row for row in rows if last_step is None or row.get("step", 0) <= last_step]
+    if torn:
+        warnings.warn(f"{path}: the last line was torn (the process that wrote it was killed) and has been removed",
+                      stacklevel=2)
+    if len(kept) < len(rows) or not _ends_whole(path):
+        write_atomically(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+    return kept
+
+
+def branch_metrics(path: str | Path, last_step: int) -> Path | None:
+    """Move the rows after `last_step` from a metrics.jsonl to metrics.branch-N.jsonl beside it: a run goes back there,
+    and on another way. Returns the new file, or None if there were no such rows.
+
+    The branch is written whole before the log is cut: a crash in between leaves its rows in both files.
+    """
+    path = Path(path)
+    left = [row for row in trim_metrics(path) if row.get("step", 0) > last_step]
+    if not left:
+        return None
+    branch = _branch(path, len(branch_files(path)) + 1)
+    write_atomically(branch, "".join(json.dumps(row, allow_nan=False) + "\n" for row in left))
+    trim_metrics(path, last_step)
+    return branch
+
+
+def branch_files(path: str | Path) -> list[Path]:
+    """The files that `branch_metrics` made beside a metrics.jsonl, oldest first."""
+    return list(itertools.takewhile(Path.exists, (_branch(Path(path), number) for number in itertools.count(1))))
+
+
+def content_hash(value) -> str:
+    """SHA-256 (hex) of the canonical JSON of `value`: sorted keys, no spaces, UTF-8. Raises ValueError on NaN."""
+    text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def config_hash(config) -> str:
+    """SHA-256 (hex) of a config: a dataclass or a mapping. The order of the fields does not matter."""
+    return content_hash(settings(config))
+
+
+def settings(config) -> dict:
+    """A config as plain JSON types. An infinite limit, which means no limit, becomes the text "inf"."""
+    fields = asdict(config) if is_dataclass(config) else dict(config)
+    return {name: plain(str(value) if isinstance(value, float) and math.isinf(value) else value, f"config.{name}")
+            for name, value in fields.items()}
+
+
+def data_hash(rows: Iterable) -> str:
+    """SHA-256 (hex) of rows in their order (dicts or strings), one row at a time."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(content_hash(row).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def plain(value, where: str = "value"):
+    """`value` as plain JSON types: dataclasses, paths, NumPy and torch numbers and arrays converted.
+
+    Raises ValueError with the place of a number that is NaN or infinite, TypeError on anything that JSON has no word
+    for.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        kinds = {type(item) for item in value}
+        if kinds <= {bool, int, str} or (kinds == {float} and all(map(math.isfinite, value))):
+            return list(value)  # nearly all of an evaluation is plain already
+        return [plain(item, f"{where}[{position}]") for position, item in enumerate(value)]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist(), where)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}; JSON has no such number (leave it out or use None)")
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{where} is of type {type(value).__name__}, expected numbers, text, lists, mappings, a dataclass")
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write `value` as JSON, atomically. Raises as `plain` does."""
+    value = plain(value, Path(path).name)
+    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> None:
+    """Replace the file `path` by `content` in one step: a reader, or a crash, sees the old bytes or the new ones."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _branch(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.branch-{number}{path.suffix}")
+
+
+def _metrics(path: Path) -> tuple[list[dict], bool]:
+    """Rows of a metrics file, and whether its last line is torn."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], False
+    lines = content.split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError:
+            row = False
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number < len(lines):
+            raise RunError(f"{path}:{number}: not a JSON object: {line[:80]!r}")
+    return rows, bool(lines[-1]) and not isinstance(row, dict)
+
+
+def _ends_whole(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return True
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

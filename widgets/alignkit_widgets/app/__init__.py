@@ -1,0 +1,40 @@
+"""The verb `app`, which `alignkit` finds by entry point: a page to train, compare and explore, on this machine only."""
+
+import argparse
+from pathlib import Path
+
+from alignkit.errors import AlignkitError
+from alignkit.jobs.cli import folder, port
+
+
+def add_app(add) -> None:
+    """Add `alignkit app` to the command; add(name, function, about) gives the verb's parser."""
+    app = add("app", _app, "a page to train, compare and explore without code, on this machine only")
+    about = "a run directory; an empty or new one gets the desk world's defaults (default: runs/app)"
+    app.add_argument("run", nargs="?", default=Path("runs/app"), type=folder, metavar="RUN", help=about)
+    app.add_argument("--port", default=0, type=port, help="where to listen on 127.0.0.1 (default: a free port)")
+
+
+def _app(options: argparse.Namespace) -> None:
+    import asyncio
+
+    import torch
+    from datasets import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    from alignkit_widgets.app.playground import open_playground
+
+    disable_progress_bar()
+    disable_progress_bars()
+
+    try:
+        from alignkit_widgets.app.server import serve
+    except ModuleNotFoundError as error:
+        raise AlignkitError(f"the dashboard needs {error.name}, which is not installed (pip install alignkit)") from error
+    try:
+        playground = open_playground(options.run)
+    except ValueError as error:
+        raise AlignkitError(str(error)) from error
+    if playground.model == "tiny":
+        torch.set_num_threads(1)  # matrices this small only get slower with a second thread
+    asyncio.run(serve(playground, options.port))

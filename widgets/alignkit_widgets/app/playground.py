@@ -1,0 +1,170 @@
+"""A run directory to play with: its frozen start, its checkpoints, and PPO runs that are made one iteration at a time.
+
+What the dashboard (`alignkit app`) computes is here. New runs and votes go to RUN/app; what the course made is only
+read. A directory without a run gets the desk world's SFT policy and reward model.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+
+from alignkit.configs import PPOConfig, RewardConfig, SFTConfig, preset
+from alignkit.errors import RunError
+from alignkit.forward.rollout import decode_responses
+from alignkit.forward.sampling import generate_texts
+from alignkit.models.heads import reward_model_from
+from alignkit.models.loading import load_policy, save_model
+from alignkit.ppo import PPOState, ppo_iteration
+from alignkit.reward import RewardScorer, load_reward, train_reward_model
+from alignkit.runs.records import start_run
+from alignkit.sft import train_sft
+from alignkit.storage import branch_files, settings, write_json
+from alignkit.task import Task, load_task
+
+CHARTS = [
+    ("score and score − β·KL", ["objective/scores", "objective/rlhf_reward"]),
+    ("KL to SFT, nats a response", ["objective/kl"]),
+    ("entropy, nats a response", ["objective/entropy"]),
+    ("critic: explained variance", ["val/explained_variance"]),
+]
+
+
+@dataclass(frozen=True)
+class Playground:
+    """A run directory, what it starts from, and its task. `open_playground` makes one."""
+
+    run: Path
+    model: str
+    seed: int
+    task: Task = field(repr=False)
+    scorer: Callable = field(repr=False)
+
+    def checkpoints(self) -> dict[str, Path]:
+        """The policies in the directory, by name, in the order of the relay, then those made here."""
+        folders = [self.run / stage for stage in ("sft", "ppo", "frozen", "dpo")]
+        folders += sorted((self.run / "app").glob("ppo-*"), key=_number)
+        return {folder.relative_to(self.run).as_posix(): folder for folder in folders
+                if (folder / "config.json").exists()}
+
+    def prompts(self, n: int = 40) -> list[str]:
+        """n held-out prompts, evenly over the classes, the same each time."""
+        rng, by_kind = np.random.default_rng([self.seed, 41]), {}
+        for prompt, kind in zip(self.task.heldout_prompts, self.task.heldout_kinds, strict=True):
+            by_kind.setdefault(kind, []).append(prompt)
+        shuffled = [[prompts[i] for i in rng.permutation(len(prompts))] for prompts in by_kind.values()]
+        rounds = range(max(map(len, shuffled), default=0))
+        return [prompts[i] for i in rounds for prompts in shuffled if i < len(prompts)][:n]
+
+    def start_ppo(self, iterations: int | None = None, **chosen) -> "LivePPO":
+        """A new PPO run from RUN/sft in RUN/app/ppo-N; chosen: options of PPOConfig, such as kl_coef."""
+        policy, tokenizer = load_policy(self.run / "sft")
+        config = preset(PPOConfig, self.model, iterations=iterations, max_new_tokens=self.task.max_new_tokens,
+                        seed=self.seed, **chosen)
+        by_kind: dict[str, list[str]] = {}
+        for prompt, kind in zip(self.task.train_prompts, self.task.train_kinds, strict=True):
+            by_kind.setdefault(kind, []).append(prompt)
+        state = PPOState.start(policy, tokenizer, self.scorer, list(by_kind.values()), config)
+        there = [_number(path) for path in (self.run / "app").glob("ppo-*")]
+        folder = self.run / "app" / f"ppo-{max(there, default=0) + 1}"
+        folder.mkdir(parents=True)
+        write_json(folder / "config-of-run.json", settings(config))
+        return LivePPO(self, folder, config, state)
+
+
+@dataclass(frozen=True)
+class LivePPO:
+    """One PPO run. folder: where its log and, in the end, its policy are."""
+
+    of: Playground
+    folder: Path
+    config: PPOConfig
+    state: PPOState = field(repr=False)
+    _lock: Lock = field(default_factory=Lock, repr=False)  # a run may be saved from another thread than it trains in
+
+    @property
+    def controls(self) -> dict[str, tuple]:
+        """What can be steered, as a TrainingCockpit takes it: name -> (low, high, start)."""
+        config = self.config
+        return {
+            "kl_coef": (0.0, max(1.0, 4 * config.kl_coef), config.kl_coef),
+            "learning_rate": (config.learning_rate / 30, 10 * config.learning_rate, config.learning_rate, "log"),
+            "clip_range": (0.05, 0.5, config.clip_range),
+        }
+
+    def step(self, controls: Mapping[str, float]) -> dict:
+        """One iteration with the controls as they are now: metrics, samples, and in the desk world shares."""
+        with self._lock:
+            measured = ppo_iteration(self.state, replace(self.config, **controls)).log()
+        del measured["step"]
+        rollout, tokenizer, world = self.state.last_rollout, self.state.tokenizer, self.of.task.world
+        prompts = [tokenizer.decode(ids[mask], skip_special_tokens=True)
+                   for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
+        responses = decode_responses(tokenizer, rollout)
+        measured["samples"] = list(zip(prompts, responses, strict=True))[:6]
+        if world is not None:
+            counts: dict[str, Counter] = {}
+            for prompt, behaviour in zip(prompts, world.behaviours(prompts, responses), strict=True):
+                counts.setdefault(world.find(prompt).kind, Counter())[behaviour] += 1
+            measured["shares"] = {kind: {name: n / its.total() for name, n in its.items()}
+                                  for kind, its in counts.items()}
+        return measured
+
+    def save(self) -> Path | None:
+        """Write the policy as it is now to its folder; None, and no folder, if no iteration was done."""
+        if self.state.iteration or branch_files(self.folder / "metrics.jsonl"):
+            with self._lock:
+                return save_model(self.state.policy, self.state.tokenizer, self.folder)
+        for path in self.folder.iterdir():
+            path.unlink()
+        self.folder.rmdir()
+        return None
+
+
+def open_playground(run: str | Path, tell: Callable[[str], None] = print) -> Playground:
+    """The run in a directory; in an empty or missing one, the desk world's SFT policy and reward model are made first.
+
+    tell: is told what takes a while. Raises RunError if there is half a run: an SFT policy without a reward model.
+    """
+    run = Path(run)
+    facts = {"model": "tiny", "data": "desk", "seed": 0}
+    if (run / "run.json").exists():
+        facts |= json.loads((run / "run.json").read_text(encoding="utf-8"))
+    has = {stage: (run / stage / "config.json").exists() for stage in ("sft", "reward")}
+    if not any(has.values()):
+        if facts["model"] != "tiny" or facts["data"] != "desk":
+            raise RunError(f"{run} has no sft/ and reward/ yet; run notebooks 01 and 02 in it first (alignkit course)")
+        tell(f"{run} has no run yet: making the desk world's SFT policy and reward model (about a minute)")
+        make_desk_start(start_run(run, "tiny", "desk", facts["seed"]), facts["seed"])
+    elif not all(has.values()):
+        lacking = next(stage for stage, there in has.items() if not there)
+        raise RunError(f"{run} has no {lacking}/ with a model; run its notebook first (alignkit course), or choose an "
+                       "empty directory for the desk world's defaults")
+    _, tokenizer = load_policy(run / "sft")
+    return Playground(run, facts["model"], facts["seed"], load_task(facts["data"], tokenizer, seed=facts["seed"]),
+                      load_reward(run / "reward"))
+
+
+def make_desk_start(run: Path, seed: int = 0, pairs: int = 1500, sft: SFTConfig | None = None,
+                    reward: RewardConfig | None = None) -> None:
+    """Train the tiny SFT policy and reward model of the desk world into RUN/sft and RUN/reward."""
+    policy, tokenizer = load_policy("tiny", seed=seed)
+    task = load_task("desk", tokenizer, seed=seed)
+    train_sft(policy, tokenizer, task.demonstrations(seed=seed), sft or SFTConfig(seed=seed))
+    save_model(policy, tokenizer, run / "sft")
+    model = reward_model_from(policy, seed=seed)
+    train_reward_model(model, tokenizer, task.preference_pairs(policy, tokenizer, pairs, seed=seed),
+                       reward or RewardConfig(seed=seed))
+    asked = task.train_prompts[::5]
+    said = generate_texts(policy, tokenizer, asked, max_new_tokens=task.max_new_tokens, seed=seed + 2)
+    RewardScorer(model, tokenizer).normalised(asked, [texts[0] for texts in said]).save(run / "reward")
+
+
+def _number(path: Path) -> int:
+    found = re.fullmatch(r"ppo-(\d+)", path.name)
+    return int(found[1]) if found else 0

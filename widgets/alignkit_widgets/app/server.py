@@ -1,0 +1,331 @@
+"""`alignkit app`: cockpit, comparer and frontier on one page, without code. One small Tornado server, no CDN.
+
+The widgets' own modules run in the page; a channel stands in for the Jupyter comm, over one websocket. The server
+listens on 127.0.0.1 alone; without the token of its URL, from another host name or another origin, all it says is 403.
+Training goes on in a thread, an iteration at a time, so that the page always gets an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import secrets
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+from tornado.web import Application, HTTPError, RequestHandler
+from tornado.websocket import WebSocketClosedError, WebSocketHandler
+
+from alignkit.exact.prompts import enumerate_world
+from alignkit.exact.sweep import load_sweep
+from alignkit.models.loading import load_policy
+from alignkit.safe_text import visible
+from alignkit_widgets.app.playground import CHARTS, LivePPO, Playground
+from alignkit_widgets.boards.comparer import CheckpointComparer
+from alignkit_widgets.cockpit.cockpit import TrainingCockpit
+from alignkit_widgets.explorers.frontier import FrontierExplorer
+from alignkit_widgets.explorers.view import view_config
+from alignkit_widgets.looks import looks
+
+WIDGETS = Path(__file__).parents[1]
+FILES = {f"{name}.{kind}": WIDGETS / folder / f"{name}.{kind}" for folder, name in
+         (("app", "dashboard"), ("cockpit", "cockpit"), ("boards", "board"), ("explorers", "explorer"))
+         for kind in ("js", "css")}
+TYPES = {".js": "text/javascript", ".css": "text/css"}
+POLICY = ("default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src {sockets}; "
+          "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")
+HEADERS = {"Server": "alignkit", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff",
+           "Cache-Control": "no-store", "Cross-Origin-Resource-Policy": "same-origin"}
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>alignkit</title><link rel="stylesheet" href="/file/dashboard.css?token={token}">
+<script type="module" src="/file/dashboard.js?token={token}"></script></head>
+<body><header><h1>alignkit</h1><span id="run"></span><div role="tablist" aria-label="Views"></div></header>
+<main></main><noscript>This page needs JavaScript.</noscript></body></html>
+"""
+HOSTS = ("127.0.0.1", "localhost")
+MOST = 500  # iterations of a run
+
+
+class Channel:
+    """What a widget has in place of a Jupyter comm: its messages to every page, and theirs to it."""
+
+    def __init__(
+        self, dashboard: Dashboard, tab: str, kind: str, config: dict, receive: Callable[[dict], None]
+    ) -> None:
+        self.dashboard, self.receive = dashboard, receive
+        self.mount = {"mount": f"{tab}-{secrets.token_hex(4)}", "tab": tab, "kind": kind, "config": config}
+
+    def send(self, message: dict) -> None:
+        """Send one message of the widget to every page."""
+        self.dashboard.tell({"to": self.mount["mount"], "content": message})
+
+
+class Cockpit(TrainingCockpit):
+    """A cockpit whose panel is a channel."""
+
+    def __init__(self, dashboard: Dashboard, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.dashboard = dashboard
+
+    def open(self, mode: str, start: int = 0, unit: str = "iteration"):
+        remote = super().open(mode, start, unit)
+        session = remote.session
+        session.feed.panel = self.dashboard.mount("train", "cockpit", session.config | looks(), remote.receive)
+        return remote
+
+
+class Dashboard:
+    """One run directory on one page. `url` holds the token."""
+
+    def __init__(self, playground: Playground, token: str | None = None) -> None:
+        self.of, self.token = playground, token or secrets.token_urlsafe(24)
+        self.pages: set[Socket] = set()
+        self.widgets: dict[str, Channel] = {}  # tab -> what stands in it
+        self.said = {"train": "", "compare": "", "frontier": ""}
+        self.busy: dict[str, asyncio.Task] = {}  # tab -> what is going on in it
+        self.server = self.port = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/?token={self.token}"
+
+    def listen(self, port: int = 0) -> str:
+        """Listen on 127.0.0.1 and return the URL; port 0 is a free one. Raises OSError if the port is taken."""
+        (socket,) = bind_sockets(port, "127.0.0.1")
+        self.port = socket.getsockname()[1]
+        routes = [(r"/", PageHandler), (r"/file/([a-z]+\.(?:js|css))", FileHandler), (r"/socket", Socket)]
+        sockets = " ".join(f"ws://{name}:{self.port}" for name in HOSTS)
+        self.server = HTTPServer(Application(
+            [(path, handler, {"dashboard": self}) for path, handler in routes], default_handler_class=Nothing,
+            default_handler_args={"dashboard": self}, websocket_max_message_size=2**20,
+            policy=POLICY.format(sockets=sockets), log_function=lambda _: None,
+        ))
+        self.server.add_sockets([socket])
+        return self.url
+
+    async def close(self) -> None:
+        """End what is going on, and the server."""
+        tasks = list(self.busy.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for page in list(self.pages):
+            page.close(1001, "ended")
+        if self.server is not None:
+            self.server.stop()
+
+    # to and from the pages
+
+    def tell(self, message: dict) -> None:
+        """Send a message to every page."""
+        text = json.dumps(message, allow_nan=False)
+        for page in list(self.pages):
+            page.post(text)
+
+    def status(self) -> dict:
+        """What the page says around the widgets."""
+        return {
+            "status": {
+                "run": visible(self.of.run, 200),
+                "checkpoints": list(self.of.checkpoints()),
+                "said": {tab: visible(said) for tab, said in self.said.items()},
+                "busy": list(self.busy),
+                "most": MOST,
+                "desk": self.of.task.world is not None,
+            }
+        }
+
+    def mount(self, tab: str, kind: str, config: dict, receive: Callable[[dict], None]) -> Channel:
+        """Put a widget in a tab, in place of what was there."""
+        self.widgets[tab] = Channel(self, tab, kind, config, receive)
+        self.tell(self.widgets[tab].mount)
+        return self.widgets[tab]
+
+    def take(self, message: object) -> None:
+        """Take one message of a page; what makes no sense is ignored."""
+        if not isinstance(message, dict):
+            return
+        if isinstance(message.get("content"), dict):
+            for widget in self.widgets.values():
+                if widget.mount["mount"] == message.get("to"):
+                    widget.receive(message["content"])
+        elif message.get("do") == "train":
+            self._begin("train", self._train(_whole(message.get("iterations"), 1, MOST)))
+        elif message.get("do") == "compare":
+            named = message.get("names") if isinstance(message.get("names"), list) else []
+            self._begin("compare", self._compare([n for n in self.of.checkpoints() if n in named]))
+        elif message.get("do") == "frontier" and (self.of.task.world is not None or message.get("recorded") is True):
+            self._begin("frontier", self._frontier(message.get("recorded") is True))
+
+    def _begin(self, tab: str, work) -> bool:
+        if tab in self.busy:
+            work.close()
+            return False
+
+        async def guarded() -> None:
+            try:
+                self.said[tab] = ""
+                self.tell(self.status())
+                await work
+            except Exception as error:  # the page must hear of it
+                name = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+                self.said[tab] = f"{name}{error}"
+            finally:
+                del self.busy[tab]
+                self.tell(self.status())
+
+        self.busy[tab] = asyncio.get_running_loop().create_task(guarded())
+        return True
+
+    # the tabs
+
+    async def _train(self, iterations: int | None, **chosen) -> None:
+        live: LivePPO = await asyncio.to_thread(self.of.start_ppo, iterations, **chosen)
+        cockpit = Cockpit(self, f"PPO · {live.folder.relative_to(self.of.run)}", CHARTS, live.config.iterations,
+                          controls=live.controls, log=live.folder / "metrics.jsonl")
+
+        async def step(controls: dict) -> dict:
+            return await asyncio.to_thread(live.step, controls)
+
+        try:
+            await cockpit.run(step, state=live.state)
+        finally:
+            where = await asyncio.shield(asyncio.to_thread(live.save))
+            saved = f"Saved in {where}, with the log; it can be compared now."
+            self.said["train"] = saved if where else "Nothing was trained."
+
+    async def _compare(self, names: list[str]) -> None:
+        folders = {name: self.of.checkpoints()[name] for name in names}
+        file = self.of.run / "app" / f"votes-{'-'.join(name.replace('/', '.') for name in names)}.jsonl"
+        board = await asyncio.to_thread(
+            CheckpointComparer, folders, self.of.prompts(), file, max_new_tokens=self.of.task.max_new_tokens,
+            world=self.of.task.world, seed=self.of.seed, title="Which checkpoint answers better?",
+        )
+        channel = self.mount("compare", "board", {"title": board.title}, board.receive)
+        board.listeners = [channel.send]
+        board.tell()
+
+    async def _frontier(self, recorded: bool) -> None:
+        def make() -> FrontierExplorer:
+            if recorded:
+                return FrontierExplorer(load_sweep())
+            policy, tokenizer = load_policy(self.of.run / "sft")
+            known = [self.of.task.world.find(text) for text in self.of.prompts(8)]
+            truth = enumerate_world(policy, tokenizer, self.of.scorer, self.of.task.world, known)
+            return FrontierExplorer(truth=truth, train=self._train_this)
+
+        explorer = await asyncio.to_thread(make)
+        explorer._view = self.mount("frontier", "explorer", view_config(explorer._config()), explorer.receive)
+        explorer._send()
+
+    def _train_this(self, setting: dict) -> str:
+        begun = self._begin("train", self._train(None, kl_coef=float(setting["kl_coef"])))
+        return "It trains now, in the tab Train." if begun else "A run is going on in the tab Train; stop it first."
+
+
+class Guarded(RequestHandler):
+    """A handler that answers only who has the token, under the name that this server has, from its own page."""
+
+    def initialize(self, dashboard: Dashboard) -> None:
+        self.dashboard = dashboard
+
+    def prepare(self) -> None:
+        """Raises HTTPError 403."""
+        hosts = [f"{name}:{self.dashboard.port}" for name in HOSTS]
+        origin, token = self.request.headers.get("Origin"), self.get_query_argument("token", "")
+        if (self.request.host not in hosts or origin not in (None, f"http://{self.request.host}")
+                or not hmac.compare_digest(token.encode(), self.dashboard.token.encode())):
+            raise HTTPError(403)
+
+    def set_default_headers(self) -> None:
+        """No other page may frame, read or cache what is here, or learn the token."""
+        self.set_header("Content-Security-Policy", self.settings["policy"])
+        for name, value in HEADERS.items():
+            self.set_header(name, value)
+
+    def write_error(self, status_code: int, **_) -> None:
+        """The status in words: no traceback leaves this machine."""
+        self.set_header("Content-Type", "text/plain; charset=utf-8")
+        said = "403: the address that `alignkit app` printed has a token; use that one"
+        self.finish(said if status_code == 403 else f"{status_code}")
+
+
+class PageHandler(Guarded):
+    """The page."""
+
+    def get(self) -> None:
+        self.finish(PAGE.format(token=self.dashboard.token))
+
+
+class FileHandler(Guarded):
+    """The page's and the widgets' own scripts and styles."""
+
+    def get(self, name: str) -> None:
+        if name not in FILES:
+            raise HTTPError(404)
+        self.set_header("Content-Type", f"{TYPES[Path(name).suffix]}; charset=utf-8")
+        self.finish(FILES[name].read_bytes())
+
+
+class Nothing(Guarded):
+    """Any other address."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        raise HTTPError(404)
+
+
+class Socket(WebSocketHandler, Guarded):
+    """A page's line to the dashboard."""
+
+    def check_origin(self, origin: str) -> bool:
+        return origin == f"http://{self.request.host}"
+
+    def open(self) -> None:
+        self.dashboard.pages.add(self)
+        for message in (self.dashboard.status(), *(widget.mount for widget in self.dashboard.widgets.values())):
+            self.post(json.dumps(message))
+
+    def on_message(self, message: str | bytes) -> None:
+        try:
+            content = json.loads(message)
+        except ValueError:
+            return
+        self.dashboard.take(content)
+
+    def on_close(self) -> None:
+        self.dashboard.pages.discard(self)
+
+    def post(self, text: str) -> None:
+        """Send text, if the page is still there."""
+        try:
+            sent = asyncio.ensure_future(self.write_message(text))
+            sent.add_done_callback(lambda done: done.cancelled() or done.exception())
+        except WebSocketClosedError:
+            self.dashboard.pages.discard(self)
+
+
+def _whole(value: object, low: int, high: int) -> int | None:
+    good = isinstance(value, int) and not isinstance(value, bool)
+    return min(max(value, low), high) if good else None
+
+
+async def serve(playground: Playground, port: int = 0, tell: Callable[[str], None] = print) -> None:
+    """Serve a run's dashboard until Ctrl-C (or SIGTERM), which ends a run that is going on and keeps it."""
+    dashboard, ended = Dashboard(playground), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ended.set)
+    try:
+        tell(f"\n  {dashboard.listen(port)}\n\nOpen this address in a browser on this machine. Ctrl-C ends it.")
+        await ended.wait()
+        tell("ending …")
+        await dashboard.close()
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

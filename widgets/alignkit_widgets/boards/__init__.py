@@ -1,0 +1,1 @@
+"""People judge: pairs labelled, checkpoints compared blind."""

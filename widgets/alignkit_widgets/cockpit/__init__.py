@@ -1,0 +1,1 @@
+"""Live charts of a training run that can be paused, steered and rewound."""

@@ -1,0 +1,186 @@
+"""TrainingCockpit: see a run train, steer it meanwhile, keep a log that runs it again and a picture that stays."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alignkit.storage import read_metrics
+from alignkit_widgets.cockpit.controls import Controls
+from alignkit_widgets.cockpit.log import branches_of, marks_of
+from alignkit_widgets.cockpit.remote import Remote
+from alignkit_widgets.cockpit.session import Session
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+
+class TrainingCockpit:
+    """Live charts and controls for a loop that trains.
+
+    ```python
+    cockpit = TrainingCockpit("PPO", charts=[("KL to reference (nats)", ["objective/kl"])], total=40,
+                              controls={"kl_coef": (0.0, 1.0, 0.05)}, log="runs/course/ppo/metrics.jsonl")
+    rows = await cockpit.run(step)     # step(controls) -> {"objective/kl": 0.1, …}, once per iteration
+    ```
+
+    Args:
+        title: what trains.
+        charts: (title with the unit, metric names) for each chart.
+        total: iterations of the run; a Trainer's callback finds out by itself.
+        controls: {name: (low, high, start)}, or (low, high, start, "log") for a slider spaced by factors.
+        log: metrics.jsonl to write, a row per iteration: {"step", metrics…, "controls", "shares"}. None: no file.
+        every: seconds between two updates of the panel.
+        patience: seconds that a paused run waits for a page that is gone, before it goes on by itself.
+
+    Raises ValueError for a chart without metrics, a bad control or a `total` below 1.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        charts: Sequence[tuple[str, Sequence[str]]],
+        total: int | None = None,
+        *,
+        controls: Mapping[str, object] | None = None,
+        log: str | Path | None = None,
+        every: float = 0.125,
+        patience: float = 180.0,
+    ) -> None:
+        if total is not None and total < 1:
+            raise ValueError(f"total is {total}, expected at least 1 iteration, or None")
+        for name, keys in charts:
+            if isinstance(keys, str) or not keys:
+                raise ValueError(f"chart {name!r} has the metrics {keys!r}, expected a list with at least one name")
+        self.title, self.charts, self.total = title, [(name, list(keys)) for name, keys in charts], total
+        self.specs, self.log, self.every, self.patience = dict(controls or {}), log, every, patience
+        Controls(self.specs)  # a bad range is refused here, not when the run starts
+        self.session: Session | None = None
+
+    @property
+    def rows(self) -> list[dict]:
+        """The rows of the run so far, as they are in the log."""
+        return self.session.rows if self.session is not None else []
+
+    async def run(
+        self, step: Callable, *, start: int = 0, replay: Mapping[int, Mapping] | None = None, state: object = None
+    ) -> list[dict]:
+        """Call `step(controls)` for iterations start + 1 … total, and let buttons and sliders through in between.
+
+        `step` returns (or is awaited for) a dict of floats; two keys are special: "samples", a list of (prompt,
+        response), and "shares", {prompt class: {behaviour: share}}. It may raise StopIteration to end the run early.
+        `start`: iterations that were done before; the rows of the log up to there are kept. `replay`: the controls by
+        iteration, as `replay(log)` reads them, instead of the sliders. `state`: what `step` changes, a PPOState or
+        anything else with PyTorch's `state_dict()` and `load_state_dict(saved)`; with it the panel can rewind the run.
+        The rows that it goes back over move to metrics.branch-1.jsonl (-2, …) beside the log, their lines stay on the
+        charts, dashed. Snapshots of it (see `alignkit_widgets.snapshots`) are taken only where there is a panel.
+
+        Returns the rows. Interrupts and exceptions pass through; the log is whole then too, and the picture shown.
+        """
+        if state is not None and not (hasattr(state, "state_dict") and hasattr(state, "load_state_dict")):
+            raise TypeError(f"state is a {type(state).__name__}, expected one with state_dict() and load_state_dict()")
+        with self._opened("control" if replay is None else "replay", start) as remote:
+            if state is not None and replay is None:
+                remote.session.keep(state)
+            while remote.session.done < self.total:
+                if not await remote.turn():
+                    remote.session.close("stopped")
+                    break
+                iteration = remote.session.done + 1
+                controls, begun = remote.take(iteration, replay), time.perf_counter()
+                try:
+                    metrics = step(controls)
+                except StopIteration:
+                    break
+                metrics = await metrics if inspect.isawaitable(metrics) else metrics
+                remote.session.record(iteration, metrics, time.perf_counter() - begun)
+        return self.rows
+
+    def run_sync(self, step: Callable, *, start: int = 0, replay: Mapping[int, Mapping] | None = None) -> list[dict]:
+        """`run` for plain scripts. In a notebook its charts are live too, but nothing can be steered."""
+        with self._opened("watch", start) as remote:
+            for iteration in range(start + 1, self.total + 1):
+                controls, begun = remote.take(iteration, replay), time.perf_counter()
+                try:
+                    metrics = step(controls)
+                except StopIteration:
+                    break
+                remote.session.record(iteration, metrics, time.perf_counter() - begun)
+        return self.rows
+
+    def callback(self) -> TrainerCallback:
+        """A transformers TrainerCallback that shows and logs what a Trainer logs.
+
+        A Trainer holds the cell: the charts are live, but only Interrupt reaches it.
+        """
+        from alignkit_widgets.cockpit.trainer import CockpitCallback
+
+        return CockpitCallback(self)
+
+    def picture(self) -> tuple[bytes, dict]:
+        """The run as a PNG with its size and alt text, from its rows, or from the log if this cockpit ran nothing."""
+        from alignkit_widgets.cockpit.picture import draw_run
+
+        session = self.session
+        if session is not None and (session.rows or session.branches):
+            return draw_run(session.config, session.rows, session.marks, session.status()["place"], session.branches)
+        rows = read_metrics(self.log) if self.log is not None else []
+        if not rows:
+            raise ValueError("there is nothing to draw: this cockpit ran no iteration and has no log of an earlier run")
+        branches = branches_of(self.log, rows)
+        place = f"step {rows[-1]['step']}"
+        return draw_run(self._config("watch", "step"), rows, marks_of(rows, branches), place, branches)
+
+    def show(self) -> None:
+        """Display `picture()`: after a reload, say, or in another notebook."""
+        from alignkit_widgets.notebook import display_png
+
+        display_png(self.picture(), self.title)
+
+    def open(self, mode: str, start: int = 0, unit: str = "iteration") -> Remote:
+        """Start a session: `mode` is "control", "replay" or "watch", `unit` what the x axis counts.
+
+        What opens a session must close it (`session.close`).
+        """
+        controls = Controls(self.specs)
+        remote = Remote(controls, self.patience)
+        self.session = remote.session = Session(
+            self._config(mode, unit), controls, log=self.log, start=start, every=self.every, on_message=remote.receive
+        )
+        return remote
+
+    @contextmanager
+    def _opened(self, mode: str, start: int) -> Iterator[Remote]:
+        if self.total is None:
+            raise ValueError("total is None, expected the number of iterations to run")
+        remote = self.open(mode, start)
+        try:
+            yield remote
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            remote.session.close("interrupted")
+            raise
+        except BaseException:
+            remote.session.close("failed")
+            raise
+        else:
+            remote.session.close("finished")
+
+    def _config(self, mode: str, unit: str) -> dict:
+        controls = [
+            {"name": name, "stops": control.stops(), "start": control.start}
+            for name, control in Controls(self.specs).ranges.items()
+        ]
+        return {
+            "title": self.title,
+            "charts": [{"title": name, "keys": keys} for name, keys in self.charts],
+            "total": self.total,
+            "mode": mode,
+            "unit": unit,
+            "controls": controls,
+            "log": str(self.log) if self.log is not None else "",
+        }

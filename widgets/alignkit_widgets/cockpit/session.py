@@ -1,0 +1,189 @@
+"""One run as a cockpit sees it: its rows, its state, its log on disk, its front end, and the picture in the end."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from alignkit.safe_text import visible
+from alignkit.storage import append_metrics, branch_files, branch_metrics, trim_metrics, write_atomically
+from alignkit_widgets.cockpit.controls import Controls
+from alignkit_widgets.cockpit.feed import Feed
+from alignkit_widgets.cockpit.log import branch, branches_of, finite, marks_of
+from alignkit_widgets.cockpit.snapshots import Snapshots
+from alignkit_widgets.notebook import in_kernel
+
+OVER = ("finished", "stopped", "interrupted", "failed")
+
+
+class Session:
+    """Opened when a run starts, closed once, however the run ends."""
+
+    def __init__(
+        self,
+        config: dict,
+        controls: Controls,
+        log: str | Path | None,
+        start: int,
+        every: float,
+        on_message: Callable[[dict], None],
+    ) -> None:
+        self.config, self.controls, self.total = config, controls, config["total"]
+        self.log = Path(log) if log is not None else None
+        self.feed = Feed(config, on_message, every)
+        self.rows, self.marks, self.branches = self.feed.rows, self.feed.marks, self.feed.branches
+        self.rows += _rows_before(self.log, start)
+        self.branches += branches_of(self.log, self.rows) if self.log is not None else []
+        self.marks += marks_of(self.rows, self.branches)
+        if self.rows:  # a run that goes on, goes on as it was steered
+            controls.values.update(self.rows[-1].get("controls", {}))
+        self.state, self.note = "running", ""
+        self.snapshots: Snapshots | None = None
+        self.done, self.ran, self.busy = start, 0, 0.0
+        self.feed.update(self.status(), force=True)
+
+    def keep(self, state: object) -> None:
+        """Take snapshots of `state` from here on, to be rewound to; where no page can ask for that, none are taken."""
+        if self.feed.panel is not None:
+            self.snapshots = Snapshots(state, self.total)
+            self.snapshots.take(self.done)
+            self.feed.update(self.status(), force=True)
+
+    def rewind(self, iteration: object) -> None:
+        """Go back to the snapshot of `iteration`. What was done since becomes a branch: its rows move to a file of its
+        own, its lines stay on the charts. Anything but an earlier iteration with a snapshot is ignored."""
+        if self.snapshots is None or type(iteration) is not int or iteration not in self._earlier():
+            return
+        if self.log is not None:
+            branch_metrics(self.log, iteration)
+        self.snapshots.restore(iteration)
+        self.branches.append(branch(self.rows, iteration))
+        self.rows[:] = [row for row in self.rows if row["step"] <= iteration]
+        self.marks[:] = marks_of(self.rows, self.branches)
+        self.controls.rewind(self.rows[-1].get("controls", {}) if self.rows else self.controls.starts())
+        self.done, self.feed.samples = iteration, None
+        self.feed.resend(self.status())
+
+    def mark(self, iteration: int, changed: Mapping[str, tuple[float, float]]) -> None:
+        """Draw a line on the charts where controls changed."""
+        for name, (old, new) in changed.items():
+            self.marks.append({"step": iteration, "name": name, "old": old, "new": new})
+
+    def record(self, iteration: int, metrics: Mapping[str, object], seconds: float = 0.0) -> None:
+        """Add the metrics of one iteration, which took `seconds`. Raises TypeError for one that is not a number."""
+        metrics = dict(metrics)
+        samples, shares = metrics.pop("samples", None), metrics.pop("shares", None)
+        row: dict[str, object] = {"step": iteration}
+        for key, value in metrics.items():
+            row[key] = self._number(iteration, key, value)
+        if self.controls.values:
+            row["controls"] = dict(self.controls.values)
+        if shares is not None:
+            row["shares"] = {
+                kind: {name: self._number(iteration, f"shares of {name!r}", share) for name, share in part.items()}
+                for kind, part in shares.items()
+            }
+        if self.log is not None:
+            append_metrics(self.log, row)
+        self.rows.append(row)
+        if samples is not None:
+            self.feed.show_samples(iteration, samples)
+        self.done, self.ran, self.busy = iteration, self.ran + 1, self.busy + seconds
+        if self.snapshots is not None:
+            self.snapshots.take(iteration)
+        self.feed.update(self.status())
+
+    def status(self) -> dict:
+        """What the header of the panel says."""
+        left = self.busy / self.ran * (self.total - self.done) if self.ran and self.total else None
+        place = f"{self.config['unit']} {self.done}" + (f" of {self.total}" if self.total else "")
+        if self.state in OVER:
+            place += f", {self.state} after {clock(self.busy)}"
+        elif left is not None:
+            place += f", {clock(left)} left"
+        return {
+            "name": self.state,
+            "over": self.state in OVER,
+            "place": place,
+            "done": self.done,
+            "note": self.note,
+            "controls": self.controls.values,
+            "waiting": self.controls.waiting,
+            "snapshots": self._earlier() if self.snapshots is not None else None,
+        }
+
+    def move(self, state: str, note: str | None = None) -> None:
+        """Go to another state and say so at once."""
+        self.state, self.note = state, self.note if note is None else note
+        self.feed.update(self.status(), force=True)
+
+    def close(self, state: str) -> None:
+        """End the session: the last points, and one picture in place of the panel. Does nothing the second time."""
+        if self.state in OVER:
+            return
+        self.snapshots = None
+        self.move(state)
+        missing = [key for key in self.feed.keys if not any(key in row for row in self.rows)]
+        if missing and self.rows:
+            there = sorted({key for row in self.rows for key in row} - {"step", "controls", "shares"})
+            warnings.warn(f"charts name {missing}, which the run did not report; it reported {there}", stacklevel=3)
+        if (self.rows or self.branches) and in_kernel():
+            self._leave_picture()
+
+    def _leave_picture(self) -> None:
+        from alignkit_widgets.cockpit.picture import draw_run
+        from alignkit_widgets.notebook import display_png
+
+        text = f"{self.config['title']}: {self.status()['place']}"
+        try:
+            picture = draw_run(self.config, self.rows, self.marks, self.status()["place"], self.branches)
+        except Exception as error:  # a run's result must not be lost because its picture failed
+            warnings.warn(f"the picture of the run could not be drawn: {type(error).__name__}: {error}", stacklevel=4)
+            return
+        (self.feed.panel.replace if self.feed.panel is not None else display_png)(picture, text)
+        if self.feed.samples is not None:
+            print("\n".join(_sample_lines(self.feed.samples)))
+
+    def _earlier(self) -> list[int]:
+        """Iterations that the run can be rewound to."""
+        return [iteration for iteration in self.snapshots.kept if iteration < self.done]
+
+    def _number(self, iteration: int, key: str, value: object) -> float | None:
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"metric {key!r} is {value!r} ({type(value).__name__}), expected a number") from None
+        if finite(number) is None:
+            self.note = f"{key} is {number} at iteration {iteration}"
+        return finite(number)
+
+
+def _rows_before(log: Path | None, start: int) -> list[dict]:
+    """Make the log ready: empty for a new run, or with the rows up to `start` for one that goes on; returns those.
+
+    What an earlier run left when it was rewound goes with its log.
+    """
+    if log is None:
+        return []
+    if start:
+        return trim_metrics(log, start)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    for file in reversed(branch_files(log)):
+        file.unlink()
+    write_atomically(log, "")
+    return []
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 0:07, 12:30 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _sample_lines(samples: Mapping) -> Sequence[str]:
+    lines = [f"Samples at iteration {samples['step']}"]
+    for prompt, response in samples["pairs"]:
+        lines += [f"  {visible(prompt, 120)}", f"    → {visible(response, 200)}"]
+    return lines

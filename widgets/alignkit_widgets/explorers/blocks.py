@@ -1,0 +1,155 @@
+"""What an explorer's picture is made of: plain data that a page draws as SVG and matplotlib draws as a PNG.
+
+A picture is a list of rows, a row a list of blocks that stand side by side. Whoever makes the picture fixes the axes,
+so that a moving slider moves the curve and not the axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+
+import numpy as np
+
+from alignkit import plots
+from alignkit.safe_text import visible
+from alignkit_widgets.cockpit.log import finite
+
+LOOKS = {  # name -> colour, marker, line style
+    **{name: plots.SERIES[i][:3] for i, name in enumerate(("blue", "vermilion", "green", "purple", "orange", "sky"))},
+    **{name: look[:3] for name, look in plots.KNOWN.items()},
+    "muted": (plots.MUTED, "o", "-"),
+    "dotted": (plots.MUTED, "o", plots.DOTTED),
+}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What an axis measures, with its unit, and where it begins and ends. `log`: spaced by factors; `whole`: counts."""
+
+    label: str
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points (x, y), joined (`line`) or marked (`marks`); `big` for the one that follows a control, `open` for hollow.
+
+    spans: (x low, x high, y low, y high) of each point, drawn as a cross. labels: a word at each point, or none.
+    """
+
+    name: str
+    points: Sequence
+    look: str = "blue"
+    line: bool = True
+    marks: bool = False
+    open: bool = False
+    big: bool = False
+    spans: Sequence = ()
+    labels: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves in a plane. marks: ("x" or "y", where, word), a line across. zones: (x from, x to, word), hatched."""
+
+    title: str
+    x: Axis
+    y: Axis
+    series: Sequence[Series]
+    marks: Sequence[tuple] = ()
+    zones: Sequence[tuple] = ()
+    height: int = 300
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A bar for each label and group, with its number. groups: {name: look}; rows: (label, value, value, …)."""
+
+    title: str
+    groups: Mapping[str, str]
+    rows: Sequence[tuple]
+    unit: str
+    high: float = 1.0
+    weight: float = 1.0
+    percent: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Words in the first `left` columns, figures in the others. hot: numbers of the rows to stand out."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    hot: Sequence[int] = ()
+    weight: float = 1.0
+    left: int = 1
+
+
+@dataclass(frozen=True)
+class Text:
+    """A sentence or two. `lead`: what the picture says at the present setting; it is read out when it changes."""
+
+    text: str
+    lead: bool = False
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A response token by token, coloured by `values` (blue, + and orange, −), with more figures in `rows` below."""
+
+    title: str
+    tokens: Sequence[str]
+    values: Sequence[float]
+    rows: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    name: str = "A"
+    unit: str = "SFT-sd"
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks one below the other, beside other blocks of their row."""
+
+    blocks: Sequence
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A line to take along, with a button that copies it. Pages only."""
+
+    label: str
+    text: str
+    weight: float = 1.0
+
+
+def plain(part: object) -> object:
+    """A picture as JSON can hold it: what hides in texts spelled out, figures to six digits, None for no figure."""
+    if isinstance(part, str):
+        return visible(part)
+    if part is None or isinstance(part, (bool, int)):
+        return part
+    if isinstance(part, (float, np.floating)):
+        return None if finite(float(part)) is None else float(f"{part:.6g}")
+    if is_dataclass(part):
+        return {"kind": type(part).__name__.lower()} | {f.name: plain(getattr(part, f.name)) for f in fields(part)}
+    if isinstance(part, Mapping):
+        return {visible(name): plain(value) for name, value in part.items()}
+    return plain(part.tolist()) if hasattr(part, "tolist") else [plain(value) for value in part]
+
+
+def number(value: float, digits: int = 3) -> str:
+    """`value` with its sign as typographers write it: −0.35."""
+    return f"{value + 0.0:.{digits}g}".replace("-", "−")
+
+
+def fixed(value: float, digits: int = 2, sign: bool = False) -> str:
+    """`value` with so many decimals, and a + if `sign` is asked for."""
+    return f"{value:{'+' if sign else ''}z.{digits}f}".replace("-", "−")

@@ -1,0 +1,66 @@
+"""BradleyTerryExplorer: how two scores become a preference, and what noisy labels can say about the scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from alignkit.formulas.losses import bradley_terry_loss, preference_chance
+from alignkit_widgets.explorers.blocks import Axis, Chart, Series, Text, fixed
+from alignkit_widgets.explorers.explorer import Button, Explorer, Slider
+from alignkit_widgets.explorers.worked_numbers import labels_for_first
+
+
+class BradleyTerryExplorer(Explorer):
+    """Two responses with true scores, annotators who compare them, and the loss of a reward model that guesses.
+
+    Raises ValueError on a bad `state` or `hide`.
+    """
+
+    def __init__(self, *, state: str = "", hide: Sequence[str] = ()) -> None:
+        scores = np.linspace(-3, 3, 61).round(1).tolist()
+        controls = [Slider("first", scores, 1.0, "score of the first"),
+                    Slider("second", scores, 0.0, "score of the second"),
+                    Slider("labels", (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000), 50, "labels", between=False),
+                    Slider("noise", np.linspace(0, 0.4, 41).round(2).tolist(), 0.0, "share of flipped labels"),
+                    Slider("seed", range(1000), 0, "seed", kept=True, between=False),
+                    Button("again", "ask other annotators", lambda values: {"seed": (values["seed"] + 1) % 1000})]
+        super().__init__("Bradley–Terry: from scores to labels and back", controls, _rows, state=state,
+                         hide={*hide, "seed"})
+
+
+def _rows(state: Mapping) -> list:
+    true, labels, noise = state["first"] - state["second"], int(state["labels"]), state["noise"]
+    wins = labels_for_first(true, labels, noise, int(state["seed"]))
+    chance = float(preference_chance(true, noise))
+    places = torch.linspace(-6, 6, 97, dtype=torch.float64)
+    losses = bradley_terry_loss(places, wins, labels)
+    x = "difference of the scores, nats"
+    curve = [Series("without flips", torch.stack([places, preference_chance(places)], 1), "dotted")] if noise else []
+    left = Chart("How often the first is preferred", Axis(x, -6, 6), Axis("probability", 0, 1), [
+        *curve, Series("σ(difference)" if not noise else "with flips",
+                       torch.stack([places, preference_chance(places, noise)], 1), "blue"),
+        Series("these two", [(true, chance)], "blue", line=False, big=True)])
+    found = math.log(wins / (labels - wins)) if 0 < wins < labels else math.copysign(math.inf, wins - 0.5)
+    best = [Series("least loss", [(found, float(bradley_terry_loss(found, wins, labels)))], "vermilion", line=False,
+                   big=True)]
+    right = Chart(f"Loss of a reward model on {labels:,} label{'s' if labels > 1 else ''}", Axis(x, -6, 6),
+                  Axis("loss, nats a label", 0, 3),
+                  [Series("loss", [p for p in torch.stack([places, losses], 1).tolist() if p[1] <= 3], "vermilion"),
+                   *(best if abs(found) < 6 else [])], [("x", true, "the truth")])
+    says = (f"A difference of {fixed(true, 1, sign=True)} makes the first win in {100 * chance:.0f} % of labels; "
+            f"{wins:,} of {labels:,} preferred it. ")
+    if math.isinf(found):
+        says += "All labels agree, so the loss has no minimum: it pulls the scores apart for ever."
+    else:
+        says += (
+            f"The loss is least at log(wins / losses), {fixed(found, sign=True)}; the truth: {fixed(true, sign=True)}."
+        )
+        if noise:
+            says += " Flips pull that towards 0: more labels do not help."
+    shift = ("Only the difference counts: add any number to both scores, and every chance and every loss stays. "
+             "A reward has no zero, and none that compares two prompts.")
+    return [[Text(says, lead=True)], [left, right], [Text(shift)]]

@@ -1,0 +1,156 @@
+"""FrontierExplorer: the reward–KL plane; a price of KL picks the best policy, recorded runs stand beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from alignkit.exact.prompts import Enumerated, at_price
+from alignkit.exact.sweep import RecordedRun, Sweep
+from alignkit_widgets.explorers.blocks import Axis, Bars, Chart, Copy, Series, Stack, Table, Text, fixed, number
+from alignkit_widgets.explorers.explorer import Button, Choice, Explorer, Slider, Toggle
+
+_BETAS = tuple(float(f"{b:.4g}") for b in np.geomspace(40, 0.02, 40))
+
+
+class FrontierExplorer(Explorer):
+    """What KL buys at each price β: the most proxy, the gold that comes with it, and what PPO and DPO made of it.
+
+    Args:
+        sweep: recorded runs and exact curves (`alignkit.load_sweep()`), or None.
+        truth: enumerated prompts (`alignkit.exact.prompts.enumerate_world(…)`): with it, the best behaviours and responses
+            for a chosen prompt are shown; without a sweep, its curve too.
+        train: called with {"kl_coef": β, "seed": s} by *train this*; may return a sentence or an awaitable.
+            None: no button.
+        state, hide: as for every Explorer.
+
+    Raises ValueError if there is neither a sweep nor a truth, or on a bad state.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep | None = None,
+        *,
+        truth: Enumerated | None = None,
+        train: Callable[[dict], object] | None = None,
+        state: str = "",
+        hide: Sequence[str] = (),
+    ) -> None:
+        if sweep is None and truth is None:
+            raise ValueError("sweep and truth are None, expected at least one of them")
+        self.sweep, self.truth = sweep, truth
+        self.curves = {seed: world.frontier for seed, world in sweep.worlds.items()} if sweep else {}
+        if truth is not None and truth.seed not in self.curves:
+            self.curves[truth.seed] = truth.frontier(_BETAS)
+        self.curves = {seed: _without_ends(curve) for seed, curve in self.curves.items()}
+        seed = truth.seed if truth is not None else min(self.curves)
+        low = max(min(curve["beta"]) for curve in self.curves.values())
+        high = min(max(curve["beta"]) for curve in self.curves.values())
+        stops = {float(f"{b:.2g}") for b in np.geomspace(low, high, 76)} | {low, high}
+        stops |= {run.value for run in sweep.runs} if sweep else set()
+        stops = sorted(b for b in stops if low <= b <= high)
+        controls = [Slider("beta", stops, min(stops, key=lambda b: abs(math.log(b / 0.35))), "β, price of KL"),
+                    Choice("seed", {str(s): f"world {s}" for s in sorted(self.curves)}, str(seed), "seed", kept=True)]
+        if truth is not None:
+            names = {str(i): f"{prompt.text} ({prompt.kind})" for i, prompt in enumerate(truth.prompts)}
+            controls.append(Choice("prompt", names, "0", "prompt"))
+        if sweep is not None and sweep.runs:
+            controls.append(Toggle("runs", True, "recorded runs"))
+        if train is not None:
+            controls.append(Button("train", "train this", lambda values: train(self.parameters(values))))
+        super().__init__("The reward that KL buys", controls, self._rows, state=state, hide=hide)
+
+    def parameters(self, values: Mapping[str, object] | None = None) -> dict[str, float | int]:
+        """The setting as notebook 03 takes it: {"kl_coef": β, "seed": s}."""
+        values = self.values if values is None else values
+        return {"kl_coef": values["beta"], "seed": int(values["seed"])}
+
+    def _rows(self, state: Mapping) -> list:
+        seed, beta = int(state["seed"]), state["beta"]
+        curve = self.curves[seed]
+        here = at_price(curve, beta)
+        runs = self._runs(seed) if state.get("runs") else {}
+        line = " ".join(f"-p {name} {value:g}" for name, value in self.parameters(state).items())
+        plane, beside, below = self._plane(seed, beta, here, runs), [self._table(beta, here, runs)], []
+        if self.truth is not None and seed == self.truth.seed:
+            bars, table = self._prompt(int(state["prompt"]), beta)
+            beside, below = [*beside, bars], [[table]]
+        return [[Text(self._says(beta, curve, here), lead=True)], [plane, Stack(beside)], *below,
+                [Copy("copy as papermill parameters", line)]]
+
+    def _says(self, beta: float, curve: Mapping, here: Mapping) -> str:
+        peak = int(np.argmax(curve["gold"]))
+        text = (f"At β = {number(beta)} the best policy is {fixed(here['kl'])} nats from SFT: "
+                f"proxy {fixed(here['proxy'])}, gold {fixed(here['gold'])} SFT-sd. "
+                f"From there, a nat more buys less than {number(beta)} of proxy. ")
+        if 0 < peak < len(curve["gold"]) - 1 and beta < curve["beta"][peak] / 1.3:
+            return text + (f"Gold was highest, {fixed(curve['gold'][peak])}, at β = {number(curve['beta'][peak], 2)}: "
+                           "since then more proxy has meant less of what it stands for.")
+        bent = 0 < peak < len(curve["gold"]) - 1 and beta < 1.3 * curve["beta"][peak]
+        return text + ("Gold is at its highest about here." if bent else "A lower price buys more of both." if peak
+                       else "")
+
+    def _plane(self, seed: int, beta: float, here: Mapping, runs: Mapping[str, list[RecordedRun]]) -> Chart:
+        curve, series = self.curves[seed], []
+        order = np.argsort(curve["kl"])
+        for name, look in (("proxy", "proxy"), ("gold", "gold")):
+            title = {"proxy": "most proxy possible", "gold": "gold of that policy"}[name]
+            series.append(Series(title, [(curve["kl"][i], curve[name][i]) for i in order], look))
+        for method, its in runs.items():
+            every = {value: self.sweep.select(method, value) for value in self.sweep.values(method)}
+            for name in ("proxy", "gold"):
+                spans = [(*_span(every[run.value], "kl"), *_span(every[run.value], name)) for run in its]
+                series.append(Series(f"{method.upper()}, {name}", [(run.kl, getattr(run, name)) for run in its], method,
+                                     False,
+                                     True, name == "gold", spans=spans,
+                                     labels=[f"{run.value:g}" for run in its] if name == "proxy" else ()))
+        series.append(Series("", [(here["kl"], here["proxy"])], "proxy", line=False, big=True))
+        series.append(Series("", [(here["kl"], here["gold"])], "gold", line=False, big=True))
+        points = [point for s in series for point in s.points] + [(s[1], v) for each in series for s in each.spans
+                                                                  for v in s[2:]]
+        low, high = min(y for _, y in points), max(y for _, y in points)
+        margin = 0.06 * (high - low)
+        title = "Reward against KL" + (f" · crosses: the range over {len(self.sweep.seeds)} seeds" if runs
+                                       and len(self.sweep.seeds) > 1 else "")
+        return Chart(title, Axis("KL to SFT, nats a response", 0, 1.03 * max(x for x, _ in points)),
+                     Axis("reward, SFT-sd", low - margin, high + margin), series,
+                     marks=[("x", here["kl"], f"β = {number(beta)}")], height=360, weight=1.55)
+
+    def _table(self, beta: float, here: Mapping, runs: Mapping[str, list[RecordedRun]]) -> Table:
+        rows = [["best possible", number(beta), fixed(here["kl"]), fixed(here["proxy"]), fixed(here["gold"]), "100 %"]]
+        for method, its in runs.items():
+            run = min(its, key=lambda r: abs(math.log(r.value / beta)))
+            rows.append([f"{method.upper()}, nearest run", number(run.value), fixed(run.kl), fixed(run.proxy),
+                         fixed(run.gold),
+                         f"{100 * run.share:.0f} %"])
+        columns = ["policy", "β", "KL", "proxy", "gold", "of possible gain"]
+        return Table("At this price", columns if runs else columns[:-1], rows if runs else [rows[0][:-1]], hot=[0])
+
+    def _prompt(self, which: int, beta: float) -> tuple[Bars, Table]:
+        truth = self.truth
+        best, ref = truth.optimum(which, beta), truth.ref_logps[which]
+        now, before = truth.shares(which, best), truth.shares(which, ref)
+        bars = Bars("What is done with this prompt", {"SFT": "sft", "best at this β": "blue"},
+                    [(name, before[name], now[name]) for name in now], "share of responses", percent=True)
+        rows = [[text.strip() or "(nothing)", f"{100 * ref[i].exp():.1f} %", f"{100 * best[i].exp():.1f} %",
+                 fixed(truth.proxy[which, i].item(), sign=True), fixed(truth.gold[which, i].item(), sign=True)]
+                for i, text in truth.likeliest(best)]
+        return bars, Table("Its likeliest responses", ["response", "SFT", "at this β", "proxy", "gold"], rows)
+
+    def _runs(self, seed: int) -> dict[str, list[RecordedRun]]:
+        methods = dict.fromkeys(run.method for run in self.sweep.runs)
+        found = {m: [r for r in self.sweep.runs if r.method == m and r.seed == seed] for m in methods}
+        return {m: sorted(its, key=lambda r: r.value) for m, its in found.items() if its}
+
+
+def _without_ends(curve: Mapping) -> dict[str, list[float]]:
+    """The points of a frontier with a β that a slider can have."""
+    kept = [i for i, beta in enumerate(curve["beta"]) if beta and math.isfinite(beta)]
+    return {name: [values[i] for i in kept] for name, values in curve.items()}
+
+
+def _span(runs: Sequence[RecordedRun], name: str) -> tuple[float, float]:
+    values = [getattr(run, name) for run in runs]
+    return min(values), max(values)

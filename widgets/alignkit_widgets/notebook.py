@@ -1,0 +1,65 @@
+"""Is anybody watching? And what a run prints when nobody is."""
+
+from __future__ import annotations
+
+import base64
+import os
+import time
+from collections.abc import Mapping
+
+from IPython.display import display
+
+
+def has_front_end() -> bool:
+    """True in a notebook that somebody has open.
+
+    ALIGNKIT_HEADLESS=1 says that nobody is there, =0 that somebody is. Without it: there must be a Jupyter kernel, and
+    the cell must have come from a client that could answer `input()`; papermill and nbconvert could not.
+    """
+    said = os.environ.get("ALIGNKIT_HEADLESS", "").strip().lower()
+    if said:
+        return said in ("0", "false", "no")
+    kernel = getattr(_shell(), "kernel", None)
+    return bool(kernel is not None and getattr(kernel, "_allow_stdin", True))
+
+
+def in_kernel() -> bool:
+    """True inside a Jupyter kernel, watched or not: pictures can be displayed there."""
+    return getattr(_shell(), "kernel", None) is not None
+
+
+def _shell() -> object | None:
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return None
+    return get_ipython()
+
+
+class TextProgress:
+    """A line of progress every few seconds, for logs and terminals."""
+
+    def __init__(self, title: str, keys: list[str], every: float = 5.0) -> None:
+        self.title, self.keys, self.every = title, keys, every
+        self.last = time.monotonic()
+
+    def update(self, place: str, row: Mapping[str, object], final: bool = False) -> None:
+        """Print `place` ("12 of 40, 0:31 left") and the latest numbers, unless that was done just now."""
+        now = time.monotonic()
+        if now - self.last < self.every and not final:
+            return
+        self.last = now
+        numbers = [f"{k} {row[k]:.4g}" for k in self.keys if isinstance(row.get(k), float)]
+        print(" | ".join([f"{self.title}: {place}", *numbers]), flush=True)
+
+
+def display_png(picture: tuple[bytes, dict], text: str) -> None:
+    """Show a picture, (PNG, metadata), below what the cell has shown so far."""
+    data, metadata = bundle(picture, text)
+    display(data, metadata=metadata, raw=True)
+
+
+def bundle(picture: tuple[bytes, dict], text: str) -> tuple[dict, dict]:
+    """A picture, (PNG, metadata), as IPython's `display` takes it with raw=True: data and metadata by MIME type."""
+    png, metadata = picture
+    return {"image/png": base64.b64encode(png).decode(), "text/plain": text}, {"image/png": metadata}
