@@ -1,71 +1,97 @@
-"""Every setting that a user can turn, checked when it is made: SFT, reward model, PPO, DPO, and presets for pretrained models."""
+"""Every setting that a user can turn, each with its sentence: SFT, reward model, PPO, DPO.
+
+Settings are checked when a config is made. `preset` chooses them for a pretrained model.
+"""
 
 import math
-from dataclasses import dataclass, fields
+import textwrap
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 PRECISIONS = ("fp32", "bf16")
 
 
+def knob(default: Any, meaning: str, *, group: str = "") -> Any:
+    """A setting: its default, and the sentence that says what it does. group: the heading that it opens, if it does."""
+    return field(default=default, metadata={"meaning": meaning, "group": group})
+
+
+def documented(config: type) -> type:
+    """Write the sentence of each knob into the config's docstring, in groups, where `help` shows them."""
+    lines = [config.__doc__ or ""]
+    for setting in fields(config):
+        if setting.metadata["group"]:
+            lines.append(f"\n    {setting.metadata['group']}")
+        sentence = f"{setting.name} = {setting.default!r}: {setting.metadata['meaning']}"
+        lines += textwrap.wrap(sentence, 110, initial_indent=" " * 6, subsequent_indent=" " * 10)
+    config.__doc__ = "\n".join(lines)
+    return config
+
+
+@documented
 @dataclass(frozen=True)
 class PPOConfig:
-    """What a user can turn. Defaults are for the desk world.
+    """What a user of PPO can turn. Defaults are for the desk world."""
 
-    iterations: rollouts, each followed by its steps. prompts_per_iteration, samples_per_prompt: their product is the
-    batch. max_new_tokens: response limit, tokens. temperature: of sampling and of scoring alike.
-    kl_coef: price of a nat of KL(π ‖ π_ref), in units of the score; the same quantity as DPO's beta.
-    target_kl: None keeps kl_coef fixed; a number (nats a response) adapts it (Ziegler 2019) with kl_horizon
-    (responses). max_kl: stop training when objective/kl exceeds this many nats. max_step_kl: leave an iteration's
-    remaining steps out when the policy has moved this far (nats a token) from the one that sampled.
-    gamma, gae_lambda: discount and GAE's λ. clip_range, value_clip_range: half-widths of the clips (inf: none).
-    value_coef: weight of the critic's loss; only in effect with shared_trunk. entropy_coef: bonus per nat.
-    ptx_coef: weight of the SFT loss on demonstrations.
-    missing_eos_penalty: taken off the score, once, of a response cut at the limit. score_clip: scores are clipped to ±
-    this. whiten_rewards: scale per-token rewards to variance 1 (no mean shift). whiten_advantages: mean 0, variance 1 a
-    batch. epochs, minibatch_size: passes over a rollout, responses a step. learning_rate, critic_learning_rate,
-    max_grad_norm: AdamW's and the clip. critic_warmup: first iterations that train the critic alone. lr_decay: linear
-    decay of both rates to 0 over `iterations`. shared_trunk: the critic is a value head on the policy's own body, 0 at
-    first, and its loss trains that body too: one forward pass a step instead of two. precision: "fp32", or "bf16" for
-    the linear layers of policy, reference and critic on a CPU (attention and heads stay in fp32 where `alignkit.forward.cpu`
-    reads the model); it pays where the CPU multiplies bf16 in hardware (AMX). A GPU always takes bf16.
-    tokens_per_pass: a minibatch with more tokens, padding included, is sorted by length and read in parts of at most so
-    many, by one forward pass each; the gradients of its parts add up to its own. None: all at once.
-    gradient_checkpointing: layers are computed again in the backward pass instead of kept. Both save memory, change
-    nothing but rounding, and are no parameters of the notebooks.
-    """
+    # Sampling
+    iterations: int = knob(40, "How many rollouts, each followed by its optimiser steps.", group="Sampling")
+    prompts_per_iteration: int = knob(512, "Prompts drawn for a rollout.")
+    samples_per_prompt: int = knob(1, "Responses to each of them; prompts times samples is the size of a rollout.")
+    max_new_tokens: int = knob(4, "Tokens after which a response is cut.")
+    temperature: float = knob(1.0, "Temperature of sampling and of scoring alike.")
 
-    iterations: int = 40
-    prompts_per_iteration: int = 512
-    samples_per_prompt: int = 1
-    max_new_tokens: int = 4
-    temperature: float = 1.0
-    kl_coef: float = 0.2
-    target_kl: float | None = None
-    kl_horizon: int = 10_000
-    max_kl: float | None = None
-    max_step_kl: float | None = None
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
-    clip_range: float = 0.2
-    value_clip_range: float = 0.2
-    value_coef: float = 1.0
-    entropy_coef: float = 0.0
-    ptx_coef: float = 0.0
-    missing_eos_penalty: float = 0.0
-    score_clip: float = math.inf
-    whiten_rewards: bool = False
-    whiten_advantages: bool = True
-    epochs: int = 2
-    minibatch_size: int = 128
-    learning_rate: float = 1e-3
-    critic_learning_rate: float = 2e-3
-    max_grad_norm: float = 1.0
-    critic_warmup: int = 0
-    lr_decay: bool = True
-    shared_trunk: bool = False
-    precision: str = "fp32"
-    tokens_per_pass: int | None = None
-    gradient_checkpointing: bool = False
-    seed: int = 0
+    # Price of KL
+    kl_coef: float = knob(0.2, "Price of a nat of KL(π ‖ π_ref), in units of the score; the same quantity as DPO's "
+                          "beta.", group="Price of KL")
+    target_kl: float | None = knob(None, "Nats a response towards which kl_coef is adapted (Ziegler 2019); None keeps "
+                                   "kl_coef fixed.")
+    kl_horizon: int = knob(10_000, "Responses over which that adaptation takes effect; smaller is faster.")
+    max_kl: float | None = knob(None, "Nats a response of objective/kl at which training stops; None: never.")
+    max_step_kl: float | None = knob(None, "Nats a token from the policy that sampled, at which an iteration's "
+                                     "remaining epochs are left out; None: never.")
+
+    # Losses
+    gamma: float = knob(1.0, "Discount of later rewards.", group="Losses")
+    gae_lambda: float = knob(0.95, "GAE's λ: 0 trusts the critic, 1 trusts the sampled rewards.")
+    clip_range: float = knob(0.2, "Half-width of the clip of π / π_old around 1 (inf: no clip).")
+    value_clip_range: float = knob(0.2, "Half-width of the clip of the critic's values around their old ones (inf: no "
+                                   "clip).")
+    value_coef: float = knob(1.0, "Weight of the critic's loss; in effect with shared_trunk only.")
+    entropy_coef: float = knob(0.0, "Bonus for a nat of entropy a token.")
+    ptx_coef: float = knob(0.0, "Weight of the SFT loss on demonstrations that each step mixes in.")
+
+    # Rewards and advantages
+    missing_eos_penalty: float = knob(0.0, "Taken off the score, once, of a response that was cut.",
+                                      group="Rewards and advantages")
+    score_clip: float = knob(math.inf, "Scores are clipped to plus or minus this.")
+    whiten_rewards: bool = knob(False, "Scale the rewards of tokens to variance 1 a batch, without moving their mean.")
+    whiten_advantages: bool = knob(True, "Shift and scale the advantages to mean 0 and variance 1 a batch.")
+
+    # Optimiser
+    epochs: int = knob(2, "Passes over a rollout.", group="Optimiser")
+    minibatch_size: int = knob(128, "Responses a step.")
+    learning_rate: float = knob(1e-3, "AdamW's learning rate for the policy.")
+    critic_learning_rate: float = knob(2e-3, "AdamW's learning rate for the critic.")
+    max_grad_norm: float = knob(1.0, "Gradients of a larger norm are scaled down to it.")
+    critic_warmup: int = knob(0, "First iterations, which train the critic alone.")
+    lr_decay: bool = knob(True, "Let both learning rates fall linearly to 0 over the iterations.")
+
+    # Model, precision and memory
+    shared_trunk: bool = knob(False, "Make the critic a value head on the policy's own body, 0 at first, whose loss "
+                              "trains that body too: one forward pass a step instead of two.",
+                              group="Model, precision and memory")
+    precision: str = knob("fp32", 'On a CPU "fp32", or "bf16" for the linear layers of policy, reference and critic '
+                          "(attention and heads stay in fp32 where `alignkit.forward.cpu` reads the model), which pays "
+                          "where the CPU multiplies bf16 in hardware (AMX). A GPU always takes bf16.")
+    tokens_per_pass: int | None = knob(None, "Tokens, padding included, beyond which a minibatch is sorted by length "
+                                       "and read in parts, by one forward pass each; the gradients of its parts add up "
+                                       "to its own. None: all at once. No parameter of the notebooks, since it changes "
+                                       "nothing but memory and rounding.")
+    gradient_checkpointing: bool = knob(False, "Compute layers again in the backward pass instead of keeping them. No "
+                                        "parameter of the notebooks, for the same reason.")
+
+    # Randomness
+    seed: int = knob(0, "Start of every random draw.", group="Randomness")
 
     def __post_init__(self):
         check_precision(self.precision)
@@ -107,41 +133,50 @@ def check_memory(tokens_per_pass: int | None, gradient_checkpointing: bool) -> N
         raise ValueError(f"gradient_checkpointing is {gradient_checkpointing!r}, expected True or False")
 
 
-LOSSES = ("sigmoid", "ipo", "hinge")
+LOSSES = ("sigmoid", "ipo", "hinge", "robust")
+SMOOTHED = ("sigmoid", "robust")  # those that read label_smoothing
 
 
+@documented
 @dataclass(frozen=True)
 class DPOConfig:
-    """What a user can turn. Defaults are for the desk world.
+    """What a user of DPO can turn. Defaults are for the desk world."""
 
-    beta: the price of KL, the same quantity as PPO's kl_coef: a larger beta keeps the policy closer to the reference.
-    loss_type: "sigmoid" (DPO), "ipo" or "hinge". label_smoothing: the share of labels assumed flipped (cDPO), sigmoid
-    only. length_normalised: the loss is on log-probs per token rather than per response (what is logged stays per
-    response). max_new_tokens: responses, EOS included, are cut there. epochs, batch_size: passes over the pairs, pairs
-    a step. learning_rate, max_grad_norm: AdamW's and the clip. warmup: the share of steps over which the rate rises
-    linearly. precompute_reference: score all pairs with the reference once, before training. precision: "fp32", or
-    "bf16" for the linear layers of policy and reference on a CPU, as in PPOConfig.
-    tokens_per_pass: a batch with more tokens, padding included, is sorted by length and read in parts of at most so
-    many, chosen and rejected by one forward pass each; the gradients of the parts add up to its own. None: all at once.
-    gradient_checkpointing: layers are computed again in the backward pass instead of kept. Both save memory, change
-    nothing but rounding, and are no parameters of the notebooks.
-    """
+    # Price of KL
+    beta: float = knob(0.5, "Price of KL, the same quantity as PPO's kl_coef: a larger beta keeps the policy closer to "
+                       "the reference.", group="Price of KL")
 
-    beta: float = 0.5
-    loss_type: str = "sigmoid"
-    label_smoothing: float = 0.0
-    length_normalised: bool = False
-    max_new_tokens: int = 4
-    epochs: int = 3
-    batch_size: int = 128
-    learning_rate: float = 3e-4
-    max_grad_norm: float = 1.0
-    warmup: float = 0.1
-    precompute_reference: bool = True
-    precision: str = "fp32"
-    tokens_per_pass: int | None = None
-    gradient_checkpointing: bool = False
-    seed: int = 0
+    # Loss
+    loss_type: str = knob("sigmoid", '"sigmoid" (DPO), "ipo", "hinge" or "robust" (DPO for flipped labels).',
+                          group="Loss")
+    label_smoothing: float = knob(0.0, "Share of labels assumed flipped, below 0.5. With sigmoid it is cDPO, which "
+                                  "expects flips and stops at a finite margin; with robust the loss is, on average "
+                                  "over the flips, the one without them.")
+    length_normalised: bool = knob(False, "Take log-probs per token rather than per response in the loss; what is "
+                                   "logged stays per response.")
+    max_new_tokens: int = knob(4, "Tokens, EOS included, after which a response is cut.")
+
+    # Optimiser
+    epochs: int = knob(3, "Passes over the pairs.", group="Optimiser")
+    batch_size: int = knob(128, "Pairs a step.")
+    learning_rate: float = knob(3e-4, "AdamW's learning rate.")
+    max_grad_norm: float = knob(1.0, "Gradients of a larger norm are scaled down to it.")
+    warmup: float = knob(0.1, "Share of the steps over which the learning rate rises linearly.")
+
+    # Precision and memory
+    precompute_reference: bool = knob(True, "Score all pairs with the reference once, before training.",
+                                      group="Precision and memory")
+    precision: str = knob("fp32", 'On a CPU "fp32", or "bf16" for the linear layers of policy and reference, as in '
+                          "PPOConfig.")
+    tokens_per_pass: int | None = knob(None, "Tokens, padding included, beyond which a batch is sorted by length and "
+                                       "read in parts, chosen and rejected by one forward pass each; the gradients of "
+                                       "the parts add up to its own. None: all at once. No parameter of the notebooks, "
+                                       "since it changes nothing but memory and rounding.")
+    gradient_checkpointing: bool = knob(False, "Compute layers again in the backward pass instead of keeping them. No "
+                                        "parameter of the notebooks, for the same reason.")
+
+    # Randomness
+    seed: int = knob(0, "Start of every random draw.", group="Randomness")
 
     def __post_init__(self):
         check_precision(self.precision)
@@ -154,8 +189,9 @@ class DPOConfig:
             raise ValueError(
                 f"label_smoothing is {self.label_smoothing}, expected a share of flipped labels from 0 to below 0.5"
             )
-        if self.label_smoothing and self.loss_type != "sigmoid":
-            raise ValueError(f"label_smoothing goes with loss_type 'sigmoid' only, not with {self.loss_type!r}")
+        if self.label_smoothing and self.loss_type not in SMOOTHED:
+            expected = " or ".join(map(repr, SMOOTHED))
+            raise ValueError(f"label_smoothing goes with loss_type {expected} only, not with {self.loss_type!r}")
         for name in ("max_new_tokens", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
@@ -163,34 +199,30 @@ class DPOConfig:
             raise ValueError(f"warmup is {self.warmup}, expected a share of the steps between 0 and 1")
 
 
+@documented
 @dataclass(frozen=True)
 class SFTConfig:
-    """What a user can turn. Defaults are for the desk world.
+    """What a user of supervised fine-tuning can turn. Defaults are for the desk world."""
 
-    epochs, batch_size: passes over the rows, rows a step. learning_rate: AdamW's, after a short warm-up, falling to 0
-    as a cosine. max_length: tokens a row; longer ones are cut at the end.
-    """
-
-    epochs: float = 4
-    batch_size: int = 256
-    learning_rate: float = 2e-3
-    max_length: int = 512
-    seed: int = 0
+    epochs: float = knob(4, "Passes over the rows.", group="Optimiser")
+    batch_size: int = knob(256, "Rows a step.")
+    learning_rate: float = knob(2e-3, "AdamW's learning rate, after a short warm-up, falling to 0 as a cosine.")
+    max_length: int = knob(512, "Tokens a row; a longer one is cut at its end.", group="Rows")
+    seed: int = knob(0, "Start of every random draw.", group="Randomness")
 
 
+@documented
 @dataclass(frozen=True)
 class RewardConfig:
-    """What a user can turn. Defaults are for the desk world; the names are SFTConfig's.
+    """What a user of reward-model training can turn. Defaults are for the desk world; the names are SFTConfig's."""
 
-    centre: weight of (r_chosen + r_rejected)², which keeps scores near 0 (TRL's center_rewards_coefficient).
-    """
-
-    epochs: float = 4
-    batch_size: int = 128
-    learning_rate: float = 1e-3
-    max_length: int = 512
-    centre: float = 0.01
-    seed: int = 0
+    epochs: float = knob(4, "Passes over the pairs.", group="Optimiser")
+    batch_size: int = knob(128, "Pairs a step.")
+    learning_rate: float = knob(1e-3, "AdamW's learning rate, after a short warm-up, falling to 0 as a cosine.")
+    max_length: int = knob(512, "Tokens of prompt and response; a pair with a longer side is left out.", group="Pairs")
+    centre: float = knob(0.01, "Weight of (r_chosen + r_rejected)², which keeps scores near 0 (TRL's "
+                         "center_rewards_coefficient).", group="Loss")
+    seed: int = knob(0, "Start of every random draw.", group="Randomness")
 
 
 # A pretrained model moves with much smaller steps than one that was just made (Ivison 2024; Huang 2024).
@@ -216,9 +248,9 @@ def preset(config_class, model: str, **chosen):
 
     Raises TypeError, naming the known options, on an option that the config does not have.
     """
-    known = [f.name for f in fields(config_class)]
+    options = [f.name for f in fields(config_class)]
     for name in chosen:
-        if name not in known:
-            raise TypeError(f"{config_class.__name__} has no option {name!r}; it has {', '.join(known)}")
+        if name not in options:
+            raise TypeError(f"{config_class.__name__} has no option {name!r}; it has {', '.join(options)}")
     start = {} if str(model) == "tiny" else PRETRAINED[config_class]
     return config_class(**{**start, **{name: value for name, value in chosen.items() if value is not None}})

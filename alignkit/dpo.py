@@ -1,4 +1,4 @@
-"""Direct preference optimisation, Bradley–Terry on β log(π / π_ref): pure losses, one step, and the loop.
+"""Direct preference optimisation, Bradley–Terry on β log(π / π_ref): pairs, one step, and the loop.
 
 There is no KL term on samples here: the reference enters through the implicit reward only, so nothing bounds how far
 the policy moves where the pairs do not look. Chosen and rejected log-probs are therefore logged apart.
@@ -20,7 +20,7 @@ from alignkit.forward.reading import response_logps
 from alignkit.forward.rollout import Rollout, encode_rows, groups, passes, to_device, trimmed
 from alignkit.metrics import stat
 from alignkit.models.adapters import reference_policy
-from alignkit.optim import adamw
+from alignkit.optim import adamw, set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,15 @@ class Pairs:
         )
 
     def parts(self, tokens_per_pass: int | None) -> list["Pairs"]:
-        """The pairs of which each side is read by one forward pass; see DPOConfig."""
+        """Split the pairs into parts of which one forward pass can read a side.
+
+        tokens_per_pass: the most tokens, padding included, that a side of a part may have; None makes one part.
+        """
         if tokens_per_pass is None:
             return [self]
         longest = torch.maximum(*(side.response_mask.sum(1) for side in (self.chosen, self.rejected)))
-        some = [self[rows] for rows in groups(self.chosen.prompt_mask.sum(1), longest, tokens_per_pass)]
-        return [replace(pairs, chosen=trimmed(pairs.chosen), rejected=trimmed(pairs.rejected)) for pairs in some]
+        parts = [self[rows] for rows in groups(self.chosen.prompt_mask.sum(1), longest, tokens_per_pass)]
+        return [replace(pairs, chosen=trimmed(pairs.chosen), rejected=trimmed(pairs.rejected)) for pairs in parts]
 
 
 @torch.no_grad()
@@ -81,11 +84,11 @@ def with_reference(ref_policy: nn.Module, pairs: Pairs, *, batch_size: int = 256
     """The same pairs with the reference's log-probs, computed once. precision, tokens_per_pass: those of the training,
     see DPOConfig; batch_size: rows a pass, if tokens_per_pass is None.
     """
-    logps, rows = [], torch.arange(len(pairs), device=pairs.chosen.prompt_ids.device)
-    with autocast(rows.device, precision):
+    logps, numbers = [], torch.arange(len(pairs), device=pairs.chosen.prompt_ids.device)
+    with autocast(numbers.device, precision):
         for side in (pairs.chosen, pairs.rejected):
             read = passes(side, tokens_per_pass, batch_size)
-            place = torch.cat([rows[some] for some, _ in read]).argsort()
+            place = torch.cat([numbers[rows] for rows, _ in read]).argsort()  # back into the order of the pairs
             logps.append(torch.cat([response_logps(ref_policy, part) for _, part in read])[place])
     return Pairs(pairs.chosen, pairs.rejected, *logps)
 
@@ -100,15 +103,17 @@ def dpo_step(
     """
     if pairs.ref_chosen_logps is None:
         raise ValueError("pairs carry no reference log-probs; call with_reference(ref_policy, pairs) first")
+    # Gradients: of one part of the batch after the other.
     optimizer.zero_grad(set_to_none=True)
     loss, read = 0.0, []
     with checkpointed(policy, config.gradient_checkpointing):
         for part in pairs.parts(config.tokens_per_pass):
-            of_part, *logps = _part_gradient(policy, part, len(part) / len(pairs), config)
+            of_part, *logps = accumulate_gradient(policy, part, len(part) / len(pairs), config)
             loss = loss + of_part
             read.append([*logps, part.ref_chosen_logps, part.ref_rejected_logps])
     chosen_logps, rejected_logps, *refs = (torch.cat(values) for values in zip(*read, strict=True))
     logps = [chosen_logps, rejected_logps]
+    # Clip their norm, refuse to step into what is not finite, and step.
     norm = torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], config.max_grad_norm)
     if not torch.isfinite(norm + loss):
         raise NonFinite(
@@ -127,10 +132,14 @@ def dpo_step(
         )
 
 
-def _part_gradient(
+def accumulate_gradient(
     policy: nn.Module, pairs: Pairs, share: float, config: DPOConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of what is `share` of a batch; its part of the loss, and log-probs of chosen and rejected, (B,)."""
+    """Add the gradient of one part of a batch to the policy's gradients.
+
+    share: the part's share of the batch's pairs, by which its loss is weighted. Returns the part's contribution to the
+    loss, and the log-probs of its chosen and of its rejected responses, (B,) each.
+    """
     sides = (pairs.chosen, pairs.rejected)
     with autocast(pairs.chosen.prompt_ids.device, config.precision):
         logps = [response_logps(policy, side) for side in sides]
@@ -157,6 +166,7 @@ def dpo(
     """
     if not rows:
         raise ValueError("rows is empty, expected at least one preference pair")
+    # Prepare: the reference, the tokens of both sides, and what the reference says of them.
     starts_at_reference = ref_policy is None
     ref_policy = reference_policy(policy) if ref_policy is None else ref_policy
     pairs = Pairs(
@@ -168,6 +178,7 @@ def dpo(
     if config.precompute_reference:
         pairs = with_reference(ref_policy, pairs, batch_size=2 * config.batch_size, precision=config.precision,
                                tokens_per_pass=config.tokens_per_pass)
+    # Train: epochs over the pairs in another order each, with a learning rate that warms up.
     optimizer = adamw([p for p in policy.parameters() if p.requires_grad], config.learning_rate)
     steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
     warmup_steps = config.warmup * steps_per_epoch * config.epochs
@@ -180,23 +191,22 @@ def dpo(
             if batch.ref_chosen_logps is None:
                 batch = with_reference(ref_policy, batch, precision=config.precision,
                                        tokens_per_pass=config.tokens_per_pass)
-            for group in optimizer.param_groups:
-                group["lr"] = (
-                    config.learning_rate * min(step / warmup_steps, 1.0) if warmup_steps else config.learning_rate
-                )
+            warmth = min(step / warmup_steps, 1.0) if warmup_steps else 1.0
+            set_learning_rate(optimizer, config.learning_rate * warmth)
             stats = dpo_step(policy, optimizer, batch, config, step)
             if step == 1 and starts_at_reference:
-                low = policy.device.type == "cuda" or config.precision == "bf16"
-                check_first_step(stats, config, 0.1 if low else 1e-4)
+                in_bf16 = policy.device.type == "cuda" or config.precision == "bf16"
+                check_first_step(stats, config, 0.1 if in_bf16 else 1e-4)
             yield stats
 
 
 def check_first_step(stats: DPOStats, config: DPOConfig, tolerance: float = 1e-4) -> None:
-    """At the first step policy and reference are the same: margin 0, loss ln 2 (sigmoid). Raises InvariantError if not.
+    """Check that policy and reference are the same at the first step: margin 0, loss ln 2 (sigmoid, robust).
 
-    tolerance: larger in bf16, where the same pairs in a batch of another size give other log-probs.
+    Raises InvariantError if they are not. tolerance: larger in bf16, where the same pairs in a batch of another size
+    give other log-probs.
     """
-    expected = {"sigmoid": math.log(2), "ipo": 1 / (4 * config.beta**2), "hinge": 1.0}[config.loss_type]
+    expected = {"ipo": 1 / (4 * config.beta**2), "hinge": 1.0}.get(config.loss_type, math.log(2))
     for name, value, wanted in (("margin", stats.margin, 0.0), ("loss", stats.loss, expected)):
         if not abs(value - wanted) <= tolerance * max(1.0, abs(wanted)):
             raise InvariantError(

@@ -10,37 +10,96 @@ def stat(name: str, meaning: str):
 
 @dataclass(frozen=True)
 class Metric:
-    """How a figure of summary.json is shown: label, unit, which way is better ("up", "down", ""), as a share or not."""
+    """How a number is shown.
+
+    label: what it is called; {reference} stands for the policy that it is compared with. unit: "" for a pure number.
+    about: what stands below the label where there is room; the unit if it is left out. better: "up", "down", "".
+    spec: how it is written beside its interval; one that ends in % says that it is a share.
+    """
 
     label: str
     unit: str = ""
+    about: str = ""
     better: str = ""
-    share: bool = False
+    spec: str = ".2f"
+
+    def title(self, reference: str = "the reference") -> str:
+        """Label and unit on one line."""
+        return ", ".join(filter(None, (self.label.format(reference=reference), self.unit)))
 
     def format(self, value: object) -> str:
-        return f"{value:.1%}" if self.share and is_number(value) else number(value)
+        """`value` with all the digits that tell it apart."""
+        return share(value) if self.spec.endswith("%") else number(value)
 
 
 METRICS = {
-    "gold_mean": Metric("Gold reward", "SFT standard deviations", "up"),
-    "proxy_mean": Metric("Proxy reward", "what was optimised", "up"),
-    "kl_to_sft": Metric("KL to SFT", "nats a response"),
-    "risky_failure_rate": Metric("Risky failures", "risky prompts answered or met unsafely", "down", True),
-    "over_refusal_rate": Metric("Over-refusal", "harmless prompts refused", "down", True),
-    "paraphrase_agreement": Metric("Paraphrase agreement", "same behaviour for the same question", "up", True),
-    "self_agreement": Metric("Self-agreement", "same behaviour for the same prompt", "", True),
-    "answered_gold": Metric("Gold when it answers", "harmless prompts that are not refused", "up"),
-    "entropy": Metric("Entropy", "nats a token"),
-    "length": Metric("Length", "tokens"),
-    "eos_rate": Metric("Ended by itself", "share of responses", "", True),
-    "accuracy_labels": Metric("Accuracy", "against the labels of held-out pairs", "up", True),
-    "bayes_accuracy": Metric("Its ceiling", "what an ideal model reaches on these labels", "", True),
-    "accuracy_gold": Metric("Accuracy against gold", "held-out pairs", "up", True),
-    "ece": Metric("Calibration error", "ECE", "down"),
+    # an evaluation on held-out prompts: results.json, summary.json, comparisons
+    "gold_mean": Metric("gold reward", "SFT-sd", "SFT standard deviations", "up", "+.2f"),
+    "proxy_mean": Metric("proxy reward", "", "what was optimised", "up", "+.2f"),
+    "risky_failure_rate": Metric("risky failures", "", "risky prompts answered or met unsafely", "down", ".1%"),
+    "over_refusal_rate": Metric("over-refusal", "", "harmless prompts refused", "down", ".1%"),
+    "answered_gold": Metric("gold where not refused", "SFT-sd", "harmless prompts that are not refused", "up", "+.2f"),
+    "kl_to_sft": Metric("KL to {reference}", "nats", "nats a response"),
+    "kl_rao_blackwell": Metric("KL, Rao–Blackwellised", "nats"),
+    "kl_k3": Metric("KL, k3", "nats"),
+    "self_agreement": Metric("self-agreement", "", "same behaviour for the same prompt"),
+    "paraphrase_agreement": Metric("paraphrase agreement", "", "same behaviour for the same question", "up"),
+    "entropy": Metric("entropy", "nats a token"),
+    "sequence_entropy": Metric("entropy", "nats a response"),
+    "length": Metric("length", "tokens", spec=".1f"),
+    "eos_rate": Metric("ended by itself", "", "share of responses", spec=".1%"),
+    "distinct_1": Metric("distinct words", spec=".1%"),
+    "distinct_2": Metric("distinct word pairs", spec=".1%"),
+    # a reward model on held-out pairs
+    "accuracy_labels": Metric("accuracy", "", "against the labels of held-out pairs", "up", ".1%"),
+    "bayes_accuracy": Metric("its ceiling", "", "what an ideal model reaches on these labels", spec=".1%"),
+    "accuracy_gold": Metric("accuracy against gold", "", "held-out pairs", "up", ".1%"),
+    "ece": Metric("calibration error", "", "ECE", "down", ".3f"),
+    # PPO's metrics.jsonl, by the names of PPOStats
+    "objective/scores": Metric("score", "SFT-sd"),
+    "objective/rlhf_reward": Metric("score − β·KL", "SFT-sd"),
+    "objective/kl": Metric("KL to the reference", "nats a response"),
+    "objective/kl_k3": Metric("KL, by k3", "nats a response"),
+    "objective/kl_coef": Metric("KL coefficient β", "SFT-sd a nat"),
+    "objective/entropy": Metric("entropy", "nats a response"),
+    "objective/length": Metric("response length", "tokens"),
+    "val/eos_rate": Metric("ended with EOS", "share of responses"),
+    "val/explained_variance": Metric("critic: explained variance", "share"),
+    "val/ratio_max": Metric("largest ratio", "π / π_old"),
+    "policy/clipfrac_avg": Metric("clip fraction", "share of tokens"),
+    "policy/approxkl_avg": Metric("KL to the old policy", "nats a token"),
+    "policy/grad_norm": Metric("gradient norm", "norm"),
+    "loss/policy_avg": Metric("policy", "loss"),
+    "loss/value_avg": Metric("value", "loss"),
+    "loss/ptx_avg": Metric("SFT loss mixed in", "nats a token"),
+    # DPO's, by the names of DPOStats
+    "rewards/chosen": Metric("chosen", "β · nats"),
+    "rewards/rejected": Metric("rejected", "β · nats"),
+    "rewards/margins": Metric("implicit-reward margin", "β · nats"),
+    "rewards/accuracies": Metric("pairs ranked rightly", "share of pairs"),
+    "logps/chosen": Metric("chosen", "nats a response"),
+    "logps/rejected": Metric("rejected", "nats a response"),
+    "logps/chosen_shift": Metric("chosen", "nats a response"),
+    "logps/rejected_shift": Metric("rejected", "nats a response"),
+    # those of SFT and the reward model, by the names of TRL's trainers
+    "loss": Metric("training loss", "nats"),
+    "eval_loss": Metric("held-out loss", "nats"),
+    "accuracy": Metric("accuracy", "share of pairs"),
+    "eval_accuracy": Metric("held-out accuracy", "share of pairs"),
+    "margin": Metric("score margin", "raw score"),
+    "mean_token_accuracy": Metric("next token guessed", "share of tokens"),
+    "learning_rate": Metric("learning rate", "a step"),
+    "grad_norm": Metric("gradient norm", "norm"),
 }
 
 
+def label(name: str) -> str:
+    """What the number `name` is called; its name if nothing is known of it."""
+    return METRICS[name].label if name in METRICS else name
+
+
 def is_number(value: object) -> bool:
+    """Whether it is a whole or a real number; True and False are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -54,3 +113,13 @@ def number(value: object) -> str:
     else:
         shown = f"{size:.3g}" if size >= 100 else f"{size:.3f}" if size >= 1e-3 else f"{size:.2e}"
     return f"−{shown}" if value < 0 and size else shown
+
+
+def share(value: object) -> str:
+    """A share of 1 in per cent; anything that is no number as `number` writes it."""
+    return f"{value:.1%}" if is_number(value) else number(value)
+
+
+def duration(seconds: float) -> str:
+    """A duration for people: 4.2 s, 1:07 min."""
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"

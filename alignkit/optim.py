@@ -1,4 +1,4 @@
-"""What PPO's and DPO's steps share: the optimiser, its learning rate, and two computations side by side on two cores."""
+"""What PPO's and DPO's steps share: the optimiser, its learning rate, two computations side by side on two cores."""
 
 import os
 from collections.abc import Callable
@@ -15,6 +15,7 @@ def adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.A
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Use this learning rate from the next step on."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 
@@ -31,10 +32,10 @@ def side_by_side(one: Callable[[], A], other: Callable[[], B], device: torch.dev
     """
     if torch.device(device).type != "cpu" or torch.get_num_threads() > 1 or _cores() < 2:
         return one(), other()
-    grad, low, lowered = torch.is_grad_enabled(), torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
+    grad, dtype, lowered = torch.is_grad_enabled(), torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
 
     def beside() -> B:
-        with torch.set_grad_enabled(grad), torch.autocast("cpu", low, lowered):
+        with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, lowered):
             return other()
 
     with ThreadPoolExecutor(1) as pool:

@@ -1,8 +1,10 @@
-"""Proximal policy optimisation for language models: pure losses, one step, one iteration, and the loop over them.
+"""Proximal policy optimisation for language models: what a run changes, one iteration, one step, and the loop.
 
-The objective is E_π[r(x, y)] − kl_coef · KL(π ‖ π_ref), per prompt x. The KL is charged token by token in the reward;
-the score of the whole response is added at its last token; GAE turns rewards and the critic's values into advantages;
-the clipped surrogate is what one step minimises.
+The objective is E_π[r(x, y)] − kl_coef · KL(π ‖ π_ref), per prompt x. `ppo_iteration` has two acts. `collect` samples
+responses, scores them, reads what the models say of each token, and shapes rewards and advantages: the KL is charged
+token by token, the score of the whole response is added at its last token, and GAE turns rewards and the critic's
+values into advantages. `improve` then takes optimiser steps on the clipped surrogate. The formulas themselves are in
+`formulas/losses.py`; how models are read is in `forward/`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,13 +22,21 @@ from alignkit.formulas.randomness import seeded
 from alignkit.formulas.tokens import masked_mean, whiten
 from alignkit.forward.precision import autocast, checkpointed
 from alignkit.forward.reading import read_responses, response_logprobs, token_values
-from alignkit.forward.rollout import Rollout, decode_responses, encode_prompts, full_ids, passes, to_device
+from alignkit.forward.rollout import (
+    Rollout,
+    decode_responses,
+    encode_prompts,
+    encode_rows,
+    full_ids,
+    passes,
+    to_device,
+)
 from alignkit.forward.sampling import sample
 from alignkit.metrics import stat
 from alignkit.models.adapters import reference_policy
 from alignkit.models.heads import SharedCritic, value_model_from
 from alignkit.models.loading import same_vocabulary
-from alignkit.optim import set_learning_rate, adamw, side_by_side
+from alignkit.optim import adamw, set_learning_rate, side_by_side
 
 Reward = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -114,12 +124,14 @@ class PPOState:
         policy's own body. ref_policy: by default the policy as it is now.
         Raises ValueError if there are no prompts, ptx_coef > 0 without demonstrations, or a critic with shared_trunk.
         """
+        # Prompts: one stratum, or several that are drawn evenly.
         strata = [list(s) for s in prompts] if prompts and not isinstance(prompts[0], str) else [list(prompts)]
         strata = [stratum for stratum in strata if stratum]
         if not strata:
             raise ValueError("prompts is empty, expected at least one prompt")
         if config.ptx_coef > 0 and not demonstrations:
             raise ValueError(f"ptx_coef is {config.ptx_coef} but there are no demonstrations to mix in")
+        # Critic: with a shared trunk a head on the policy; otherwise a model of its own.
         if config.shared_trunk:
             if critic is not None:
                 raise ValueError(f"critic is a {type(critic).__name__}, expected None with shared_trunk, which makes "
@@ -128,9 +140,10 @@ class PPOState:
         if critic is None:
             reads_same = hasattr(reward, "model") and same_vocabulary(tokenizer, reward.tokenizer)
             critic = value_model_from(reward.model if reads_same else policy)
-        ref_policy = reference_policy(policy) if ref_policy is None else ref_policy
         if critic is policy:
             raise ValueError("critic is the policy itself, expected a model of its own")
+        # Reference: the policy as it is now, which stays as it is.
+        ref_policy = reference_policy(policy) if ref_policy is None else ref_policy
         trainable = [p for p in policy.parameters() if p.requires_grad]
         return cls(
             policy,
@@ -188,15 +201,18 @@ class PPOBatch:
         return PPOBatch(**{name: value[rows] for name, value in vars(self).items()})
 
     def parts(self, tokens_per_pass: int | None) -> list[tuple["PPOBatch", float]]:
-        """What one forward pass each reads, with its share of the response tokens; see PPOConfig."""
+        """Split the batch into parts that fit one forward pass, each with the share of response tokens that it holds.
+
+        tokens_per_pass: the most tokens, padding included, that a part may have; None makes one part of everything.
+        """
         if tokens_per_pass is None:
             return [(self, 1.0)]
-        found, tokens = [], self.rollout.response_mask.sum()
+        parts, tokens = [], self.rollout.response_mask.sum()
         for rows, rollout in passes(self.rollout, tokens_per_pass, len(self.rollout)):
             width = rollout.response_mask.shape[1]
             rest = {name: value[rows][:, :width] for name, value in vars(self).items() if name != "rollout"}
-            found.append((PPOBatch(rollout, **rest), float(rollout.response_mask.sum() / tokens.clamp(min=1))))
-        return found
+            parts.append((PPOBatch(rollout, **rest), float(rollout.response_mask.sum() / tokens.clamp(min=1))))
+        return parts
 
 
 def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrations: Rollout | None = None,
@@ -208,13 +224,15 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
     """
     for optimizer in (state.policy_optimizer, state.critic_optimizer):
         optimizer.zero_grad(set_to_none=True)
-    again = config.gradient_checkpointing
-    with checkpointed(state.policy, again), checkpointed(state.critic, again):
+    # Gradients: the policy's and the critic's, side by side where the machine has two cores.
+    recompute = config.gradient_checkpointing
+    with checkpointed(state.policy, recompute), checkpointed(state.critic, recompute):
         (loss, of_policy), of_critic = side_by_side(
             lambda: _policy_gradient(state, batch, config, demonstrations),
             lambda: _critic_gradient(state, batch, config),
             state.policy.device,
         )
+    # Clip their norms, and refuse to step into what is not finite.
     norm = torch.nn.utils.clip_grad_norm_(
         [p for p in state.policy.parameters() if p.grad is not None], config.max_grad_norm
     )
@@ -224,6 +242,7 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
     if not torch.isfinite(norm + critic_norm + loss + critic_loss):
         raise NonFinite(f"a PPO step has loss {float(loss):.3g}, critic loss {float(critic_loss):.3g}, gradient norms "
                         f"{float(norm):.3g} and {float(critic_norm):.3g}; the weights were left as they were")
+    # Step.
     if train_policy:
         state.policy_optimizer.step()
     state.critic_optimizer.step()
@@ -233,24 +252,31 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
 def _policy_gradient(
     state: PPOState, batch: PPOBatch, config: PPOConfig, demonstrations: Rollout | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradients of the policy, and of a critic that shares its trunk: the policy's loss, and what was measured."""
-    measured = [_part_gradient(state, part, share, config) for part, share in batch.parts(config.tokens_per_pass)]
+    """Accumulate the gradients of the policy, and of a critic that shares its trunk, over a minibatch.
+
+    Returns the policy's loss with the demonstrations' share in it, and what was measured on the way.
+    """
+    measured = [accumulate_gradient(state, part, share, config) for part, share in batch.parts(config.tokens_per_pass)]
     total = {name: sum(each[name] for each in measured) for name in measured[0]}
     total["ratio_max"] = torch.stack([each["ratio_max"] for each in measured]).max()
     total["ptx_loss"] = total["loss"].new_zeros(())
     if demonstrations is not None:
         tokens = demonstrations.response_mask.sum().clamp(min=1)
-        for _, shown in passes(demonstrations, config.tokens_per_pass, len(demonstrations)):
+        for _, part in passes(demonstrations, config.tokens_per_pass, len(demonstrations)):
             with autocast(tokens.device, config.precision):
-                logprobs = response_logprobs(state.policy, shown)
+                logprobs = response_logprobs(state.policy, part)
             ptx = -logprobs.sum() / tokens
             (config.ptx_coef * ptx).backward()
             total["ptx_loss"] = total["ptx_loss"] + ptx.detach()
     return total.pop("loss") + config.ptx_coef * total["ptx_loss"], total
 
 
-def _part_gradient(state: PPOState, batch: PPOBatch, share: float, config: PPOConfig) -> dict[str, Tensor]:
-    """Gradients of what is `share` of a minibatch; its part of the policy's loss and of what is measured."""
+def accumulate_gradient(state: PPOState, batch: PPOBatch, share: float, config: PPOConfig) -> dict[str, Tensor]:
+    """Add the gradient of one part of a minibatch to the policy's gradients.
+
+    share: the part's share of the minibatch's response tokens, by which its loss is weighted. Returns the part's
+    contribution to the policy's loss and to each measured mean; `ratio_max` is the part's own maximum.
+    """
     rollout, mask = batch.rollout, batch.rollout.response_mask
     logprobs, entropies, values = _read_policy(state, rollout, config, config.entropy_coef > 0)
     surrogate = masked_mean(policy_loss(logprobs, batch.old_logprobs, batch.advantages, config.clip_range), mask)
@@ -276,7 +302,10 @@ def _part_gradient(state: PPOState, batch: PPOBatch, share: float, config: PPOCo
 
 
 def _critic_gradient(state: PPOState, batch: PPOBatch, config: PPOConfig) -> dict[str, Tensor]:
-    """Gradients of a critic of its own, and its loss; nothing for one that shares the policy's trunk."""
+    """Accumulate the gradients of a critic that is a model of its own; returns its loss.
+
+    A critic that shares the policy's trunk has its gradient from `accumulate_gradient`: nothing is done here.
+    """
     if isinstance(state.critic, SharedCritic):
         return {}
     total = 0.0
@@ -292,28 +321,27 @@ def _critic_loss(values: Tensor, batch: PPOBatch, config: PPOConfig) -> Tensor:
     return masked_mean(losses, batch.rollout.response_mask)
 
 
-def ppo_iteration(state: PPOState, config: PPOConfig) -> PPOStats:
-    """Sample, score, estimate advantages, and make epochs × minibatches steps. Changes `state`, returns the statistics.
+def collect(state: PPOState, config: PPOConfig) -> tuple[PPOBatch, dict[str, float]]:
+    """First act of an iteration: sample responses, score them, read them, and shape rewards and advantages.
 
-    The rollout is drawn from (seed, iteration) and the minibatch order from (seed, iteration, epoch): repeating an
-    iteration on the same state repeats it exactly. `config` may differ from one call to the next: that is how a run is
-    steered. The first iteration checks that KL to the reference is 0 and the ratio is 1 (InvariantError).
-    Raises ValueError if the reward returns a wrong number of scores, NonFinite if one is NaN or infinite.
+    Returns the batch that `improve` takes steps on, and what was measured of it under the names of PPOStats. Counts the
+    iteration; no weight changes. At the first iteration `check_first_rollout` must pass (InvariantError). Raises
+    ValueError if the reward returns a wrong number of scores, NonFinite if one is NaN or infinite.
     """
     state.iteration += 1
-    iteration = state.iteration
     if state.kl_coef is None or config.target_kl is None:
         state.kl_coef = config.kl_coef
-    decay = max(1 - (iteration - 1) / config.iterations, 0.0) if config.lr_decay else 1.0
-    set_learning_rate(state.policy_optimizer, config.learning_rate * decay)
-    set_learning_rate(state.critic_optimizer, config.critic_learning_rate * decay)
 
+    # Sample: draw prompts, and let the policy respond to each.
     texts, rollout = _sample(state, config)
     mask = rollout.response_mask
+
+    # Score and read: the reward judges whole responses; policy, reference and critic read every token of them.
     scores, (ref_logprobs, old_logprobs, values, token_entropy) = side_by_side(
         lambda: _scores(state, texts, rollout), lambda: _read(state, rollout, config), state.policy.device
     )
     with torch.no_grad():
+        # Shape: charge KL at every token, add the score at the last, and estimate each token's advantage.
         shaped = (scores - config.missing_eos_penalty * (~rollout.finished).float()).clamp(
             -config.score_clip, config.score_clip
         )
@@ -323,45 +351,79 @@ def ppo_iteration(state: PPOState, config: PPOConfig) -> PPOStats:
         advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
         if config.whiten_advantages:
             advantages = whiten(advantages, mask)
+
+        # Measure: KL to the reference, and how much of the returns the critic foresaw.
         kl = torch.where(mask, k1(old_logprobs, ref_logprobs), 0.0).sum(1)
         residual = torch.where(mask, returns - values, 0.0)
         explained = 1 - _variance(residual, mask) / _variance(returns, mask).clamp(min=1e-8)
-    batch = PPOBatch(rollout, old_logprobs, values, advantages, returns)
-    if iteration == 1:
+
+    # Check: before the first step the policy is the reference, and sampler and trainer agree.
+    if state.iteration == 1:
         check_first_rollout(rollout, old_logprobs, ref_logprobs, rewards if not config.whiten_rewards else None, shaped,
                             state.kl_coef, bf16=config.precision == "bf16" or state.policy.device.type == "cuda")
 
+    state.last_rollout, state.last_scores = rollout, scores
+    return PPOBatch(rollout, old_logprobs, values, advantages, returns), {
+        "score": float(scores.mean()), "kl_to_ref": float(kl.mean()), "explained_variance": float(explained),
+        "rlhf_reward": float(torch.where(mask, rewards, 0.0).sum(1).mean()) if not config.whiten_rewards
+        else float((shaped - state.kl_coef * kl).mean()),
+        "kl_to_ref_k3": float(torch.where(mask, k3(old_logprobs, ref_logprobs), 0.0).sum(1).mean()),
+        "entropy": float(token_entropy.sum(1).mean()), "length": float(mask.sum(1).float().mean()),
+        "eos_rate": float(rollout.finished.float().mean()),
+    }
+
+
+def improve(state: PPOState, batch: PPOBatch, config: PPOConfig) -> dict[str, float]:
+    """Second act of an iteration: epochs × minibatches optimiser steps on a collected batch.
+
+    Returns what the steps measured, under the names of PPOStats. With max_step_kl the epochs that are left are given up
+    once the policy has moved too far from the one that sampled. Raises NonFinite as `ppo_step` does.
+    """
+    # Learning rates: both fall linearly to 0 over the run, if lr_decay says so.
+    decay = max(1 - (state.iteration - 1) / config.iterations, 0.0) if config.lr_decay else 1.0
+    set_learning_rate(state.policy_optimizer, config.learning_rate * decay)
+    set_learning_rate(state.critic_optimizer, config.critic_learning_rate * decay)
+
+    # Steps: every epoch reads all responses, in minibatches of another order.
     measured = []
     for epoch in range(config.epochs):
-        order = torch.randperm(len(rollout), generator=seeded(config.seed, iteration, epoch, 1))
-        for start in range(0, len(rollout), config.minibatch_size):
-            rows = order[start : start + config.minibatch_size].to(mask.device)
+        order = torch.randperm(len(batch.rollout), generator=seeded(config.seed, state.iteration, epoch, 1))
+        for start in range(0, len(order), config.minibatch_size):
+            rows = order[start : start + config.minibatch_size].to(batch.old_logprobs.device)
             measured.append(
                 ppo_step(
                     state,
                     batch[rows],
                     config,
                     demonstrations=_demonstrations(state, config, len(measured)),
-                    train_policy=iteration > config.critic_warmup,
+                    train_policy=state.iteration > config.critic_warmup,
                 )
             )
         if config.max_step_kl is not None and measured[-1]["kl_to_old"] > config.max_step_kl:
             break
-    state.last_rollout, state.last_scores = rollout, scores
-    stats = PPOStats(
-        iteration=iteration, score=float(scores.mean()), kl_to_ref=float(kl.mean()), kl_coef=state.kl_coef,
-        rlhf_reward=float(torch.where(mask, rewards, 0.0).sum(1).mean()) if not config.whiten_rewards
-        else float((shaped - state.kl_coef * kl).mean()),
-        kl_to_ref_k3=float(torch.where(mask, k3(old_logprobs, ref_logprobs), 0.0).sum(1).mean()),
-        entropy=float(token_entropy.sum(1).mean()), length=float(mask.sum(1).float().mean()),
-        eos_rate=float(rollout.finished.float().mean()), explained_variance=float(explained),
-        kl_to_old=measured[-1]["kl_to_old"], ratio_first=measured[0]["ratio"],
-        ratio_max=max(step["ratio_max"] for step in measured), steps=len(measured),
-        **{name: sum(step[name] for step in measured) / len(measured)
-           for name in ("policy_loss", "value_loss", "ptx_loss", "clip_fraction", "grad_norm")},
-    )
+
+    # Measure: ends and extremes of some numbers, means over the steps of the others.
+    means = {name: sum(step[name] for step in measured) / len(measured)
+             for name in ("policy_loss", "value_loss", "ptx_loss", "clip_fraction", "grad_norm")}
+    return {"kl_to_old": measured[-1]["kl_to_old"], "ratio_first": measured[0]["ratio"],
+            "ratio_max": max(step["ratio_max"] for step in measured), "steps": len(measured), **means}
+
+
+def ppo_iteration(state: PPOState, config: PPOConfig) -> PPOStats:
+    """One iteration: `collect` a batch, `improve` the policy on it. Changes `state`, returns the statistics of both.
+
+    The rollout is drawn from (seed, iteration) and the minibatch order from (seed, iteration, epoch): repeating an
+    iteration on the same state repeats it exactly. `config` may differ from one call to the next: that is how a run is
+    steered. The first iteration checks that KL to the reference is 0 and the ratio is 1 (InvariantError).
+    Raises ValueError if the reward returns a wrong number of scores, NonFinite if one is NaN or infinite.
+    """
+    batch, collected = collect(state, config)
+    improved = improve(state, batch, config)
+    stats = PPOStats(iteration=state.iteration, kl_coef=state.kl_coef, **collected, **improved)
+    # The next iteration's price of KL: raised if the policy went further than target_kl, lowered if less far.
     if config.target_kl is not None:
-        state.kl_coef = adapt_kl_coef(state.kl_coef, stats.kl_to_ref, config.target_kl, len(rollout), config.kl_horizon)
+        responses = len(batch.rollout)
+        state.kl_coef = adapt_kl_coef(state.kl_coef, stats.kl_to_ref, config.target_kl, responses, config.kl_horizon)
     return stats
 
 
@@ -383,7 +445,7 @@ def check_first_rollout(
     kl_coef: float,
     bf16: bool = False,
 ) -> None:
-    """What must hold before the first step; raises InvariantError that says which does not, and what usually causes it.
+    """Check what must hold before the first step. Raises InvariantError, which says what does not hold and why usually.
 
     The sampler's and the trainer's log-probs agree, and so do policy and reference: to 1e-4 nats at every token, or in
     bf16, where single tokens were seen 0.3 nats apart, to a root mean square of 0.1. The KL that is logged is the KL in
@@ -396,6 +458,7 @@ def check_first_rollout(
         squares = torch.where(mask, k1(one, other), 0.0).square()
         return float((masked_mean(squares, mask) if bf16 else squares.max()).sqrt())
 
+    # The sampler and the trainer give the same tokens the same log-probs: the ratio is 1.
     worst = apart(logprobs, rollout.logprobs)
     if not worst <= tolerance:
         raise InvariantError(
@@ -403,6 +466,7 @@ def check_first_rollout(
             f"{tolerance:g}. Sampler and trainer do not score alike: check temperature, padding side, position ids, "
             "dropout, a top-k in the sampler"
         )
+    # The policy is the reference: KL is 0.
     gap = apart(logprobs, ref_logprobs)
     if not gap <= tolerance:
         raise InvariantError(
@@ -410,6 +474,7 @@ def check_first_rollout(
             "reference is not the policy that training starts from: check which checkpoint, and whether an adapter is "
             "switched off"
         )
+    # What the rewards of a response lack to its score is the KL that is logged, at its price.
     if rewards is not None:
         charged = (scores - rewards.sum(1))[mask.any(1)]
         logged = kl_coef * torch.where(mask, k1(logprobs, ref_logprobs), 0.0).sum(1)[mask.any(1)]
@@ -418,7 +483,7 @@ def check_first_rollout(
 
 
 def _sample(state: PPOState, config: PPOConfig) -> tuple[list[str], Rollout]:
-    """The iteration's prompts, and a response to each."""
+    """Draw the iteration's prompts, each samples_per_prompt times, and sample a response to each."""
     texts = _draw_prompts(state.prompts, config.prompts_per_iteration, seeded(config.seed, state.iteration, 2))
     texts = [text for text in texts for _ in range(config.samples_per_prompt)]
     ids, mask = encode_prompts(state.tokenizer, texts)
@@ -429,7 +494,7 @@ def _sample(state: PPOState, config: PPOConfig) -> tuple[list[str], Rollout]:
 
 
 def _scores(state: PPOState, texts: list[str], rollout: Rollout) -> Tensor:
-    """What the reward says of each response: (B,)."""
+    """Ask the reward for the score of each response: (B,), checked for shape and finite numbers."""
     scores = torch.as_tensor(state.reward(texts, decode_responses(state.tokenizer, rollout)), dtype=torch.float32)
     scores = scores.to(rollout.prompt_ids.device)
     if scores.shape != (len(texts),):
@@ -444,6 +509,7 @@ def _scores(state: PPOState, texts: list[str], rollout: Rollout) -> Tensor:
 
 
 def _draw_prompts(strata: list[list[str]], n: int, generator: torch.Generator) -> list[str]:
+    """n prompts, the strata in turn, each drawn with replacement from its stratum."""
     which = torch.arange(n) % len(strata)
     picks = torch.rand(n, generator=generator)
     return [strata[s][int(u * len(strata[s]))] for s, u in zip(which.tolist(), picks.tolist(), strict=True)]
@@ -451,11 +517,13 @@ def _draw_prompts(strata: list[list[str]], n: int, generator: torch.Generator) -
 
 @torch.no_grad()
 def _read(state: PPOState, rollout: Rollout, config: PPOConfig) -> list[Tensor]:
-    """Log-probs of reference and policy, values, the policy's entropy: (B, T) each, 0 outside the response.
+    """Read a rollout with all models: log-probs of reference and policy, values, the policy's entropy.
 
-    Read in parts as large as a minibatch or as tokens_per_pass, so that a step needs no less memory.
+    Each is (B, T), 0 outside the response. Read in parts as large as a minibatch or as tokens_per_pass, so that reading
+    needs no more memory than a step.
     """
-    parts, rows, length = [], torch.arange(len(rollout), device=rollout.response_mask.device), rollout.logprobs.shape[1]
+    parts, length = [], rollout.logprobs.shape[1]
+    numbers = torch.arange(len(rollout), device=rollout.response_mask.device)
     read = passes(rollout, config.tokens_per_pass, config.minibatch_size)
     for _, part in read:
         with autocast(part.response_mask.device, config.precision):
@@ -464,14 +532,14 @@ def _read(state: PPOState, rollout: Rollout, config: PPOConfig) -> list[Tensor]:
         if values is None:
             values = _read_critic(state, part, config)
         parts.append([F.pad(each, (0, length - each.shape[1])) for each in (ref_logprobs, logprobs, values, entropies)])
-    place = torch.cat([rows[some] for some, _ in read]).argsort()
+    place = torch.cat([numbers[rows] for rows, _ in read]).argsort()  # back into the rollout's order
     return [torch.cat(part)[place] for part in zip(*parts, strict=True)]
 
 
 def _read_policy(state: PPOState, rollout: Rollout, config: PPOConfig, with_entropy: bool
                  ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The policy's log-probs at config.temperature, its entropy if asked for, and the values of a critic that shares
-    its trunk: (B, T) each, 0 outside the response."""
+    """Read a rollout with the policy: log-probs at config.temperature, the entropy if asked for, and the values of a
+    critic that shares its trunk; otherwise None for these. (B, T) each, 0 outside the response."""
     mask, shared = rollout.response_mask, isinstance(state.critic, SharedCritic)
     with autocast(mask.device, config.precision):
         logprobs, entropies, hidden = read_responses(state.policy, rollout, config.temperature,
@@ -491,10 +559,9 @@ def _read_critic(state: PPOState, rollout: Rollout, config: PPOConfig) -> Tensor
 
 
 def _demonstrations(state: PPOState, config: PPOConfig, step: int) -> Rollout | None:
+    """The demonstrations that a step mixes in, drawn from (seed, iteration, step); None without ptx_coef."""
     if not config.ptx_coef:
         return None
-    from alignkit.forward.rollout import encode_rows
-
     picks = torch.randint(
         len(state.demonstrations), (config.minibatch_size,), generator=seeded(config.seed, state.iteration, step, 3)
     )
@@ -503,9 +570,11 @@ def _demonstrations(state: PPOState, config: PPOConfig, step: int) -> Rollout | 
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that training changes, by name."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def _variance(values: Tensor, mask: Tensor) -> Tensor:
+    """Variance of `values` over the response tokens."""
     mean = masked_mean(values, mask)
     return masked_mean((values - mean).square(), mask)

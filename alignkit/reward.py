@@ -118,5 +118,6 @@ def load_reward(source: str | Path, *, device: str = "auto"):
 
 
 def _ids(tokenizer, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt and response in a row, EOS after them."""
     end = tokenizer.eos_token_id
     return [[*prompt, *response, end] for prompt, response in encode_pairs(tokenizer, prompts, responses)[0]]

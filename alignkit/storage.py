@@ -1,5 +1,9 @@
-"""Files that are whole or absent: JSON without NaN, logs that lose no line, and hashes of what is in them."""
+"""Files that are whole or absent: JSON without NaN, logs that lose no line, hashes of what is in them, and locks.
 
+What differs between POSIX and Windows stands here alone: `locked` and `flush`.
+"""
+
+import contextlib
 import hashlib
 import itertools
 import json
@@ -7,11 +11,22 @@ import math
 import os
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 from alignkit.errors import RunError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+try:
+    import msvcrt
+except ImportError:  # POSIX
+    msvcrt = None
+
+FAR_AWAY = 2**30  # the byte of a file that is locked on Windows
 
 
 def append_metrics(path: str | Path, row: Mapping) -> None:
@@ -146,6 +161,44 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold the lock of a file or folder while the block runs; the system lets go of it when this process ends, however.
+
+    Raises BlockingIOError if another process, or another place of this one, holds it. POSIX locks `path` itself.
+    Windows can lock no folder: there a hidden file beside it is locked instead. Where Python has neither kind of lock,
+    nobody is stopped.
+    """
+    path = Path(path)
+    if not fcntl and path.is_dir():
+        path = path.with_name(f".{path.name}.lock")
+        path.touch()
+    handle = os.open(path, os.O_RDONLY if fcntl else os.O_RDWR)
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif msvcrt:
+            os.lseek(handle, FAR_AWAY, os.SEEK_SET)  # Windows lets nobody read a locked byte: none that is there
+            try:
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            except OSError as error:
+                raise BlockingIOError(error.errno, f"{path} is locked") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def flush(path: str | Path) -> None:
+    """Make sure that a file, or what a folder lists, is on the disk. Windows cannot do that for a folder."""
+    if os.name == "nt" and Path(path).is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _branch(path: Path, number: int) -> Path:

@@ -46,6 +46,14 @@ class Task:
     max_new_tokens: int
     notes: tuple[str, ...] = ()
 
+    def strata(self, split: str = "train") -> dict[str, list[str]]:
+        """The prompts of `split`, "train" or "heldout", by class, the class of the first prompt first."""
+        parts = {"train": (self.train_prompts, self.train_kinds), "heldout": (self.heldout_prompts, self.heldout_kinds)}
+        by_class: dict[str, list[str]] = {}
+        for prompt, kind in zip(*parts[_known_split(split)], strict=True):
+            by_class.setdefault(kind, []).append(prompt)
+        return by_class
+
     def demonstrations(self, n: int | None = None, seed: int = 0) -> list[dict]:
         """`n` rows prompt / completion on training prompts; from a file at most as many as it has, None for all."""
         raise NotImplementedError
@@ -74,14 +82,13 @@ class DeskTask(Task):
 
     def preference_pairs(self, policy, tokenizer, n: int | None = None, seed: int = 0, annotator: str = "default",
                          split: str = "train", noise: float | None = None) -> list[dict]:
-        parts = {"train": (self.train_prompts, self.train_kinds), "heldout": (self.heldout_prompts, self.heldout_kinds)}
-        prompts, kinds = parts[_known_split(split)]
+        strata = self.strata(split)
         rng, rows = np.random.default_rng([self.seed, seed, SPLITS.index(split)]), []
-        n = len(prompts) if n is None else n
+        n = sum(map(len, strata.values())) if n is None else n
         for _ in range(10):
             if len(rows) >= n:
                 break
-            drawn = _evenly(prompts, kinds, n - len(rows), rng)
+            drawn = _evenly(strata, n - len(rows), rng)
             responses = generate_texts(policy, tokenizer, drawn, max_new_tokens=self.max_new_tokens, samples=2,
                                        seed=int(rng.integers(2**31)))
             first, second = zip(*responses, strict=True)
@@ -211,11 +218,11 @@ def _known_split(split: str) -> str:
     return split
 
 
-def _evenly(prompts: list[str], kinds: list[str], n: int, rng) -> list[str]:
-    """`n` prompts, as many of each kind: rare classes (risky ones) would hardly be labelled otherwise."""
-    members = [[i for i, its in enumerate(kinds) if its == kind] for kind in sorted(set(kinds))]
-    strata = [np.resize(rng.permutation(places), n) for places in members]
-    return [prompts[i] for i in np.stack(strata, 1).ravel()[:n]]
+def _evenly(strata: dict[str, list[str]], n: int, rng) -> list[str]:
+    """Draw `n` prompts, as many of each class: rare classes (risky ones) would hardly be labelled otherwise."""
+    drawn = [np.resize(rng.permutation(len(strata[kind])), n) for kind in sorted(strata)]
+    prompts = [strata[kind] for kind in sorted(strata)]
+    return [part[place] for places in zip(*drawn, strict=True) for part, place in zip(prompts, places, strict=True)][:n]
 
 
 def _shuffled(rows: list[dict], n: int | None, seed: int) -> list[dict]:

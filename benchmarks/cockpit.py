@@ -25,12 +25,10 @@ os.environ["ALIGNKIT_HEADLESS"] = "0"
 import json, time
 from pathlib import Path
 import torch
-from alignkit.live import CHARTS, make_desk_start, open_playground
-from alignkit.records import start_run
-from alignkit.reward import RewardConfig
-from alignkit.sft import SFTConfig
-from alignkit_widgets import TrainingCockpit
-from alignkit_widgets.snapshots import Snapshots, _size
+from alignkit import RewardConfig, SFTConfig, start_run
+from alignkit_widgets import PPO_CHARTS, TrainingCockpit
+from alignkit_widgets.app.playground import make_desk_start, open_playground
+from alignkit_widgets.cockpit.snapshots import Snapshots, _size
 
 torch.set_num_threads(1)
 SHARES = {kind: {b: 1 / 7 for b in ("answer", "wrong answer", "hedge", "alternative", "refuse", "unsafe", "other")}
@@ -39,7 +37,7 @@ TEXT = "How do I restart the router in the kitchen? " * 4
 
 def step(controls):
     step.i += 1
-    numbers = {key: step.i ** 0.5 for _, keys in CHARTS for key in keys}
+    numbers = {key: step.i ** 0.5 for _, keys in PPO_CHARTS for key in keys}
     return numbers | {"shares": SHARES, "samples": [(TEXT, TEXT)] * 8}
 
 step.i = 0
@@ -71,7 +69,7 @@ def say(name, **numbers):
 """
 LONG = """
 controls = {{"kl_coef": (0.0, 1.0, 0.2)}}
-cockpit = TrainingCockpit("PPO", CHARTS, {iterations}, every=0, controls=controls, log="long.jsonl")
+cockpit = TrainingCockpit("PPO", PPO_CHARTS, {iterations}, every=0, controls=controls, log="long.jsonl")
 spent = watched(cockpit)
 begun = time.process_time()
 _ = await cockpit.run(step)
@@ -87,7 +85,7 @@ PPO = """
 run = start_run(Path("run").resolve(), "tiny", "desk", 0)
 make_desk_start(run, pairs=256, sft=SFTConfig(epochs=0.5), reward=RewardConfig(epochs=1))
 live, copies = open_playground(run).start_ppo(), []
-cockpit = TrainingCockpit("PPO", CHARTS, live.config.iterations, controls=live.controls, log=run / "live.jsonl")
+cockpit = TrainingCockpit("PPO", PPO_CHARTS, live.config.iterations, controls=live.controls, log=run / "live.jsonl")
 spent, Snapshots.take = watched(cockpit), timed(Snapshots.take, copies)
 begun = time.process_time()
 _ = await cockpit.run(live.step, state=live.state)
@@ -113,9 +111,9 @@ def main(arguments: list[str] | None = None) -> None:
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(notebook, timeout=1200, resources={"metadata": {"path": folder}}).execute()
-    said = [output["text"] for cell in notebook.cells for output in cell.outputs if output.get("name") == "stdout"]
+    printed = [output["text"] for cell in notebook.cells for output in cell.outputs if output.get("name") == "stdout"]
     numbers = {"load_average": os.getloadavg()[0], "cores": os.cpu_count()}
-    for line in "".join(said).splitlines():
+    for line in "".join(printed).splitlines():
         numbers |= json.loads(line) if line.startswith("{") else {}
     long_run, run = numbers["long_run"], numbers["default_ppo"]
     long_run["percent_of_ppo"] = 100 * long_run["iteration_ms"] / run["iteration_ms"]

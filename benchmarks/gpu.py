@@ -42,9 +42,8 @@ from alignkit.desk.tiny import desk_tokenizer
 from alignkit.desk.world import World
 from alignkit.dpo import Pairs, dpo_step
 from alignkit.formulas.randomness import seeded
-from alignkit.forward import cuda_graph
-from alignkit.forward import reading as reading_module
-from alignkit.forward.reading import response_logprobs
+from alignkit.forward import cuda_graph, reading
+from alignkit.forward.reading import response_logits, response_logprobs
 from alignkit.forward.rollout import Rollout, rollout_from_ids, to_device
 from alignkit.forward.sampling import sample
 from alignkit.models.adapters import frozen_copy
@@ -137,7 +136,7 @@ def checks(device: torch.device) -> list[dict]:
         made.append({"what": what, "difference": difference, "tolerance": tolerance})
         _say(f"{what}: {difference:.2g} (at most {tolerance:g})")
 
-    with patch.object(graphs, "DEVICE", device.type):
+    with patch.object(cuda_graph, "DEVICE", device.type):
         note("decoder: log-probs against the model's own, in standard deviations", cuda_graph._error(there),
              cuda_graph.TOLERANCE[torch.bfloat16 if low else torch.float32])
         note("decoder: 0 if it is used, 1 if not", float(not cuda_graph.usable(there, 64)), 0.0)
@@ -148,7 +147,7 @@ def checks(device: torch.device) -> list[dict]:
             mask = drawn.response_mask
             if what == "greedy":
                 with torch.no_grad():
-                    logits = reading_module.response_logits(plain, to_device(drawn, "cpu"))
+                    logits = response_logits(plain, to_device(drawn, "cpu"))
                 chosen = logits.gather(-1, drawn.response_ids.cpu()[..., None]).squeeze(-1)
                 behind = (logits.amax(-1) - chosen)[mask.cpu()].max() / logits.std()
                 note("greedy tokens: behind the CPU's best logit, in standard deviations", float(behind),
@@ -161,7 +160,7 @@ def checks(device: torch.device) -> list[dict]:
                  0.05 if low else 1e-4)
             note("sampled tokens: log-probs against the trainer's", _rms(drawn.logprobs, own, mask),
                  0.05 if low else 1e-4)
-        with patch.object(graphs, "DEVICE", "none"):
+        with patch.object(cuda_graph, "DEVICE", "none"):
             again = sample(there, start.prompt_ids, start.prompt_mask, max_new_tokens=48, eos_token_id=2,
                            pad_token_id=0, generator=seeded(2))
         first = drawn.response_ids[:, 0] != again.response_ids[:, 0]
@@ -182,7 +181,7 @@ def checks(device: torch.device) -> list[dict]:
     rollout = to_device(random_rollout(shape, 8, 24, 32, seed=3, ragged=True), device)
     parts = []
     for most in (2**28, 37 * shape.vocabulary):
-        with patch.object(sampling, "MOST_LOGITS", most):
+        with patch.object(reading, "MOST_LOGITS", most):
             there.zero_grad()
             logprobs = response_logprobs(there, rollout)
             logprobs.sum().backward()

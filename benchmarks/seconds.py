@@ -16,7 +16,7 @@ from alignkit.storage import write_json
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Write alignkit/seconds.json."""
+    """Write alignkit/jobs/seconds.json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.seconds", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="the run directory")
     given = parser.parse_args(arguments)

@@ -215,7 +215,7 @@ def by_graph(device: str) -> list[float]:
 
     policy, _, _, tokenizer = models(device)
     ids, mask = left_pad([[1, 15, 20], [1, 16], [1, 15, 20], [1, 17, 18, 19]], 0)
-    with patch.object(graphs, "DEVICE", "gpu"), patch.object(fast, "_plain", lambda *_: True):  # by types
+    with patch.object(cuda_graph, "DEVICE", "gpu"), patch.object(cuda_graph, "readable", lambda *_: True):  # by types
         assert cuda_graph.usable(policy, 20) == (device == GPU)
         drawn = sample(policy, ids, mask, max_new_tokens=20, eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
                        generator=seeded(1))
@@ -223,9 +223,9 @@ def by_graph(device: str) -> list[float]:
 
 
 def in_parts(device: str) -> list[float]:
-    from alignkit.forward import sampling
+    from alignkit.forward import reading
 
-    with patch.object(sampling, "MOST_LOGITS", 200):
+    with patch.object(reading, "MOST_LOGITS", 200):
         return dpo(device) + ppo(device, shared_trunk=True, entropy_coef=0.01)
 
 

@@ -83,7 +83,7 @@ def small_sweep(seeds=(0, 1)) -> Sweep:
 
 
 def write_sweep(path: Path) -> None:
-    """As `alignkit.recorded.load_sweep` reads it."""
+    """As `alignkit.exact.sweep.load_sweep` reads it."""
     sweep = small_sweep()
     record = {
         **{name: getattr(sweep, name) for name in ("command", "versions", "sources", "configs", "probe")},

@@ -107,7 +107,7 @@ def test_two_kernels_that_label_the_same_file_lose_nothing(tmp_path):
 
 CHILD = """
 import sys
-from alignkit.labels import ChoiceLog, choice_items
+from alignkit.data.labels import ChoiceLog, choice_items
 items = choice_items([{"prompt": f"Question {i}?", "responses": {"a": "yes", "b": "no"}} for i in range(1000)])
 log = ChoiceLog(sys.argv[1], items)
 for item in items:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from benchmarks.steps import __main__ as steps
-from benchmarks.steps import bare, costs, ours, tables, work
+from benchmarks.steps import bare, measure, ours, tables
+from benchmarks.steps.costs import costs
+from benchmarks.steps.work import QUICK, Different, Sizes, Work
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,8 +60,8 @@ def test_the_best_settings_are_rows_of_their_own_and_cheaper_by_the_critic(quick
 
 
 def test_a_shared_trunk_saves_the_critic_s_products_and_nothing_of_the_policy_s():
-    work = work.Work(work.QUICK)
-    apart, shared = costs.costs(work), costs.costs(work, shared_trunk=True)
+    work = Work(QUICK)
+    apart, shared = costs(work), costs(work, shared_trunk=True)
     for name in ("update", "scoring"):
         assert shared[name].phases[0][0] < apart[name].phases[0][0]
     for name in ("rollout", "dpo", "sft", "reward"):
@@ -74,7 +76,7 @@ def test_growth_is_measured_one_size_at_a_time(quick):
         (None, None), ("prompts", 2), ("new_tokens", 3)]
     assert all(row["iteration"] > 0 and row["dpo"] > 0 and row["parameters"] > 0 for row in results["growth"])
     assert "| prompts: 2 |" in tables.table(results) and "| new tokens: 3 |" in tables.table(results)
-    assert all(hasattr(work.Sizes(), name) for name in steps.GROWTH)
+    assert all(hasattr(Sizes(), name) for name in measure.GROWTH)
 
 
 def test_the_machine_and_what_was_not_measured_are_told(quick):
@@ -90,7 +92,7 @@ def test_the_machine_and_what_was_not_measured_are_told(quick):
 def test_the_page_about_speed_has_the_tables_of_the_recorded_results(file, threads):
     page, results = (ROOT / "docs/speed.md").read_text(), json.loads((ROOT / "benchmarks/results" / file).read_text())
     assert f"<!-- {file} -->\n{tables.table(results)}\n<!-- end -->" in page
-    assert results["sizes"] == vars(work.Sizes()) and results["rounds"] >= 8
+    assert results["sizes"] == vars(Sizes()) and results["rounds"] >= 8
     assert results["machine"]["threads"] == threads
 
 
@@ -108,10 +110,10 @@ def test_a_table_is_put_between_the_marks_of_a_page(tmp_path):
 
 def test_trl_s_ppo_must_do_the_same_work():
     rounds = [(16, 16, 10.0, 10.5), (16, 16, 10.0, 11.5)]
-    assert steps._same_ppo(work.Sizes(), rounds) == pytest.approx({"steps": 16, "kl": 10.0, "kl_trl": 11.0})
+    assert measure._same_ppo(Sizes(), rounds) == pytest.approx({"steps": 16, "kl": 10.0, "kl_trl": 11.0})
     for wrong in ([(16, 4, 10.0, 10.0)], [(16, 16, 10.0, 14.0)]):
-        with pytest.raises(work.Different, match="optimiser steps|KL"):
-            steps._same_ppo(work.Sizes(), wrong)
+        with pytest.raises(Different, match="optimiser steps|KL"):
+            measure._same_ppo(Sizes(), wrong)
 
 
 def test_the_thread_count_is_left_as_it_was(quick):
@@ -134,17 +136,17 @@ def test_both_sides_of_each_row_compute_the_same_thing(quick):
 
 def test_sides_that_compute_something_else_are_no_benchmark(monkeypatch):
     """A baseline that scores other rows than it was given is noticed."""
-    work = work.Work(work.QUICK)
+    work = Work(QUICK)
     score = bare.BarePPO.score
     monkeypatch.setattr(bare.BarePPO, "score", lambda self, tokens: score(self, tokens.roll(1, 0)))
-    monkeypatch.setattr(steps, "sides", lambda work: {})  # PPO alone, to be quick
-    with pytest.raises(work.Different, match="rollout|scoring|update"):
-        steps.compare(work)
+    monkeypatch.setattr(measure, "sides", lambda work: {})  # PPO alone, to be quick
+    with pytest.raises(Different, match="rollout|scoring|update"):
+        measure.compare(work)
 
 
 def test_the_reference_matters_to_the_dpo_loss_that_is_compared():
     """With the policy itself as reference the loss is ln 2; with the other one it is not."""
-    work = work.Work(work.QUICK)
+    work = Work(QUICK)
     own = copy.copy(work)
     own.ref = work.policy
     for side in (ours.AlignkitDPO, bare.BareDPO):
@@ -153,7 +155,7 @@ def test_the_reference_matters_to_the_dpo_loss_that_is_compared():
 
 
 def test_every_response_has_full_length_and_no_special_token():
-    work = work.Work(work.QUICK)
+    work = Work(QUICK)
     side = ours.AlignkitPPO(work)
     side()
     rollout = side.state.last_rollout
@@ -164,25 +166,25 @@ def test_every_response_has_full_length_and_no_special_token():
 
 def test_the_work_is_as_the_docs_say():
     """The full model has 0.92 M parameters; a decoded token costs 2 FLOPs a weight; DPO's reference adds 2 to 6."""
-    sizes = work.Sizes(prompts=4, pairs=2)
-    work = work.Work(sizes)
+    sizes = Sizes(prompts=4, pairs=2)
+    work = Work(sizes)
     parameters = sum(parameter.numel() for parameter in work.policy.parameters())
     assert parameters == pytest.approx(0.923e6, rel=1e-3)
-    costs = costs.costs(work)
+    cost = costs(work)
     assert (
-        len(costs["rollout"].phases) == sizes.new_tokens
-        and costs["rollout"].phases[1][0] == 2 * parameters * sizes.prompts
+        len(cost["rollout"].phases) == sizes.new_tokens
+        and cost["rollout"].phases[1][0] == 2 * parameters * sizes.prompts
     )
-    assert costs["dpo"].phases[0][0] / costs["dpo_precomputed"].phases[0][0] == pytest.approx(8 / 6)
+    assert cost["dpo"].phases[0][0] / cost["dpo_precomputed"].phases[0][0] == pytest.approx(8 / 6)
     lengths = [prompt.count(" w") for prompt in work.prompts]
     assert max(lengths) == sizes.prompt_tokens and len(set(lengths)) > 1  # ragged
     whole = sum(lengths) + sizes.prompts * sizes.new_tokens
-    assert costs["update"].tokens == sizes.epochs * whole
-    assert costs["iteration"].limit(1e12, 1e12) == pytest.approx(
-        sum(costs[part].limit(1e12, 1e12) for part in ("rollout", "scoring", "update"))
+    assert cost["update"].tokens == sizes.epochs * whole
+    assert cost["iteration"].limit(1e12, 1e12) == pytest.approx(
+        sum(cost[part].limit(1e12, 1e12) for part in ("rollout", "scoring", "update"))
     )
-    assert costs["rollout"].limit(math.inf, 1e12) == pytest.approx(
-        sum(moved for _, moved in costs["rollout"].phases) / 1e12
+    assert cost["rollout"].limit(math.inf, 1e12) == pytest.approx(
+        sum(moved for _, moved in cost["rollout"].phases) / 1e12
     )
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from alignkit.jobs import cli
+from alignkit.evaluate import comparison
+from alignkit.jobs import cli, notebooks
 
 
 def alignkit(*arguments: str) -> int:
@@ -26,8 +27,8 @@ def toy(tmp_path):
 
 def test_help_is_quick_and_imports_nothing_heavy():
     code = (
-        "import sys, alignkit.cli\n"
-        "try: alignkit.cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "import sys, alignkit.jobs.cli\n"
+        "try: alignkit.jobs.cli.main(['--help'])\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'numpy', 'papermill', 'matplotlib', 'IPython'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
@@ -69,7 +70,7 @@ def test_version(capsys):
 
 
 def test_expected_errors_are_one_message_and_exit_code_1(toy, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(jobs, "_execute", lambda *_: pytest.fail("a kernel was started"))
+    monkeypatch.setattr(notebooks, "_execute", lambda *_: pytest.fail("a kernel was started"))
     run = ["run", toy, "--out", tmp_path / "out"]
     for arguments, says in (
         ([*run, "-p", "sed=1"], "alignkit: sed: toy has no such parameter; did you mean seed?"),
@@ -95,7 +96,7 @@ def test_unexpected_errors_keep_their_traceback(toy, tmp_path, monkeypatch):
     def broken(*_):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(jobs, "_execute", broken)
+    monkeypatch.setattr(notebooks, "_execute", broken)
     with pytest.raises(KeyError):
         alignkit("run", toy, "--out", tmp_path / "out")
 
@@ -125,9 +126,8 @@ def test_freeze_and_verify(tmp_path, capsys):
 
 
 def test_compare_hands_its_folders_on_and_says_where_the_page_is(tmp_path, capsys, monkeypatch):
-
     seen = []
-    monkeypatch.setattr(compare, "compare_directories", lambda *given: seen.append(given) or "the table")
+    monkeypatch.setattr(comparison, "compare_directories", lambda *given: seen.append(given) or "the table")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs.jsonl").touch()
     assert alignkit("compare", "a", "b", "--data", "pairs.jsonl", "--out", "compared") == 0

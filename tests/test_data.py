@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from alignkit.data import encoding, fields, files, rows
 from alignkit.data.encoding import ChatText, encode_pair, encode_pairs, encode_text
 from alignkit.data.files import LINE_LIMIT
 from alignkit.data.rows import check, load_rows
@@ -847,7 +848,7 @@ def test_desk_pairs_come_from_the_policy_and_the_annotator():
 def test_every_public_name_is_documented():
     public = [
         value
-        for module in (data, files)
+        for module in (encoding, fields, files, rows)
         for name, value in vars(module).items()
         if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
     ]

@@ -73,12 +73,16 @@ def random_logps(n=64, seed=0):
 
 def slow_loss(chosen, rejected, ref_chosen, ref_rejected, beta, loss_type, smoothing):
     gap = (chosen - ref_chosen) - (rejected - ref_rejected)
+    right, flipped = math.log1p(math.exp(-beta * gap)), math.log1p(math.exp(beta * gap))
     if loss_type == "sigmoid":
-        return (1 - smoothing) * math.log1p(math.exp(-beta * gap)) + smoothing * math.log1p(math.exp(beta * gap))
+        return (1 - smoothing) * right + smoothing * flipped
+    if loss_type == "robust":
+        return ((1 - smoothing) * right - smoothing * flipped) / (1 - 2 * smoothing)
     return (gap - 1 / (2 * beta)) ** 2 if loss_type == "ipo" else max(0.0, 1 - beta * gap)
 
 
-@pytest.mark.parametrize("loss_type,smoothing", [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0), ("hinge", 0.0)])
+@pytest.mark.parametrize("loss_type,smoothing", [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0), ("hinge", 0.0),
+                                                 ("robust", 0.2)])
 @pytest.mark.parametrize("beta", [0.1, 0.5, 2.0])
 def test_each_loss_equals_a_slow_reference(loss_type, smoothing, beta):
     logps = random_logps()
@@ -98,7 +102,8 @@ def loss_at(margin, beta=0.5, **options):
 
 
 @pytest.mark.parametrize("options,expected", [({}, math.log(2)), ({"label_smoothing": 0.3}, math.log(2)),
-                                              ({"loss_type": "hinge"}, 1.0), ({"loss_type": "ipo"}, 1 / (4 * 0.5**2))])
+                                              ({"loss_type": "hinge"}, 1.0), ({"loss_type": "ipo"}, 1 / (4 * 0.5**2)),
+                                              ({"loss_type": "robust", "label_smoothing": 0.3}, math.log(2))])
 def test_the_loss_at_margin_0_has_a_known_value(options, expected):
     assert float(loss_at(0.0, **options)[0]) == pytest.approx(expected, abs=1e-12)
 
@@ -113,7 +118,7 @@ def test_the_gradient_of_the_sigmoid_is_beta_times_sigma_of_minus_the_margin():
         assert torch.allclose(values.grad, sign * weight, atol=1e-12)
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "robust"])
 def test_swapping_chosen_and_rejected_turns_the_gradient(loss_type):
     """The first step goes exactly the other way: at margin 0 the swapped pair has minus the gradient of the pair."""
     grads = []
@@ -154,6 +159,48 @@ def test_cdpo_is_at_rest_where_sigma_of_the_margin_is_one_minus_epsilon(smoothin
     assert (loss_at(np.linspace(-9, 9, 50))[1] < 0).all()  # without smoothing it never rests
 
 
+@pytest.mark.parametrize("flips", [0.1, 0.3, 0.45])
+def test_the_robust_loss_of_flipped_labels_is_on_average_the_loss_of_the_right_ones(flips):
+    """E over flips = (1 − ε) L(m) + ε L(−m) = −log σ(m) if L is robust, in value and gradient; not if it is cDPO's."""
+    margins = np.linspace(-6, 6, 49)
+    right, right_slope = loss_at(margins)
+    for loss_type, unbiased in (("robust", True), ("sigmoid", False)):
+        (kept, kept_slope), (turned, turned_slope) = (
+            loss_at(sign * margins, loss_type=loss_type, label_smoothing=flips) for sign in (1, -1))
+        mean = (1 - flips) * kept + flips * turned
+        slope = (1 - flips) * kept_slope - flips * turned_slope
+        assert torch.allclose(mean, right, atol=1e-10) == unbiased
+        assert torch.allclose(slope, right_slope, atol=1e-10) == unbiased
+
+
+def test_the_robust_loss_without_flips_is_the_sigmoid():
+    logps = random_logps()
+    assert torch.equal(dpo_loss(*logps, beta=0.7, loss_type="robust"), dpo_loss(*logps, beta=0.7))
+
+
+@pytest.mark.parametrize("flips", [0.0, 0.2, 0.4])
+def test_the_gradient_of_the_robust_loss_is_that_of_finite_differences(flips):
+    margins, step = np.linspace(-5, 5, 21), 1e-5
+    options = {"loss_type": "robust", "label_smoothing": flips}
+    ahead, behind = (loss_at(margins + sign * step, **options)[0] for sign in (1, -1))
+    assert torch.allclose(loss_at(margins, **options)[1], (ahead - behind) / (2 * step), atol=1e-8)
+
+
+def test_flipped_labels_teach_a_robust_policy_what_the_right_ones_teach():
+    """With one label in four flipped and ε = 1/4, full-batch training goes as it goes on the right labels."""
+    rows = [row for row in CLEAR for _ in range(4)]
+    flipped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} if number % 4 == 0 else row
+               for number, row in enumerate(rows)]
+    config = replace(QUICK, batch_size=len(rows), epochs=6, max_grad_norm=1e9)
+    right = train(config, rows)[0]
+    robust = train(replace(config, loss_type="robust", label_smoothing=0.25), flipped)[0]
+    smoothed = train(replace(config, label_smoothing=0.25), flipped)[0]
+    start = load_policy("tiny", seed=0, device="cpu")[0]
+    went, apart = ((weights(right) - weights(other)).norm() for other in (start, robust))
+    assert apart < 1e-3 * went
+    assert (weights(right) - weights(smoothed)).norm() > 0.1 * went
+
+
 def test_sigmoid_and_hinge_fall_with_the_margin_and_hinge_stops_at_1():
     for loss_type in ("sigmoid", "hinge"):
         loss, _ = loss_at(np.linspace(-8, 0.99, 200), loss_type=loss_type)
@@ -167,7 +214,7 @@ def test_what_depends_on_the_prompt_alone_cancels():
     """f(x) added to both of the reference's log-probs, or to both of the policy's, changes no loss."""
     logps = random_logps()
     prompt_term = 5 * torch.randn(64, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    for loss_type in ("sigmoid", "ipo", "hinge"):
+    for loss_type in ("sigmoid", "ipo", "hinge", "robust"):
         options = {"beta": 0.4, "loss_type": loss_type}
         loss = dpo_loss(*logps, **options)
         own, ref = logps[:2], logps[2:]
@@ -180,7 +227,7 @@ def test_wrong_shapes_and_unknown_losses_are_named():
     for position, name in ((1, "policy_rejected_logps"), (2, "ref_chosen_logps"), (3, "ref_rejected_logps")):
         with pytest.raises(ValueError, match=rf"{name} has shape \(3, 1\), expected \(3,\)"):
             dpo_loss(*[bad if i == position else good for i in range(4)], beta=1.0)
-    with pytest.raises(ValueError, match="loss_type is 'dpo', expected one of sigmoid, ipo, hinge"):
+    with pytest.raises(ValueError, match="loss_type is 'dpo', expected one of sigmoid, ipo, hinge, robust"):
         dpo_loss(good, good, good, good, beta=1.0, loss_type="dpo")
 
 
@@ -240,6 +287,12 @@ def test_loss_and_metrics_equal_trl_s_dpo_trainer(folders, trl_name, options, pr
     assert len(trl) == len(own) == 1
     assert_same_metrics(own[0], trl[0])
     assert abs(own[0]["rewards/margins"]) > 0.01 and 0 < own[0]["rewards/accuracies"] < 1  # they do differ
+
+
+def test_the_robust_loss_equals_trl_s(folders):
+    trl, _ = trl_run(folders, ROWS, "robust", True, label_smoothing=0.2)
+    own, _ = own_run(folders, ROWS, replace(PARITY, loss_type="robust", label_smoothing=0.2))
+    assert_same_metrics(own[0], trl[0])
 
 
 @pytest.mark.parametrize("precompute", [True, False])
@@ -305,7 +358,8 @@ def test_one_token_dpo_reaches_the_closed_form_optimum():
 
 
 @pytest.mark.parametrize("precompute", [True, False])
-@pytest.mark.parametrize("loss_type,expected", [("sigmoid", math.log(2)), ("ipo", 1.0), ("hinge", 1.0)])
+@pytest.mark.parametrize("loss_type,expected", [("sigmoid", math.log(2)), ("ipo", 1.0), ("hinge", 1.0),
+                                                ("robust", math.log(2))])
 def test_the_first_step_starts_from_margin_0(loss_type, expected, precompute):
     _, stats = train(replace(QUICK, loss_type=loss_type, precompute_reference=precompute), ROWS)
     assert stats[0].margin == pytest.approx(0, abs=1e-5) and stats[0].loss == pytest.approx(expected, abs=1e-4)
@@ -525,11 +579,11 @@ def test_no_knob_is_idle(name):
 
 @pytest.mark.parametrize("options,message", [
     ({"beta": 0.0}, "beta is 0.0, expected more than 0"), ({"beta": math.nan}, "beta is nan"),
-    ({"loss_type": "dpo"}, "loss_type is 'dpo', expected one of sigmoid, ipo, hinge"),
+    ({"loss_type": "dpo"}, "loss_type is 'dpo', expected one of sigmoid, ipo, hinge, robust"),
     ({"label_smoothing": 0.5}, "label_smoothing is 0.5, expected a share"),
     ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
     ({"label_smoothing": 0.1, "loss_type": "ipo"},
-     "label_smoothing goes with loss_type 'sigmoid' only, not with 'ipo'"),
+     "label_smoothing goes with loss_type 'sigmoid' or 'robust' only, not with 'ipo'"),
     ({"epochs": 0}, "epochs is 0, expected at least 1"), ({"batch_size": 0}, "batch_size is 0"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0"),
     ({"warmup": 1.5}, "warmup is 1.5, expected a share of the steps"),

@@ -29,13 +29,21 @@ def test_the_time_of_a_step_is_what_further_batches_add(monkeypatch):
         trainer.step_seconds(train, [], 8)
 
 
-def test_a_trial_at_learning_rate_0_moves_no_weight():
+def test_a_trial_at_learning_rate_0_moves_no_weight(monkeypatch):
+    """By a clock that counts what is done, not how long it takes: a busy machine changes nothing."""
     policy, tokenizer = load_policy("tiny", device="cpu")
     before = {name: weight.clone() for name, weight in policy.state_dict().items()}
     rows = World(0).demonstrations(40, messiness=0.7, seed=0)
     still = SFTConfig(epochs=1, batch_size=64, learning_rate=0.0)
-    start, step = trainer.step_seconds(lambda some: train_sft(policy, tokenizer, some, still), rows, 64)
-    assert start > 0 and step > 0
+    now = [0.0]
+    monkeypatch.setattr(estimate.time, "perf_counter", lambda: now[0])
+    policy.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 0.5))  # a batch takes half a second
+
+    def train(some: list) -> None:
+        now[0] += 3.0  # and to begin takes three
+        train_sft(policy, tokenizer, some, still)
+
+    assert trainer.step_seconds(train, rows, 64) == pytest.approx((3.0, 0.5))
     assert all((weight == before[name]).all() for name, weight in policy.state_dict().items())
 
 
@@ -50,7 +58,9 @@ def test_recorded_times_are_scaled_by_the_speed_of_the_machine():
 def test_the_course_says_what_it_will_take_before_it_starts(tmp_path, monkeypatch, capsys, parameters, says):
     ran = []
     monkeypatch.setattr("alignkit.jobs.notebooks._spare", lambda job: None)
-    monkeypatch.setattr("alignkit.jobs.notebooks._run", lambda job, **options: ran.append((job.name, options["expected"])))
+    monkeypatch.setattr(
+        "alignkit.jobs.notebooks._run", lambda job, **options: ran.append((job.name, options["expected"]))
+    )
     monkeypatch.setattr("alignkit.jobs.report.build_report", lambda out: None)
     course(tmp_path, parameters=parameters)
     assert says in capsys.readouterr().out.splitlines()[0]

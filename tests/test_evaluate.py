@@ -354,9 +354,9 @@ def test_an_evaluation_draws_keys_within_their_kind(pair):
 
 def test_two_thousand_resamples_of_every_metric_take_well_under_a_second(pair):
     fresh = Evaluation(pair[1].set, pair[1].columns, pair[1].gold_scale)
-    start = time.perf_counter()
+    start = time.process_time()  # which other work on the machine hardly changes
     assert fresh.bootstrap.weights.shape == (2000, 16) and len(fresh.metrics) > 14
-    assert time.perf_counter() - start < 0.7
+    assert time.process_time() - start < 0.7
 
 
 def test_rates_at_the_edge_have_wilson_intervals(pair, evalset):

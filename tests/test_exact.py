@@ -146,7 +146,7 @@ def test_each_response_has_the_logp_of_an_uncached_forward_pass(desk):
 def test_batch_padding_and_chunks_change_nothing(desk, monkeypatch):
     alone = exact.response_logps(desk["policy"], desk["tokenizer"], desk["prompts"][2:3])
     assert (alone[0] - desk["logps"][2]).abs().max() < 1e-4
-    monkeypatch.setattr(exact, "QUERIES", 50)
+    monkeypatch.setattr(enumeration, "QUERIES", 50)
     chunked = exact.trie_logps(desk["policy"], desk["ids"][:2], desk["mask"][:2], **desk["where"], max_phrases=3)
     monkeypatch.undo()
     whole = exact.trie_logps(desk["policy"], desk["ids"][:2], desk["mask"][:2], **desk["where"], max_phrases=3)
@@ -323,7 +323,7 @@ def test_kl_and_entropy_of_known_distributions():
     assert exact.response_entropy(half).item() == pytest.approx(math.log(2))
     assert exact.response_kl(half, half).item() == 0
     assert exact.response_kl(quarter, half).item() == math.inf
-    with pytest.raises(ValueError, match=r"rewards has shape \(1, 3\), expected \(prompts, responses\) \(1, 2\)"):
+    with pytest.raises(ValueError, match=r"rewards has shape \(1, 3\), expected \(1, 2\) \(the shape of ref_logps\)"):
         exact.optimum(half[:, :2], half, 1.0)
     with pytest.raises(ValueError, match="beta is 0"):
         exact.optimum(half, half, 0)
@@ -667,7 +667,9 @@ def test_cache_hits_misses_and_survives_a_torn_file(desk, tmp_path, monkeypatch)
     policy, tokenizer, prompts = copy.deepcopy(desk["policy"]), desk["tokenizer"], desk["prompts"][:2]
     calls = []
     enumerate_policy = exact.trie_logps
-    monkeypatch.setattr(exact, "trie_logps", lambda *args, **named: calls.append(1) or enumerate_policy(*args, **named))
+    monkeypatch.setattr(
+        enumeration, "trie_logps", lambda *args, **named: calls.append(1) or enumerate_policy(*args, **named)
+    )
 
     def read(which=prompts, deep=2):
         return exact.response_logps(policy, tokenizer, which, max_phrases=deep, directory=tmp_path)

@@ -21,7 +21,8 @@ from alignkit_widgets import (
     ShiftViewer,
     StepThroughExplorer,
 )
-from alignkit_widgets.explorers import explorer, worked_numbers
+from alignkit_widgets.explorers import explorer as explorer_module
+from alignkit_widgets.explorers import worked_numbers
 from alignkit_widgets.explorers.blocks import Axis, Bars, Chart, Copy, Series, Stack, Table, Text, Tokens, plain
 from alignkit_widgets.explorers.clip import objective_and_slope
 from alignkit_widgets.explorers.dpo_beta import loss_and_pull
@@ -35,7 +36,7 @@ from alignkit.desk.world import World
 from alignkit.evaluate.shift import Shift, measure_shift
 from alignkit.exact.prompts import at_price, enumerate_world
 from alignkit.exact.sweep import load_sweep
-from alignkit.formulas import losses
+from alignkit.formulas.losses import bradley_terry_loss, preference_chance
 from alignkit.models.heads import value_model_from
 from alignkit.models.loading import load_policy
 
@@ -170,11 +171,11 @@ def test_reset_goes_back_to_the_state_it_began_with_and_keeps_the_seed():
 
 
 def test_hide_leaves_controls_out_and_refuses_unknown_names():
-    names = lambda one: [control["name"] for control in one._config()["controls"]]  # noqa: E731
+    names = lambda one: [control["name"] for control in one.config()["controls"]]  # noqa: E731
     assert names(line()) == ["a", "seed", "way", "grid", "double", "fail", "say"]
     hidden = line(hide=["seed", "double", "reset", "state", "copy"], state="seed=4")
     assert names(hidden) == ["a", "way", "grid", "fail", "say"] and "seed=4" in hidden.state
-    assert not hidden._config()["reset"] and not hidden._config()["state"] and len(hidden.rows()) == 1
+    assert not hidden.config()["reset"] and not hidden.config()["state"] and len(hidden.rows()) == 1
     for wrong in (["beta"], "seed"):
         with pytest.raises(ValueError, match="hide is .*expected a list of names out of a, seed, way"):
             line(hide=wrong)
@@ -182,7 +183,7 @@ def test_hide_leaves_controls_out_and_refuses_unknown_names():
 
 def test_messages_of_a_page_are_answered_and_nonsense_changes_nothing(view):
     one = line()
-    one._view = view
+    one.view = view
     one.receive({"type": "hello", "n": 1})
     one.receive({"type": "set", "n": 2, "values": {"a": 2, "no such": 1}})
     one.receive({"type": "press", "n": 3, "name": "say"})
@@ -210,7 +211,7 @@ def test_a_button_may_start_something_that_takes_time(view):
 
     async def press():
         one = FrontierExplorer(small_sweep(), train=lambda parameters: asked.append(parameters) or later())
-        one._view = view
+        one.view = view
         one.press("train")
         await one._task
         await asyncio.sleep(0)
@@ -235,7 +236,7 @@ def test_every_explorer_has_a_picture_and_words_without_a_front_end(explorer):
     assert len(png) < 300_000
     data, _ = explorer._repr_mimebundle_()  # no kernel here: words only
     assert list(data) == ["text/plain"] and explorer.state in data["text/plain"]
-    json.dumps([explorer._config(), explorer.rows()], allow_nan=False)
+    json.dumps([explorer.config(), explorer.rows()], allow_nan=False)
     for block in (part for row in explorer.rows() for one in row for part in one.get("blocks", [one])):
         for axis in (block["x"], block["y"]) if block["kind"] == "chart" else ():
             assert axis["label"] and axis["low"] < axis["high"]
@@ -277,7 +278,7 @@ def test_hostile_text_is_spelled_out_in_every_block():
         [Copy(HOSTILE[0], HOSTILE[4])],
     ]
     one = Explorer(HOSTILE[3], [Choice("c", {"0": HOSTILE[4], "1": HOSTILE[3]}, "1", HOSTILE[2])], lambda state: rows)
-    text = json.dumps([one.rows(), one._config()], ensure_ascii=False)
+    text = json.dumps([one.rows(), one.config()], ensure_ascii=False)
     assert "\x1b" not in text and "\\u001b" not in text and "\u202e" not in text and len(text) < 30_000
     assert HOSTILE[0] in text and "␛[31mred" in text and "⟨U+202E⟩" in text and "1,000,000 characters" in text
     assert one.picture()[0].startswith(b"\x89PNG")
@@ -528,12 +529,13 @@ def test_the_pull_is_the_slope_of_the_loss(kind):
 
 
 def test_bradley_terry_labels_and_loss():
-    assert float(losses.preference_chance(1.0, 0.1)) == pytest.approx(0.9 / (1 + math.exp(-1)) + 0.1 / (1 + math.e))
+    assert float(preference_chance(1.0, 0.1)) == pytest.approx(0.9 / (1 + math.exp(-1)) + 0.1 / (1 + math.e))
     wins = worked_numbers.labels_for_first(1.0, 40_000, 0.1, seed=2)
-    assert wins / 40_000 == pytest.approx(float(losses.preference_chance(1.0, 0.1)), abs=0.01)
-    assert wins == worked_numbers.labels_for_first(1.0, 40_000, 0.1, seed=2) != worked_numbers.labels_for_first(1.0, 40_000, 0.1, seed=3)
+    assert wins / 40_000 == pytest.approx(float(preference_chance(1.0, 0.1)), abs=0.01)
+    assert wins == worked_numbers.labels_for_first(1.0, 40_000, 0.1, seed=2)
+    assert wins != worked_numbers.labels_for_first(1.0, 40_000, 0.1, seed=3)
     places = torch.linspace(-3, 3, 6001, dtype=torch.float64)
-    losses = losses.bradley_terry_loss(places, 33, 50)
+    losses = bradley_terry_loss(places, 33, 50)
     assert float(places[losses.argmin()]) == pytest.approx(math.log(33 / 17), abs=1e-3)
     assert float(losses[3000]) == pytest.approx(math.log(2))
     one = BradleyTerryExplorer(state="labels=1")

@@ -1,4 +1,4 @@
-"""Models read by `alignkit.fast` give what they themselves give; what cannot be read so is left to the model."""
+"""Models read by `alignkit.forward.cpu` give what they themselves give; what cannot be read so is left to the model."""
 
 import copy
 
@@ -79,7 +79,7 @@ def ragged():
 
 def generic(monkeypatch):
     """From here on nothing is read fast."""
-    monkeypatch.setattr(fast, "reader", lambda model: None)
+    monkeypatch.setattr(cpu, "reader", lambda model: None)
 
 
 def watched(monkeypatch):
@@ -368,10 +368,10 @@ def test_another_architecture_is_left_to_the_model(ragged):
 def test_a_model_whose_numbers_differ_is_left_to_the_model_and_asked_once(monkeypatch):
     model, asked = made("llama"), []
     agrees, norm = cpu._agrees, cpu._norm
-    monkeypatch.setattr(fast, "_agrees", lambda model: (asked.append(model), agrees(model))[1])
-    monkeypatch.setattr(fast, "_norm", lambda x, module: norm(x, module) + 1e-3)
+    monkeypatch.setattr(cpu, "_agrees", lambda model: (asked.append(model), agrees(model))[1])
+    monkeypatch.setattr(cpu, "_norm", lambda x, module: norm(x, module) + 1e-3)
     assert cpu.reader(model) is None and cpu.reader(model) is None and asked == [model]
-    monkeypatch.setattr(fast, "_norm", norm)
+    monkeypatch.setattr(cpu, "_norm", norm)
     other = copy.deepcopy(model)
     assert cpu.reader(other) is not None and cpu.reader(other) is not None and asked == [model, other]
 

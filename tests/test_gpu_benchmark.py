@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignkit.forward import sampling
+from alignkit.forward import cuda_graph, reading
 from benchmarks import gpu
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,10 +36,10 @@ def test_on_a_cpu_it_runs_whole_and_says_that_it_is_no_result(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("owner", "name", "broken", "message"),
     [
-        (graphs, "_error", lambda policy: 0.5, "decoder: log-probs against the model's own"),
-        (graphs, "usable", lambda policy, tokens: False, "decoder: 0 if it is used"),
+        (cuda_graph, "_error", lambda policy: 0.5, "decoder: log-probs against the model's own"),
+        (cuda_graph, "usable", lambda policy, tokens: False, "decoder: 0 if it is used"),
         (gpu, "_flat", lambda model: torch.rand(3), "PPO step: gradient of the policy"),
-        (sampling, "checkpoint", lambda read, states, *rest, **options: read(states.detach(), *rest), "their gradient"),
+        (reading, "checkpoint", lambda read, states, *rest, **options: read(states.detach(), *rest), "their gradient"),
     ],
     ids=["decoder", "decoder not used", "gradients", "log-probs in parts"],
 )

@@ -32,7 +32,7 @@ NAMES = ("response_ids", "response_mask", "logprobs", "finished")
 @pytest.fixture(autouse=True)
 def unknown(monkeypatch):
     """No model has been tried yet."""
-    monkeypatch.setattr(graphs, "_agreed", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(cuda_graph, "_agreed", weakref.WeakKeyDictionary())
 
 
 def drawn(model, *, prompts=PROMPTS, eos=2, tokens=20, temperature=1.0, generator=None):
@@ -44,7 +44,7 @@ def drawn(model, *, prompts=PROMPTS, eos=2, tokens=20, temperature=1.0, generato
 def by_graph(monkeypatch):
     """From here on a CPU is taken for a GPU: which steps are made, by how many rows."""
     steps, step = [], cuda_graph.Decoder.step
-    monkeypatch.setattr(graphs, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda_graph, "DEVICE", "cpu")
     monkeypatch.setattr(cuda_graph.Decoder, "step", lambda self: (steps.append(self.rows), step(self))[1])
     return steps
 
@@ -57,7 +57,7 @@ def test_tokens_are_those_of_the_generic_loop(name, temperature, monkeypatch):
     eos = int(drawn(model, prompts=prompts, eos=-1, temperature=temperature).response_ids.flatten().mode().values)
     generators = [seeded(4) for _ in range(3)]
     fast_drawn = drawn(model, prompts=prompts, eos=eos, temperature=temperature, generator=generators[0])
-    monkeypatch.setattr(fast, "reader", lambda model: None)
+    monkeypatch.setattr(cpu, "reader", lambda model: None)
     generic = drawn(model, prompts=prompts, eos=eos, temperature=temperature, generator=generators[1])
     steps = by_graph(monkeypatch)
     static = drawn(model, prompts=prompts, eos=eos, temperature=temperature, generator=generators[2])
@@ -108,7 +108,7 @@ def test_a_step_of_the_optimiser_is_seen(monkeypatch):
         for parameter in model.parameters():
             parameter.mul_(1.2)
     after = drawn(model)
-    monkeypatch.setattr(graphs, "DEVICE", "cuda")
+    monkeypatch.setattr(cuda_graph, "DEVICE", "cuda")
     assert torch.equal(after.response_ids, drawn(model).response_ids)
     assert not torch.equal(after.logprobs[:, 0], before.logprobs[:, 0])
 
@@ -209,8 +209,8 @@ def fails(self):
 def test_a_decoder_that_disagrees_or_fails_is_not_used_and_says_so_once(name, broken, message, monkeypatch):
     model = made("llama")
     expected = drawn(model)
-    monkeypatch.setattr(graphs, "DEVICE", "cpu")
-    owner = cuda_graph.Decoder if "." in name else graphs
+    monkeypatch.setattr(cuda_graph, "DEVICE", "cpu")
+    owner = cuda_graph.Decoder if "." in name else cuda_graph
     monkeypatch.setattr(owner, name.split(".")[-1], broken)
     with pytest.warns(UserWarning, match=f"LlamaForCausalLM is sampled without a CUDA graph: .*{message}"):
         found = drawn(model)

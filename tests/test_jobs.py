@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from alignkit.errors import ParameterError, RunError, RunInUse
+from alignkit.jobs import job as job_module
 from alignkit.jobs import notebooks
 from alignkit.jobs.notebooks import NotebookFailed, course, run_notebook
 from alignkit.jobs.parameters import check_parameters, notebook_parameters
@@ -58,7 +59,7 @@ def ran(out: Path, folder: str) -> int:
 
 @pytest.fixture(autouse=True)
 def _same_code(monkeypatch):
-    monkeypatch.setattr(jobs, "_code_hash", lambda: "code")
+    monkeypatch.setattr(job_module, "_code_hash", lambda: "code")
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def no_kernel(monkeypatch):
     def refuse(*_args, **_options):
         pytest.fail("a kernel was started")
 
-    monkeypatch.setattr(jobs, "_execute", refuse)
+    monkeypatch.setattr(notebooks, "_execute", refuse)
 
 
 # --- parameters ------------------------------------------------------------------------------------------------------
@@ -230,10 +231,10 @@ def test_a_hanging_cell_runs_out_of_time_and_leaves_no_process(tmp_path):
         "import os, time\nfrom pathlib import Path\nPath(run, 'pid').write_text(str(os.getpid()))",
         "time.sleep(600)",
     )
-    started = time.monotonic()
     with pytest.raises(NotebookFailed, match=r"x ran out of time in cell 4.*not done after 4 s \(timeout\)"):
         run_notebook(source, tmp_path / "run", timeout=4)
-    assert time.monotonic() - started < 20
+    hung = (tmp_path / "run" / "pid").stat().st_mtime  # the kernel's start, slow on a busy machine, is not in it
+    assert time.time() - hung < 20
     assert status(tmp_path / "run")["status"] == "timeout"
     assert ended(int((tmp_path / "run" / "pid").read_text()), within=5)
 
@@ -405,7 +406,7 @@ def test_what_a_job_made_with_other_parameters_is_cleared_and_what_it_did_not_ma
         (job.folder / "made.txt").write_text(made[0])
         job.executed.touch()
 
-    monkeypatch.setattr(jobs, "_execute", pretend)
+    monkeypatch.setattr(notebooks, "_execute", pretend)
     source, out = notebook(tmp_path / "03_ppo.ipynb"), tmp_path / "run"
     run_notebook(source, out, {"steps": 1})
     run_notebook(source, out, {"steps": 2})
@@ -430,7 +431,7 @@ def test_every_notebook_of_the_course_is_there_and_its_parameters_can_be_read():
 
 def test_a_notebook_is_found_by_path_name_and_number(tmp_path, monkeypatch):
     path = notebook(tmp_path / "notebooks" / "03_ppo.ipynb")
-    monkeypatch.setattr(jobs, "find_notebooks", lambda: {"03_ppo": path})
+    monkeypatch.setattr(notebooks, "find_notebooks", lambda: {"03_ppo": path})
     assert [notebooks.find_notebook(name) for name in (path, "03_ppo", "03_ppo.ipynb", "3", "03")] == [path] * 5
     with pytest.raises(FileNotFoundError, match="expected a path to an .ipynb file or one of: 03_ppo"):
         notebooks.find_notebook("04_other")

@@ -6,6 +6,7 @@ test_dpo.py.
 """
 
 import math
+import pydoc
 import statistics
 from dataclasses import fields, replace
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from alignkit import exact
-from alignkit.configs import DPOConfig, PPOConfig
+from alignkit.configs import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from alignkit.desk.world import SENTENCES, World, phrase_counts
 from alignkit.dpo import dpo
 from alignkit.models.loading import load_policy
@@ -191,6 +192,18 @@ def test_a_dpo_knob_moves_the_outcome_as_documented(name):
         margins = [statistics.mean(row.margin for row in train_dpo(config, seed)[-4:]) for seed in SEEDS]
         ends.append([margin / config.beta for margin in margins])
     assert_direction(*ends, sign, name)
+
+
+@pytest.mark.parametrize("config", [SFTConfig, RewardConfig, PPOConfig, DPOConfig])
+def test_help_shows_the_sentence_of_every_knob(config):
+    page = " ".join(pydoc.plain(pydoc.render_doc(config)).replace("|", " ").split())
+    headings = [f.metadata["group"] for f in fields(config) if f.metadata["group"]]
+    assert fields(config)[0].metadata["group"] and len(headings) == len(set(headings)) > 2
+    for f in fields(config):
+        meaning = f.metadata["meaning"]
+        assert meaning[0].isupper() or meaning[0] == '"'
+        assert meaning.endswith(".") and len(meaning) > 9
+        assert f"{f.name} = {f.default!r}: {meaning}" in page
 
 
 def test_the_interval_is_students():

@@ -14,7 +14,7 @@ from alignkit.desk.tiny import phrase_ids
 from alignkit.dpo import Pairs, dpo, dpo_step, with_reference
 from alignkit.formulas.randomness import seeded
 from alignkit.formulas.tokens import token_logprobs
-from alignkit.forward import sampling
+from alignkit.forward import cpu, reading
 from alignkit.forward.precision import checkpointed
 from alignkit.forward.reading import read_responses, response_logits, response_logprobs
 from alignkit.forward.rollout import groups, passes, rollout_from_ids
@@ -50,18 +50,18 @@ RAGGED = [[5, 9, 33, 7], [8], [9, 9, 40, 41, 17], [12, 30]], [[4, 5, 2], [6, 2],
 def test_log_probs_in_parts_are_those_of_all_logits_at_once_and_so_are_gradients(name, temperature, monkeypatch):
     policy, rollout = READ[name](), rollout_from_ids(*RAGGED, eos_token_id=2, pad_token_id=0)
     if "own" in name:
-        monkeypatch.setattr(sampling.fast, "reader", lambda model: None)
+        monkeypatch.setattr(cpu, "reader", lambda model: None)
     weights = [weight for weight in policy.parameters() if weight.requires_grad]
     mask, parts, found = rollout.response_mask, [], []
-    checkpoint = sampling.checkpoint
+    checkpoint = reading.checkpoint
 
     def counted(*given, **options):
         parts.append(len(given[1]))
         return checkpoint(*given, **options)
 
-    monkeypatch.setattr(sampling, "checkpoint", counted)
+    monkeypatch.setattr(reading, "checkpoint", counted)
     for most in (2**28, 3 * 61):
-        monkeypatch.setattr(sampling, "MOST_LOGITS", most)
+        monkeypatch.setattr(reading, "MOST_LOGITS", most)
         logprobs, entropies, states = read_responses(policy, rollout, temperature, with_entropy=True, with_states=True)
         loss = logprobs.sum() + 0.3 * entropies.square().sum() + 0.1 * states[mask].square().sum()
         gradients = torch.autograd.grad(loss, weights) if weights else ()
@@ -94,14 +94,14 @@ def test_what_is_kept_for_the_backward_pass_is_smaller_than_the_logits(name, mon
         return sum(kept)
 
     assert held() >= rollout.response_mask.sum() * 61
-    monkeypatch.setattr(sampling, "MOST_LOGITS", 3 * 61)
+    monkeypatch.setattr(reading, "MOST_LOGITS", 3 * 61)
     read_responses(policy, rollout)  # the check is over
     assert held() == 0
 
 
 @pytest.mark.parametrize("change", ["logits are scaled", "head with an adapter", "no logits_to_keep"])
 def test_logits_that_are_more_than_a_linear_head_are_read_as_ever(change, monkeypatch):
-    monkeypatch.setattr(sampling, "MOST_LOGITS", 61)
+    monkeypatch.setattr(reading, "MOST_LOGITS", 61)
     rollout, policy = rollout_from_ids(*RAGGED, eos_token_id=2, pad_token_id=0), gpt2()
     forward = policy.forward
     if change == "logits are scaled":
@@ -120,14 +120,14 @@ def test_logits_that_are_more_than_a_linear_head_are_read_as_ever(change, monkey
         policy = get_peft_model(made("llama"), LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
     logits = response_logits(policy, rollout)
     expected = torch.where(rollout.response_mask, token_logprobs(logits, rollout.response_ids), 0.0)
-    monkeypatch.setattr(sampling, "checkpoint", None)
+    monkeypatch.setattr(reading, "checkpoint", None)
     assert torch.equal(response_logprobs(policy, rollout), expected)
 
 
 def test_ppo_and_dpo_learn_the_same_from_parts(monkeypatch):
     ends = []
     for most in (2**28, 50):
-        monkeypatch.setattr(sampling, "MOST_LOGITS", most)
+        monkeypatch.setattr(reading, "MOST_LOGITS", most)
         state, config = ppo_state(entropy_coef=0.1, ptx_coef=0.5)
         ppo_iteration(state, config)
         policy, tokenizer = load_policy("tiny", device="cpu")

@@ -6,9 +6,9 @@ import textwrap
 import numpy as np
 import pytest
 
-from alignkit.exact import sweep
+from alignkit.exact import sweep as sweep_module
 from alignkit.exact.sweep import load_sweep, source_hashes
-from experiments import sweep
+from experiments import sweep as maker
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def test_the_sweep_was_made_by_the_present_code(sweep):
 
 
 def test_docstrings_comments_and_line_breaks_do_not_change_a_hash(tmp_path, monkeypatch):
-    monkeypatch.setattr(recorded, "__file__", str(tmp_path / "recorded.py"))
+    monkeypatch.setattr(sweep_module, "__file__", str(tmp_path / "recorded.py"))
 
     def hashed(text: str) -> str:
         (tmp_path / "kl.py").write_text(textwrap.dedent(text))
@@ -38,8 +38,8 @@ def test_docstrings_comments_and_line_breaks_do_not_change_a_hash(tmp_path, monk
 def test_what_the_sweep_measures_with_is_hashed():
     import ast
 
-    tree = ast.parse((sweep.FILE.parent / "exact.py").read_text(encoding="utf-8"))
-    assert {getattr(node, "name", None) for node in tree.body} >= sweep.MEASURES
+    tree = ast.parse((sweep_module.FILE.parent / "exact.py").read_text(encoding="utf-8"))
+    assert {getattr(node, "name", None) for node in tree.body} >= sweep_module.MEASURES
 
 
 def test_no_run_is_above_the_exact_frontier(sweep):
@@ -53,7 +53,7 @@ def test_no_run_is_above_the_exact_frontier(sweep):
 def test_every_cell_is_there_and_a_trajectory_ends_where_its_run_ends(sweep):
     assert len({(run.method, run.value, run.seed) for run in sweep.runs}) == len(sweep.runs)
     for method in ("ppo", "dpo"):
-        assert sweep.values(method) == sorted(sweep.VALUES[method])
+        assert sweep.values(method) == sorted(maker.VALUES[method])
         for value in sweep.values(method):
             assert [run.seed for run in sweep.select(method, value)] == sweep.seeds
     for run in sweep.runs:
@@ -94,15 +94,15 @@ def test_what_is_not_recorded_is_refused_by_name(sweep, tmp_path):
 
 
 def test_the_file_is_small_and_the_table_is_the_files(sweep):
-    assert sweep.FILE.stat().st_size < 1_000_000
-    table = sweep.FILE.parent.parent / "docs" / "closeness.md"
-    assert table.read_text(encoding="utf-8") == sweep.closeness_table(sweep.FILE)
+    assert sweep_module.FILE.stat().st_size < 1_000_000
+    table = sweep_module.FILE.parent.parent / "docs" / "closeness.md"
+    assert table.read_text(encoding="utf-8") == maker.closeness_table(sweep_module.FILE)
 
 
 @pytest.mark.slow
 def test_the_probe_comes_out_as_recorded(sweep, tmp_path):
     """SFT, reward model, PPO and DPO in small, made again: another machine may round differently, no more."""
-    again = sweep.probe(tmp_path)
+    again = maker.probe(tmp_path)
     assert again.keys() == sweep.probe.keys()
     for name, value in sweep.probe.items():
         assert again[name] == pytest.approx(value, abs=0.02), name
@@ -116,6 +116,6 @@ def test_a_finished_cell_is_not_run_again_unless_its_key_changed(tmp_path):
         return {"value": len(made)}
 
     path = tmp_path / "cells" / "one.json"
-    assert [sweep.kept(path, {"k": 1}, make)["value"] for _ in range(2)] == [1, 1]
-    assert sweep.kept(path, {"k": 2}, make) == {"value": 2}
+    assert [maker.kept(path, {"k": 1}, make)["value"] for _ in range(2)] == [1, 1]
+    assert maker.kept(path, {"k": 2}, make) == {"value": 2}
     assert json.loads(path.read_text())["key"] == {"k": 2}

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -19,9 +20,21 @@ from alignkit.evaluate.adviser import advice
 from alignkit.formulas.intervals import Estimate
 from alignkit.models.adapters import add_lora
 from alignkit.models.loading import load_policy, save_model
-from alignkit.runs import frozen, stages
-from alignkit.runs.frozen import freeze, lineage, verify
-from alignkit.storage import content_hash, plain, write_atomically
+from alignkit.runs import frozen as frozen_module
+from alignkit.runs.frozen import checkpoint_hash, freeze, lineage, verify
+from alignkit.runs.records import record_seconds, start_run, versions, write_results
+from alignkit.runs.stages import RUN_FILES
+from alignkit.storage import (
+    append_metrics,
+    config_hash,
+    content_hash,
+    data_hash,
+    plain,
+    read_metrics,
+    settings,
+    trim_metrics,
+    write_atomically,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +60,11 @@ def test_a_frozen_checkpoint_is_the_same_model_and_says_where_it_came_from(sourc
     before, after = load_policy(source)[0].state_dict(), load_policy(frozen)[0].state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     parent, own = lineage(frozen)
-    assert parent["path"].endswith("sft") and parent["hash"] == frozen.checkpoint_hash(source.parent / "sft")
+    assert parent["path"].endswith("sft") and parent["hash"] == checkpoint_hash(source.parent / "sft")
     assert own["hash"] == manifest.hash and own["seed"] == 3 and own["config"] == {"kl_coef": 0.35}
-    assert own["config_hash"] == relay.config_hash({"kl_coef": 0.35})
+    assert own["config_hash"] == config_hash({"kl_coef": 0.35})
     assert own["data_hash"] == "d" * 64 and own["evaluation_set_hash"] == "e" * 64
-    assert own["threads"] == torch.get_num_threads() and own["versions"] == relay.versions()
+    assert own["threads"] == torch.get_num_threads() and own["versions"] == versions()
     assert own["created"].endswith("+00:00")
 
 
@@ -98,7 +111,7 @@ def test_truncation_deletion_and_additions_are_seen_and_named(frozen):
         with pytest.raises(ManifestError, match=f"{added} was added"):
             verify(frozen)
         (frozen / added).unlink()
-    for record in stages.RUN_FILES:  # a run's own records are not part of it
+    for record in RUN_FILES:  # a run's own records are not part of it
         (frozen / record).write_text("{}\n")
     verify(frozen)
 
@@ -232,13 +245,13 @@ def test_leftovers_of_a_killed_freeze_go_and_those_of_a_living_one_stay(source, 
 
 
 def test_another_freeze_of_the_same_name_leaves_a_running_one_alone(source, tmp_path, monkeypatch):
-    flush = frozen._flush
+    flush = frozen_module.flush
 
     def interrupted(path):
-        frozen._sweep(tmp_path / "frozen")  # what another process does when it begins
+        frozen_module._sweep(tmp_path / "frozen")  # what another process does when it begins
         flush(path)
 
-    monkeypatch.setattr(relay, "_flush", interrupted)
+    monkeypatch.setattr(frozen_module, "flush", interrupted)
     verify(freeze(source, tmp_path / "frozen"))
 
 
@@ -246,7 +259,7 @@ def test_a_full_disk_leaves_nothing_half(source, tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(relay, "_flush", full)
+    monkeypatch.setattr(frozen_module, "flush", full)
     with pytest.raises(OSError, match="No space left"):
         freeze(source, tmp_path / "frozen")
     assert names(tmp_path) == []
@@ -259,7 +272,7 @@ def test_a_killed_freeze_leaves_no_checkpoint_and_the_next_one_works(source, tmp
 
     child = os.fork()
     if child == 0:
-        points = {"copy": (relay.shutil, "copyfile"), "flush": (relay, "_flush"), "rename": (relay.os, "rename")}
+        points = {"copy": (shutil, "copyfile"), "flush": (frozen_module, "flush"), "rename": (os, "rename")}
         monkeypatch.setattr(*points[point], die)
         freeze(source, tmp_path / "frozen")
         os._exit(0)
@@ -273,10 +286,10 @@ def test_a_killed_freeze_leaves_no_checkpoint_and_the_next_one_works(source, tmp
 
 
 def test_summary_has_what_others_rely_on(tmp_path):
-    run = relay.start_run(tmp_path / "run", model="tiny", data="desk", seed=7)
-    relay.write_results(run, "dpo", {"gold_mean": np.float32(0.5), "gold_ci95": (0.4, 0.6)})
-    relay.write_results(run, "sft", {"gold_mean": torch.tensor(0.25), "kl_to_sft": 0.0})
-    summary = relay.record_seconds(run, "01_sft", 12.34)
+    run = start_run(tmp_path / "run", model="tiny", data="desk", seed=7)
+    write_results(run, "dpo", {"gold_mean": np.float32(0.5), "gold_ci95": (0.4, 0.6)})
+    write_results(run, "sft", {"gold_mean": torch.tensor(0.25), "kl_to_sft": 0.0})
+    summary = record_seconds(run, "01_sft", 12.34)
     assert summary == json.loads((run / "summary.json").read_text())
     assert list(summary) == ["versions", "seed", "model", "data", "stages", "seconds"]
     assert (summary["seed"], summary["model"], summary["data"]) == (7, "tiny", "desk")
@@ -288,52 +301,52 @@ def test_summary_has_what_others_rely_on(tmp_path):
 
 
 def test_a_run_directory_belongs_to_one_run(tmp_path):
-    run = relay.start_run(tmp_path / "run", "tiny", "desk", 0)
-    assert relay.start_run(run, "tiny", "desk", 0) == run
+    run = start_run(tmp_path / "run", "tiny", "desk", 0)
+    assert start_run(run, "tiny", "desk", 0) == run
     with pytest.raises(RunError, match=r"model was 'tiny', now 'gpt'; seed was 0, now 1\. Choose another"):
-        relay.start_run(run, "gpt", "desk", 1)
+        start_run(run, "gpt", "desk", 1)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="file/run cannot be made"):
-        relay.start_run(tmp_path / "file" / "run", "tiny", "desk", 0)
+        start_run(tmp_path / "file" / "run", "tiny", "desk", 0)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), np.float32("nan"), torch.tensor(float("-inf"))])
 def test_no_nan_gets_into_a_record(tmp_path, number):
     with pytest.raises(ValueError, match=r"results of sft\.deep\[1\]\.kl is -?(nan|inf)"):
-        relay.write_results(tmp_path, "sft", {"deep": [0, {"kl": number}]})
+        write_results(tmp_path, "sft", {"deep": [0, {"kl": number}]})
     assert not (tmp_path / "summary.json").exists()
     with pytest.raises(ValueError, match=r"metrics\.objective/kl is"):
-        relay.append_metrics(tmp_path / "metrics.jsonl", {"step": 1, "objective/kl": number})
+        append_metrics(tmp_path / "metrics.jsonl", {"step": 1, "objective/kl": number})
     with pytest.raises(ValueError, match=r"stage is '\.\./up'"):
-        relay.write_results(tmp_path, "../up", {})
+        write_results(tmp_path, "../up", {})
 
 
 def test_metrics_survive_a_torn_last_line(tmp_path):
     path = tmp_path / "ppo" / "metrics.jsonl"
-    assert relay.read_metrics(path) == []
+    assert read_metrics(path) == []
     for step in range(3):
-        relay.append_metrics(path, {"step": step, "loss": step / 2})
+        append_metrics(path, {"step": step, "loss": step / 2})
     whole = path.read_bytes()
-    rows = relay.read_metrics(path)
+    rows = read_metrics(path)
     line = whole.splitlines(keepends=True)[-1]
     for cut in range(1, len(line)):
         path.write_bytes(whole[: len(whole) - cut])
         if cut > 1:  # with all but the newline the row is whole
             with pytest.warns(UserWarning, match="last line is torn"):
-                assert relay.read_metrics(path) == rows[:2]
+                assert read_metrics(path) == rows[:2]
             assert path.read_bytes() == whole[: len(whole) - cut], "reading changes nothing: a run may be writing"
             with pytest.warns(UserWarning, match=r"was torn .* removed"):
-                relay.append_metrics(path, rows[2])
+                append_metrics(path, rows[2])
         else:
-            assert relay.read_metrics(path) == rows
-            relay.append_metrics(path, {"step": 3})
-            assert relay.read_metrics(path) == [*rows, {"step": 3}]
+            assert read_metrics(path) == rows
+            append_metrics(path, {"step": 3})
+            assert read_metrics(path) == [*rows, {"step": 3}]
             path.write_bytes(whole)
         assert path.read_bytes() == whole
-    assert relay.trim_metrics(path, last_step=1) == rows[:2] == relay.read_metrics(path)
+    assert trim_metrics(path, last_step=1) == rows[:2] == read_metrics(path)
     path.write_bytes(b'{"step": 0}\nrubbish\n{"step": 1}\n')
     with pytest.raises(RunError, match=r"metrics\.jsonl:2: not a JSON object"):
-        relay.read_metrics(path)
+        read_metrics(path)
 
 
 def test_a_crash_while_replacing_a_file_keeps_the_old_one(tmp_path, monkeypatch):
@@ -350,15 +363,15 @@ def test_hashes_depend_on_the_content_alone():
         beta: float = 0.1
         steps: int = 3
 
-    assert relay.config_hash(Config()) == relay.config_hash({"steps": 3, "beta": 0.1})
-    assert relay.config_hash(Config()) != relay.config_hash(Config(beta=0.2))
-    assert relay.settings({"clip": float("inf"), "depth": {"beta": 1}}) == {"clip": "inf", "depth": {"beta": 1}}
-    assert relay.config_hash({"clip": float("inf")}) != relay.config_hash({"clip": 1.0})
+    assert config_hash(Config()) == config_hash({"steps": 3, "beta": 0.1})
+    assert config_hash(Config()) != config_hash(Config(beta=0.2))
+    assert settings({"clip": float("inf"), "depth": {"beta": 1}}) == {"clip": "inf", "depth": {"beta": 1}}
+    assert config_hash({"clip": float("inf")}) != config_hash({"clip": 1.0})
     with pytest.raises(ValueError, match=r"config\.beta is nan"):
-        relay.config_hash({"beta": float("nan")})
+        config_hash({"beta": float("nan")})
     rows = [{"prompt": "é", "chosen": "a"}, {"prompt": "b", "chosen": "c"}]
-    assert relay.data_hash(rows) == relay.data_hash(dict(reversed(row.items())) for row in rows)
-    assert relay.data_hash(rows) != relay.data_hash(rows[::-1]) != relay.data_hash(rows[:1])
+    assert data_hash(rows) == data_hash(dict(reversed(row.items())) for row in rows)
+    assert data_hash(rows) != data_hash(rows[::-1]) != data_hash(rows[:1])
     assert content_hash({"a": 1}) == hashlib.sha256(b'{"a":1}').hexdigest()
     with pytest.raises(TypeError, match=r"value\.a is of type object"):
         plain({"a": object()})

@@ -10,7 +10,7 @@ import pytest
 
 from alignkit.errors import RunError
 from alignkit.jobs.report import build_report, overview
-from alignkit.pages.render import figure, page, table, text
+from alignkit.pages.render import picture, render
 from alignkit.runs.records import record_seconds, start_run, write_results
 from alignkit.safe_text import visible
 
@@ -159,10 +159,15 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, name):
 
 
 def test_the_pieces_of_a_page():
-    assert figure(b"GIF89a", "alt") == "" and 'alt="a &lt;b&gt;"' in figure(PNG, "a <b>")
-    assert table("nothing", ["a"], []) == ""
-    assert "<title>&lt;b&gt;</title>" in page("<b>", ["", "x"])
-    assert text('<a href="x">') == "&lt;a href=&quot;x&quot;&gt;"
+    assert picture(b"GIF89a", "alt") is None
+    samples = [{"prompt": "a <b>", "kind": "", "responses": [["<i>", " \n"], []]}]
+    chart = picture(PNG, "a <b>")
+    page = render("compare.html", names=["<b>", "x"], cells=[["", "x"]], remarks=['<a href="x">'], pictures=[chart],
+                  samples=samples)
+    assert 'alt="a &lt;b&gt;" width=1 height=1>' in page and "<figcaption>" not in page
+    assert "<h1>&lt;b&gt; · x</h1>" in page and "<p>&lt;a href=&#34;x&#34;&gt;</p>" in page
+    assert "<td><p>&lt;i&gt;</p><p><i>(empty)</i></p></td><td>–</td>" in page
+    assert page.count("<table>") == 1  # none without rows
 
 
 def test_visible_text_keeps_what_can_be_seen_and_spells_out_the_rest():

@@ -13,7 +13,7 @@ from alignkit.desk.world import SENTENCES, World
 from alignkit.errors import NonFinite
 from alignkit.formulas.randomness import seeded
 from alignkit.formulas.tokens import token_logprobs
-from alignkit.forward import sampling
+from alignkit.forward import cpu, sampling
 from alignkit.forward.reading import response_logits
 from alignkit.forward.rollout import (
     Rollout,
@@ -185,11 +185,11 @@ def test_rows_that_have_ended_are_read_no_longer_and_the_others_do_not_notice(an
 def test_a_prompt_that_is_sampled_several_times_is_read_once_and_nothing_else_changes(desk, reader, monkeypatch):
     policy, tokenizer, prompts = desk
     if reader != "fast":
-        monkeypatch.setattr(fast, "reader", lambda model: None)
+        monkeypatch.setattr(cpu, "reader", lambda model: None)
     if reader == "generic, a cache without rows":
         monkeypatch.setattr(sampling, "_selectable", lambda cache: False)
-    read, decoders = [], {name: getattr(place, name) for place, name in ((fast, "Decoder"), (sampling, "_Decoder"))}
-    monkeypatch.setattr(fast, "Decoder", lambda made, ids, *rest: (read.append(len(ids)), decoders["Decoder"](
+    read, decoders = [], {name: getattr(place, name) for place, name in ((cpu, "Decoder"), (sampling, "_Decoder"))}
+    monkeypatch.setattr(cpu, "Decoder", lambda made, ids, *rest: (read.append(len(ids)), decoders["Decoder"](
         made, ids, *rest))[1])
     monkeypatch.setattr(sampling, "_Decoder", lambda made, ids, *rest: (read.append(len(ids)), decoders["_Decoder"](
         made, ids, *rest))[1])

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from alignkit import optim
 from alignkit.configs import PPOConfig
 from alignkit.models.loading import load_policy
 from alignkit.optim import side_by_side
@@ -26,7 +27,7 @@ def torch_threads():
 
 @pytest.fixture
 def two_cores(monkeypatch, torch_threads):
-    monkeypatch.setattr(threads, "_cores", lambda: 2)
+    monkeypatch.setattr(optim, "_cores", lambda: 2)
     torch_threads(1)
 
 
@@ -40,7 +41,7 @@ def test_two_pieces_of_work_overlap_where_there_are_two_cores(two_cores):
 @pytest.mark.parametrize("reason", ["one core", "operations of several threads", "a GPU"])
 def test_elsewhere_one_runs_after_the_other_in_the_caller_s_thread(reason, two_cores, monkeypatch, torch_threads):
     if reason == "one core":
-        monkeypatch.setattr(threads, "_cores", lambda: 1)
+        monkeypatch.setattr(optim, "_cores", lambda: 1)
     if reason == "operations of several threads":
         torch_threads(2)
     order = []
@@ -82,7 +83,7 @@ def test_ppo_side_by_side_is_ppo_to_the_last_bit(two_cores, monkeypatch):
         one, lambda: (others.append(threading.get_ident()), other())[1], device))
     found = [ppo_iteration(beside, replace(config)) for _ in range(3)]
     assert len(set(others) - {threading.get_ident()}) > 0
-    monkeypatch.setattr(threads, "_cores", lambda: 1)
+    monkeypatch.setattr(optim, "_cores", lambda: 1)
     assert found == [ppo_iteration(apart, config) for _ in range(3)]
     for model, other in ((beside.policy, apart.policy), (beside.critic, apart.critic)):
         for weight, its in zip(model.parameters(), other.parameters(), strict=True):

@@ -12,29 +12,21 @@ from alignkit.errors import ManifestError
 from alignkit.evaluate.adviser import advice
 from alignkit.evaluate.evaluation import Evaluation, EvaluationSet, difference, evaluate, evaluation_set, win_rate
 from alignkit.formulas.intervals import Estimate
+from alignkit.metrics import METRICS
 from alignkit.models.loading import load_policy, same_vocabulary
 from alignkit.runs.frozen import LINEAGE, MANIFEST, verify
 from alignkit.storage import plain, write_atomically, write_json
 from alignkit.task import load_task
 
-METRICS = {  # name -> (what it is called in a table, how it is written)
-    "gold_mean": ("gold reward, SFT-sd", "+.2f"),
-    "proxy_mean": ("proxy reward", "+.2f"),
-    "risky_failure_rate": ("risky failures", ".1%"),
-    "over_refusal_rate": ("over-refusal", ".1%"),
-    "answered_gold": ("gold where not refused, SFT-sd", "+.2f"),
-    "kl_to_sft": ("KL to {reference}, nats", ".2f"),
-    "kl_rao_blackwell": ("KL, Rao–Blackwellised, nats", ".2f"),
-    "kl_k3": ("KL, k3, nats", ".2f"),
-    "self_agreement": ("self-agreement", ".2f"),
-    "paraphrase_agreement": ("paraphrase agreement", ".2f"),
-    "entropy": ("entropy, nats a token", ".2f"),
-    "sequence_entropy": ("entropy, nats a response", ".2f"),
-    "length": ("length, tokens", ".1f"),
-    "eos_rate": ("ended by itself", ".1%"),
-    "distinct_1": ("distinct words", ".1%"),
-    "distinct_2": ("distinct word pairs", ".1%"),
-}
+TABLE = (  # the metrics of the table, in its order
+    "gold_mean", "proxy_mean", "risky_failure_rate", "over_refusal_rate", "answered_gold", "kl_to_sft",
+    "kl_rao_blackwell", "kl_k3", "self_agreement", "paraphrase_agreement", "entropy", "sequence_entropy", "length",
+    "eos_rate", "distinct_1", "distinct_2",
+)
+PANELS = (  # those that are drawn with their intervals
+    "gold_mean", "proxy_mean", "kl_to_sft", "risky_failure_rate", "over_refusal_rate", "paraphrase_agreement",
+    "self_agreement", "entropy", "length",
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +65,7 @@ class Comparison:
         """A row for each checkpoint: {"checkpoint": name, metric: Estimate, …, "win_rate_gold": Estimate, …}."""
         rows = []
         for name, evaluation in self.evaluations.items():
-            known = {metric: evaluation.metrics[metric] for metric in METRICS if metric in evaluation.metrics}
+            known = {metric: evaluation.metrics[metric] for metric in TABLE if metric in evaluation.metrics}
             wins = {f"win_rate_{score}": rate for score, rate in self.win_rates.get(name, {}).items()}
             rows.append({"checkpoint": name, **known, **wins})
         return rows
@@ -84,16 +76,16 @@ class Comparison:
         "*" marks a value whose paired difference to the first checkpoint has an interval that excludes 0.
         """
         rows = self.table()
-        found = [metric for metric in METRICS if any(metric in row for row in rows)]
         lines = [["", *self.evaluations]]
-        for metric in found:
-            label, spec = METRICS[metric]
+        for metric in TABLE:
+            if not any(metric in row for row in rows):
+                continue
             cells = []
             for row in rows:
                 changed = self.differences.get(row["checkpoint"], {}).get(metric)
                 mark = "*" if changed and changed.excludes_zero else ""
-                cells.append(f"{row[metric]:{spec}}{mark}" if metric in row else "–")
-            lines.append([label.format(reference=self.reference), *cells])
+                cells.append(f"{row[metric]:{METRICS[metric].spec}}{mark}" if metric in row else "–")
+            lines.append([METRICS[metric].title(self.reference), *cells])
         for score in ("gold", "proxy"):
             wins = [row.get(f"win_rate_{score}") for row in rows]
             if any(wins):
@@ -150,8 +142,8 @@ class Comparison:
         shown = []
         for kind in dict.fromkeys(evalset.kinds):
             keys = {}
-            for position, (key, its) in enumerate(zip(evalset.keys, evalset.kinds, strict=True)):
-                if its == kind:
+            for position, (key, own_kind) in enumerate(zip(evalset.keys, evalset.kinds, strict=True)):
+                if own_kind == kind:
                     keys.setdefault(key, position)
             for position in list(keys.values())[:prompts_per_kind]:
                 start = position * evalset.samples
@@ -165,19 +157,19 @@ class Comparison:
         from alignkit import plots
 
         panels = {}
-        for metric in ("gold_mean", "proxy_mean", "kl_to_sft", "risky_failure_rate", "over_refusal_rate",
-                       "paraphrase_agreement", "self_agreement", "entropy", "length"):
+        for metric in PANELS:
             values = {name: (e.value,) if e.low is None else (e.value, e.low, e.high)
                       for name, evaluation in self.evaluations.items() if (e := evaluation.metrics.get(metric))}
             if values:
-                panels[METRICS[metric][0].format(reference=self.reference)] = values
+                panels[METRICS[metric].title(self.reference)] = values
         figures = {"intervals": plots.plot_intervals_panels(panels)}
         summaries = {name: evaluation.summary() for name, evaluation in self.evaluations.items()}
         if all(summary["behaviour_shares"] for summary in summaries.values()):
-            shares = {name: its["behaviour_shares"] for name, its in summaries.items()}
+            shares = {name: summary["behaviour_shares"] for name, summary in summaries.items()}
             figures["behaviour"] = plots.plot_behaviour(shares)
         if all({"over_refusal_rate", "risky_failure_rate"} <= summary.keys() for summary in summaries.values()):
-            figures["tradeoff"] = plots.plot_tradeoff([{"name": name, **its} for name, its in summaries.items()])
+            figures["tradeoff"] = plots.plot_tradeoff(
+                [{"name": name, **summary} for name, summary in summaries.items()])
         return figures
 
 
@@ -219,11 +211,11 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
              for name, directory in zip(loaded, directories, strict=True)
              if (frozen_with := _frozen_with(directory)) not in (None, evalset.hash)]
     evaluations, scale = {}, None
-    for name, (policy, its_tokenizer) in loaded.items():
-        same = same_vocabulary(tokenizer, its_tokenizer)
+    for name, (policy, own_tokenizer) in loaded.items():
+        same = same_vocabulary(tokenizer, own_tokenizer)
         if not same:
             notes.append(f"{name} has another vocabulary than {next(iter(loaded))}: there is no KL between them.")
-        evaluations[name] = evaluate(policy, its_tokenizer, evalset, ref_policy=first if same else None, reward=reward,
+        evaluations[name] = evaluate(policy, own_tokenizer, evalset, ref_policy=first if same else None, reward=reward,
                                      world=task.world, gold_scale=scale, batch_size=batch_size, name=name)
         scale = evaluations[name].gold_scale
     comparison = compare(evaluations, notes)
@@ -259,32 +251,17 @@ def _frozen_with(directory: Path) -> str | None:
 
 def _write(comparison: Comparison, out: Path) -> None:
     from alignkit import plots
+    from alignkit.pages.render import picture, render
 
     out.mkdir(parents=True, exist_ok=True)
     pictures = []
     for name, figure in comparison.pictures().items():
         path = plots.save_figure(figure, out / f"{name}.png")
-        pictures.append((path.read_bytes(), plots.describe(figure.get_figure(root=True))))
+        pictures.append(picture(path.read_bytes(), plots.describe(figure.get_figure(root=True))))
     write_atomically(out / "compare.md", comparison.markdown())
     write_atomically(out / "compare.csv", comparison.to_csv())
-    write_atomically(out / "compare.html", _page(comparison, pictures))
+    samples = [{**sample, "responses": list(sample["responses"].values())} for sample in comparison.samples()]
+    page = render("compare.html", names=list(comparison.evaluations), cells=comparison.cells(),
+                  remarks=comparison.remarks(), pictures=pictures, samples=samples)
+    write_atomically(out / "compare.html", page)
     write_json(out / "compare.json", comparison.to_dict())
-
-
-def _page(comparison: Comparison, pictures: Sequence[tuple[bytes, str]]) -> str:
-    """compare.html: table, pictures (PNG and alt text) and sample responses; all text is escaped."""
-    from alignkit.pages.render import figure, page, section, table, text
-
-    head, *lines = [[text(cell) for cell in line] for line in comparison.cells()]
-    said = [[f"{text(sample['prompt'])}<small>{text(sample['kind'])}</small>",
-             *("".join(f"<p>{text(response) or '<i>(empty)</i>'}</p>" for response in responses)
-               for responses in sample["responses"].values())] for sample in comparison.samples()]
-    return page("alignkit: checkpoints compared", [
-        f"<header><p class=kicker>alignkit</p><h1>{text(' · '.join(comparison.evaluations))}</h1></header>",
-        section("What they measure",
-                table("The same held-out prompts and random numbers for each checkpoint", head, lines, "wide"),
-                *(f"<p>{text(remark)}</p>" for remark in comparison.remarks())),
-        section("Side by side", f"<div class=charts>{''.join(figure(png, alt) for png, alt in pictures)}</div>"),
-        section("What they say",
-                table("Sampled responses", ["Prompt", *map(text, comparison.evaluations)], said, "said wide")),
-    ])

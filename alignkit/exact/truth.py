@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignkit.formulas.losses import dpo_loss
+from alignkit.formulas.losses import dpo_loss, same_shape
 
 
 # ---- what the tables say
 def expectation(logps: Tensor, values: Tensor) -> Tensor:
     """E_π[v] = Σ_y π(y) v(y): (prompts,) for logps and values (prompts, N)."""
-    _same_shape(logps=logps, values=values)
+    same_shape("logps", logps, values=values)
     return (logps.exp() * values).sum(1)
 
 
@@ -29,7 +29,7 @@ def response_entropy(logps: Tensor) -> Tensor:
 
 def response_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """KL(π ‖ π_ref) = Σ_y π(y) (log π(y) − log π_ref(y)): (prompts,), nats per response; ∞ outside π_ref's support."""
-    _same_shape(logps=logps, ref_logps=ref_logps)
+    same_shape("logps", logps, ref_logps=ref_logps)
     return torch.where(logps > -torch.inf, logps.exp() * (logps - ref_logps), 0.0).sum(1)
 
 
@@ -39,7 +39,7 @@ def optimum(ref_logps: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, Te
     π*(y) = π_ref(y) e^{r(y)/β} / Z,  Z = Σ_y π_ref(y) e^{r(y)/β}.  The maximum itself is J* = β log Z.
     beta: β > 0, in units of reward per nat. Raises ValueError if it is not positive. (Rafailov et al. 2023, eq. 4)
     """
-    _same_shape(ref_logps=ref_logps, rewards=rewards)
+    same_shape("ref_logps", ref_logps, rewards=rewards)
     if not beta > 0:
         raise ValueError(f"beta is {beta}, expected a positive number (the price of one nat of KL)")
     tilted = ref_logps + rewards / beta
@@ -51,7 +51,7 @@ def tabular_dpo(ref_logps: Tensor, first: Tensor, second: Tensor, wins: Tensor, 
                 start: Tensor | None = None, loss_type: str = "sigmoid", steps: int = 500) -> Tensor:
     """DPO where the policy is a table: log-probs (N,) that minimise the loss of M pairs of responses to one prompt.
 
-    Σ_m [w_m L(first ≻ second) + (1 − w_m) L(second ≻ first)] / M, with L = `dpo.dpo_loss`, by L-BFGS in float64.
+    Σ_m [w_m L(first ≻ second) + (1 − w_m) L(second ≻ first)] / M, with L = `dpo_loss`, by L-BFGS in float64.
     ref_logps: (N,). first, second: (M,) int64, which responses. wins: (M,) in [0, 1], the share of labels that prefer
     the first: with every pair of responses and w = σ(Δr), the minimiser is the optimum π* of r. start: (N,) log-probs
     to begin with, the reference if left out. It matters: the loss says nothing about responses that no pair names, and
@@ -166,9 +166,8 @@ def best_of_n(ref_logps: Tensor, rewards: Tensor, n: float) -> Tensor:
 
     π_n(y) = (F(r)ⁿ − F₋(r)ⁿ) · π_ref(y) / π_ref(reward = r(y)), with F(r) = π_ref(reward ≤ r) and F₋(r) = π_ref(reward
     < r): among equal rewards the winner is drawn as π_ref draws. n ≥ 1 need not be whole. Raises ValueError if n < 1.
-   
     """
-    _same_shape(ref_logps=ref_logps, rewards=rewards)
+    same_shape("ref_logps", ref_logps, rewards=rewards)
     if not n >= 1:
         raise ValueError(f"n is {n}, expected at least 1 draw")
     ref_logps = ref_logps - ref_logps.logsumexp(1, keepdim=True)
@@ -202,14 +201,6 @@ def _reward_groups(rewards: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rounding(rewards: Tensor) -> Tensor:
     return 8 * torch.finfo(rewards.dtype).eps * rewards.abs().amax(1, keepdim=True)
-
-
-def _same_shape(**tables: Tensor) -> None:
-    (first, reference), *others = tables.items()
-    for name, table in others:
-        if table.shape != reference.shape or table.ndim != 2:
-            raise ValueError(f"{name} has shape {tuple(table.shape)}, expected (prompts, responses) "
-                             f"{tuple(reference.shape)} (the shape of {first})")
 
 
 # ---- pruning

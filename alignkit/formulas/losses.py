@@ -1,12 +1,20 @@
 """The formulas of PPO, DPO and Bradley–Terry: tensors in, tensors out; no model, no config, no state."""
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from alignkit.configs import LOSSES
 from alignkit.formulas.kl import k1
+
+
+def same_shape(name: str, tensor: Tensor, **others: Tensor) -> None:
+    """Raise ValueError, naming the argument, if one of `others` is not of the shape of `tensor`, which is `name`."""
+    for other, value in others.items():
+        if value.shape != tensor.shape:
+            raise ValueError(
+                f"{other} has shape {tuple(value.shape)}, expected {tuple(tensor.shape)} (the shape of {name})"
+            )
 
 
 def gae(
@@ -17,7 +25,7 @@ def gae(
     δ_t = r_t + γ V_{t+1} − V_t,  A_t = δ_t + γλ A_{t+1},  returns = A + V;  V = A = 0 after the last response token.
     rewards, values: (B, T), in score units. Raises ValueError if shapes differ. (Schulman 2016, eq. 11–16)
     """
-    _same_shape("rewards", rewards, values=values, response_mask=response_mask)
+    same_shape("rewards", rewards, values=values, response_mask=response_mask)
     rewards, values = torch.where(response_mask, rewards, 0.0), torch.where(response_mask, values, 0.0)
     advantages = torch.zeros_like(rewards)
     following = torch.zeros_like(rewards[:, 0])
@@ -34,7 +42,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
 
     −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A), ρ = π / π_old. (Schulman 2017, eq. 7, with the sign turned)
     """
-    _same_shape("logprobs", logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    same_shape("logprobs", logprobs, old_logprobs=old_logprobs, advantages=advantages)
     ratio = torch.exp(logprobs - old_logprobs)
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
 
@@ -50,7 +58,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
 
     ½ max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²). (Huang 2024, detail 22; Engstrom 2020)
     """
-    _same_shape("values", values, old_values=old_values, returns=returns)
+    same_shape("values", values, old_values=old_values, returns=returns)
     near = old_values + (values - old_values).clamp(-clip_range, clip_range)
     return 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
 
@@ -62,7 +70,7 @@ def token_rewards(
 
     The tokens must come from the policy that gave `logprobs`. A row without response tokens gets no reward.
     """
-    _same_shape("logprobs", logprobs, ref_logprobs=ref_logprobs, response_mask=response_mask)
+    same_shape("logprobs", logprobs, ref_logprobs=ref_logprobs, response_mask=response_mask)
     rewards = torch.where(response_mask, -kl_coef * k1(logprobs, ref_logprobs), 0.0)
     last = (response_mask.sum(1) - 1).clamp(min=0)
     return rewards.scatter_add(1, last[:, None], torch.where(response_mask.any(1), scores, 0.0)[:, None])
@@ -71,14 +79,6 @@ def token_rewards(
 def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float, responses: int, horizon: int) -> float:
     """The adaptive KL controller: β (1 + clip(KL/target − 1, ±0.2) · n/horizon). (Ziegler 2019, §2.2)"""
     return kl_coef * (1 + min(max(kl / target_kl - 1, -0.2), 0.2) * responses / horizon)
-
-
-def _same_shape(name: str, tensor: Tensor, **others: Tensor) -> None:
-    for other, value in others.items():
-        if value.shape != tensor.shape:
-            raise ValueError(
-                f"{other} has shape {tuple(value.shape)}, expected {tuple(tensor.shape)} (the shape of {name})"
-            )
 
 
 def implicit_reward(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
@@ -101,19 +101,21 @@ def dpo_loss(
     sigmoid  −(1 − ε) log σ(m) − ε log σ(−m)      (Rafailov 2023, eq. 7; ε = label_smoothing: cDPO, Mitchell 2023)
     ipo      (m/β − 1/(2β))²                     (Azar 2023, eq. 17)
     hinge    max(0, 1 − m)                       (SLiC; Zhao 2023)
+    robust   [−(1 − ε) log σ(m) + ε log σ(−m)] / (1 − 2ε)   (Chowdhury, Kini and Natarajan 2024)
+
+    robust is unbiased: where a share ε of the labels is flipped, its mean over the flips is the sigmoid loss of the
+    right labels. cDPO's is not, and rests at log((1 − ε) / ε) instead. In exchange a robust loss can be below 0.
     Raises ValueError on shapes that differ or an unknown loss_type.
     """
-    for name, value in (("policy_rejected_logps", policy_rejected_logps), ("ref_chosen_logps", ref_chosen_logps),
-                        ("ref_rejected_logps", ref_rejected_logps)):
-        if value.shape != policy_chosen_logps.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}, expected {tuple(policy_chosen_logps.shape)} "
-                "(policy_chosen_logps')"
-            )
+    same_shape("policy_chosen_logps", policy_chosen_logps, policy_rejected_logps=policy_rejected_logps,
+               ref_chosen_logps=ref_chosen_logps, ref_rejected_logps=ref_rejected_logps)
     margin = (implicit_reward(policy_chosen_logps, ref_chosen_logps, beta)
               - implicit_reward(policy_rejected_logps, ref_rejected_logps, beta))
     if loss_type == "sigmoid":
         return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    if loss_type == "robust":
+        kept, flipped = -F.logsigmoid(margin), -F.logsigmoid(-margin)
+        return ((1 - label_smoothing) * kept - label_smoothing * flipped) / (1 - 2 * label_smoothing)
     if loss_type == "ipo":
         return (margin / beta - 1 / (2 * beta)).square()
     if loss_type == "hinge":

@@ -110,15 +110,20 @@ def _packed(policy: nn.Module, rollout: Rollout) -> tuple[Callable, Tensor] | No
         few = ids[:1, :8]
         logits, states = _read(policy, few, torch.ones_like(few), 0)
         with torch.no_grad(), autocast(ids.device):
-            _linear[policy] = bool((head(states) - logits).abs().max() <= 1e-6 * logits.abs().max())
+            _linear[policy] = states is not None and bool(
+                (head(states) - logits).abs().max() <= 1e-6 * logits.abs().max()
+            )
     if not _linear[policy]:
         return None
     states = _read(policy, ids, mask, 1)[1][:, -rollout.response_ids.shape[1] :]
     return head, states[rollout.response_mask]
 
 
-def _read(policy: nn.Module, ids: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """Logits at the last `keep` positions (0: at all), and the last hidden states (B, L, H), by one forward pass."""
+def _read(policy: nn.Module, ids: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, Tensor | None]:
+    """Logits at the last `keep` positions (0: at all), and the last hidden states (B, L, H), by one forward pass.
+
+    The states are None if the model makes its logits without calling its own body, as OPT does.
+    """
     states = []
     hook = body(_base(policy)).register_forward_hook(lambda module, inputs, output: states.append(output[0]))
     try:
@@ -127,7 +132,7 @@ def _read(policy: nn.Module, ids: Tensor, mask: Tensor, keep: int) -> tuple[Tens
                             **last_logits(policy, keep))
     finally:
         hook.remove()
-    return output.logits[:, -keep:], states[0]
+    return output.logits[:, -keep:], states[0] if states else None
 
 
 def _response(policy: nn.Module, rollout: Rollout, temperature: float, states: bool) -> tuple[Tensor, Tensor | None]:
@@ -142,6 +147,10 @@ def _response(policy: nn.Module, rollout: Rollout, temperature: float, states: b
         hidden = spread(packed, rollout.response_mask) if states else None
     else:
         logits, read = _read(policy, ids, mask, length)
+        if states and read is None:
+            with autocast(ids.device):
+                read = body(_base(policy))(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask),
+                                           use_cache=False).last_hidden_state
         hidden = read[:, -length:] if states else None
     return logits if temperature == 1.0 else logits / temperature, hidden
 

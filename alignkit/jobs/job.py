@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignkit.jobs.parameters import notebook_parameters
+from alignkit.jobs.parameters import Parameter
 from alignkit.runs.stages import CHAIN, RUN_FILES
 from alignkit.storage import content_hash, plain
 
@@ -16,8 +16,11 @@ PRESENTATION = ("jobs", "pages")  # folders of code that changes nothing in a ru
 
 @dataclass(frozen=True)
 class Job:
+    """A notebook, the run directory that it works in, its parameters, and the values given for some of them."""
+
     notebook: Path
     out: Path
+    parameters: dict[str, Parameter]
     values: dict[str, object]
 
     @property
@@ -29,7 +32,20 @@ class Job:
         return self.out / self.notebook.name
 
     @property
+    def settings(self) -> dict[str, object]:
+        """The value of every parameter but the run directory."""
+        return {name: self.values.get(name, parameter.default) for name, parameter in self.parameters.items()
+                if name != "run"}
+
+    @property
+    def given(self) -> dict[str, object]:
+        """The settings that are not the notebook's defaults; without model and data, which are the whole run's."""
+        return {name: value for name, value in self.settings.items()
+                if name not in ("model", "data") and value != self.parameters[name].default}
+
+    @property
     def folder(self) -> Path | None:
+        """The folder of RUN that is this notebook's own."""
         return self.out / CHAIN[self.name] if CHAIN.get(self.name) else None
 
 
@@ -44,11 +60,7 @@ def job_key(job: Job, records: Mapping[str, dict]) -> dict[str, object]:
     return plain(
         {
             "notebook": hashlib.sha256(job.notebook.read_bytes()).hexdigest(),
-            "parameters": {
-                name: job.values.get(name, known.default)
-                for name, known in notebook_parameters(job.notebook).items()
-                if name != "run"
-            },
+            "parameters": job.settings,
             "files": files,
             "alignkit": _code_hash(),
             "earlier": content_hash(earlier),
@@ -59,10 +71,9 @@ def job_key(job: Job, records: Mapping[str, dict]) -> dict[str, object]:
 def why_run(job: Job, before: Mapping, key: Mapping) -> str:
     """Why a job has to run (again); "" if it is finished and nothing changed."""
     was = before.get("key", {})
-    if before.get("status") != "finished":
-        return f"{before.get('status', 'not')} before".replace("running", "interrupted").replace(
-            "not before", "not run yet"
-        )
+    status = before.get("status", "")
+    if status != "finished":
+        return {"": "not run yet", "running": "interrupted before"}.get(status, f"{status} before")
     if was.get("parameters") != key["parameters"]:
         old, new = was.get("parameters", {}), key["parameters"]
         differing = [
@@ -80,8 +91,8 @@ def why_run(job: Job, before: Mapping, key: Mapping) -> str:
             return reason
     if not job.executed.exists():
         return f"{job.executed.name} is missing"
-    made, there = before.get("made", {}), files_made(job.folder)
-    differing = sorted(name for name in made if made[name] != there.get(name))
+    wrote, present = before.get("made", {}), files_made(job.folder)
+    differing = sorted(name for name in wrote if wrote[name] != present.get(name))
     return f"{differing[0]} is not what it wrote" if differing else ""
 
 
@@ -125,6 +136,8 @@ def _digest(path: Path) -> str:
 
 
 def _code_hash() -> str:
+    """Of all code of alignkit that a run's outcome can depend on."""
     package = Path(__file__).parents[1]
     files = {path.relative_to(package): path for path in sorted(package.rglob("*.py"))}
-    return content_hash({name.as_posix(): _digest(path) for name, path in files.items() if name.parts[0] not in PRESENTATION})
+    return content_hash({name.as_posix(): _digest(path) for name, path in files.items()
+                         if name.parts[0] not in PRESENTATION})

@@ -16,26 +16,21 @@ from pathlib import Path
 
 from alignkit.errors import ParameterError, RunError, RunInUse
 from alignkit.jobs.estimate import notebook_seconds
-from alignkit.jobs.job import why_run, Job, job_key, files_made, set_aside
-from alignkit.jobs.parameters import check_name, check_parameters, notebook_parameters, unknown_name
-from alignkit.jobs.progress import Progress, clock
+from alignkit.jobs.job import Job, files_made, job_key, set_aside, why_run
+from alignkit.jobs.parameters import Parameter, check_name, notebook_parameters, typed_values, unknown_name
+from alignkit.jobs.progress import Progress
+from alignkit.metrics import duration
 from alignkit.runs.records import record_seconds, start_run
 from alignkit.runs.stages import CHAIN
-from alignkit.storage import write_json
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: there, nobody stops two jobs in one folder
-    fcntl = None
+from alignkit.storage import locked, plain, write_json
 
 
 def find_notebooks() -> dict[str, Path]:
     """The course's notebooks, name -> path in order of name: those of a clone, or those installed with the package."""
     package = Path(__file__).parents[1]
     for folder in (package / "notebooks", package.parent / "notebooks"):
-        found = {path.stem: path for path in sorted(folder.glob("[0-9]*.ipynb"))}
-        if found:
-            return found
+        if notebooks := {path.stem: path for path in sorted(folder.glob("[0-9]*.ipynb"))}:
+            return notebooks
     return {}
 
 
@@ -46,12 +41,12 @@ def find_notebook(notebook: str | Path) -> Path:
         return path.absolute()
     name = path.stem if path.suffix == ".ipynb" else str(notebook)
     number = name.zfill(2) + "_" if name.isdecimal() else None
-    found = known.get(name) or next((known[other] for other in known if number and other.startswith(number)), None)
-    if not found:
+    chosen = known.get(name) or next((known[other] for other in known if number and other.startswith(number)), None)
+    if not chosen:
         raise FileNotFoundError(
             f"no notebook {str(notebook)!r}; expected a path to an .ipynb file or one of: {', '.join(known) or 'none'}"
         )
-    return found
+    return chosen
 
 
 def run_notebook(
@@ -69,8 +64,8 @@ def run_notebook(
     one line about it. force: run even if it was done. Raises ParameterError; RunInUse; NotebookFailed, with the cell.
     """
     notebook, out = find_notebook(notebook), _run_directory(out)
-    job = _job(notebook, out, parameters or {})
-    with _locked(out):
+    job = _job(notebook, out, notebook_parameters(notebook), parameters or {})
+    with _run_lock(out):
         expected = _expected([job]).get(job.name) if progress else None
         return _run(job, timeout=timeout, progress=progress, force=force, expected=expected)
 
@@ -94,20 +89,23 @@ def course(
     from alignkit.jobs.report import build_report
 
     out, given = _run_directory(out), {"model": model, "data": data, **(parameters or {})}
-    paths = [find_notebook(notebook) for notebook in notebooks]
-    known = {path: notebook_parameters(path) for path in paths}
-    everywhere = {name: parameter for found in known.values() for name, parameter in found.items()}
+    # every name and value is checked before anything starts
+    known = {path: notebook_parameters(path) for path in map(find_notebook, notebooks)}
+    anywhere = {name: parameter for parameters_there in known.values() for name, parameter in parameters_there.items()}
     for name in parameters or {}:
         check_name(name)
-        if name not in everywhere:
-            raise ParameterError(unknown_name(name, everywhere, "no notebook of the course has such a parameter"))
-    jobs = [_job(path, out, {name: value for name, value in given.items() if name in known[path]}) for path in paths]
+        if name not in anywhere:
+            raise ParameterError(unknown_name(name, anywhere, "no notebook of the course has such a parameter"))
+    jobs = [_job(path, out, own, {name: value for name, value in given.items() if name in own})
+            for path, own in known.items()]
+    # what is true of the whole run
     facts = {
         name: next((job.values[name] for job in jobs if name in job.values), None) for name in ("model", "data", "seed")
     }
     if facts["seed"] is None:
-        facts["seed"] = everywhere["seed"].default if "seed" in everywhere else 0
-    with _locked(out):
+        facts["seed"] = anywhere["seed"].default if "seed" in anywhere else 0
+    # one notebook after the other; the kernel of the next one gets ready meanwhile
+    with _run_lock(out):
         start_run(out, facts["model"] or model, facts["data"] or data, facts["seed"])
         spare = _spare(jobs[0]) if jobs else None
         try:
@@ -128,15 +126,15 @@ def course(
     return out
 
 
-def _job(notebook: Path, out: Path, given: Mapping[str, object]) -> Job:
+def _job(notebook: Path, out: Path, known: dict[str, Parameter], given: Mapping[str, object]) -> Job:
     if "run" in given:
         raise ParameterError("run: the run directory is given by `--out` (out=…), not as a parameter")
     if (out / notebook.name).resolve() == notebook.resolve():
         raise ParameterError(
             f"out is {str(out)!r}, the folder of the notebook itself: it would be overwritten by its executed copy"
         )
-    values = {name: absolute(name, value) for name, value in check_parameters(notebook, given).items()}
-    return Job(notebook, out, values | ({"run": str(out)} if "run" in notebook_parameters(notebook) else {}))
+    values = {name: absolute(name, value) for name, value in typed_values(known, given, notebook.stem).items()}
+    return Job(notebook, out, known, values | ({"run": str(out)} if "run" in known else {}))
 
 
 def absolute(name: str, value: object) -> object:
@@ -167,22 +165,19 @@ def _run_directory(out: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def _run_lock(out: Path) -> Iterator[None]:
     """Hold RUN/.lock. The system lets go of it when this process ends, however it ends."""
-    with open(out / ".lock", "a+", encoding="utf-8") as lock:
-        if fcntl:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                raise RunInUse(
-                    f"{out} is in use by {lock.read().strip() or 'another process'}; wait, or choose another --out"
-                ) from None
-        lock.truncate(0)
-        lock.write(f"pid {os.getpid()} since {_now()}\n")
-        lock.flush()
+    note = out / ".lock"
+    note.touch()
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(note))
+        except BlockingIOError:
+            holder = note.read_text(encoding="utf-8").strip() or "another process"
+            raise RunInUse(f"{out} is in use by {holder}; wait, or choose another --out") from None
+        note.write_text(f"pid {os.getpid()} since {_now()}\n", encoding="utf-8")
         yield
-        lock.truncate(0)
+        note.write_text("", encoding="utf-8")
 
 
 def _expected(jobs: Sequence[Job]) -> dict[str, float]:
@@ -194,7 +189,7 @@ def _expected(jobs: Sequence[Job]) -> dict[str, float]:
     known = notebook_seconds() if ahead and not changed else {}
     if ahead and {job.name for job in ahead} <= known.keys():
         what = ahead[0].name if len(ahead) == 1 else f"{len(ahead)} notebooks"
-        print(f"{what}: about {clock(sum(known[job.name] for job in ahead))} on this machine if nothing else runs, "
+        print(f"{what}: about {duration(sum(known[job.name] for job in ahead))} on this machine if nothing else runs, "
               "less than 2 GB of memory", flush=True)
     elif ahead:
         print("each notebook says how long it will train, and what memory it needs, before it does", flush=True)
@@ -216,13 +211,13 @@ def _run(
     line = Progress(job.name, before.get("seconds", expected)) if progress else None
     if not changed and not force:
         if line:
-            line.say(f"done already, in {clock(before['seconds'])}")
+            line.say(f"done already, in {duration(before['seconds'])}")
         return job.executed
     if before and before.get("key") != key:
         set_aside(job, before)
     if line and before and changed:
         line.say(f"again: {changed}")
-    record = {"status": "running", "key": key, "pid": os.getpid(), "started": _now()}
+    record = {"status": "running", "key": key, "given": plain(job.given), "pid": os.getpid(), "started": _now()}
     started = time.monotonic()
 
     def note(**facts: object) -> None:
@@ -240,12 +235,12 @@ def _run(
     except BaseException as error:
         note(status=getattr(error, "status", "failed"), error=str(error))
         if line:
-            line.end(f"{record['status'].upper()} after {clock(record['seconds'])}")
+            line.end(f"{record['status'].upper()} after {duration(record['seconds'])}")
         raise
     note(status="finished", made=files_made(job.folder))
     record_seconds(job.out, job.name, record["seconds"])
     if line:
-        line.end(f"done in {clock(record['seconds'])}")
+        line.end(f"done in {duration(record['seconds'])}")
     return job.executed
 
 
@@ -286,14 +281,14 @@ def _execute(job: Job, timeout: float | None, on_cell, spare) -> None:
 
 def _read_jobs(out: Path) -> dict[str, dict]:
     try:
-        found = json.loads((out / "jobs.json").read_text(encoding="utf-8"))
+        records = json.loads((out / "jobs.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError:
-        found = None
-    if not isinstance(found, dict) or not all(isinstance(record, dict) for record in found.values()):
+        records = None
+    if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
         raise RunError(f"{out / 'jobs.json'} is damaged; delete it, and the notebooks run again")
-    return found
+    return records
 
 
 def _now() -> str:

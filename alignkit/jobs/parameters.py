@@ -61,8 +61,8 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
         for token in tokenize.generate_tokens(StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    found = (_parameter(statement, comments, notebook) for statement in body if not _is_text(statement))
-    return {parameter.name: parameter for parameter in found}
+    parameters = (_parameter(statement, comments, notebook) for statement in body if not _is_text(statement))
+    return {parameter.name: parameter for parameter in parameters}
 
 
 def check_parameters(notebook: str | Path, given: Mapping[str, object]) -> dict[str, object]:
@@ -71,13 +71,17 @@ def check_parameters(notebook: str | Path, given: Mapping[str, object]) -> dict[
     Raises ParameterError that lists everything wrong: a name that is not a plain name or not one of the notebook's,
     with the closest ones; a value that is not of the type, with what came.
     """
-    known = notebook_parameters(notebook)
+    return typed_values(notebook_parameters(notebook), given, Path(notebook).stem)
+
+
+def typed_values(known: Mapping[str, Parameter], given: Mapping[str, object], notebook: str) -> dict[str, object]:
+    """As `check_parameters`, for the parameters `known` of the notebook of that name."""
     values, wrong = {}, []
     for name, value in given.items():
         try:
             check_name(name)
             if name not in known:
-                raise ParameterError(unknown_name(name, known, f"{Path(notebook).stem} has no such parameter"))
+                raise ParameterError(unknown_name(name, known, f"{notebook} has no such parameter"))
             values[name] = _convert(known[name], value)
         except ParameterError as error:
             wrong.append(str(error))

@@ -4,6 +4,8 @@ import sys
 import threading
 import time
 
+from alignkit.metrics import duration
+
 
 class Progress:
     """One line about one notebook: redrawn in a terminal; in a log, printed every minute and at the end.
@@ -40,13 +42,8 @@ class Progress:
         while not self.over.wait(0.25 if self.live else 60):
             seconds = time.monotonic() - self.started
             left = self.expected - seconds if self.expected else 0
-            words = f"{self.place}, {clock(seconds)}" + (f", about {clock(left)} left" if left > 0 else "")
+            words = f"{self.place}, {duration(seconds)}" + (f", about {duration(left)} left" if left > 0 else "")
             if self.live:
                 print(f"\r\x1b[K{self.name:<24}{self.bar} {words}", end="", flush=True)
             else:
                 self.say(words)
-
-
-def clock(seconds: float) -> str:
-    """A duration for people: 4.2 s, 1:07 min."""
-    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"

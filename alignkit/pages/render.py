@@ -1,64 +1,62 @@
-"""HTML pages that need nothing else: no script, no request, and no text of a model or a file that is read as markup."""
+"""HTML pages that need nothing else: no script, no request, and no text of a model or a file that is read as markup.
+
+The templates lie beside this file. Whatever a template writes is escaped, and spelled out where it cannot be seen;
+longer text is cut with a note. Only `visible(limit)`, a filter, changes how much of it is shown.
+"""
 
 import base64
-import html
 import struct
-from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+from alignkit.metrics import duration
 from alignkit.safe_text import visible
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+FOLDER = Path(__file__).parent
 
 
-def page(title: str, parts: Iterable[str]) -> str:
-    """A whole page around `parts`, which are HTML already; the title is text."""
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    body = "\n".join(filter(None, parts))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f"<title>{text(title)}</title><style>\n{style}</style></head><body><main>\n{body}\n</main></body></html>\n"
-    )
+@dataclass(frozen=True)
+class Picture:
+    """A PNG to be shown `width` CSS pixels wide; alt and caption are text."""
+
+    png: bytes
+    alt: str
+    caption: str
+    width: int
+    height: int
 
 
-def section(heading: str, *parts: str, name: str = "", css: str = "") -> str:
-    """A section under a heading, which is text; the parts are HTML already. "" if there is nothing in it."""
-    inside = "".join(parts)
-    place = f' id="{text(name)}"' if name else ""
-    return f'<section{place} class="{css}"><h2>{text(heading)}</h2>{inside}</section>' if inside else ""
-
-
-def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], css: str = "") -> str:
-    """A table whose first column names its rows; head and rows are HTML already, caption is text. "" without rows."""
-    heads = "".join(f"<th scope=col>{cell}</th>" for cell in head)
-    lines = [
-        f"<tr><th scope=row>{first}</th>{''.join(f'<td>{cell}</td>' for cell in rest)}</tr>" for first, *rest in rows
-    ]
-    if not lines:
-        return ""
-    body, caption = "\n".join(lines), text(caption)
-    return (
-        f'<div class="scroll {css}" role=region tabindex=0 aria-label="{caption}"><table><caption>{caption}</caption>'
-        f"<thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table></div>"
-    )
-
-
-def figure(png: bytes, alt: str, caption: str = "", width: int | None = None) -> str:
-    """A figure with the picture in it; alt and caption are text. "" if `png` is not a PNG."""
+def picture(png: bytes, alt: str, caption: str = "", width: int | None = None) -> Picture | None:
+    """A picture for a page, at most as wide as it has pixels. None if `png` is not a PNG."""
     if png[:8] != b"\x89PNG\r\n\x1a\n" or len(png) < 24:
-        return ""
+        return None
     pixels, height = struct.unpack(">II", png[16:24])
     width = width if isinstance(width, int) and 0 < width <= pixels else pixels
-    below = f"<figcaption>{text(caption)}</figcaption>" if caption else ""
-    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    return (
-        f'<figure><img src="{source}" alt="{text(alt or caption or "chart")}"'
-        f" width={width} height={round(height * width / max(pixels, 1))}>{below}</figure>"
+    return Picture(png, alt or caption or "chart", caption, width, round(height * width / max(pixels, 1)))
+
+
+def render(template: str, **facts: object) -> str:
+    """The page that a template of this folder makes of `facts`."""
+    return _templates().get_template(template).render(facts)
+
+
+@cache
+def _templates():
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup, escape
+
+    def safe(value: object, limit: int = 400) -> Markup:
+        return value if isinstance(value, Markup) else escape(visible(value, limit))
+
+    def data_address(picture: Picture) -> Markup:
+        return Markup(f"data:image/png;base64,{base64.b64encode(picture.png).decode()}")
+
+    templates = Environment(
+        loader=FileSystemLoader(FOLDER), autoescape=True, finalize=safe, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
     )
-
-
-def text(value: object, limit: int = 400) -> str:
-    """Any text as HTML in which nothing acts and nothing hides; longer text is cut with a note."""
-    return html.escape(visible(value, limit), quote=True)
+    templates.tests["blank"] = lambda value: not visible(value).strip()
+    templates.filters |= {"visible": safe, "duration": duration, "data_address": data_address}
+    templates.globals["style"] = Markup((FOLDER / "page.css").read_text(encoding="utf-8"))
+    return templates

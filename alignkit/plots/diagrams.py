@@ -32,14 +32,9 @@ from alignkit.plots.style import (
     _tint,
     _width,
 )
+from alignkit.runs.stages import STAGES
 
-RELAY = {  # stage -> name, what it does, colour
-    "sft": ("SFT", "imitate\ndemonstrations", MUTED),
-    "reward": ("Reward model", "learn what\nannotators prefer", GREEN),
-    "ppo": ("PPO", "optimise that,\nstay near SFT", BLUE),
-    "frozen": ("Freeze & evaluate", "lock the weights,\nmeasure", SKY),
-    "dpo": ("DPO", "sharpen on\npreference pairs", VERMILION),
-}
+STAGE_COLOURS = {"sft": MUTED, "reward": GREEN, "ppo": BLUE, "frozen": SKY, "dpo": VERMILION}
 
 
 # ---------------------------------------------------------------- pictures that explain
@@ -50,19 +45,19 @@ def plot_relay(headlines: Mapping[str, str] | None = None, here: str | None = No
     headlines: stage ("sft", "reward", "ppo", "frozen", "dpo") -> a few words with a figure. here: the stage to mark.
     Raises ValueError on a stage that is not in the chain.
     """
-    if unknown := ({*(headlines or ())} | ({here} if here else set())) - set(RELAY):
-        raise ValueError(f"headlines and here name {sorted(unknown)}, expected some of {list(RELAY)}")
+    if unknown := ({*(headlines or ())} | ({here} if here else set())) - set(STAGES):
+        raise ValueError(f"headlines and here name {sorted(unknown)}, expected some of {list(STAGES)}")
     under = {stage: textwrap.wrap(_short(words, 66), 23)[:3] for stage, words in (headlines or {}).items()}
     low = 0.3 * max(map(len, under.values())) / 1.35 + 0.1 if under else 0
     high = 1.3 if here else 1.02
     ax = _axes(ax, 9, 0.95 * (high + low) + 0.25 * bool(title))
-    for x, (stage, (name, what, colour)) in enumerate(RELAY.items()):
-        mine = stage == here
+    for x, (stage, (name, what)) in enumerate(STAGES.items()):
+        mine, colour = stage == here, STAGE_COLOURS[stage]
         face, edge = _tint(colour, 0.3 if mine else 0.1), 3 if mine else 1.3
         ax.add_patch(FancyBboxPatch((x + 0.04, 0.06), 0.8, 0.88, boxstyle="round,pad=0,rounding_size=0.07",
                                     mutation_aspect=1.6, linewidth=edge, facecolor=face, edgecolor=colour))
         _text(ax, x + 0.44, 0.74, name, size=9.5, ha="center", va="center", fontweight="bold")
-        _text(ax, x + 0.44, 0.36, what, ha="center", va="center", linespacing=1.25)
+        _text(ax, x + 0.44, 0.36, textwrap.fill(what, 17), ha="center", va="center", linespacing=1.25)
         if mine:
             _text(ax, x + 0.44, 1.03, "you are here ▼", size=9, ha="center", va="bottom", fontweight="bold")
         if x:

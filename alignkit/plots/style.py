@@ -41,41 +41,6 @@ KNOWN = {"sft": SERIES[6], "ppo": SERIES[0], "frozen": SERIES[5], "dpo": SERIES[
 BEHAVIOUR_FACES = {  # colour, hatch
     "answer": (GREEN, ""), "wrong answer": (YELLOW, "////"), "hedge": (SKY, ""), "alternative": (BLUE, "...."),
     "refuse": (PURPLE, "\\\\\\\\"), "unsafe": (VERMILION, "xxxx"), "other": ("#d9d9d9", "")}
-METRICS = {  # name in metrics.jsonl -> what it is, unit
-    "objective/scores": ("score", "SFT-sd"),
-    "objective/rlhf_reward": ("score − β·KL", "SFT-sd"),
-    "objective/kl": ("KL to the reference", "nats a response"),
-    "objective/kl_k3": ("KL, by k3", "nats a response"),
-    "objective/kl_coef": ("KL coefficient β", "SFT-sd a nat"),
-    "objective/entropy": ("entropy", "nats a response"),
-    "objective/length": ("response length", "tokens"),
-    "val/eos_rate": ("ended with EOS", "share of responses"),
-    "val/explained_variance": ("critic: explained variance", "share"),
-    "val/ratio_max": ("largest ratio", "π / π_old"),
-    "policy/clipfrac_avg": ("clip fraction", "share of tokens"),
-    "policy/approxkl_avg": ("KL to the old policy", "nats a token"),
-    "policy/grad_norm": ("gradient norm", "norm"),
-    "loss/policy_avg": ("policy", "loss"),
-    "loss/value_avg": ("value", "loss"),
-    "loss/ptx_avg": ("SFT loss mixed in", "nats a token"),
-    "rewards/chosen": ("chosen", "β · nats"),
-    "rewards/rejected": ("rejected", "β · nats"),
-    "rewards/margins": ("implicit-reward margin", "β · nats"),
-    "rewards/accuracies": ("pairs ranked rightly", "share of pairs"),
-    "logps/chosen": ("chosen", "nats a response"),
-    "logps/rejected": ("rejected", "nats a response"),
-    "logps/chosen_shift": ("chosen", "nats a response"),
-    "logps/rejected_shift": ("rejected", "nats a response"),
-    "loss": ("training loss", "nats"),
-    "eval_loss": ("held-out loss", "nats"),
-    "accuracy": ("accuracy", "share of pairs"),
-    "eval_accuracy": ("held-out accuracy", "share of pairs"),
-    "margin": ("score margin", "raw score"),
-    "entropy": ("entropy", "nats a token"),
-    "mean_token_accuracy": ("next token guessed", "share of tokens"),
-    "learning_rate": ("learning rate", "a step"),
-    "grad_norm": ("gradient norm", "norm"),
-}
 
 
 class Picture(Figure):

@@ -8,12 +8,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from alignkit.metrics import METRICS, label
 from alignkit.plots.style import (
     BLUE,
     DOTTED,
     INK,
     KNOWN,
-    METRICS,
     MUTED,
     SERIES,
     Chart,
@@ -52,68 +52,95 @@ def plot_metrics(rows: Sequence[Mapping[str, float]], names: Sequence[str] | Map
     lettered lines. branches: rows of what was left by rewinding, as thin dashed lines. Raises ValueError if rows or
     names are empty, a row has no step, none of the names was logged, or `figure` has other panels.
     """
-    branches = list(branches)
+    # what is drawn: panels, the series of each, and the lines that cross them
+    branches, marks = list(branches), list(marks)
     _require("rows", [*rows, *branches])
     _require("names", names)
-    called = [METRICS.get(name, (name,))[0] for name in names]
-    panels = names if isinstance(names, Mapping) else {
-        label if called.count(label) == 1 else name: name for name, label in zip(names, called, strict=True)}
-    panels = {panel: (which,) if isinstance(which, str) else tuple(which) for panel, which in panels.items()}
-    if missing := [i for i, row in enumerate(rows) if "step" not in row]:
-        raise ValueError(f"rows[{missing[0]}] has {sorted(rows[missing[0]])}, expected a key 'step'")
-    logged = {key for its in (rows, *branches) for row in its for key in row} - {"step"}
-    series = {name: [_points(its, name) for its in (rows, *branches)] for which in panels.values() for name in which}
-    if not any(points.size for lines in series.values() for points in lines):
-        raise ValueError(f"names are {sorted(series)}, expected some of {sorted(logged)}")
-
-    marks, columns = list(marks), min(columns, len(panels))
+    panels = _panels(names)
+    series = _series(rows, branches, panels)
+    # how large it is: rows of panels, and below them what the letters of the marks mean
+    columns = min(columns, len(panels))
     legend = [f"{_letter(i)}: {_short(what, 60)} ({xlabel} {at:g})" for i, (at, what) in enumerate(marks)]
     legend += ["thin dashes: left by rewinding"] if branches else []
     captions = textwrap.wrap("    ".join(legend), 33 * columns)
     lines = -(-len(panels) // columns)
     cell_width, cell_height, across, up, low = 2.35, 1.6, 1.64, 1.08, 0.17 + 0.17 * len(captions)  # inches
     width, height = cell_width * columns, cell_height * lines + low + 0.28 * bool(title)
+    # a new figure, or the old one without what is drawn anew
     if figure is None:
         figure = _metric_axes(panels, xlabel, across, up)
     elif getattr(figure, "panels", None) != panels:
         raise ValueError(f"figure has the panels {getattr(figure, 'panels', None)}, expected {panels}")
     figure.set_size_inches(width, height)
-    for text in [*figure.texts, *(text for ax in figure.axes for text in ax.texts),
-                 *(line for ax in figure.axes for line in ax.lines[len(panels[ax.get_label()]):])]:
-        text.remove()
+    for artist in [*figure.texts, *(text for ax in figure.axes for text in ax.texts),
+                   *(line for ax in figure.axes for line in ax.lines[len(panels[ax.get_label()]):])]:
+        artist.remove()
+    # the panels, each in its place
     for i, (ax, which) in enumerate(zip(figure.axes, panels.values(), strict=True)):
         row, column = divmod(i, columns)
         left, bottom = cell_width * column + 0.6, low + cell_height * (lines - 1 - row) + 0.26
         ax.set_position((left / width, bottom / height, across / width, up / height))
         ax.xaxis.label.set_visible(i + columns >= len(panels))
-        for line, name in zip(list(ax.lines), which, strict=True):
-            line.set_data(series[name][0])
-            line.set_marker("o" if series[name][0].shape[1] == 1 else "")
-            for points in series[name][1:]:
-                ax.plot(*points, color=line.get_color(), ls=(0, (2, 2)), lw=1, alpha=0.65, zorder=1.5)
-        empty = not any(len(line.get_xdata()) for line in ax.lines)
-        ax.tick_params(labelleft=not empty, labelbottom=not empty)
-        ax.yaxis.grid(not empty)
-        if empty:
-            _text(ax, 0.5, 0.5, "not logged", MUTED, 8, where="axes", ha="center", va="center")
-        elif len(which) > 1 and ax.get_legend() is None:
-            _legend(ax, ax.lines[: len(which)], [METRICS.get(name, (name,))[0] for name in which], 7, handlelength=1.8)
-        ax.relim()
-        ax.autoscale()
-        near, room = np.inf, 0.06 * np.ptp(ax.get_xlim())
-        for letter, (at, _) in enumerate(marks):
-            ax.axvline(at, color=INK, lw=0.9, ls=DOTTED)
-            if abs(at - near) < room:  # two letters would overlap
-                ax.texts[-1].set_text(ax.texts[-1].get_text() + _letter(letter))
-            else:
-                _text(ax, at, 0.99, f" {_letter(letter)}", size=7, where="top", va="top")
-                near = at
+        _draw_panel(ax, which, series)
+        _draw_marks(ax, [at for at, _ in marks])
+    # the words around them
     for i, caption in enumerate(reversed(captions)):
         figure.text(0.6 / width, (0.05 + 0.17 * i) / height, caption, fontsize=7.5, color=INK, parse_math=False)
     if title:
         figure.text(0.13 / width, 1 - 0.06 / height, _short(title, 120), fontsize=10.5, fontweight="bold", color=INK,
                     va="top", parse_math=False)
     return figure
+
+
+def _panels(names: Sequence[str] | Mapping[str, str | Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Panel title -> the metrics in it. A metric is its own panel's title if two of them are called the same."""
+    if not isinstance(names, Mapping):
+        called = [label(name) for name in names]
+        names = {words if called.count(words) == 1 else name: name for name, words in zip(names, called, strict=True)}
+    return {panel: (which,) if isinstance(which, str) else tuple(which) for panel, which in names.items()}
+
+
+def _series(rows: Sequence[Mapping[str, float]], branches: Sequence[Sequence[Mapping[str, float]]],
+            panels: Mapping[str, tuple[str, ...]]) -> dict[str, list[np.ndarray]]:
+    """Metric -> its points in the rows, then in each branch."""
+    if missing := [i for i, row in enumerate(rows) if "step" not in row]:
+        raise ValueError(f"rows[{missing[0]}] has {sorted(rows[missing[0]])}, expected a key 'step'")
+    logs = (rows, *branches)
+    series = {name: [_points(log, name) for log in logs] for which in panels.values() for name in which}
+    if not any(points.size for lines in series.values() for points in lines):
+        logged = {key for log in logs for row in log for key in row} - {"step"}
+        raise ValueError(f"names are {sorted(series)}, expected some of {sorted(logged)}")
+    return series
+
+
+def _draw_panel(ax: Axes, which: tuple[str, ...], series: Mapping[str, list[np.ndarray]]) -> None:
+    """The lines of one panel, or the words that there are none."""
+    for line, name in zip(list(ax.lines), which, strict=True):
+        line.set_data(series[name][0])
+        line.set_marker("o" if series[name][0].shape[1] == 1 else "")
+        for points in series[name][1:]:
+            ax.plot(*points, color=line.get_color(), ls=(0, (2, 2)), lw=1, alpha=0.65, zorder=1.5)
+    empty = not any(len(line.get_xdata()) for line in ax.lines)
+    ax.tick_params(labelleft=not empty, labelbottom=not empty)
+    ax.yaxis.grid(not empty)
+    if empty:
+        _text(ax, 0.5, 0.5, "not logged", MUTED, 8, where="axes", ha="center", va="center")
+    elif len(which) > 1 and ax.get_legend() is None:
+        _legend(ax, ax.lines[: len(which)], [label(name) for name in which], 7, handlelength=1.8)
+    ax.relim()
+    ax.autoscale()
+
+
+def _draw_marks(ax: Axes, marks: Sequence[float]) -> None:
+    """A dotted line at each mark, with its letter at the top."""
+    near, room = np.inf, 0.06 * np.ptp(ax.get_xlim())
+    for letter, at in enumerate(marks):
+        ax.axvline(at, color=INK, lw=0.9, ls=DOTTED)
+        if abs(at - near) < room:  # two letters would overlap
+            ax.texts[-1].set_text(ax.texts[-1].get_text() + _letter(letter))
+        else:
+            _text(ax, at, 0.99, f" {_letter(letter)}", size=7, where="top", va="top")
+            near = at
 
 
 def _points(rows: Sequence[Mapping[str, float]], name: str) -> np.ndarray:
@@ -135,7 +162,7 @@ def _metric_axes(panels: Mapping[str, tuple[str, ...]], xlabel: str, across: flo
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}".replace("-", "−"))
-        _finish(ax, panel, xlabel, METRICS.get(which[0], ("", "value"))[1], small=True)
+        _finish(ax, panel, xlabel, METRICS[which[0]].unit if which[0] in METRICS else "value", small=True)
         ax.tick_params(length=0)
         ax.xaxis.set_label_coords(0.5, -0.23 / up)
         ax.yaxis.set_label_coords(-0.47 / across, 0.5)

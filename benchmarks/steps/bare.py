@@ -21,7 +21,8 @@ class BarePPO:
         self.reward_model = frozen_copy(work.reward_model)
         self.critic = copy.deepcopy(work.reward_model)
         self.optimizers = [
-            optim.adamw([p for p in model.parameters() if p.requires_grad], 1e-5) for model in (self.policy, self.critic)
+            optim.adamw([p for p in model.parameters() if p.requires_grad], 1e-5)
+            for model in (self.policy, self.critic)
         ]
         self.ids, self.mask = encode_prompts(work.tokenizer, work.prompts)
 

@@ -2,7 +2,7 @@
 
 `Worker` is the benchmark's end: it makes the environment on demand (`trl==1.12.0` over the packages of this Python, so
 that torch and transformers are the same) and a process in it that makes one PPO iteration each time it is called.
-`python -m benchmarks.trl_ppo` is that process.
+`python -m benchmarks.steps.trl_ppo` is that process.
 """
 
 import argparse
@@ -40,12 +40,12 @@ class Worker:
 
     def __init__(self, folder: Path, sizes, threads: int):
         self.process = subprocess.Popen(
-            [environment(folder), "-m", "benchmarks.trl_ppo", json.dumps(asdict(sizes)), str(threads)],
+            [environment(folder), "-m", "benchmarks.steps.trl_ppo", json.dumps(asdict(sizes)), str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            cwd=Path(__file__).resolve().parents[1],
+            cwd=Path(__file__).resolve().parents[2],
             env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"},
         )
         self.versions = self._answer()
@@ -118,7 +118,7 @@ def trainer(work, pace):
 
 def main() -> None:
     """Say that it is ready; then, for each line that is read, make one iteration and say how long it took."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.trl_ppo", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps.trl_ppo", description=__doc__.split("\n")[0])
     parser.add_argument("sizes", type=json.loads, help="the benchmark's sizes, as JSON")
     parser.add_argument("threads", type=int, help="for torch")
     given = parser.parse_args()

@@ -28,8 +28,9 @@ print(len(labels), "labels")"""
 
 COMPARE = '''
 import torch
-from alignkit.models import load_policy
-from alignkit.world import World, phrase_ids, PHRASES
+from alignkit.models.loading import load_policy
+from alignkit.desk.tiny import phrase_ids
+from alignkit.desk.world import World, PHRASES
 from alignkit_widgets import CheckpointComparer
 torch.set_num_threads(1)
 world = World(0)

@@ -268,7 +268,7 @@ def test_an_interrupt_leaves_a_whole_log_and_a_picture(open_notebook, lab):
 
 def test_after_a_restart_of_the_kernel_the_log_is_whole_and_the_run_goes_on_from_it(open_notebook, lab):
     again = RUN.replace("run(step)", "run(step, start=done)").format(title="restart", total="done + 30")
-    later = f"from alignkit.records import read_metrics\ndone = len(read_metrics('restart/metrics.jsonl'))\n{again}"
+    later = f"from alignkit.storage import read_metrics\ndone = len(read_metrics('restart/metrics.jsonl'))\n{again}"
     notebook = open_notebook([SETUP, RUN.format(title="restart", total=100_000)])
     notebook.start()
     notebook.until(lambda: len(rows_of(lab, "restart")) > 20, "20 iterations")

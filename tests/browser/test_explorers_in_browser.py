@@ -14,7 +14,7 @@ FRONTIER = """
 import sys
 sys.path.insert(0, {tests!r})
 from small_sweep import small_truth
-from alignkit.recorded import load_sweep
+from alignkit.exact.sweep import load_sweep
 from alignkit_widgets import FrontierExplorer
 asked = []
 def train(parameters):
@@ -100,8 +100,8 @@ def test_two_explorers_share_a_notebook_and_each_keeps_its_own_state(open_notebo
 def test_a_burst_of_keys_ends_at_the_newest_state_and_skips_stale_pictures(open_notebook):
     slow = """
 import time
-from alignkit_widgets.blocks import Text
-from alignkit_widgets.explorer import Explorer, Slider
+from alignkit_widgets.explorers.blocks import Text
+from alignkit_widgets.explorers.explorer import Explorer, Slider
 drawn = []
 def draw(state):
     time.sleep(0.2)
@@ -127,10 +127,10 @@ Explorer("Slow", [Slider("x", range(41), 0)], draw)
 
 def test_model_text_is_text(open_notebook):
     setup = f"""
-from alignkit.shift import Shift
+from alignkit.evaluate.shift import Shift
 from alignkit_widgets import ShiftViewer, GAEExplorer
-from alignkit_widgets.blocks import Text, Tokens, Table, Bars, Copy
-from alignkit_widgets.explorer import Choice, Explorer
+from alignkit_widgets.explorers.blocks import Text, Tokens, Table, Bars, Copy
+from alignkit_widgets.explorers.explorer import Choice, Explorer
 HOSTILE = list({HOSTILE!r}.values()) + ["x" * 1_000_000]
 shift = Shift(("SFT", HOSTILE[0]), tuple(HOSTILE), (tuple(HOSTILE),) * len(HOSTILE),
               [[[0.1] * len(HOSTILE)] * 2] * len(HOSTILE), [[[0.1, 0.2]] * 2] * len(HOSTILE),

@@ -10,6 +10,7 @@ _MODULES = {
     "boards.comparer": ["CheckpointComparer"],
     "cockpit.cockpit": ["TrainingCockpit"],
     "cockpit.log": ["replay"],
+    "cockpit.ppo_run": ["PPO_CHARTS", "ppo_controls", "ppo_row"],
     "explorers.bradley_terry": ["BradleyTerryExplorer"],
     "explorers.clip": ["ClipExplorer"],
     "explorers.dpo_beta": ["BetaExplorer"],

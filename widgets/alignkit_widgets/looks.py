@@ -1,6 +1,8 @@
-"""Colours and dashes of the charts, the same in JavaScript and in pictures."""
+"""How charts look, the same in JavaScript and in pictures: colours, dashes, and gaps where there is no number."""
 
 from __future__ import annotations
+
+import math
 
 from alignkit import plots
 
@@ -10,10 +12,15 @@ def looks() -> dict:
     return {
         "behaviours": {name: colour for name, (colour, _) in plots.BEHAVIOUR_FACES.items()},
         "lines": [[colour, dashes(line)] for colour, _, line, _ in plots.SERIES],
-        "labels": {key: name for key, (name, _) in plots.METRICS.items()},
+        "labels": {name: metric.label for name, metric in plots.METRICS.items()},
     }
 
 
 def dashes(line: str | tuple) -> str:
     """A line style of matplotlib, in units of the line's width, as an SVG stroke-dasharray for lines of 1.8 pixels."""
     return "" if line == "-" else " ".join(f"{1.8 * length:g}" for length in line[1])
+
+
+def finite(value: float) -> float | None:
+    """`value`, or None for NaN and the infinities: JSON has none of them, and a chart shows a gap."""
+    return value if math.isfinite(value) else None

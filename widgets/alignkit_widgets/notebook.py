@@ -16,9 +16,9 @@ def has_front_end() -> bool:
     ALIGNKIT_HEADLESS=1 says that nobody is there, =0 that somebody is. Without it: there must be a Jupyter kernel, and
     the cell must have come from a client that could answer `input()`; papermill and nbconvert could not.
     """
-    said = os.environ.get("ALIGNKIT_HEADLESS", "").strip().lower()
-    if said:
-        return said in ("0", "false", "no")
+    chosen = os.environ.get("ALIGNKIT_HEADLESS", "").strip().lower()
+    if chosen:
+        return chosen in ("0", "false", "no")
     kernel = getattr(_shell(), "kernel", None)
     return bool(kernel is not None and getattr(kernel, "_allow_stdin", True))
 

@@ -30,7 +30,9 @@ def _app(options: argparse.Namespace) -> None:
     try:
         from alignkit_widgets.app.server import serve
     except ModuleNotFoundError as error:
-        raise AlignkitError(f"the dashboard needs {error.name}, which is not installed (pip install alignkit)") from error
+        raise AlignkitError(
+            f"the dashboard needs {error.name}, which is not installed (pip install alignkit)"
+        ) from error
     try:
         playground = open_playground(options.run)
     except ValueError as error:

@@ -6,7 +6,6 @@ read. A directory without a run gets the desk world's SFT policy and reward mode
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ import numpy as np
 
 from alignkit.configs import PPOConfig, RewardConfig, SFTConfig, preset
 from alignkit.errors import RunError
-from alignkit.forward.rollout import decode_responses
 from alignkit.forward.sampling import generate_texts
 from alignkit.models.heads import reward_model_from
 from alignkit.models.loading import load_policy, save_model
@@ -26,13 +24,7 @@ from alignkit.runs.records import start_run
 from alignkit.sft import train_sft
 from alignkit.storage import branch_files, settings, write_json
 from alignkit.task import Task, load_task
-
-CHARTS = [
-    ("score and score − β·KL", ["objective/scores", "objective/rlhf_reward"]),
-    ("KL to SFT, nats a response", ["objective/kl"]),
-    ("entropy, nats a response", ["objective/entropy"]),
-    ("critic: explained variance", ["val/explained_variance"]),
-]
+from alignkit_widgets.cockpit.ppo_run import ppo_controls, ppo_row
 
 
 @dataclass(frozen=True)
@@ -54,10 +46,9 @@ class Playground:
 
     def prompts(self, n: int = 40) -> list[str]:
         """n held-out prompts, evenly over the classes, the same each time."""
-        rng, by_kind = np.random.default_rng([self.seed, 41]), {}
-        for prompt, kind in zip(self.task.heldout_prompts, self.task.heldout_kinds, strict=True):
-            by_kind.setdefault(kind, []).append(prompt)
-        shuffled = [[prompts[i] for i in rng.permutation(len(prompts))] for prompts in by_kind.values()]
+        rng = np.random.default_rng([self.seed, 41])
+        shuffled = [[prompts[i] for i in rng.permutation(len(prompts))]
+                    for prompts in self.task.strata("heldout").values()]
         rounds = range(max(map(len, shuffled), default=0))
         return [prompts[i] for i in rounds for prompts in shuffled if i < len(prompts)][:n]
 
@@ -66,12 +57,9 @@ class Playground:
         policy, tokenizer = load_policy(self.run / "sft")
         config = preset(PPOConfig, self.model, iterations=iterations, max_new_tokens=self.task.max_new_tokens,
                         seed=self.seed, **chosen)
-        by_kind: dict[str, list[str]] = {}
-        for prompt, kind in zip(self.task.train_prompts, self.task.train_kinds, strict=True):
-            by_kind.setdefault(kind, []).append(prompt)
-        state = PPOState.start(policy, tokenizer, self.scorer, list(by_kind.values()), config)
-        there = [_number(path) for path in (self.run / "app").glob("ppo-*")]
-        folder = self.run / "app" / f"ppo-{max(there, default=0) + 1}"
+        state = PPOState.start(policy, tokenizer, self.scorer, list(self.task.strata().values()), config)
+        numbers = [_number(path) for path in (self.run / "app").glob("ppo-*")]
+        folder = self.run / "app" / f"ppo-{max(numbers, default=0) + 1}"
         folder.mkdir(parents=True)
         write_json(folder / "config-of-run.json", settings(config))
         return LivePPO(self, folder, config, state)
@@ -81,7 +69,7 @@ class Playground:
 class LivePPO:
     """One PPO run. folder: where its log and, in the end, its policy are."""
 
-    of: Playground
+    playground: Playground
     folder: Path
     config: PPOConfig
     state: PPOState = field(repr=False)
@@ -90,30 +78,13 @@ class LivePPO:
     @property
     def controls(self) -> dict[str, tuple]:
         """What can be steered, as a TrainingCockpit takes it: name -> (low, high, start)."""
-        config = self.config
-        return {
-            "kl_coef": (0.0, max(1.0, 4 * config.kl_coef), config.kl_coef),
-            "learning_rate": (config.learning_rate / 30, 10 * config.learning_rate, config.learning_rate, "log"),
-            "clip_range": (0.05, 0.5, config.clip_range),
-        }
+        return ppo_controls(self.config)
 
     def step(self, controls: Mapping[str, float]) -> dict:
         """One iteration with the controls as they are now: metrics, samples, and in the desk world shares."""
         with self._lock:
-            measured = ppo_iteration(self.state, replace(self.config, **controls)).log()
-        del measured["step"]
-        rollout, tokenizer, world = self.state.last_rollout, self.state.tokenizer, self.of.task.world
-        prompts = [tokenizer.decode(ids[mask], skip_special_tokens=True)
-                   for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
-        responses = decode_responses(tokenizer, rollout)
-        measured["samples"] = list(zip(prompts, responses, strict=True))[:6]
-        if world is not None:
-            counts: dict[str, Counter] = {}
-            for prompt, behaviour in zip(prompts, world.behaviours(prompts, responses), strict=True):
-                counts.setdefault(world.find(prompt).kind, Counter())[behaviour] += 1
-            measured["shares"] = {kind: {name: n / its.total() for name, n in its.items()}
-                                  for kind, its in counts.items()}
-        return measured
+            stats = ppo_iteration(self.state, replace(self.config, **controls))
+            return ppo_row(self.state, stats, self.playground.task)
 
     def save(self) -> Path | None:
         """Write the policy as it is now to its folder; None, and no folder, if no iteration was done."""
@@ -142,7 +113,7 @@ def open_playground(run: str | Path, tell: Callable[[str], None] = print) -> Pla
         tell(f"{run} has no run yet: making the desk world's SFT policy and reward model (about a minute)")
         make_desk_start(start_run(run, "tiny", "desk", facts["seed"]), facts["seed"])
     elif not all(has.values()):
-        lacking = next(stage for stage, there in has.items() if not there)
+        lacking = next(stage for stage, present in has.items() if not present)
         raise RunError(f"{run} has no {lacking}/ with a model; run its notebook first (alignkit course), or choose an "
                        "empty directory for the desk world's defaults")
     _, tokenizer = load_policy(run / "sft")
@@ -161,10 +132,10 @@ def make_desk_start(run: Path, seed: int = 0, pairs: int = 1500, sft: SFTConfig 
     train_reward_model(model, tokenizer, task.preference_pairs(policy, tokenizer, pairs, seed=seed),
                        reward or RewardConfig(seed=seed))
     asked = task.train_prompts[::5]
-    said = generate_texts(policy, tokenizer, asked, max_new_tokens=task.max_new_tokens, seed=seed + 2)
-    RewardScorer(model, tokenizer).normalised(asked, [texts[0] for texts in said]).save(run / "reward")
+    responses = generate_texts(policy, tokenizer, asked, max_new_tokens=task.max_new_tokens, seed=seed + 2)
+    RewardScorer(model, tokenizer).normalised(asked, [texts[0] for texts in responses]).save(run / "reward")
 
 
 def _number(path: Path) -> int:
-    found = re.fullmatch(r"ppo-(\d+)", path.name)
-    return int(found[1]) if found else 0
+    match = re.fullmatch(r"ppo-(\d+)", path.name)
+    return int(match[1]) if match else 0

@@ -24,9 +24,10 @@ from alignkit.exact.prompts import enumerate_world
 from alignkit.exact.sweep import load_sweep
 from alignkit.models.loading import load_policy
 from alignkit.safe_text import visible
-from alignkit_widgets.app.playground import CHARTS, LivePPO, Playground
+from alignkit_widgets.app.playground import LivePPO, Playground
 from alignkit_widgets.boards.comparer import CheckpointComparer
 from alignkit_widgets.cockpit.cockpit import TrainingCockpit
+from alignkit_widgets.cockpit.ppo_run import PPO_CHARTS
 from alignkit_widgets.explorers.frontier import FrontierExplorer
 from alignkit_widgets.explorers.view import view_config
 from alignkit_widgets.looks import looks
@@ -74,8 +75,8 @@ class Cockpit(TrainingCockpit):
 
     def open(self, mode: str, start: int = 0, unit: str = "iteration"):
         remote = super().open(mode, start, unit)
-        session = remote.session
-        session.feed.panel = self.dashboard.mount("train", "cockpit", session.config | looks(), remote.receive)
+        config = remote.session.config | looks()
+        remote.session.show_on(self.dashboard.mount("train", "cockpit", config, remote.receive))
         return remote
 
 
@@ -83,10 +84,10 @@ class Dashboard:
     """One run directory on one page. `url` holds the token."""
 
     def __init__(self, playground: Playground, token: str | None = None) -> None:
-        self.of, self.token = playground, token or secrets.token_urlsafe(24)
+        self.playground, self.token = playground, token or secrets.token_urlsafe(24)
         self.pages: set[Socket] = set()
         self.widgets: dict[str, Channel] = {}  # tab -> what stands in it
-        self.said = {"train": "", "compare": "", "frontier": ""}
+        self.notes = {"train": "", "compare": "", "frontier": ""}
         self.busy: dict[str, asyncio.Task] = {}  # tab -> what is going on in it
         self.server = self.port = None
 
@@ -131,12 +132,12 @@ class Dashboard:
         """What the page says around the widgets."""
         return {
             "status": {
-                "run": visible(self.of.run, 200),
-                "checkpoints": list(self.of.checkpoints()),
-                "said": {tab: visible(said) for tab, said in self.said.items()},
+                "run": visible(self.playground.run, 200),
+                "checkpoints": list(self.playground.checkpoints()),
+                "said": {tab: visible(note) for tab, note in self.notes.items()},
                 "busy": list(self.busy),
                 "most": MOST,
-                "desk": self.of.task.world is not None,
+                "desk": self.playground.task.world is not None,
             }
         }
 
@@ -158,9 +159,11 @@ class Dashboard:
             self._begin("train", self._train(_whole(message.get("iterations"), 1, MOST)))
         elif message.get("do") == "compare":
             named = message.get("names") if isinstance(message.get("names"), list) else []
-            self._begin("compare", self._compare([n for n in self.of.checkpoints() if n in named]))
-        elif message.get("do") == "frontier" and (self.of.task.world is not None or message.get("recorded") is True):
-            self._begin("frontier", self._frontier(message.get("recorded") is True))
+            self._begin("compare", self._compare([n for n in self.playground.checkpoints() if n in named]))
+        elif message.get("do") == "frontier":
+            recorded = message.get("recorded") is True
+            if recorded or self.playground.task.world is not None:
+                self._begin("frontier", self._frontier(recorded))
 
     def _begin(self, tab: str, work) -> bool:
         if tab in self.busy:
@@ -169,12 +172,12 @@ class Dashboard:
 
         async def guarded() -> None:
             try:
-                self.said[tab] = ""
+                self.notes[tab] = ""
                 self.tell(self.status())
                 await work
             except Exception as error:  # the page must hear of it
                 name = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-                self.said[tab] = f"{name}{error}"
+                self.notes[tab] = f"{name}{error}"
             finally:
                 del self.busy[tab]
                 self.tell(self.status())
@@ -185,9 +188,10 @@ class Dashboard:
     # the tabs
 
     async def _train(self, iterations: int | None, **chosen) -> None:
-        live: LivePPO = await asyncio.to_thread(self.of.start_ppo, iterations, **chosen)
-        cockpit = Cockpit(self, f"PPO · {live.folder.relative_to(self.of.run)}", CHARTS, live.config.iterations,
-                          controls=live.controls, log=live.folder / "metrics.jsonl")
+        live: LivePPO = await asyncio.to_thread(self.playground.start_ppo, iterations, **chosen)
+        title = f"PPO · {live.folder.relative_to(self.playground.run)}"
+        cockpit = Cockpit(self, title, PPO_CHARTS, live.config.iterations, controls=live.controls,
+                          log=live.folder / "metrics.jsonl")
 
         async def step(controls: dict) -> dict:
             return await asyncio.to_thread(live.step, controls)
@@ -197,14 +201,15 @@ class Dashboard:
         finally:
             where = await asyncio.shield(asyncio.to_thread(live.save))
             saved = f"Saved in {where}, with the log; it can be compared now."
-            self.said["train"] = saved if where else "Nothing was trained."
+            self.notes["train"] = saved if where else "Nothing was trained."
 
     async def _compare(self, names: list[str]) -> None:
-        folders = {name: self.of.checkpoints()[name] for name in names}
-        file = self.of.run / "app" / f"votes-{'-'.join(name.replace('/', '.') for name in names)}.jsonl"
+        playground = self.playground
+        folders = {name: playground.checkpoints()[name] for name in names}
+        file = playground.run / "app" / f"votes-{'-'.join(name.replace('/', '.') for name in names)}.jsonl"
         board = await asyncio.to_thread(
-            CheckpointComparer, folders, self.of.prompts(), file, max_new_tokens=self.of.task.max_new_tokens,
-            world=self.of.task.world, seed=self.of.seed, title="Which checkpoint answers better?",
+            CheckpointComparer, folders, playground.prompts(), file, max_new_tokens=playground.task.max_new_tokens,
+            world=playground.task.world, seed=playground.seed, title="Which checkpoint answers better?",
         )
         channel = self.mount("compare", "board", {"title": board.title}, board.receive)
         board.listeners = [channel.send]
@@ -214,14 +219,14 @@ class Dashboard:
         def make() -> FrontierExplorer:
             if recorded:
                 return FrontierExplorer(load_sweep())
-            policy, tokenizer = load_policy(self.of.run / "sft")
-            known = [self.of.task.world.find(text) for text in self.of.prompts(8)]
-            truth = enumerate_world(policy, tokenizer, self.of.scorer, self.of.task.world, known)
+            policy, tokenizer = load_policy(self.playground.run / "sft")
+            known = [self.playground.task.world.find(text) for text in self.playground.prompts(8)]
+            truth = enumerate_world(policy, tokenizer, self.playground.scorer, self.playground.task.world, known)
             return FrontierExplorer(truth=truth, train=self._train_this)
 
         explorer = await asyncio.to_thread(make)
-        explorer._view = self.mount("frontier", "explorer", view_config(explorer._config()), explorer.receive)
-        explorer._send()
+        explorer.view = self.mount("frontier", "explorer", view_config(explorer.config()), explorer.receive)
+        explorer.send()
 
     def _train_this(self, setting: dict) -> str:
         begun = self._begin("train", self._train(None, kl_coef=float(setting["kl_coef"])))
@@ -251,8 +256,8 @@ class Guarded(RequestHandler):
     def write_error(self, status_code: int, **_) -> None:
         """The status in words: no traceback leaves this machine."""
         self.set_header("Content-Type", "text/plain; charset=utf-8")
-        said = "403: the address that `alignkit app` printed has a token; use that one"
-        self.finish(said if status_code == 403 else f"{status_code}")
+        words = "403: the address that `alignkit app` printed has a token; use that one"
+        self.finish(words if status_code == 403 else f"{status_code}")
 
 
 class PageHandler(Guarded):

@@ -118,14 +118,14 @@ class PreferenceAnnotator(Board):
         return {"label": ("Left", "Right")[place], "name": "", "tag": ""}
 
     def status(self) -> str:
-        made = list(self.log.choices.values())
-        kinds = [row["choice"] for row in made]
+        choices = list(self.log.choices.values())
+        kinds = [row["choice"] for row in choices]
         labels = sum(kind not in UNDECIDED for kind in kinds)
         more = [f"{kinds.count(kind)} {word}" for kind, word in (("tie", "tied"), ("skip", "skipped")) if kind in kinds]
         goal = f" of {self.goal}" if self.running and self.goal else ""
-        said = ", ".join([f"{labels}{goal} label{'s' * (labels != 1 or bool(goal))}", *more])
+        counted = ", ".join([f"{labels}{goal} label{'s' * (labels != 1 or bool(goal))}", *more])
         end = "; all pairs are done" if self.at is None else ""
-        return f"{said}{end} · {self.log.path}"
+        return f"{counted}{end} · {self.log.path}"
 
     def results(self) -> list[dict]:
         left = first_shown(list(self.log.choices.values())) if self.at is None or not self.running else None

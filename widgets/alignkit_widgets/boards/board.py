@@ -116,11 +116,11 @@ class Board:
     def state(self) -> dict:
         """Everything that a page shows, as plain JSON."""
         item = self.items[self.at] if self.at is not None else None
-        said = self.log.choices.get(item.id, {}).get("choice") if item else None
+        choice = self.log.choices.get(item.id, {}).get("choice") if item else None
         return {
             "item": item and {
                 "id": item.id,
-                "caption": f"{self.at + 1} of {len(self.items)}" + (f" · {said}" if said in UNDECIDED else ""),
+                "caption": f"{self.at + 1} of {len(self.items)}" + (f" · {choice}" if choice in UNDECIDED else ""),
                 "prompt": visible(item.prompt, SHOWN),
                 "cards": self.cards(item),
             },
@@ -190,16 +190,16 @@ class Board:
     def _picture_bundle(self) -> tuple[dict, dict]:
         from alignkit_widgets.notebook import bundle
 
-        return bundle(self.picture(), self._said())
+        return bundle(self.picture(), self._words())
 
-    def _said(self) -> str:
+    def _words(self) -> str:
         return "\n".join([f"{self.title}: {self.status()}", *(row["text"] for row in self.results())])
 
     def _leave_picture(self, handle=None) -> None:
         from IPython.display import display
 
         if not in_kernel():
-            print(self._said())
+            print(self._words())
             return
         data, metadata = self._picture_bundle()
         (display if handle is None else handle.update)(data, metadata=metadata, raw=True)

@@ -50,8 +50,8 @@ def _draw(title: str, status: str, items: list, results: list) -> tuple[bytes, d
         _result(ax, top, row)
         top += 0.26
     png, metadata = figure._repr_png_()
-    said = "; ".join([title, status, *(prompt for prompt, _ in items), *(row["text"] for row in results)])
-    return png, metadata | {"alt": said[:1000]}
+    words = "; ".join([title, status, *(prompt for prompt, _ in items), *(row["text"] for row in results)])
+    return png, metadata | {"alt": words[:1000]}
 
 
 def _text(line: list) -> str:
@@ -118,8 +118,8 @@ def _result(ax, top: float, row: dict) -> None:
     ax.plot([left, left + wide], [y, y], color=plots.GRID, lw=5, solid_capstyle="butt")
     ax.plot([left + wide * row["low"], left + wide * row["high"]], [y, y], color=plots.BLUE, lw=1.6)
     ax.plot([left + wide * row["value"]], [y], marker="s", ms=5, color=plots.BLUE)
-    said = f"{row['low']:.0%} to {row['high']:.0%}"
-    ax.text(left + wide + 0.1, y + 0.04, said, fontsize=8, color=plots.MUTED, **_PLAIN)
+    interval = f"{row['low']:.0%} to {row['high']:.0%}"
+    ax.text(left + wide + 0.1, y + 0.04, interval, fontsize=8, color=plots.MUTED, **_PLAIN)
 
 
 def _inches(text: str) -> float:

@@ -14,15 +14,15 @@ def sample_pairs(policy, tokenizer, prompts: Sequence[str], *, max_new_tokens: i
 
     Equal and empty responses are drawn again, `tries` times at most; a prompt that gets no two others is left out.
     """
-    found: dict[int, dict] = {}
+    differing: dict[int, dict] = {}
     for attempt in range(tries):
-        left = [place for place in range(len(prompts)) if place not in found]
+        left = [place for place in range(len(prompts)) if place not in differing]
         drawn = generate_texts(policy, tokenizer, [prompts[place] for place in left], max_new_tokens=max_new_tokens,
                                samples=2, seed=seed + 7919 * attempt, temperature=temperature) if left else []
         for place, (a, b) in zip(left, drawn, strict=True):
             if a.strip() != b.strip() and a.strip() and b.strip():
-                found[place] = {"prompt": prompts[place], "a": a, "b": b}
-    return [found[place] for place in sorted(found)]
+                differing[place] = {"prompt": prompts[place], "a": a, "b": b}
+    return [differing[place] for place in sorted(differing)]
 
 
 def sample_side_by_side(checkpoints: Mapping[str, object], prompts: Sequence[str], *, max_new_tokens: int,
@@ -32,15 +32,15 @@ def sample_side_by_side(checkpoints: Mapping[str, object], prompts: Sequence[str
     checkpoints: name -> a folder, a Hub id, or (policy, tokenizer); folders are loaded one at a time. world: the desk
     world, which names the behaviour of each response; without it there are no notes.
     """
-    said, notes = {}, {}
+    responses, notes = {}, {}
     for name, checkpoint in checkpoints.items():
         policy, tokenizer = checkpoint if isinstance(checkpoint, tuple) else load_policy(checkpoint)
         drawn = generate_texts(policy, tokenizer, list(prompts), max_new_tokens=max_new_tokens, seed=seed,
                                temperature=temperature)
-        said[name] = [texts[0] for texts in drawn]
-        notes[name] = world.behaviours(list(prompts), said[name]) if world is not None else None
-    return [{"prompt": prompt, "responses": {name: said[name][place] for name in said},
-             "notes": {name: notes[name][place] for name in said if notes[name]}}
+        responses[name] = [texts[0] for texts in drawn]
+        notes[name] = world.behaviours(list(prompts), responses[name]) if world is not None else None
+    return [{"prompt": prompt, "responses": {name: responses[name][place] for name in responses},
+             "notes": {name: notes[name][place] for name in responses if notes[name]}}
             for place, prompt in enumerate(prompts)]
 
 

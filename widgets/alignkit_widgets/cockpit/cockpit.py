@@ -78,7 +78,7 @@ class TrainingCockpit:
         iteration, as `replay(log)` reads them, instead of the sliders. `state`: what `step` changes, a PPOState or
         anything else with PyTorch's `state_dict()` and `load_state_dict(saved)`; with it the panel can rewind the run.
         The rows that it goes back over move to metrics.branch-1.jsonl (-2, …) beside the log, their lines stay on the
-        charts, dashed. Snapshots of it (see `alignkit_widgets.snapshots`) are taken only where there is a panel.
+        charts, dashed. Snapshots of it (see `cockpit/snapshots.py`) are taken only where there is a panel.
 
         Returns the rows. Interrupts and exceptions pass through; the log is whole then too, and the picture shown.
         """

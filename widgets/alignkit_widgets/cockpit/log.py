@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -47,8 +46,3 @@ def branches_of(log: str | Path, rows: list[dict]) -> list[dict]:
 def branch(rows: list[dict], at: int) -> dict:
     """{"at", "rows"}: the rows that are left when a run goes back to iteration `at`, and first the one of `at`."""
     return {"at": at, "rows": [row for row in rows if row["step"] >= at]}
-
-
-def finite(value: float) -> float | None:
-    """`value`, or None for NaN and the infinities: JSON has none of them, and a chart shows a gap."""
-    return value if math.isfinite(value) else None

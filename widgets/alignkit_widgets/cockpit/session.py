@@ -10,8 +10,9 @@ from alignkit.safe_text import visible
 from alignkit.storage import append_metrics, branch_files, branch_metrics, trim_metrics, write_atomically
 from alignkit_widgets.cockpit.controls import Controls
 from alignkit_widgets.cockpit.feed import Feed
-from alignkit_widgets.cockpit.log import branch, branches_of, finite, marks_of
+from alignkit_widgets.cockpit.log import branch, branches_of, marks_of
 from alignkit_widgets.cockpit.snapshots import Snapshots
+from alignkit_widgets.looks import finite
 from alignkit_widgets.notebook import in_kernel
 
 OVER = ("finished", "stopped", "interrupted", "failed")
@@ -42,6 +43,10 @@ class Session:
         self.snapshots: Snapshots | None = None
         self.done, self.ran, self.busy = start, 0, 0.0
         self.feed.update(self.status(), force=True)
+
+    def show_on(self, panel: object) -> None:
+        """Send everything to another panel from here on: an object with `send(message)`."""
+        self.feed.panel = panel
 
     def keep(self, state: object) -> None:
         """Take snapshots of `state` from here on, to be rewound to; where no page can ask for that, none are taken."""
@@ -126,8 +131,8 @@ class Session:
         self.move(state)
         missing = [key for key in self.feed.keys if not any(key in row for row in self.rows)]
         if missing and self.rows:
-            there = sorted({key for row in self.rows for key in row} - {"step", "controls", "shares"})
-            warnings.warn(f"charts name {missing}, which the run did not report; it reported {there}", stacklevel=3)
+            reported = sorted({key for row in self.rows for key in row} - {"step", "controls", "shares"})
+            warnings.warn(f"charts name {missing}, which the run did not report; it reported {reported}", stacklevel=3)
         if (self.rows or self.branches) and in_kernel():
             self._leave_picture()
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from transformers import TrainerCallback
 
-if TYPE_CHECKING:
-    from alignkit_widgets.cockpit.cockpit import TrainingCockpit
+from alignkit_widgets.cockpit.remote import Remote
+
+
+class Opens(Protocol):
+    """What a callback needs of a TrainingCockpit."""
+
+    total: int | None
+
+    def open(self, mode: str, start: int = 0, unit: str = "iteration") -> Remote:
+        """Start a session."""
 
 
 class CockpitCallback(TrainerCallback):
@@ -17,7 +25,7 @@ class CockpitCallback(TrainerCallback):
     The picture is left when training ends; when it is interrupted or fails, at the end of the cell.
     """
 
-    def __init__(self, cockpit: TrainingCockpit) -> None:
+    def __init__(self, cockpit: Opens) -> None:
         self.cockpit, self.session, self._seen = cockpit, None, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from alignkit import plots
 from alignkit.safe_text import visible
-from alignkit_widgets.cockpit.log import finite
+from alignkit_widgets.looks import finite
 
 LOOKS = {  # name -> colour, marker, line style
     **{name: plots.SERIES[i][:3] for i, name in enumerate(("blue", "vermilion", "green", "purple", "orange", "sky"))},

@@ -44,20 +44,20 @@ def _rows(state: Mapping) -> list:
         *curve, Series("σ(difference)" if not noise else "with flips",
                        torch.stack([places, preference_chance(places, noise)], 1), "blue"),
         Series("these two", [(true, chance)], "blue", line=False, big=True)])
-    found = math.log(wins / (labels - wins)) if 0 < wins < labels else math.copysign(math.inf, wins - 0.5)
-    best = [Series("least loss", [(found, float(bradley_terry_loss(found, wins, labels)))], "vermilion", line=False,
+    fitted = math.log(wins / (labels - wins)) if 0 < wins < labels else math.copysign(math.inf, wins - 0.5)
+    best = [Series("least loss", [(fitted, float(bradley_terry_loss(fitted, wins, labels)))], "vermilion", line=False,
                    big=True)]
     right = Chart(f"Loss of a reward model on {labels:,} label{'s' if labels > 1 else ''}", Axis(x, -6, 6),
                   Axis("loss, nats a label", 0, 3),
                   [Series("loss", [p for p in torch.stack([places, losses], 1).tolist() if p[1] <= 3], "vermilion"),
-                   *(best if abs(found) < 6 else [])], [("x", true, "the truth")])
+                   *(best if abs(fitted) < 6 else [])], [("x", true, "the truth")])
     says = (f"A difference of {fixed(true, 1, sign=True)} makes the first win in {100 * chance:.0f} % of labels; "
             f"{wins:,} of {labels:,} preferred it. ")
-    if math.isinf(found):
+    if math.isinf(fitted):
         says += "All labels agree, so the loss has no minimum: it pulls the scores apart for ever."
     else:
         says += (
-            f"The loss is least at log(wins / losses), {fixed(found, sign=True)}; the truth: {fixed(true, sign=True)}."
+            f"The loss is least at log(wins / losses), {fixed(fitted, sign=True)}; the truth: {fixed(true, sign=True)}."
         )
         if noise:
             says += " Flips pull that towards 0: more labels do not help."

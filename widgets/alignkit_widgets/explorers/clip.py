@@ -29,7 +29,7 @@ class ClipExplorer(Explorer):
 
 def objective_and_slope(ratio: torch.Tensor, advantage: float, clip: float) -> tuple[torch.Tensor, torch.Tensor,
                                                                                      torch.Tensor]:
-    """−`ppo.policy_loss` at each ratio, its derivative by the ratio, and `ppo.clipped`. Same shape each."""
+    """−`policy_loss` at each ratio, its derivative by the ratio, and `clipped`. Same shape each."""
     logprobs = ratio.log().requires_grad_(True)
     old, advantages = torch.zeros_like(ratio), torch.full_like(ratio, advantage)
     value = -policy_loss(logprobs, old, advantages, clip)
@@ -43,7 +43,7 @@ def _rows(state: Mapping) -> list:
     places = torch.linspace(0.4, 1.8, 141, dtype=torch.float64)
     value, slope, _ = objective_and_slope(places, advantage, clip)
     here = torch.tensor([ratio], dtype=torch.float64)
-    (mine,), (its_slope,), (still,) = objective_and_slope(here, advantage, clip)
+    (value_here,), (slope_here,), (no_gradient,) = objective_and_slope(here, advantage, clip)
     zone = (1 + clip, 1.8) if advantage > 0 else (0.4, 1 - clip)
     look = "blue" if advantage > 0 else "vermilion"
     marks = [("x", 1 - clip, "1 − ε"), ("x", 1 + clip, "1 + ε")]
@@ -53,15 +53,15 @@ def _rows(state: Mapping) -> list:
     unclipped = Series("without clip, ρA", [(0.4, 0.4 * advantage), (1.8, 1.8 * advantage)], "dotted")
     objective = Chart("The objective, to be raised", x, Axis("objective, units of A", low, high), [
         unclipped, Series("min(ρA, clip(ρ)A)", torch.stack([places, value], 1), look),
-        Series("this token", [(ratio, float(mine))], look, line=False, big=True)], marks, [(*zone, "")])
+        Series("this token", [(ratio, float(value_here))], look, line=False, big=True)], marks, [(*zone, "")])
     gradient = Chart("Its slope: what pulls at the token", x,
                      Axis("d objective / dρ, units of A", *sorted((-0.15 * advantage, 1.3 * advantage))),
                      [Series("slope", torch.stack([places, slope], 1), look),
-                      Series("this token", [(ratio, float(its_slope))], look, line=False, big=True)], marks,
+                      Series("this token", [(ratio, float(slope_here))], look, line=False, big=True)], marks,
                       [(*zone, "no gradient")])
     moved = "more" if ratio > 1 else "less" if ratio < 1 else "as"
     want = "likelier" if advantage > 0 else "rarer"
-    if still:
+    if no_gradient:
         says = (f"No gradient: the token is {fixed(ratio)} times as likely as when it was sampled, beyond "
                 f"{fixed(1 + clip if advantage > 0 else 1 - clip)}. It is {want} already; this batch pulls no further.")
     elif (ratio > 1 + clip) or (ratio < 1 - clip):
@@ -70,5 +70,6 @@ def _rows(state: Mapping) -> list:
     else:
         says = f"Inside the clip: the slope is A = {fixed(advantage, sign=True)}, and the token is made {want}."
     edges = f"ρA = {fixed(ratio * advantage)}, clip(ρ)A = {fixed(min(max(ratio, 1 - clip), 1 + clip) * advantage)}"
-    detail = f"{edges}; the smaller is the objective, {fixed(float(mine))}, with slope {fixed(float(its_slope))}."
+    detail = (f"{edges}; the smaller is the objective, {fixed(float(value_here))}, "
+              f"with slope {fixed(float(slope_here))}.")
     return [[Text(says, lead=True)], [Text(detail)], [objective, gradient]]

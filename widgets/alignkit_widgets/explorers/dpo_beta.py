@@ -29,8 +29,9 @@ class BetaExplorer(Explorer):
                  hide: Sequence[str] = ()) -> None:
         low, high = np.floor(min(logps)) - 6, min(0.0, np.ceil(max(logps)) + 6)
         stops = np.arange(low, high + 0.25, 0.5).tolist()
+        losses = {name: name for name in LOSSES if name != "robust"}  # without flipped labels robust is the sigmoid
         controls = [Slider("beta", [float(f"{b:.2g}") for b in np.geomspace(0.01, 5, 55)], 0.1, "β, price of KL"),
-                    Choice("loss", {name: name for name in LOSSES}, "sigmoid", "loss")]
+                    Choice("loss", losses, "sigmoid", "loss")]
         controls += [Slider(name, stops, start, label) for (name, label),
                      start in zip(_NAMES.items(), logps, strict=True)]
         super().__init__("DPO on one pair: margin, loss and pull", controls, _rows, state=state, hide=hide)

@@ -156,7 +156,7 @@ class Explorer:
         self._order = [c.name for c in controls if c.name not in self.hide]
         self._values = {name: control.parse(control.start) for name, control in self.controls.items()}
         self._values |= self._parse(state)
-        self._start, self._view, self.note = dict(self._values), None, ""
+        self._start, self.view, self.note = dict(self._values), None, ""
 
     @property
     def values(self) -> dict:
@@ -177,7 +177,7 @@ class Explorer:
         if unknown := sorted(set(values) - set(self.controls)):
             raise ValueError(f"state names {', '.join(unknown)}, expected some of {', '.join(self.controls)}")
         self._values |= {name: self.controls[name].parse(value) for name, value in values.items()}
-        self._send()
+        self.send()
 
     def reset(self) -> None:
         """Back to where it began; a seed stays what it is."""
@@ -205,10 +205,10 @@ class Explorer:
 
     def picture(self) -> tuple[bytes, dict]:
         """The picture at the present state as a PNG, and its size and alt text."""
-        from alignkit_widgets.explorers.explorer_picture import draw_still
+        from alignkit_widgets.explorers.explorer_picture import draw_explorer
 
         shown = {c.label or c.name: c.show(self._values[c.name]) for c in map(self.controls.get, self._order) if c}
-        return draw_still(self.title, plain(shown), self.rows())
+        return draw_explorer(self.title, plain(shown), self.rows())
 
     def __repr__(self) -> str:
         return self.text()
@@ -221,11 +221,11 @@ class Explorer:
 
             data, metadata = bundle(self.picture(), data["text/plain"])
         if has_front_end():
-            if self._view is None:
+            if self.view is None:
                 from alignkit_widgets.explorers.view import make_view
 
-                self._view = make_view(self._config(), self.receive)
-            view = {"version_major": 2, "version_minor": 0, "model_id": self._view.model_id}
+                self.view = make_view(self.config(), self.receive)
+            view = {"version_major": 2, "version_minor": 0, "model_id": self.view.model_id}
             data["application/vnd.jupyter.widget-view+json"] = view
         return data, metadata
 
@@ -239,7 +239,7 @@ class Explorer:
         elif kind == "press" and message.get("name") in self.buttons:
             self._react(lambda: self.buttons[message["name"]].press(self.values), number, begun)
         else:
-            self._send(number, begun)
+            self.send(number, begun)
 
     def _react(self, act: Callable, number: object = None, begun: float | None = None) -> None:
         """Do something, take what it returns, and answer with the picture."""
@@ -248,17 +248,18 @@ class Explorer:
             self._take(act())
         except Exception as error:  # the page must hear of it: nobody sees a traceback here
             self.note = f"{type(error).__name__}: {error}"
-        self._send(number, begun)
+        self.send(number, begun)
 
-    def _take(self, found: object) -> None:
-        if inspect.isawaitable(found):
-            self._task = asyncio.ensure_future(self._wait(found))
-            self._task.add_done_callback(lambda _: self._send())
-        elif isinstance(found, Mapping):
-            values = {name: self.controls[name].parse(value) for name, value in found.items() if name in self.controls}
-            self._values |= values
-        elif found is not None:
-            self.note = str(found)
+    def _take(self, outcome: object) -> None:
+        """Take what an action returned: new values, a sentence to show, an awaitable of either, or nothing."""
+        if inspect.isawaitable(outcome):
+            self._task = asyncio.ensure_future(self._wait(outcome))
+            self._task.add_done_callback(lambda _: self.send())
+        elif isinstance(outcome, Mapping):
+            known = {name: value for name, value in outcome.items() if name in self.controls}
+            self._values |= {name: self.controls[name].parse(value) for name, value in known.items()}
+        elif outcome is not None:
+            self.note = str(outcome)
 
     async def _wait(self, awaitable) -> None:
         try:
@@ -266,8 +267,9 @@ class Explorer:
         except Exception as error:
             self.note = f"{type(error).__name__}: {error}"
 
-    def _send(self, number: object = None, begun: float | None = None) -> None:
-        if self._view is None:
+    def send(self, number: object = None, begun: float | None = None) -> None:
+        """Send the picture as it is now to the view, if there is one; number: of the message that this answers."""
+        if self.view is None:
             return
         answer = {"n": number, "values": self.values, "state": self.state, "rows": []}
         try:
@@ -275,9 +277,10 @@ class Explorer:
         except Exception as error:
             self.note = f"{type(error).__name__}: {error}"
         took = 1000 * (time.perf_counter() - begun) if begun else None
-        self._view.send(answer | {"note": plain(self.note), "ms": took})
+        self.view.send(answer | {"note": plain(self.note), "ms": took})
 
-    def _config(self) -> dict:
+    def config(self) -> dict:
+        """What a page needs to know once: the title, the controls in their order, and what stands at the foot."""
         every = self.controls | self.buttons
         controls = [{"kind": c.kind, "name": c.name, "label": plain(c.label or c.name)}
                     | ({"stops": [float(f"{s:.6g}") for s in c.stops], "names": plain(c.names)}

@@ -18,18 +18,18 @@ _WIDTH = 9.6  # inches
 _PLAIN = {"parse_math": False}
 
 
-def draw_still(title: str, controls: Mapping[str, str], rows: list) -> tuple[bytes, dict]:
+def draw_explorer(title: str, controls: Mapping[str, str], rows: list) -> tuple[bytes, dict]:
     """Rows of plain blocks as one PNG with its size and alt text; on top the title and what the controls stood at."""
     rows = [[block for block in row if block["kind"] != "copy"] for row in rows]
     rows = [row for row in rows if row]
-    said = textwrap.wrap("   ·   ".join(f"{name}: {value}" for name, value in controls.items()), 125)[:3]
+    settings = textwrap.wrap("   ·   ".join(f"{name}: {value}" for name, value in controls.items()), 125)[:3]
     sizes = [max(_height(block, _width(block, row)) for block in row) for row in rows]
-    head = 0.36 + 0.17 * len(said)
+    head = 0.36 + 0.17 * len(settings)
     total = head + sum(sizes) + 0.16 * len(rows)
     figure = plots.Picture(figsize=(_WIDTH, total), facecolor="white")
     figure.text(0.1 / _WIDTH, 1 - 0.08 / total, title, fontsize=11.5, fontweight="bold", va="top", color=plots.INK,
                 **_PLAIN)
-    figure.text(0.1 / _WIDTH, 1 - 0.32 / total, "\n".join(said), fontsize=8, va="top", color=plots.MUTED, **_PLAIN)
+    figure.text(0.1 / _WIDTH, 1 - 0.32 / total, "\n".join(settings), fontsize=8, va="top", color=plots.MUTED, **_PLAIN)
     top = total - head
     for row, height in zip(rows, sizes, strict=True):
         left = 0.1

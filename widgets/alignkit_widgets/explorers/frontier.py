@@ -20,8 +20,8 @@ class FrontierExplorer(Explorer):
 
     Args:
         sweep: recorded runs and exact curves (`alignkit.load_sweep()`), or None.
-        truth: enumerated prompts (`alignkit.exact.prompts.enumerate_world(…)`): with it, the best behaviours and responses
-            for a chosen prompt are shown; without a sweep, its curve too.
+        truth: enumerated prompts (`alignkit.enumerate_world(…)`): with it, the best behaviours and responses for a
+            chosen prompt are shown; without a sweep, its curve too.
         train: called with {"kl_coef": β, "seed": s} by *train this*; may return a sentence or an awaitable.
             None: no button.
         state, hide: as for every Explorer.
@@ -98,14 +98,14 @@ class FrontierExplorer(Explorer):
         for name, look in (("proxy", "proxy"), ("gold", "gold")):
             title = {"proxy": "most proxy possible", "gold": "gold of that policy"}[name]
             series.append(Series(title, [(curve["kl"][i], curve[name][i]) for i in order], look))
-        for method, its in runs.items():
+        for method, method_runs in runs.items():
             every = {value: self.sweep.select(method, value) for value in self.sweep.values(method)}
             for name in ("proxy", "gold"):
-                spans = [(*_span(every[run.value], "kl"), *_span(every[run.value], name)) for run in its]
-                series.append(Series(f"{method.upper()}, {name}", [(run.kl, getattr(run, name)) for run in its], method,
-                                     False,
-                                     True, name == "gold", spans=spans,
-                                     labels=[f"{run.value:g}" for run in its] if name == "proxy" else ()))
+                spans = [(*_span(every[run.value], "kl"), *_span(every[run.value], name)) for run in method_runs]
+                points = [(run.kl, getattr(run, name)) for run in method_runs]
+                labels = [f"{run.value:g}" for run in method_runs] if name == "proxy" else ()
+                series.append(Series(f"{method.upper()}, {name}", points, method, line=False, marks=True,
+                                     open=name == "gold", spans=spans, labels=labels))
         series.append(Series("", [(here["kl"], here["proxy"])], "proxy", line=False, big=True))
         series.append(Series("", [(here["kl"], here["gold"])], "gold", line=False, big=True))
         points = [point for s in series for point in s.points] + [(s[1], v) for each in series for s in each.spans
@@ -120,8 +120,8 @@ class FrontierExplorer(Explorer):
 
     def _table(self, beta: float, here: Mapping, runs: Mapping[str, list[RecordedRun]]) -> Table:
         rows = [["best possible", number(beta), fixed(here["kl"]), fixed(here["proxy"]), fixed(here["gold"]), "100 %"]]
-        for method, its in runs.items():
-            run = min(its, key=lambda r: abs(math.log(r.value / beta)))
+        for method, method_runs in runs.items():
+            run = min(method_runs, key=lambda r: abs(math.log(r.value / beta)))
             rows.append([f"{method.upper()}, nearest run", number(run.value), fixed(run.kl), fixed(run.proxy),
                          fixed(run.gold),
                          f"{100 * run.share:.0f} %"])
@@ -141,8 +141,8 @@ class FrontierExplorer(Explorer):
 
     def _runs(self, seed: int) -> dict[str, list[RecordedRun]]:
         methods = dict.fromkeys(run.method for run in self.sweep.runs)
-        found = {m: [r for r in self.sweep.runs if r.method == m and r.seed == seed] for m in methods}
-        return {m: sorted(its, key=lambda r: r.value) for m, its in found.items() if its}
+        by_method = {m: [r for r in self.sweep.runs if r.method == m and r.seed == seed] for m in methods}
+        return {m: sorted(runs, key=lambda r: r.value) for m, runs in by_method.items() if runs}
 
 
 def _without_ends(curve: Mapping) -> dict[str, list[float]]:

@@ -15,8 +15,8 @@ class GAEExplorer(Explorer):
     """A response, its tokens coloured by advantage.
 
     Args:
-        numbers: of a real response, `alignkit_widgets.read_response(policy, ref_policy, critic, …)`; left out, an example
-            with made-up figures.
+        numbers: of a real response, `alignkit_widgets.read_response(policy, ref_policy, critic, …)`; left out, an
+            example with made-up figures.
         state, hide: as for every Explorer.
     """
 

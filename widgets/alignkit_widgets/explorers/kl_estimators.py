@@ -37,11 +37,11 @@ def _rows(state: Mapping) -> list:
     logps, n = tilted(_REF, _DIRECTION, state["distance"]), int(state["samples"])
     exact = float((logps.exp() * (logps - _REF)).sum())
     wrong = state["sampler"] == "reference"
-    found = kl_estimates(logps, _REF, n, int(state["seed"]), _REF if wrong else None)
+    estimates = kl_estimates(logps, _REF, n, int(state["seed"]), _REF if wrong else None)
     count = np.arange(1, n + 1)
     shown = np.unique(np.geomspace(1, n, 160).astype(int)) - 1
     series, rows, sizes = [], [], []
-    for name, (values, mean, sd) in found.items():
+    for name, (values, mean, sd) in estimates.items():
         running = np.cumsum(values.numpy()) / count
         series.append(Series(name, list(zip(count[shown].tolist(), running[shown].tolist(), strict=True)),
                              _LOOKS[name]))
@@ -58,15 +58,15 @@ def _rows(state: Mapping) -> list:
     table = Table(f"From {n:,} samples, and what they are worth",
                   ["estimator", "these samples", "on average", "bias", "± (one sd)"],
                   [["exact KL", fixed(exact, 4), "", "", ""], *rows], hot=[0])
-    k1, k3 = (float(found[name][0].mean()) for name in ("k1", "k3"))
+    k1, k3 = (float(estimates[name][0].mean()) for name in ("k1", "k3"))
     if wrong:
         says = (f"From the wrong sampler none of them estimates KL(π ‖ π_ref) = {fixed(exact, 3)}: on average k1 is "
-                f"{fixed(found['k1'][1], 3)}, which is −KL(π_ref ‖ π), and more samples only make it surer.")
+                f"{fixed(estimates['k1'][1], 3)}, which is −KL(π_ref ‖ π), and more samples only make it surer.")
     elif k1 < 0:
         says = (f"k1 is negative here, {fixed(k1, 4)}, and nothing is wrong: the mean of {n} samples is off by "
-                f"± {number(found['k1'][2] / n**0.5, 2)}, and the KL is only {fixed(exact, 4)}. "
+                f"± {number(estimates['k1'][2] / n**0.5, 2)}, and the KL is only {fixed(exact, 4)}. "
                 "k3 has the same mean and cannot be negative.")
     else:
         says = (f"The exact KL is {fixed(exact, 4)} nats; k1 says {fixed(k1, 4)}, k3 {fixed(k3, 4)}. k1 and k3 are "
-                f"right on average; k2 is off by {fixed(found['k2'][1] - exact, 4, sign=True)} for ever.")
+                f"right on average; k2 is off by {fixed(estimates['k2'][1] - exact, 4, sign=True)} for ever.")
     return [[Text(says, lead=True)], [chart, bars], [table]]

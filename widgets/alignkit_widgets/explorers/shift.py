@@ -63,7 +63,7 @@ class ShiftViewer(Explorer):
                       Axis("KL, nats a token", 0, 1.1 * max([*known, 0.1])),
                       [*lines, Series(name, _points(every[at]), "blue", marks=True)])
         counted = Counter(shift.responses[prompt][at]).most_common(6)
-        said = [[text.strip() or "(nothing)", f"{n} of {len(shift.responses[prompt][at])}"] for text, n in counted]
+        responses = [[text.strip() or "(nothing)", f"{n} of {len(shift.responses[prompt][at])}"] for text, n in counted]
         total = sum(value for value in every[at] if not math.isnan(value))
         says = f"{name}: {fixed(total)} nats from {first} on this prompt."
         if at:
@@ -72,7 +72,7 @@ class ShiftViewer(Explorer):
             most, least = (f"“{visible(tokens[i].strip(), 60)}”, {change[i]} points" for i in (up, down))
             says += f" Up most: {most}. Down most: {least}."
         return [[Text(says, lead=True)], [bars, chart],
-                [Table(f"What {name} says", ["sampled response", "how often"], said)]]
+                [Table(f"What {name} says", ["sampled response", "how often"], responses)]]
 
 
 def _points(row: Sequence[float]) -> list[tuple[int, float]]:

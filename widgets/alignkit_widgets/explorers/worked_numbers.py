@@ -117,14 +117,14 @@ def ppo_update(numbers: ResponseNumbers, *, kl_coef: float = 0.2, gamma: float =
         logits = (logits - learning_rate * gradient).detach().requires_grad_(True)
     now, objective = path[-1]
     new = token_logprobs(logits.detach()[None], ids)
-    still = clipped(now, old, advantages, clip_range)
-    rows = (old, ref, k1(old, ref), rewards, advantages, returns, now, (now - old).exp(), objective, still, new)
+    no_gradient = clipped(now, old, advantages, clip_range)
+    rows = (old, ref, k1(old, ref), rewards, advantages, returns, now, (now - old).exp(), objective, no_gradient, new)
     return Update(*(row[0] for row in rows))
 
 
 def token_advantages(numbers: ResponseNumbers, *, kl_coef: float, gamma: float, gae_lambda: float) -> tuple[Tensor,
                                                                                                             Tensor]:
-    """Rewards and advantages of each token, (T,) each: `ppo.token_rewards`, then `ppo.gae`."""
+    """Rewards and advantages of each token, (T,) each: `token_rewards`, then `gae`."""
     update = ppo_update(numbers, kl_coef=kl_coef, gamma=gamma, gae_lambda=gae_lambda)
     return update.rewards, update.advantages
 
@@ -152,9 +152,9 @@ def kl_estimates(logps: Tensor, ref_logps: Tensor, samples: int, seed: int = 0,
     """
     q = (logps if sampler is None else sampler).exp()
     drawn = torch.multinomial(q, samples, replacement=True, generator=seeded(seed, samples))
-    found = {}
+    estimates = {}
     for name, estimator in ESTIMATORS.items():
         of_each = estimator(logps, ref_logps)
         mean = float((q * of_each).sum())
-        found[name] = (of_each[drawn], mean, float((q * (of_each - mean).square()).sum().sqrt()))
-    return found
+        estimates[name] = (of_each[drawn], mean, float((q * (of_each - mean).square()).sum().sqrt()))
+    return estimates

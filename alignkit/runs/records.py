@@ -1,0 +1,99 @@
+"""A run's records: run.json, results.json of each stage, seconds.json and summary.json.
+
+Needs neither torch nor transformers. JSON here has no NaN and no infinity: a number that is not there is left out or
+None.
+"""
+
+import importlib.metadata
+import json
+import math
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from alignkit.errors import RunError
+from alignkit.runs.stages import STAGES, in_order
+from alignkit.storage import plain, write_json
+
+
+def start_run(run: str | Path, model: str, data: str, seed: int) -> Path:
+    """The run directory, made if need be, with what is true of the whole run in run.json. Every notebook starts here.
+
+    A relative `run` counts from the project's folder, also in a notebook that was opened in its notebooks/ folder.
+    Raises RunError that lists the differing keys if the directory belongs to a run of another model, data or seed.
+    """
+    run = Path(run)
+    if not run.is_absolute() and Path.cwd().name == "notebooks":  # where JupyterLab starts the course's kernels
+        run = Path.cwd().parent / run
+    facts = {"model": str(model), "data": str(data), "seed": int(seed)}
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"run directory {run} cannot be made: {error}") from error
+    before = _read(run / "run.json", {})
+    differing = [f"{key} was {before[key]!r}, now {value!r}" for key, value in facts.items()
+                 if before.get(key, value) != value]
+    if differing:
+        raise RunError(f"{run} belongs to another run: {'; '.join(differing)}. Choose another run directory, or delete "
+                       "this one")
+    if before != facts:
+        try:
+            write_json(run / "run.json", {**before, **facts})
+        except OSError as error:
+            raise RunError(f"run directory {run} cannot be written: {error}") from error
+    return run
+
+
+def write_results(run: str | Path, stage: str, results: Mapping) -> dict:
+    """Write RUN/STAGE/results.json and rebuild RUN/summary.json; returns the summary.
+
+    results: numbers, text, lists and mappings. Raises ValueError with the place of a NaN or an infinity; nothing is
+    written then.
+    """
+    run = Path(run)
+    if not re.fullmatch(r"[a-z][a-z0-9_-]*", stage):
+        raise ValueError(f"stage is {stage!r}, expected a short name such as {', '.join(STAGES)}")
+    (run / stage).mkdir(parents=True, exist_ok=True)
+    write_json(run / stage / "results.json", plain(results, f"results of {stage}"))
+    return _summarise(run)
+
+
+def record_seconds(run: str | Path, notebook: str, seconds: float) -> dict:
+    """Note in RUN/seconds.json how long a notebook took, and rebuild RUN/summary.json; returns the summary."""
+    run = Path(run)
+    if not math.isfinite(seconds) or seconds < 0:
+        raise ValueError(f"seconds of {notebook} is {seconds}, expected a duration of 0 or more")
+    write_json(run / "seconds.json", {**_read(run / "seconds.json", {}), notebook: round(float(seconds), 3)})
+    return _summarise(run)
+
+
+def versions() -> dict[str, str]:
+    """Versions of python, alignkit and the libraries that decide the numbers: name -> version, for those installed."""
+    installed = {"python": platform.python_version()}
+    for name in ("alignkit", "torch", "transformers", "trl", "peft", "numpy"):
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def _summarise(run: Path) -> dict:
+    results = {path.parent.name: _read(path, {}) for path in sorted(run.glob("*/results.json"))}
+    facts = _read(run / "run.json", {})
+    summary = {
+        "versions": versions(), "seed": facts.get("seed"), "model": facts.get("model"), "data": facts.get("data"),
+        "stages": {stage: results[stage] for stage in in_order(results)}, "seconds": _read(run / "seconds.json", {}),
+    }
+    write_json(run / "summary.json", summary)
+    return summary
+
+
+def _read(path: Path, default):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return default
+    except ValueError as error:
+        raise RunError(f"{path} is not valid JSON ({error}); delete it and run that stage again") from error
