@@ -31,11 +31,15 @@ _MODULES = {
     "exact.sweep": ["Sweep", "load_sweep"],
     "exact.truth": ["Frontier", "best_of_n", "frontier", "gap", "optimum", "response_kl"],
     "formulas.kl": ["exact_kl", "k1", "k2", "k3"],
-    "formulas.losses": ["adapt_kl_coef", "clipped", "dpo_loss", "gae", "implicit_reward", "policy_loss", "token_rewards", "value_loss"],
+    "formulas.losses": [
+        "adapt_kl_coef", "clipped", "dpo_loss", "gae", "implicit_reward", "policy_loss", "token_rewards", "value_loss",
+    ],
     "formulas.randomness": ["seeded"],
     "formulas.tokens": ["entropy", "masked_mean", "sequence_logps", "token_logprobs", "whiten"],
     "forward.reading": ["response_logits", "response_logprobs", "token_values"],
-    "forward.rollout": ["Rollout", "decode_responses", "encode_prompts", "encode_rows", "full_ids", "rollout_from_ids", "to_device"],
+    "forward.rollout": [
+        "Rollout", "decode_responses", "encode_prompts", "encode_rows", "full_ids", "rollout_from_ids", "to_device",
+    ],
     "forward.sampling": ["generate_texts", "sample"],
     "jobs.notebooks": ["course", "run_notebook"],
     "jobs.report": ["build_report"],

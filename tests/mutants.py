@@ -207,7 +207,7 @@ MUTANTS = [
     Mutant("fast.py", "_agreed[model] = _agrees(model)", "_agreed[model] = True",
            "nobody tries whether the numbers agree",
            "test_fast.py::test_a_model_whose_numbers_differ_is_left_to_the_model_and_asked_once"),
-    Mutant("fast.py", "known and all(_ordinary(module, device) for module in model.modules())", "known",
+    Mutant("fast.py", "supported and all(_ordinary(module, device) for module in model.modules())", "supported",
            "an adapter is overlooked", "test_fast.py::test_what_is_more_than_the_plain_model_is_left_to_the_model"),
     Mutant("fast.py", "mul_(rope.conj())", "mul_(rope)", "gradients of q and k turned the wrong way",
            "test_fast.py::test_logits_and_gradients_of_ragged_prompts_are_the_model_s_own"),

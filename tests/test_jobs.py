@@ -11,10 +11,10 @@ import nbformat
 import psutil
 import pytest
 
-from alignkit.errors import ParameterError, RunError, RunInUse
+from alignkit.errors import NotebookFailed, ParameterError, RunError, RunInUse
 from alignkit.jobs import job as job_module
 from alignkit.jobs import notebooks
-from alignkit.jobs.notebooks import NotebookFailed, course, run_notebook
+from alignkit.jobs.notebooks import course, run_notebook
 from alignkit.jobs.parameters import check_parameters, notebook_parameters
 from alignkit.runs import stages
 

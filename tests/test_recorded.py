@@ -95,7 +95,7 @@ def test_what_is_not_recorded_is_refused_by_name(sweep, tmp_path):
 
 def test_the_file_is_small_and_the_table_is_the_files(sweep):
     assert sweep_module.FILE.stat().st_size < 1_000_000
-    table = sweep_module.FILE.parent.parent / "docs" / "closeness.md"
+    table = sweep_module.FILE.parents[2] / "docs" / "closeness.md"
     assert table.read_text(encoding="utf-8") == maker.closeness_table(sweep_module.FILE)
 
 

@@ -426,3 +426,30 @@ DESK = {"gold_mean": 0.5, "risky_failure_rate": 0.02, "over_refusal_rate": 0.01,
 def test_advice(evaluated, sentence):
     said = advice(evaluated)
     assert len(said) == 1 and sentence in said[0]
+
+
+def test_everything_imports_without_posix_and_windows_locks_stop_a_second_one(tmp_path):
+    code = """
+import importlib, pkgutil, subprocess, sys, types
+import datasets, jupyter_client, papermill, peft, torch, transformers, trl  # they see the real system
+from pathlib import Path
+held = set()
+def locking(handle, mode, length):
+    if "locked" in held: raise PermissionError(13, "locked")
+    held.add("locked")
+sys.modules["fcntl"] = None
+sys.modules["msvcrt"] = types.SimpleNamespace(locking=locking, LK_NBLCK=2)
+import alignkit
+for module in pkgutil.walk_packages(alignkit.__path__, "alignkit."):
+    if not module.name.endswith("__main__"): importlib.import_module(module.name)
+from alignkit.storage import locked
+folder = Path(sys.argv[1])
+with locked(folder):
+    assert (folder.parent / f".{folder.name}.lock").exists() and not any(folder.iterdir())
+    try:
+        with locked(folder): sys.exit("locked twice")
+    except BlockingIOError: pass
+"""
+    (tmp_path / "folder").mkdir()
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "folder"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

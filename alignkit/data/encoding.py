@@ -25,13 +25,13 @@ def encode_texts(tokenizer, texts: list[str], add_special_tokens: bool = True) -
         places = [place for place, text in enumerate(texts) if isinstance(text, ChatText) == chat]
         if places:
             once = list(dict.fromkeys(str(texts[place]) for place in places))  # prompts come many times
-            found = tokenizer(once, split_special_tokens=not chat, return_attention_mask=False, verbose=False,
+            encoded = tokenizer(once, split_special_tokens=not chat, return_attention_mask=False, verbose=False,
                               add_special_tokens=add_special_tokens and not chat)["input_ids"]
             end = tokenizer.eos_token_id if add_special_tokens and not chat else None  # slow to ask for
-            known = {text: ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
-                     for text, ids in zip(once, found, strict=True)}
+            ids_of = {text: ids[:-1] if len(ids) > 1 and ids[-1] == end else ids
+                     for text, ids in zip(once, encoded, strict=True)}
             for place in places:
-                rows[place] = known[str(texts[place])][:]
+                rows[place] = ids_of[str(texts[place])][:]
     return rows
 
 

@@ -105,9 +105,9 @@ def _split_chat(values: dict[str, object]) -> tuple[list[dict], list[dict]]:
 def _render(tokenizer, special: re.Pattern, prompt: list[dict], replies: list[dict]) -> tuple[ChatText, list[ChatText]]:
     """Prompt and replies as the tokenizer's chat template writes them, the replies without EOS."""
     for number, message in enumerate(prompt + replies, 1):
-        found = special.search(message["content"])
-        if found:
-            raise Fault(f"message {number} contains {found[0]!r}, which the chat template would make a real token")
+        token = special.search(message["content"])
+        if token:
+            raise Fault(f"message {number} contains {token[0]!r}, which the chat template would make a real token")
     try:
         head = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
         texts = [tokenizer.apply_chat_template([*prompt, reply], tokenize=False) for reply in replies]

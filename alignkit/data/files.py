@@ -1,4 +1,4 @@
-"""Records from files and Hub data sets, one after the other, each with its place; `alignkit.data.rows` makes rows of them.
+"""Records from files and Hub data sets, one after the other, each with its place. `data.rows` makes rows of them.
 
 JSON lines, one JSON array, CSV and Parquet, each also gzipped (told by the first bytes, not by the name), a folder
 written by `datasets.save_to_disk`, or a Hub id. Files are read in pieces, so memory is bounded by one record. What one

@@ -7,13 +7,13 @@ from alignkit.errors import DataError
 
 def fit_rows(rows: Rows, tokenizer, limit: int, max_new_tokens: int) -> tuple[list[dict], tuple[str, ...]]:
     """The rows, shortened so that prompt, response and EOS fit in `limit` tokens, and notes on what was done."""
-    known, tokens, unknown = {}, 0, 0
+    shortened, tokens, unknown = {}, 0, 0
     unique = list(dict.fromkeys(row["prompt"] for row in rows))
     for prompt, ids in zip(unique, encode_texts(tokenizer, unique), strict=True):
         tokens, unknown = tokens + len(ids), unknown + ids.count(tokenizer.unk_token_id)
         fits = len(ids) <= limit - max_new_tokens
-        known[prompt] = prompt if fits else _end_of(tokenizer, prompt, limit - max_new_tokens)
-    prompts = [known[row["prompt"]] for row in rows]
+        shortened[prompt] = prompt if fits else _end_of(tokenizer, prompt, limit - max_new_tokens)
+    prompts = [shortened[row["prompt"]] for row in rows]
     columns = {"prompt": prompts}
     for name in [name for name in rows[0] if name != "prompt"]:
         columns[name] = [row[name] for row in rows]

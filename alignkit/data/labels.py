@@ -121,14 +121,15 @@ class ChoiceLog:
         """
         stored = {_texts(row["prompt"], row["responses"]): row["responses"].get(row["choice"], row["choice"])
                   for row in _stored(source)}
-        done, made = self.choices, 0
+        done, added = self.choices, 0
         for item in self.items.values():
-            said = stored.get(_texts(item.prompt, item.responses))
-            if said is not None and item.id not in done:
-                name = said if said in UNDECIDED else next(n for n, text in item.responses.items() if text == said)
+            answer = stored.get(_texts(item.prompt, item.responses))
+            if answer is not None and item.id not in done:
+                name = answer if answer in UNDECIDED else next(
+                    n for n, text in item.responses.items() if text == answer)
                 self.choose(item, name, replayed=str(source))
-                made += 1
-        return made
+                added += 1
+        return added
 
     def _append(self, record: dict) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ A source is a local file (JSON lines, a JSON array, CSV or Parquet, each also gz
     prompts          {"prompt"}
 
 Conversations (lists of {role, content}) are rendered with the tokenizer's chat template and come out as `ChatText`.
-A check of a gigabyte needs the memory of one row and of an eight-byte hash of each (`alignkit.data.files` reads in pieces).
+A check of a gigabyte needs the memory of one row and of an eight-byte hash of each (`data.files` reads in pieces).
 Left out on purpose: already tokenised data, tool calls, images, and any code that comes with a data set.
 """
 

@@ -27,17 +27,17 @@ def cached(directory: str | Path, key: object, table: Callable[[], Tensor]) -> T
         return torch.from_numpy(np.load(path, allow_pickle=False))
     except (OSError, ValueError, EOFError):
         pass
-    made = table()
+    values = table()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.save(file, made.numpy(), allow_pickle=False)
+            np.save(file, values.numpy(), allow_pickle=False)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
-    return made
+    return values
 
 
 def weights_hash(model) -> str:

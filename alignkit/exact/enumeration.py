@@ -172,15 +172,17 @@ def _walk(reader: _Reader, prompt_ids: Tensor, prompt_mask: Tensor, depths: int,
     Depth 0 comes first, with one value per prompt; the children of node j of depth − 1 follow. Depth first in chunks of
     at most reader.queries contexts, so memory does not grow with the number of prompts, and with K·T instead of K^T.
     """
+    # Check the prompts, and leave out columns that are padding in all of them.
     device = reader.model.device
     prompt_mask = prompt_mask.to(device).bool()
     if prompt_ids.shape != prompt_mask.shape or not prompt_mask[:, -1].all():
         raise ValueError(f"prompt_ids {tuple(prompt_ids.shape)} and prompt_mask {tuple(prompt_mask.shape)} must have "
                          "one shape (prompts, P), padded on the left")
-    unused = int(prompt_mask.any(0).long().argmax())  # columns that are padding in every prompt
+    unused = int(prompt_mask.any(0).long().argmax())
     prompt_ids, prompt_mask = prompt_ids.to(device)[:, unused:], prompt_mask[:, unused:]
     positions = position_ids(prompt_mask)
 
+    # Go down: continue prefixes by all children, a chunk at a time, in the way that their cache allows.
     def descend(rows: _Rows, depth: int):
         size = max(1, reader.queries // len(reader.children))
         for start in range(0, len(rows.node), size):
@@ -229,15 +231,16 @@ def _walk(reader: _Reader, prompt_ids: Tensor, prompt_mask: Tensor, depths: int,
         return _Rows(cache, past.repeat_interleave(k, 0), (rows.position + 1).repeat_interleave(k),
                      rows.prompt.repeat_interleave(k), node)
 
+    # Start: read the prompts themselves, a chunk at a time, and go down from each chunk before the next.
     size = max(1, reader.queries // prompt_ids.shape[1])
     for start in range(0, len(prompt_ids), size):
-        some = slice(start, start + size)
-        values, cache = reader(prompt_ids[some], prompt_mask[some].long(), positions[some])
+        rows = slice(start, start + size)
+        values, cache = reader(prompt_ids[rows], prompt_mask[rows].long(), positions[rows])
         prompt = torch.arange(start, start + len(values))
         node = torch.zeros_like(prompt)
         yield 0, prompt, node, values[:, -1:]
         if depths:
-            yield from descend(_Rows(cache, prompt_mask[some], positions[some, -1] + 1, prompt, node), 1)
+            yield from descend(_Rows(cache, prompt_mask[rows], positions[rows, -1] + 1, prompt, node), 1)
 
 
 def _one_child_each(states: Tensor, seen: int, k: int) -> Tensor:
@@ -265,9 +268,9 @@ def _select(cache, rows: Tensor | slice):
     return selected
 
 
-def _take(rows: _Rows, some: slice) -> _Rows:
-    which = some if _plain(rows.cache) else torch.arange(len(rows.node), device=rows.past.device)[some]
-    return _Rows(_select(rows.cache, which), rows.past[some], rows.position[some], rows.prompt[some], rows.node[some])
+def _take(rows: _Rows, part: slice) -> _Rows:
+    which = part if _plain(rows.cache) else torch.arange(len(rows.node), device=rows.past.device)[part]
+    return _Rows(_select(rows.cache, which), rows.past[part], rows.position[part], rows.prompt[part], rows.node[part])
 
 
 def _shares_rows(reader: _Reader, prompt_ids: Tensor, prompt_mask: Tensor) -> bool:

@@ -70,8 +70,8 @@ def enumerate_world(policy, tokenizer, scorer, world: World, prompts: Sequence[P
     mean = exact.expectation(ref_logps, raw).mean()
     gold = (raw - mean) / exact.expectation(ref_logps, (raw - mean).square()).mean().sqrt()
     _, first, place = np.unique(space.counts.numpy(), axis=0, return_index=True, return_inverse=True)
-    some = [_texts()[i] for i in first]  # the order of sentences does not matter to what is done
-    named = [[BEHAVIOURS.index(b) for b in world.behaviours([p.text] * len(some), some)] for p in prompts]
+    responses = [_texts()[i] for i in first]  # the order of sentences does not matter to what is done
+    named = [[BEHAVIOURS.index(b) for b in world.behaviours([p.text] * len(responses), responses)] for p in prompts]
     return Enumerated(world.seed, tuple(prompts), ref_logps, proxy, gold, torch.tensor(named)[:, place.reshape(-1)])
 
 
@@ -81,17 +81,17 @@ def at_price(frontier: Mapping[str, Sequence[float | None]], beta: float) -> dic
     frontier: "beta" and columns beside it; a β of None, 0 or ∞ is left out. Exact at its β; between those of the
     recorded sweep, 20 % apart, off by some 0.1 %. Raises ValueError outside their range.
     """
-    known = [i for i, b in enumerate(frontier["beta"]) if b and math.isfinite(b)]
-    logs = np.log([frontier["beta"][i] for i in known])
+    recorded = [i for i, b in enumerate(frontier["beta"]) if b and math.isfinite(b)]
+    logs = np.log([frontier["beta"][i] for i in recorded])
     order = np.argsort(logs)
-    known, logs, at = np.array(known)[order], logs[order], math.log(beta) if beta > 0 else -math.inf
+    recorded, logs, at = np.array(recorded)[order], logs[order], math.log(beta) if beta > 0 else -math.inf
     if not logs[0] - 1e-9 <= at <= logs[-1] + 1e-9:
         low, high = math.exp(logs[0]), math.exp(logs[-1])
         raise ValueError(f"beta is {beta:g}, expected {low:.4g} to {high:.4g} (the frontier's)")
     start = int(np.clip(np.searchsorted(logs, at) - 2, 0, max(0, len(logs) - 4)))
     near = slice(start, start + 4)
     weights = [math.prod((at - b) / (a - b) for b in logs[near] if b != a) for a in logs[near]]  # Lagrange's
-    return {name: float(np.dot(weights, [values[i] for i in known[near]])) for name, values in frontier.items()
+    return {name: float(np.dot(weights, [values[i] for i in recorded[near]])) for name, values in frontier.items()
             if name != "beta"}
 
 

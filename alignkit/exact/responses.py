@@ -105,9 +105,9 @@ def response_space(phrases: int = len(SENTENCES), max_phrases: int = MAX_PHRASES
     counts = torch.zeros(total, phrases, dtype=torch.int64)
     start = 1
     for t in range(1, max_phrases + 1):
-        here = slice(start, start + sizes[t])
-        sequences[here] = sequences[parent[here]]
-        sequences[here, t - 1] = last[here]
-        counts[here] = counts[parent[here]] + torch.nn.functional.one_hot(last[here], phrases)
+        rows = slice(start, start + sizes[t])
+        sequences[rows] = sequences[parent[rows]]
+        sequences[rows, t - 1] = last[rows]
+        counts[rows] = counts[parent[rows]] + torch.nn.functional.one_hot(last[rows], phrases)
         start += sizes[t]
     return Responses(phrases, max_phrases, parent, last, length, counts, sequences)

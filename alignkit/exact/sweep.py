@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-SOURCES = ("dpo", "exact", "fast", "kl", "models", "ppo", "reward", "sampling", "sft", "task", "tokens", "world")
-MEASURES = {  # of exact only what the sweep measures with: the rest may grow
-    "trie_logps", "response_logps", "_levels", "_assemble", "_Reader", "_policy_reader", "_reward_reader", "_walk",
-    "gold_table", "proxy_table", "_trie_scores", "expectation", "response_entropy", "response_kl", "optimum",
-    "Frontier", "frontier", "gap", "best_of_n", "_reward_groups", "_rounding"}
+PACKAGE = Path(__file__).resolve().parents[1]
+SOURCES = ("configs.py", "data/encoding.py", "data/fitting.py", "desk", "dpo.py", "exact", "formulas", "forward", "models",
+           "optim.py", "ppo.py", "reward.py", "sft.py", "task.py", "trainer.py")
+UNMEASURED = ("exact/cache.py", "exact/sweep.py")  # they store and read figures, and make none
 FILE = Path(__file__).with_name("sweep.json")
 
 
@@ -119,16 +118,19 @@ def load_sweep(path: str | Path | None = None) -> Sweep:
                  tuple(RecordedRun(**run) for run in stored["runs"]), stored["probe"])
 
 
-def source_hashes(modules: Sequence[str] = SOURCES) -> dict[str, str]:
-    """Module name -> SHA-256 of its syntax tree: docstrings, comments and line breaks do not count."""
+def source_hashes(sources: Sequence[str] = SOURCES) -> dict[str, str]:
+    """Module's path in alignkit -> SHA-256 of its syntax tree: docstrings, comments and line breaks do not count."""
     hashes = {}
-    for name in modules:
-        tree = ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
-        if name == "exact":
-            tree.body = [node for node in tree.body if getattr(node, "name", None) in MEASURES]
-        for node in ast.walk(tree):
-            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-            if documented and ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:]
-        hashes[name] = hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+    for source in sources:
+        path = PACKAGE / source
+        for module in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            name = module.relative_to(PACKAGE).as_posix()
+            if name in UNMEASURED:
+                continue
+            tree = ast.parse(module.read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+                if documented and ast.get_docstring(node, clean=False) is not None:
+                    node.body = node.body[1:]
+            hashes[name] = hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
     return hashes

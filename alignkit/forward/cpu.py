@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alignkit.forward.known import GATED, PARALLEL, as_complex, product_dtype, rotation_order, readable
+from alignkit.forward.known import GATED, PARALLEL, as_complex, product_dtype, readable, rotation_order
 
 SHORT = 16  # columns: up to there plain products are faster than the fused attention
 TOLERANCE = 1e-4  # of a logit, against the model itself
@@ -49,7 +49,8 @@ class Reader:
         self.gated = isinstance(model, GATED)
         self.width, self.heads, self.groups = attention.head_dim, config.num_attention_heads, config.num_key_value_heads
         self.turned = getattr(attention, "rotary_ndims", self.width)
-        self.order = rotation_order(self.heads + self.groups, self.width, self.turned, self.body.embed_tokens.weight.device)
+        device = self.body.embed_tokens.weight.device
+        self.order = rotation_order(self.heads + self.groups, self.width, self.turned, device)
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor) -> Tensor:
         """Last hidden states (n, H) of the n positions where `wanted` (B, L) is True, row by row. Differentiable.
@@ -62,9 +63,9 @@ class Reader:
             input_ids, real, wanted = input_ids[:, used], real[:, used], wanted[:, used]
         if not wanted.any():
             return self.body.embed_tokens.weight.new_zeros(0, self.model.config.hidden_size)
-        low = product_dtype()
+        dtype = product_dtype()
         with torch.autocast("cpu", enabled=False):
-            return self._read(input_ids, self._places(real, wanted), low, None)
+            return self._read(input_ids, self._places(real, wanted), dtype, None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What the model's head (of words, or of a score) says of hidden states (…, H)."""
@@ -100,7 +101,7 @@ class Reader:
             self.rope(length)[positions if whole else positions[packed]][:, None],
         )
 
-    def _read(self, ids: Tensor, at: "_Places", low: torch.dtype | None, states: list | None) -> Tensor:
+    def _read(self, ids: Tensor, at: "_Places", dtype: torch.dtype | None, states: list | None) -> Tensor:
         """states: gets each layer's keys and values, (B, groups, L, width)."""
         ids = ids.flatten() if at.packed is None else ids.flatten()[at.packed]
         x = self.body.embed_tokens(ids)
@@ -111,13 +112,13 @@ class Reader:
             y = _norm(x, layer.input_layernorm)
             keys = (attention.k_proj, attention.v_proj)
             if not last:
-                q, k, v = self._heads(y, at.packed, (at.rows, at.length), at.rope, low, attention.q_proj, *keys)
+                q, k, v = self._heads(y, at.packed, (at.rows, at.length), at.rope, dtype, attention.q_proj, *keys)
             else:
-                k, v = self._heads(y, at.packed, (at.rows, at.length), at.rope, low, *keys)
+                k, v = self._heads(y, at.packed, (at.rows, at.length), at.rope, dtype, *keys)
                 if at.wanted is not None:
                     x, y = x.index_select(0, at.wanted), y.index_select(0, at.wanted)
                 rope = at.rope if at.wanted is None else at.rope[at.wanted]
-                (q,) = self._heads(y, at.queries, (at.rows, at.length - at.first), rope, low, attention.q_proj)
+                (q,) = self._heads(y, at.queries, (at.rows, at.length - at.first), rope, dtype, attention.q_proj)
             if states is not None:
                 states.append((k, v))
             mask = at.mask[:, :, -q.shape[2] :]
@@ -130,13 +131,13 @@ class Reader:
             if place is not None:
                 mixed = mixed.index_select(0, place)
             if self.gated:
-                x = _plus(x, mixed, attention.o_proj, low)
+                x = _plus(x, mixed, attention.o_proj, dtype)
                 y = _norm(x, layer.post_attention_layernorm)
-                inner = _Gated.apply(y, layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, low)
-                x = _plus(x, inner, layer.mlp.down_proj, low)
+                inner = _Gated.apply(y, layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, dtype)
+                x = _plus(x, inner, layer.mlp.down_proj, dtype)
             else:
-                inner = layer.mlp.activation_fn(_linear(y, layer.mlp.fc1, low))
-                x = _plus(_plus(x, mixed, attention.dense, low), inner, layer.mlp.fc2, low)
+                inner = layer.mlp.activation_fn(_linear(y, layer.mlp.fc1, dtype))
+                x = _plus(_plus(x, mixed, attention.dense, dtype), inner, layer.mlp.fc2, dtype)
         return _norm(x, self.body.norm if self.gated else self.body.final_layernorm)
 
     def _heads(
@@ -145,7 +146,7 @@ class Reader:
         place: Tensor | None,
         shape: tuple[int, int],
         rope: Tensor,
-        low: torch.dtype | None,
+        dtype: torch.dtype | None,
         *linear: nn.Linear,
     ) -> tuple[Tensor, ...]:
         """q, or k and v, or all: (rows, heads, columns, width) each."""
@@ -158,7 +159,7 @@ class Reader:
             shape,
             sizes,
             self.order[: turned * self.width],
-            low,
+            dtype,
             *(module.weight for module in linear),
             *(module.bias for module in linear),
         )
@@ -175,13 +176,13 @@ class Decoder:
 
     @torch.no_grad()
     def __init__(self, reader: Reader, prompt_ids: Tensor, prompt_mask: Tensor, room: int):
-        self.reader, self.low = reader, product_dtype()
+        self.reader, self.dtype = reader, product_dtype()
         real, states = prompt_mask.bool(), []
         last = torch.zeros_like(real)
         last[:, -1] = True
         with torch.autocast("cpu", enabled=False):
-            hidden = reader._read(prompt_ids, reader._places(real, last), self.low, states)
-            self.layers = [_Layer.of(reader, layer, self.low) for layer in reader.body.layers]
+            hidden = reader._read(prompt_ids, reader._places(real, last), self.dtype, states)
+            self.layers = [_Layer.of(reader, layer, self.dtype) for layer in reader.body.layers]
         rows, self.length = real.shape
         self.cache = hidden.new_empty(len(states), 2, rows, reader.groups, self.length + room, reader.width)
         for layer, state in zip(self.cache, states, strict=True):
@@ -206,9 +207,9 @@ class Decoder:
             x, rope = reader.body.embed_tokens(tokens), self.rope[self.position][:, None]
             for number, layer in enumerate(self.layers):
                 y = _scaled(x, layer.eps) if reader.gated else _norm(x, layer.norm)
-                made = _product(y, layer.qkv, layer.qkv_bias, self.low).view(len(x), -1, reader.width)
-                as_complex(made[:, : reader.heads + reader.groups]).mul_(rope)
-                q, k, v = made.split((reader.heads, reader.groups, reader.groups), 1)
+                heads = _product(y, layer.qkv, layer.qkv_bias, self.dtype).view(len(x), -1, reader.width)
+                as_complex(heads[:, : reader.heads + reader.groups]).mul_(rope)
+                q, k, v = heads.split((reader.heads, reader.groups, reader.groups), 1)
                 keys, values = self.cache[number]
                 keys[:, :, self.length], values[:, :, self.length] = k, v
                 q = q.reshape(len(x), reader.groups, -1, reader.width)  # heads that share keys are queries of one head
@@ -218,13 +219,13 @@ class Decoder:
                     .add_(self.mask[..., :end])
                 )
                 mixed = torch.matmul(chance.softmax(-1), values[:, :, :end]).view(len(x), -1)
-                x = layer.out(x, mixed, self.low)
+                x = layer.out(x, mixed, self.dtype)
                 if reader.gated:
-                    gate, up = _product(_scaled(x, layer.eps_after), layer.inner, None, self.low).chunk(2, -1)
+                    gate, up = _product(_scaled(x, layer.eps_after), layer.inner, None, self.dtype).chunk(2, -1)
                     inner = F.silu(gate).mul_(up)
                 else:
-                    inner = layer.activation(_product(y, layer.inner, layer.inner_bias, self.low))
-                x = layer.down(x, inner, self.low)
+                    inner = layer.activation(_product(y, layer.inner, layer.inner_bias, self.dtype))
+                x = layer.down(x, inner, self.dtype)
             self.length, self.position = end, self.position + 1
             hidden = _norm(x, reader.body.norm if reader.gated else reader.body.final_layernorm)
         return reader.logits(hidden)
@@ -267,7 +268,7 @@ class _Layer:
     eps_after: float
 
     @classmethod
-    def of(cls, reader: Reader, layer: nn.Module, low: torch.dtype | None) -> "_Layer":
+    def of(cls, reader: Reader, layer: nn.Module, dtype: torch.dtype | None) -> "_Layer":
         attention, mlp = layer.self_attn, layer.mlp
         linear = (attention.q_proj, attention.k_proj, attention.v_proj)
         qkv = _ordered(torch.cat([module.weight for module in linear]), reader.order)
@@ -281,16 +282,16 @@ class _Layer:
         else:
             inner, inner_bias = mlp.fc1.weight, mlp.fc1.bias
             ends, activation, eps, eps_after = (attention.dense, mlp.fc2), mlp.activation_fn, 0.0, 0.0
-        if low is not None:
-            qkv, inner = qkv.to(low), inner.to(low)
-        ends = tuple((end.weight if low is None else end.weight.to(low), end.bias) for end in ends)
+        if dtype is not None:
+            qkv, inner = qkv.to(dtype), inner.to(dtype)
+        ends = tuple((end.weight if dtype is None else end.weight.to(dtype), end.bias) for end in ends)
         return cls(qkv, bias, inner, inner_bias, ends, layer.input_layernorm, activation, eps, eps_after)
 
-    def out(self, x: Tensor, mixed: Tensor, low: torch.dtype | None) -> Tensor:
-        return _added(x, mixed, *self.ends[0], low)
+    def out(self, x: Tensor, mixed: Tensor, dtype: torch.dtype | None) -> Tensor:
+        return _added(x, mixed, *self.ends[0], dtype)
 
-    def down(self, x: Tensor, inner: Tensor, low: torch.dtype | None) -> Tensor:
-        return _added(x, inner, *self.ends[1], low)
+    def down(self, x: Tensor, inner: Tensor, dtype: torch.dtype | None) -> Tensor:
+        return _added(x, inner, *self.ends[1], dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -319,18 +320,18 @@ class _Heads(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, rope, place, shape, sizes, order, low, *linear):
+    def forward(ctx, x, rope, place, shape, sizes, order, dtype, *linear):
         weights, biases = linear[: len(sizes)], linear[len(sizes) :]
         weight = _ordered(torch.cat(weights), order)
         bias = None if biases[0] is None else _ordered(torch.cat(biases), order)
         width = len(weight) // sum(sizes)
-        made = _product(x, weight, bias, low)
-        as_complex(made.view(len(x), -1, width)[:, : len(order) // width]).mul_(rope)
+        heads = _product(x, weight, bias, dtype)
+        as_complex(heads.view(len(x), -1, width)[:, : len(order) // width]).mul_(rope)
         if place is not None:
-            made = made.index_select(0, _sources(place, shape[0] * shape[1]))
+            heads = heads.index_select(0, _sources(place, shape[0] * shape[1]))
         ctx.save_for_backward(x, weight, rope, place, order)
-        ctx.sizes, ctx.low, ctx.biased = sizes, low, bias is not None
-        return made.view(*shape, -1, width).transpose(1, 2).split(sizes, 1)
+        ctx.sizes, ctx.dtype, ctx.biased = sizes, dtype, bias is not None
+        return heads.view(*shape, -1, width).transpose(1, 2).split(sizes, 1)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -341,9 +342,9 @@ class _Heads(torch.autograd.Function):
             grad = grad.index_select(0, place)
         as_complex(grad.view(len(grad), -1, width)[:, : len(order) // width]).mul_(rope.conj())
         rows = [size * width for size in ctx.sizes]
-        of_weight = _unordered(_product(grad.t(), x.t(), None, ctx.low), order).split(rows)
+        of_weight = _unordered(_product(grad.t(), x.t(), None, ctx.dtype), order).split(rows)
         of_bias = _unordered(grad.sum(0), order).split(rows) if ctx.biased else [None] * len(rows)
-        return (_product(grad, weight.t(), None, ctx.low), *[None] * 6, *of_weight, *of_bias)
+        return (_product(grad, weight.t(), None, ctx.dtype), *[None] * 6, *of_weight, *of_bias)
 
 
 class _Attention(torch.autograd.Function):
@@ -382,10 +383,10 @@ class _Gated(torch.autograd.Function):
     """silu(x · gateᵀ) ⊙ (x · upᵀ) for x (N, H)."""
 
     @staticmethod
-    def forward(ctx, x, gate, up, low):
-        opened, passed = _product(x, gate, None, low), _product(x, up, None, low)
+    def forward(ctx, x, gate, up, dtype):
+        opened, passed = _product(x, gate, None, dtype), _product(x, up, None, dtype)
         ctx.save_for_backward(x, gate, up, opened, passed)
-        ctx.low = low
+        ctx.dtype = dtype
         return F.silu(opened).mul_(passed)
 
     @staticmethod
@@ -393,34 +394,35 @@ class _Gated(torch.autograd.Function):
         x, gate, up, opened, passed = ctx.saved_tensors
         of_passed = F.silu(opened).mul_(grad)
         of_opened = torch.ops.aten.silu_backward(grad * passed, opened)
-        of_x = _added(_product(of_opened, gate.t(), None, ctx.low), of_passed, up.t(), None, ctx.low)
-        return of_x, *(_product(part.t(), x.t(), None, ctx.low) for part in (of_opened, of_passed)), None
+        of_x = _added(_product(of_opened, gate.t(), None, ctx.dtype), of_passed, up.t(), None, ctx.dtype)
+        return of_x, *(_product(part.t(), x.t(), None, ctx.dtype) for part in (of_opened, of_passed)), None
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, low: torch.dtype | None) -> Tensor:
-    """x · weightᵀ + bias, multiplied in `low` and returned in x's dtype."""
-    if low is None:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """x · weightᵀ + bias, multiplied in `dtype` and returned in x's dtype."""
+    if dtype is None:
         return F.linear(x, weight, bias)
-    made = F.linear(x.to(low), weight.to(low)).to(x.dtype)
-    return made if bias is None else made.add_(bias)
+    product = F.linear(x.to(dtype), weight.to(dtype)).to(x.dtype)
+    return product if bias is None else product.add_(bias)
 
 
-def _added(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, low: torch.dtype | None) -> Tensor:
+def _added(total: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
     """total + x · weightᵀ + bias, in place."""
-    total = total.addmm_(x, weight.t()) if low is None else total.add_(_product(x, weight, None, low))
+    total = total.addmm_(x, weight.t()) if dtype is None else total.add_(_product(x, weight, None, dtype))
     return total if bias is None else total.add_(bias)
 
 
-def _linear(x: Tensor, module: nn.Linear, low: torch.dtype | None) -> Tensor:
-    if low is None:
+def _linear(x: Tensor, module: nn.Linear, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None:
         return F.linear(x, module.weight, module.bias)
-    return F.linear(x.to(low), module.weight.to(low), None if module.bias is None else module.bias.to(low)).to(x.dtype)
+    bias = None if module.bias is None else module.bias.to(dtype)
+    return F.linear(x.to(dtype), module.weight.to(dtype), bias).to(x.dtype)
 
 
-def _plus(total: Tensor, x: Tensor, module: nn.Linear, low: torch.dtype | None) -> Tensor:
+def _plus(total: Tensor, x: Tensor, module: nn.Linear, dtype: torch.dtype | None) -> Tensor:
     """total + module(x), a new tensor."""
-    if low is not None:
-        return total + _linear(x, module, low)
+    if dtype is not None:
+        return total + _linear(x, module, dtype)
     total = total if module.bias is None else total + module.bias
     return torch.addmm(total, x, module.weight.t())
 
@@ -458,7 +460,7 @@ def _unordered(rows: Tensor, order: Tensor) -> Tensor:
 @torch.no_grad()
 def _agrees(model: nn.Module) -> bool:
     """Whether a small batch, of which one row is padded, gives the model's own logits or scores."""
-    made, length = Reader(model), 6
+    reader, length = Reader(model), 6
     ids = (7919 * torch.arange(2 * length) + 3).remainder(model.config.vocab_size).view(2, length)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, :3] = False
@@ -466,10 +468,10 @@ def _agrees(model: nn.Module) -> bool:
         hidden = model.model(
             input_ids=ids, attention_mask=mask, position_ids=(mask.long().cumsum(1) - 1).clamp(min=0), use_cache=False
         ).last_hidden_state
-        expected = made.head(hidden)
-        found = made.logits(made(ids, mask, mask))
-        decoder = Decoder(made, ids[:, :4], mask[:, :4], 2)
+        expected = reader.head(hidden)
+        read = reader.logits(reader(ids, mask, mask))
+        decoder = Decoder(reader, ids[:, :4], mask[:, :4], 2)
         decoded = torch.stack([decoder.logits, *(decoder.step(ids[:, t], mask[:, t]) for t in (4, 5))], 1)
-    return torch.allclose(found, expected[mask], rtol=1e-5, atol=TOLERANCE) and torch.allclose(
+    return torch.allclose(read, expected[mask], rtol=1e-5, atol=TOLERANCE) and torch.allclose(
         decoded, expected[:, 3:], rtol=1e-5, atol=TOLERANCE
     )

@@ -2,7 +2,7 @@
 
 Nothing in the step is a number that Python knows. Column, positions, mask and uniforms are tensors, which the step
 itself advances; keys and values are written into a cache of fixed length; only every CHECK steps the host asks whether
-every row has ended. Precision is that of `models.autocast`: products in bf16 on a GPU, the rest in float32.
+every row has ended. Precision is that of `forward.precision.autocast`: products in bf16 on a GPU, the rest in float32.
 
 For Llama, Qwen2 and Phi on a GPU, if a small batch gives what the model itself gives; everything else is left to
 `sampling`'s generic loop. On a CPU the step can be run uncaptured, as the tests do.
@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, PhiForCausalLM, Qwen2ForCausalLM
 
 from alignkit.formulas.randomness import inverse_cdf
 from alignkit.forward import cpu
-from alignkit.forward.known import as_complex, product_dtype, rotation_order, readable
+from alignkit.forward.known import as_complex, product_dtype, readable, rotation_order
 from alignkit.forward.precision import autocast
 from alignkit.forward.rollout import distinct_prompts, position_ids
 
@@ -67,19 +67,19 @@ class Decoder:
         self.policy, self.width, self.rows = policy, width, rows
         self.eos_token_id, self.pad_token_id, self.temperature = eos_token_id, pad_token_id, temperature
         self.reader = reader = cpu.Reader(policy)
-        low, device, length = _precision(policy), policy.device, -(-(width + room) // 8) * 8  # as attention aligns it
+        dtype, device, length = _precision(policy), policy.device, -(-(width + room) // 8) * 8  # as attention aligns it
         unchanged = torch.arange(len(reader.order), (reader.heads + 2 * reader.groups) * reader.width, device=device)
         order = torch.cat([reader.order, unchanged])
-        self.layers = [_Layer.of(layer, reader.gated, order, low) for layer in reader.body.layers]
+        self.layers = [_Layer.of(layer, reader.gated, order, dtype) for layer in reader.body.layers]
         self.norm = reader.body.norm if reader.gated else reader.body.final_layernorm
-        self.head = _together([policy.lm_head], low)
+        self.head = stacked_weights([policy.lm_head], dtype)
         self.rope = reader.rope(length)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.cache = [zeros(rows, 2 * reader.groups, length, reader.width, dtype=low) for _ in self.layers]
-        self.mask = zeros(rows, 1, 1, length, dtype=low)  # 0, or −inf at what is not there
+        self.cache = [zeros(rows, 2 * reader.groups, length, reader.width, dtype=dtype) for _ in self.layers]
+        self.mask = zeros(rows, 1, 1, length, dtype=dtype)  # 0, or −inf at what is not there
         self.logits = zeros(rows, policy.config.vocab_size)
         self.uniform = zeros(room, rows, dtype=torch.float64)
         self.turn, self.place = zeros(1, dtype=torch.long), zeros(1, dtype=torch.long)  # columns of response and cache
@@ -145,14 +145,14 @@ class Decoder:
         return token
 
     def _read(self, token: Tensor) -> None:
-        reader, low = self.reader, self.mask.dtype
+        reader, dtype = self.reader, self.mask.dtype
         x = F.embedding(token, reader.body.embed_tokens.weight)
         rope = self.rope.index_select(0, self.position).unsqueeze(1)
         for layer, cache in zip(self.layers, self.cache, strict=True):
             y = _norm(x, layer.norm)
-            made = _linear(y, layer.qkv).float().view(self.rows, -1, reader.width)
-            as_complex(made.narrow(1, 0, reader.heads + reader.groups)).mul_(rope)
-            q, new = made.to(low).split((reader.heads, 2 * reader.groups), 1)
+            heads = _linear(y, layer.qkv).float().view(self.rows, -1, reader.width)
+            as_complex(heads.narrow(1, 0, reader.heads + reader.groups)).mul_(rope)
+            q, new = heads.to(dtype).split((reader.heads, 2 * reader.groups), 1)
             cache.index_copy_(2, self.place, new.unsqueeze(2))
             keys, values = cache.chunk(2, 1)
             q = q.reshape(self.rows, reader.groups, -1, reader.width)  # heads that share keys are queries of one head
@@ -199,22 +199,24 @@ class _Layer:
     activation: nn.Module | None
 
     @classmethod
-    def of(cls, layer: nn.Module, gated: bool, order: Tensor, low: torch.dtype) -> "_Layer":
+    def of(cls, layer: nn.Module, gated: bool, order: Tensor, dtype: torch.dtype) -> "_Layer":
         """order: of the rows of q, k and v, so that dimensions that are rotated together lie side by side."""
         attention, mlp = layer.self_attn, layer.mlp
-        weight, bias = _together([attention.q_proj, attention.k_proj, attention.v_proj], low)
+        weight, bias = stacked_weights([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
         qkv = weight.index_select(0, order), None if bias is None else bias.index_select(0, order)
         if gated:
-            return cls(qkv, _together([attention.o_proj], low), _together([mlp.gate_proj, mlp.up_proj], low),
-                       _together([mlp.down_proj], low), layer.input_layernorm, layer.post_attention_layernorm, None)
-        return cls(qkv, _together([attention.dense], low), _together([mlp.fc1], low), _together([mlp.fc2], low),
-                   layer.input_layernorm, None, mlp.activation_fn)
+            groups = [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]
+            after, activation = layer.post_attention_layernorm, None
+        else:
+            groups = [attention.dense], [mlp.fc1], [mlp.fc2]
+            after, activation = None, mlp.activation_fn
+        return cls(qkv, *(stacked_weights(group, dtype) for group in groups), layer.input_layernorm, after, activation)
 
 
-def _together(modules: list[nn.Linear], low: torch.dtype) -> Linear:
-    """The weights of several layers that read the same, one below the other."""
+def stacked_weights(modules: list[nn.Linear], dtype: torch.dtype) -> Linear:
+    """Stack weights and biases of linear layers that read the same input, so that one product does for all of them."""
     weights, biases = ([getattr(module, name) for module in modules] for name in ("weight", "bias"))
-    return tuple(None if parts[0] is None else torch.cat(parts).to(low) for parts in (weights, biases))
+    return tuple(None if parts[0] is None else torch.cat(parts).to(dtype) for parts in (weights, biases))
 
 
 def _linear(x: Tensor, linear: Linear) -> Tensor:
@@ -229,7 +231,7 @@ def _norm(x: Tensor, module: nn.Module) -> Tensor:
 
 
 def _precision(policy: nn.Module) -> torch.dtype:
-    """What `models.autocast` multiplies in."""
+    """What `forward.precision.autocast` multiplies in."""
     return torch.bfloat16 if policy.device.type == "cuda" else product_dtype() or torch.float32
 
 
@@ -245,14 +247,14 @@ def _error(policy: nn.Module) -> float:
     mask[1, :3] = False
     decoder = Decoder(policy, 2, width, room, eos_token_id=-1, pad_token_id=0)
     decoder.start(ids, mask, torch.linspace(0.05, 0.95, 2 * room, dtype=torch.float64).view(room, 2))
-    found = []
+    drawn_from = []
     for _ in range(room):
-        found.append(decoder.logits.clone())
+        drawn_from.append(decoder.logits.clone())
         decoder.advance()
     ids, mask = torch.cat([ids, decoder.tokens], 1), F.pad(mask, (0, room), value=True)
     with autocast(device):
         own = policy(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False).logits
     expected = own[:, width - 1 : -1].float().log_softmax(-1)
     possible = expected > -20
-    apart = (torch.stack(found, 1).log_softmax(-1) - expected)[possible]
+    apart = (torch.stack(drawn_from, 1).log_softmax(-1) - expected)[possible]
     return float(apart.square().mean().sqrt() / expected[possible].std(correction=0).clamp(min=1e-3))

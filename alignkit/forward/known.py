@@ -47,6 +47,7 @@ def rotation_order(heads: int, width: int, turned: int, device: torch.device) ->
 
 
 def product_dtype() -> torch.dtype | None:
+    """The dtype in which a CPU multiplies in the torch.autocast that is on; None if none is."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
@@ -54,7 +55,7 @@ def readable(model: nn.Module, device: str = "cpu") -> bool:
     """Whether the model is made of nothing but what is written out here, on this kind of device."""
     config, attention = model.config, model.model.layers[0].self_attn
     rope = getattr(config, "rope_parameters", None) or {}
-    known = (
+    supported = (
         rope.get("rope_type") == "default"
         and config._attn_implementation in ("sdpa", "eager")
         and not getattr(config, "qk_layernorm", False)
@@ -64,12 +65,13 @@ def readable(model: nn.Module, device: str = "cpu") -> bool:
         and attention.head_dim % 2 == 0
         and (type(model) in PARALLEL or (config.hidden_act == "silu" and not getattr(config, "mlp_bias", False)))
     )
-    return known and all(_ordinary(module, device) for module in model.modules())
+    return supported and all(_ordinary(module, device) for module in model.modules())
 
 
 def _ordinary(module: nn.Module, device: str) -> bool:
-    its = vars(module)
-    if "forward" in its or any(its[hooks] for hooks in HOOKS) or its.get("gradient_checkpointing"):
+    """Whether a module is one of torch's or transformers' own, unhooked, with float32 weights on this device."""
+    attributes = vars(module)
+    if "forward" in attributes or any(attributes[hooks] for hooks in HOOKS) or attributes.get("gradient_checkpointing"):
         return False  # someone watches it, or changes what it does
     if not type(module).__module__.startswith(
         ("torch.nn.modules.", "transformers.models.", "transformers.activations")
@@ -77,7 +79,7 @@ def _ordinary(module: nn.Module, device: str) -> bool:
         return False
     if isinstance(module, nn.Dropout):
         return not (module.training and module.p > 0)
-    own = [weight for weight in its["_parameters"].values() if weight is not None]
+    own = [weight for weight in attributes["_parameters"].values() if weight is not None]
     return not own or (
         type(module) in WEIGHTS
         and all(

@@ -14,7 +14,7 @@ from alignkit.forward import cpu
 from alignkit.forward.known import spread
 from alignkit.forward.precision import autocast
 from alignkit.forward.rollout import Rollout, full_ids, position_ids
-from alignkit.models.heads import SharedCritic, score_head, body
+from alignkit.models.heads import SharedCritic, body, score_head
 
 
 def response_logps(policy: nn.Module, responses: Rollout) -> Tensor:

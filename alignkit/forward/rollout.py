@@ -85,8 +85,8 @@ def rollout_from_ids(prompts: list[list[int]], responses: list[list[int]], *, eo
     prompt_ids, prompt_mask = left_pad(prompts, pad_token_id)
     response_ids, response_mask = right_pad(responses, pad_token_id)
     finished = torch.tensor([bool(row) and row[-1] == eos_token_id for row in responses])
-    made = Rollout(prompt_ids, prompt_mask, response_ids, response_mask, torch.zeros(response_ids.shape), finished)
-    return to_device(made, device)
+    rollout = Rollout(prompt_ids, prompt_mask, response_ids, response_mask, torch.zeros(response_ids.shape), finished)
+    return to_device(rollout, device)
 
 
 def encode_rows(tokenizer, rows: list[dict], column: str, max_new_tokens: int) -> Rollout:
@@ -102,14 +102,16 @@ def encode_rows(tokenizer, rows: list[dict], column: str, max_new_tokens: int) -
 
 
 def passes(rollout: Rollout, most: int | None, rows: int) -> list[tuple[slice | Tensor, Rollout]]:
-    """What one forward pass each reads of a rollout, and which rows that are: `rows` at a time, in their order, or, if
-    `most` is not None, `groups` of rows, without columns in which all of them are padding.
+    """Split a rollout into parts that fit one forward pass; each with the rows of the rollout that it holds.
+
+    most: the most tokens, padding included, of a part: rows of like length then make a part, without columns in which
+    all of them are padding. None makes parts of `rows` rows, in their order.
     """
     if most is None:
-        some = [slice(start, start + rows) for start in range(0, len(rollout), rows)]
-        return [(part, rollout[part]) for part in some]
-    some = groups(rollout.prompt_mask.sum(1), rollout.response_mask.sum(1), most)
-    return [(part, trimmed(rollout[part])) for part in some]
+        slices = [slice(start, start + rows) for start in range(0, len(rollout), rows)]
+        return [(part, rollout[part]) for part in slices]
+    alike = groups(rollout.prompt_mask.sum(1), rollout.response_mask.sum(1), most)
+    return [(part, trimmed(rollout[part])) for part in alike]
 
 
 def groups(prompt_tokens: Tensor, response_tokens: Tensor, most: int) -> list[Tensor]:
@@ -118,16 +120,16 @@ def groups(prompt_tokens: Tensor, response_tokens: Tensor, most: int) -> list[Te
     prompt_tokens, response_tokens: (B,), how many there are. A row that has more is a group of its own.
     """
     lengths = torch.stack([prompt_tokens, response_tokens], 1).tolist()
-    found, widest = [], (0, 0)
+    parts, widest = [], (0, 0)
     for row in sorted(range(len(lengths)), key=lambda row: sum(lengths[row])):
         wider = tuple(map(max, widest, lengths[row]))
-        if found and (len(found[-1]) + 1) * (sum(wider) - 1) <= most:  # the last token is not read
-            found[-1].append(row)
+        if parts and (len(parts[-1]) + 1) * (sum(wider) - 1) <= most:  # the last token is not read
+            parts[-1].append(row)
             widest = wider
         else:
-            found.append([row])
+            parts.append([row])
             widest = tuple(lengths[row])
-    return [torch.tensor(rows, device=prompt_tokens.device) for rows in found]
+    return [torch.tensor(rows, device=prompt_tokens.device) for rows in parts]
 
 
 def trimmed(rollout: Rollout) -> Rollout:

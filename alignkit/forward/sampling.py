@@ -40,7 +40,7 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
     if cuda_graph.usable(policy, max_new_tokens):
         return _sample_by_graph(policy, prompt_ids, prompt_mask, max_new_tokens, generator, eos_token_id=eos_token_id,
                                 pad_token_id=pad_token_id, temperature=temperature)
-    decoder, logits = _prompts_read(policy, prompt_ids, prompt_mask, max_new_tokens - 1)
+    decoder, logits = decoder_after_prompts(policy, prompt_ids, prompt_mask, max_new_tokens - 1)
     alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
     rows = torch.arange(len(prompt_ids), device=device)  # those that the model still reads
     padding, nothing = torch.full_like(rows, pad_token_id), torch.zeros(len(prompt_ids), device=device)
@@ -65,10 +65,10 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
     )
 
 
-def _prompts_read(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, room: int) -> tuple:
-    """A decoder that has read the prompts, and the logits (B, V) of the next token.
+def decoder_after_prompts(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, room: int) -> tuple:
+    """Make a decoder that has read the prompts; returns it with the logits (B, V) of the next token.
 
-    Where each prompt is there twice or more on average, it is read once.
+    A prompt that occurs several times is read once, if prompts occur twice or more on average.
     """
     reader = cpu.reader(policy)
 

@@ -97,7 +97,7 @@ def _load(auto, model, **config_options):
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **config_options)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        loaded, found = auto.from_pretrained(
+        loaded, report = auto.from_pretrained(
             name,
             config=config,
             dtype=torch.float32,
@@ -118,7 +118,7 @@ def _load(auto, model, **config_options):
             f"model {name!r} needs code of its own (auto_map), which is never run; expected an architecture that "
             "transformers has"
         ) from error
-    lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if lacking:  # transformers would fill them with random numbers
         raise ValueError(
             f"model {name!r} has no weights of the right shape for {lacking[0]!r}{' and others' * (len(lacking) > 1)}; "

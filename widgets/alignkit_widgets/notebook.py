@@ -44,7 +44,7 @@ class TextProgress:
         self.last = time.monotonic()
 
     def update(self, place: str, row: Mapping[str, object], final: bool = False) -> None:
-        """Print `place` ("12 of 40, 0:31 left") and the latest numbers, unless that was done just now."""
+        """Print `place` ("12 of 40, 31.0 s left") and the latest numbers, unless that was done just now."""
         now = time.monotonic()
         if now - self.last < self.every and not final:
             return

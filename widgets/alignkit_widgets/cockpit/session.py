@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from alignkit.metrics import duration
 from alignkit.safe_text import visible
 from alignkit.storage import append_metrics, branch_files, branch_metrics, trim_metrics, write_atomically
 from alignkit_widgets.cockpit.controls import Controls
@@ -104,9 +105,9 @@ class Session:
         left = self.busy / self.ran * (self.total - self.done) if self.ran and self.total else None
         place = f"{self.config['unit']} {self.done}" + (f" of {self.total}" if self.total else "")
         if self.state in OVER:
-            place += f", {self.state} after {clock(self.busy)}"
+            place += f", {self.state} after {duration(self.busy)}"
         elif left is not None:
-            place += f", {clock(left)} left"
+            place += f", {duration(left)} left"
         return {
             "name": self.state,
             "over": self.state in OVER,
@@ -178,13 +179,6 @@ def _rows_before(log: Path | None, start: int) -> list[dict]:
         file.unlink()
     write_atomically(log, "")
     return []
-
-
-def clock(seconds: float) -> str:
-    """Seconds as 0:07, 12:30 or 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _sample_lines(samples: Mapping) -> Sequence[str]:
