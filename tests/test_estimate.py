@@ -10,8 +10,8 @@ from alignkit.desk.world import World
 from alignkit.jobs import estimate
 from alignkit.jobs.notebooks import course
 from alignkit.models.loading import load_policy
-from alignkit.runs.stages import CHAIN
 from alignkit.sft import train_sft
+from alignkit.stages import CHAIN
 
 
 def test_the_time_of_a_step_is_what_further_batches_add(monkeypatch):

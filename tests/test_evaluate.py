@@ -13,7 +13,7 @@ import torch
 from alignkit.data.encoding import ChatText
 from alignkit.desk.world import BEHAVIOURS, KINDS, phrase_counts
 from alignkit.errors import ManifestError
-from alignkit.evaluate.comparison import Comparison, _page, compare, compare_directories
+from alignkit.evaluate.comparison import Comparison, _write, compare, compare_directories
 from alignkit.evaluate.evaluation import Evaluation, EvaluationSet, difference, evaluate, evaluation_set, win_rate
 from alignkit.formulas.intervals import Bootstrap, Estimate, wilson
 from alignkit.forward.rollout import left_pad
@@ -439,10 +439,11 @@ def test_comparison_as_text_table_csv_and_json(pair):
     assert alone.differences == {} and "sft" in str(alone)
 
 
-def test_what_a_model_says_is_text_on_the_page(pair):
+def test_what_a_model_says_is_text_on_the_page(pair, tmp_path):
     evil = "<script>alert(1)</script><button data-commandlinker-command=x>\x1b[31m\u202egnp.exe"
     said = Evaluation(pair[0].set, {**pair[0].columns, "response": [evil] * 384}, pair[0].gold_scale)
-    page = _page(compare({"<b>sft</b>": said}), [])
+    _write(compare({"<b>sft</b>": said}), tmp_path)
+    page = (tmp_path / "compare.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)" in page and "&lt;b&gt;sft" in page
     assert not [mark for mark in ("<script", "<button", "<b>", "\x1b", "\u202e") if mark in page]
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaCon
 from alignkit import exact
 from alignkit.desk.tiny import phrase_ids, tiny_reward_model
 from alignkit.desk.world import PHRASES, World, phrase_counts, render
-from alignkit.exact import enumeration
+from alignkit.exact import cache, enumeration
 from alignkit.formulas.kl import k1, k3
 from alignkit.formulas.randomness import seeded
 from alignkit.formulas.tokens import sequence_logps, token_logprobs
@@ -692,7 +692,7 @@ def test_cache_hits_misses_and_survives_a_torn_file(desk, tmp_path, monkeypatch)
     def fails(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(exact.os, "replace", fails)
+    monkeypatch.setattr(cache.os, "replace", fails)
     with pytest.raises(OSError, match="disk full"):
         read(deep=3)
     assert all(file.suffix == ".npy" for file in tmp_path.iterdir())  # nothing half-written stays

@@ -11,12 +11,12 @@ import nbformat
 import psutil
 import pytest
 
+from alignkit import stages
 from alignkit.errors import NotebookFailed, ParameterError, RunError, RunInUse
 from alignkit.jobs import job as job_module
 from alignkit.jobs import notebooks
 from alignkit.jobs.notebooks import course, run_notebook
 from alignkit.jobs.parameters import check_parameters, notebook_parameters
-from alignkit.runs import stages
 
 PARAMETERS = """\
 run = "runs/course"  # where everything goes

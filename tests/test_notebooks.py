@@ -10,7 +10,7 @@ import pytest
 from alignkit.jobs.notebooks import run_notebook
 from alignkit.jobs.parameters import notebook_parameters
 from alignkit.runs.records import start_run
-from alignkit.runs.stages import CHAIN
+from alignkit.stages import CHAIN
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("[0-9]*.ipynb"))
 SMALL = {  # notebook -> parameters with which its solutions are run, in this order, in one run directory

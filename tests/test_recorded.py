@@ -24,22 +24,21 @@ def test_the_sweep_was_made_by_the_present_code(sweep):
 
 
 def test_docstrings_comments_and_line_breaks_do_not_change_a_hash(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_module, "__file__", str(tmp_path / "recorded.py"))
+    monkeypatch.setattr(sweep_module, "PACKAGE", tmp_path)
 
     def hashed(text: str) -> str:
         (tmp_path / "kl.py").write_text(textwrap.dedent(text))
-        return source_hashes(["kl"])["kl"]
+        return source_hashes(["kl.py"])["kl.py"]
 
     first = hashed('"""About."""\n\ndef f(x):\n    """Twice."""\n    return 2 * x  # doubled\n')
     assert first == hashed('def f(\n    x,\n):\n    """Two times."""\n\n    return (2 * x)\n')
     assert first != hashed("def f(x):\n    return 3 * x\n")
 
 
-def test_what_the_sweep_measures_with_is_hashed():
-    import ast
-
-    tree = ast.parse((sweep_module.FILE.parent / "exact.py").read_text(encoding="utf-8"))
-    assert {getattr(node, "name", None) for node in tree.body} >= sweep_module.MEASURES
+def test_whole_folders_are_hashed_without_what_only_stores_figures():
+    names = source_hashes()
+    assert {"exact/enumeration.py", "formulas/losses.py", "forward/sampling.py", "ppo.py"} <= names.keys()
+    assert not names.keys() & {"exact/cache.py", "exact/sweep.py"}
 
 
 def test_no_run_is_above_the_exact_frontier(sweep):

@@ -23,7 +23,7 @@ from alignkit.models.loading import load_policy, save_model
 from alignkit.runs import frozen as frozen_module
 from alignkit.runs.frozen import checkpoint_hash, freeze, lineage, verify
 from alignkit.runs.records import record_seconds, start_run, versions, write_results
-from alignkit.runs.stages import RUN_FILES
+from alignkit.stages import RUN_FILES
 from alignkit.storage import (
     append_metrics,
     config_hash,

@@ -119,7 +119,7 @@ def test_a_row_that_is_too_long_loses_its_end():
 
 def test_logits_as_wide_as_the_vocabulary_change_no_weight(monkeypatch):
     narrow = train()[0]
-    monkeypatch.setattr(sft, "_narrow_logits", lambda vocabulary: nullcontext())
+    monkeypatch.setattr(sft, "narrow_logits", lambda vocabulary: nullcontext())
     assert torch.equal(weights(narrow), weights(train()[0]))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignkit.jobs.parameters import Parameter
-from alignkit.runs.stages import CHAIN, RUN_FILES
+from alignkit.stages import CHAIN, RUN_FILES
 from alignkit.storage import content_hash, plain
 
 PRESENTATION = ("jobs", "pages")  # folders of code that changes nothing in a run

@@ -21,7 +21,7 @@ from alignkit.jobs.parameters import Parameter, check_name, notebook_parameters,
 from alignkit.jobs.progress import Progress
 from alignkit.metrics import duration
 from alignkit.runs.records import record_seconds, start_run
-from alignkit.runs.stages import CHAIN
+from alignkit.stages import CHAIN
 from alignkit.storage import locked, plain, write_json
 
 

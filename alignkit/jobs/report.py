@@ -15,7 +15,7 @@ from pathlib import Path
 from alignkit.errors import RunError
 from alignkit.metrics import METRICS, is_number, number, share
 from alignkit.pages.render import Picture, picture, render
-from alignkit.runs.stages import CHAIN, STAGES, in_order
+from alignkit.stages import CHAIN, STAGES, in_order
 from alignkit.storage import write_atomically
 
 PROMPTS = 24  # prompts whose responses are shown

@@ -32,7 +32,7 @@ from alignkit.plots.style import (
     _tint,
     _width,
 )
-from alignkit.runs.stages import STAGES
+from alignkit.stages import STAGES
 
 STAGE_COLOURS = {"sft": MUTED, "reward": GREEN, "ppo": BLUE, "frozen": SKY, "dpo": VERMILION}
 

@@ -20,7 +20,7 @@ import torch
 from alignkit.errors import ManifestError
 from alignkit.models.loading import load_policy, save_model
 from alignkit.runs.records import versions
-from alignkit.runs.stages import RUN_FILES
+from alignkit.stages import RUN_FILES
 from alignkit.storage import config_hash, content_hash, flush, locked, settings, write_atomically
 
 MANIFEST = "manifest.json"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from alignkit.errors import RunError
-from alignkit.runs.stages import STAGES, in_order
+from alignkit.stages import STAGES, in_order
 from alignkit.storage import plain, write_json
 
 

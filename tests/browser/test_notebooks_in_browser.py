@@ -18,7 +18,7 @@ from papermill.parameterize import parameterize_notebook
 
 from alignkit.jobs.notebooks import run_notebook
 from alignkit.jobs.parameters import check_parameters
-from alignkit.runs.stages import CHAIN
+from alignkit.stages import CHAIN
 from alignkit.storage import read_metrics
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
