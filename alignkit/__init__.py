@@ -14,9 +14,15 @@ _MODULES = {
     "data.labels": ["ChoiceLog", "choice_items"],
     "data.rows": ["check", "load_rows"],
     "desk.tiny": ["desk_tokenizer", "phrase_ids", "tiny_policy", "tiny_reward_model"],
-    "desk.world": ["ANNOTATORS", "Annotator", "BEHAVIOURS", "DUAL_VERBS", "KINDS", "MAX_PHRASES", "PHRASES", "Prompt", "SENTENCES", "World", "render"],
+    "desk.world": [
+        "ANNOTATORS", "Annotator", "BEHAVIOURS", "DUAL_VERBS", "KINDS", "MAX_PHRASES", "PHRASES", "Prompt",
+        "SENTENCES", "World", "render",
+    ],
     "dpo": ["DPOStats", "Pairs", "dpo_step", "with_reference"],
-    "errors": ["AlignkitError", "DataError", "InvariantError", "ManifestError", "NonFinite", "NotebookFailed", "ParameterError", "RunError", "RunInUse"],
+    "errors": [
+        "AlignkitError", "DataError", "InvariantError", "ManifestError", "NonFinite", "NotebookFailed",
+        "ParameterError", "RunError", "RunInUse",
+    ],
     "evaluate.adviser": ["advice"],
     "evaluate.comparison": ["Comparison", "compare", "compare_directories"],
     "evaluate.evaluation": ["Evaluation", "EvaluationSet", "difference", "evaluation_set", "win_rate"],

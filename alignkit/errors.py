@@ -1,4 +1,4 @@
-"""The errors that alignkit raises on purpose. Their message says what is wrong and what to do; no traceback is needed."""
+"""The errors that alignkit raises on purpose. The message says what is wrong and what to do."""
 
 from collections.abc import Iterable
 

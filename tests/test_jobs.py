@@ -1,6 +1,8 @@
 """Notebooks as jobs: what is refused before a kernel starts, how a job ends, and what a second run repeats."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -435,3 +437,23 @@ def test_a_notebook_is_found_by_path_name_and_number(tmp_path, monkeypatch):
     assert [notebooks.find_notebook(name) for name in (path, "03_ppo", "03_ppo.ipynb", "3", "03")] == [path] * 5
     with pytest.raises(FileNotFoundError, match="expected a path to an .ipynb file or one of: 03_ppo"):
         notebooks.find_notebook("04_other")
+
+
+@pytest.mark.parametrize("file, counts", [("forward/sampling.py", True), ("ppo.py", True), ("exact/sweep.json", True),
+                                          ("jobs/report.py", False), ("pages/render.py", False)])
+def test_a_job_runs_again_when_code_that_matters_changed_in_a_folder_too(tmp_path, file, counts):
+    package = Path(job_module.__file__).parents[1]
+    shutil.copytree(package, tmp_path / "alignkit", ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from alignkit.jobs import job; print(job.__file__, job._code_hash())"
+
+    def code_hash() -> str:
+        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        seen = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True,
+                              check=True).stdout.split()
+        assert seen[0].startswith(str(tmp_path))
+        return seen[1]
+
+    before = code_hash()
+    with (tmp_path / "alignkit" / file).open("a") as changed:
+        changed.write("\n")
+    assert (code_hash() != before) is counts

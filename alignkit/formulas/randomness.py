@@ -21,6 +21,7 @@ def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def seeded_weights(seed: int):
+    """Weights that are made inside this block are fixed by the seed; the caller's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

@@ -138,6 +138,7 @@ def _digest(path: Path) -> str:
 def _code_hash() -> str:
     """Of all code of alignkit that a run's outcome can depend on."""
     package = Path(__file__).parents[1]
-    files = {path.relative_to(package): path for path in sorted(package.rglob("*.py"))}
+    paths = [path for path in sorted(package.rglob("*")) if path.suffix in (".py", ".json")]
+    files = {path.relative_to(package): path for path in paths}
     return content_hash({name.as_posix(): _digest(path) for name, path in files.items()
                          if name.parts[0] not in PRESENTATION})

@@ -66,6 +66,7 @@ def body(model: nn.Module) -> nn.Module:
 
 
 def score_head(model: nn.Module) -> nn.Linear:
+    """The head that says one number a token. Raises ValueError if the model has none, or one with more outputs."""
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ValueError(f"{type(model).__name__} has no `score` head with one output; expected a causal "
