@@ -61,6 +61,12 @@ MUTANTS = [
     Mutant("formulas/kl.py", "torch.expm1(log_ratio) - log_ratio", "torch.exp(log_ratio) - 1 - log_ratio",
            "k3 that rounds below 0", "test_tokens.py::test_k3_is_never_negative_not_even_where_float32_rounds"),
     # PPO
+    Mutant("formulas/losses.py", "label_smoothing * flipped) / (1 - 2 * label_smoothing)", "label_smoothing * flipped)",
+           "the robust loss is not divided by 1 − 2ε",
+           "test_dpo.py::test_the_robust_loss_of_flipped_labels_is_on_average_the_loss_of_the_right_ones"),
+    Mutant("formulas/losses.py", "* kept - label_smoothing * flipped", "* kept + label_smoothing * flipped",
+           "the robust loss is cDPO's",
+           "test_dpo.py::test_the_robust_loss_of_flipped_labels_is_on_average_the_loss_of_the_right_ones"),
     Mutant("formulas/losses.py", "-kl_coef * k1(logprobs, ref_logprobs)", "kl_coef * k1(logprobs, ref_logprobs)",
            "KL is rewarded instead of charged",
            "test_ppo.py::test_token_rewards_charge_kl_everywhere_and_add_the_score_once_at_the_last_token"),
