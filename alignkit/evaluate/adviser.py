@@ -28,7 +28,7 @@ def advice(evaluated) -> list[str]:
     names = list(evaluations)
     first, last = names[0], names[-1]
     now, before = metrics[last], metrics[first]
-    said = []
+    asks = []
 
     def change(metric, since=first, until=last):
         """How `metric` changed between two checkpoints; None where one of them lacks it or there is only one."""
@@ -37,14 +37,14 @@ def advice(evaluated) -> list[str]:
 
     risky = now.get("risky_failure_rate")
     if _above(risky, RISKY_FAILURES):
-        said.append(f"Risky failures are still {risky:.1%} in {last}: more PPO, with more risky prompts or a reward "
+        asks.append(f"Risky failures are still {risky:.1%} in {last}: more PPO, with more risky prompts or a reward "
                     "model that sees them better, before DPO.")
     elif risky and risky.value > RISKY_FAILURES:
-        said.append(f"Risky failures of {last} are {risky:.1%}, which cannot be told from {RISKY_FAILURES:.0%}: "
+        asks.append(f"Risky failures of {last} are {risky:.1%}, which cannot be told from {RISKY_FAILURES:.0%}: "
                     "evaluate on more risky prompts.")
     refusals = change("over_refusal_rate")
     if _above(refusals, 0):
-        said.append(f"Over-refusal grew by {refusals:.1%} from {first} to {last}: obedient rather than better. Look at "
+        asks.append(f"Over-refusal grew by {refusals:.1%} from {first} to {last}: obedient rather than better. Look at "
                     "what the reward model gives to refusals of look-alike prompts.")
     pairs = [(earlier, later) for position, earlier in enumerate(names) for later in names[position + 1 :]]
     overdone = [later for earlier, later in pairs
@@ -53,30 +53,30 @@ def advice(evaluated) -> list[str]:
         best = max(names, key=lambda name: metrics[name]["gold_mean"].value)
         kl = metrics[overdone[0]].get("kl_to_sft")
         where = f" at a KL of {kl.value:.1f} nats" if kl else ""
-        said.append(f"{overdone[0]} is over-optimised{where}: its proxy rose while gold fell. Go back to {best}, or "
+        asks.append(f"{overdone[0]} is over-optimised{where}: its proxy rose while gold fell. Go back to {best}, or "
                     "train with a larger KL coefficient (PPO) or beta (DPO).")
     moved = change("proxy_mean")
     if moved and not moved.excludes_zero:
-        said.append(f"The proxy of {last} cannot be told from that of {first} ({moved:+.2f}): train longer, or with a "
+        asks.append(f"The proxy of {last} cannot be told from that of {first} ({moved:+.2f}): train longer, or with a "
                     "smaller KL coefficient.")
     if now["entropy"].value < before["entropy"].value / 5:
-        said.append(f"Entropy fell from {before['entropy'].value:.2f} to {now['entropy'].value:.2f} nats a token: "
+        asks.append(f"Entropy fell from {before['entropy'].value:.2f} to {now['entropy'].value:.2f} nats a token: "
                     "the policy has collapsed onto few responses. Use a larger KL coefficient or an entropy bonus.")
     if "gold_mean" not in now and "kl_to_sft" in now and now["kl_to_sft"].value > FAR:
-        said.append(f"{last} is {now['kl_to_sft'].value:.1f} nats from where it started, and there is no gold reward "
+        asks.append(f"{last} is {now['kl_to_sft'].value:.1f} nats from where it started, and there is no gold reward "
                     "to tell whether the proxy still means anything: read samples before the next stage.")
     if _below(now["eos_rate"], 0.8):
-        said.append(f"Only {now['eos_rate']:.0%} of the responses of {last} end by themselves: use a missing-EOS "
+        asks.append(f"Only {now['eos_rate']:.0%} of the responses of {last} end by themselves: use a missing-EOS "
                     "penalty, or allow more tokens.")
     agreement = now.get("paraphrase_agreement")
-    if not said and _below(agreement, AGREEMENT):
-        said.append(f"Paraphrases of one question still get different behaviour from {last} (agreement "
+    if not asks and _below(agreement, AGREEMENT):
+        asks.append(f"Paraphrases of one question still get different behaviour from {last} (agreement "
                     f"{agreement:.2f}): DPO on pairs that it samples is the next stage.")
-    if not said:
+    if not asks:
         score = next((metric for metric in ("gold_mean", "proxy_mean") if metric in now), None)
         best = max(names, key=lambda name: metrics[name][score].value) if score else last
-        said.append(f"Nothing here asks for more training: freeze {best}.")
-    return said
+        asks.append(f"Nothing here asks for more training: freeze {best}.")
+    return asks
 
 
 def _above(estimate, limit: float) -> bool:

@@ -149,10 +149,10 @@ papermill_engines.register(ENGINE, _Engine)
 def _last_words(exit_code: int | None, log) -> str:
     log.seek(0, 2)
     log.seek(max(0, log.tell() - 2000))
-    said = log.read().decode(errors="replace").strip()
+    last_output = log.read().decode(errors="replace").strip()
     if exit_code is not None and exit_code < 0:
         name = signal.Signals(-exit_code).name if -exit_code in iter(signal.Signals) else str(-exit_code)
         how = f"its process was killed by {name}" + (", often because memory ran out" if name == "SIGKILL" else "")
     else:
         how = "its process ended" + ("" if exit_code is None else f" with exit code {exit_code}")
-    return f"the kernel died: {how}" + (f"; it last wrote: {said}" if said else "")
+    return f"the kernel died: {how}" + (f"; it last wrote: {last_output}" if last_output else "")
