@@ -27,6 +27,7 @@ except ImportError:  # POSIX
     msvcrt = None
 
 FAR_AWAY = 2**30  # the byte of a file that is locked on Windows
+MOST_JSON, DEEPEST_JSON = 256 * 2**20, 64  # bytes of a JSON file, and lists or mappings inside one another, to be read
 
 
 def append_metrics(path: str | Path, row: Mapping) -> None:
@@ -143,6 +144,52 @@ def plain(value, where: str = "value"):
     raise TypeError(f"{where} is of type {type(value).__name__}, expected numbers, text, lists, mappings, a dataclass")
 
 
+def read_json(path: str | Path, kind: type = dict, *, error: type[Exception] = RunError) -> object:
+    """The JSON value in a file, checked to be of `kind`; the one way in which alignkit reads a record.
+
+    Raises FileNotFoundError if there is no such file, and `error`, naming the file, on all else that is wrong with it:
+    not UTF-8, not JSON, NaN or Infinity, a value of another kind, more than MOST_JSON bytes, nested deeper than
+    DEEPEST_JSON.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_JSON + 1)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as problem:
+        raise error(f"{path} cannot be read: {problem}") from None
+    if len(content) > MOST_JSON:
+        raise error(f"{path} has more than {MOST_JSON // 2**20} MiB, too much for a record")
+    return parse_json(content, kind, where=str(path), error=error)
+
+
+def parse_json(content: str | bytes, kind: type = dict, *, where: str, error: type[Exception] = RunError) -> object:
+    """The JSON value that `content` holds, under the limits of `read_json`; `where` names its source in messages."""
+    try:
+        value = json.loads(content, parse_constant=_no_constant)
+    except RecursionError:
+        raise error(f"{where} is nested deeper than {DEEPEST_JSON} lists and mappings") from None
+    except ValueError as problem:  # not UTF-8, not JSON, an integer of thousands of digits
+        raise error(f"{where} is not valid JSON: {problem}") from None
+    if not isinstance(value, kind):
+        raise error(f"{where} holds {_KINDS.get(type(value), 'a number')}, expected {_KINDS[kind]}")
+    level, depth = [value], 0
+    while level := [item for each in level if isinstance(each, (dict, list))
+                    for item in (each.values() if isinstance(each, dict) else each)]:
+        depth += 1
+        if depth > DEEPEST_JSON:
+            raise error(f"{where} is nested deeper than {DEEPEST_JSON} lists and mappings")
+    return value
+
+
+_KINDS = {dict: "a JSON object", list: "a list", str: "text", type(None): "null", bool: "true or false"}
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
 def write_json(path: str | Path, value) -> None:
     """Write `value` as JSON, atomically. Raises as `plain` does."""
     value = plain(value, Path(path).name)
@@ -164,10 +211,10 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str | Path) -> Iterator[None]:
+def locked(path: str | Path) -> Iterator[int]:
     """Hold the lock of a file or folder while the block runs; the system lets go of it when this process ends, however.
 
-    Raises BlockingIOError if another process, or another place of this one, holds it. POSIX locks `path` itself.
+    Yields the file descriptor that holds it: a child process that inherits it holds the lock with its parent. Raises BlockingIOError if another process, or another place of this one, holds it. POSIX locks `path` itself.
     Windows can lock no folder: there a hidden file beside it is locked instead. Where Python has neither kind of lock,
     nobody is stopped.
     """
@@ -185,7 +232,7 @@ def locked(path: str | Path) -> Iterator[None]:
                 msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
             except OSError as error:
                 raise BlockingIOError(error.errno, f"{path} is locked") from error
-        yield
+        yield handle
     finally:
         os.close(handle)
 

@@ -27,9 +27,11 @@ LAYERS = (
     ("alignkit.exact", "alignkit.sft", "alignkit.reward", "alignkit.ppo", "alignkit.dpo", "alignkit.task"),
     ("alignkit.forward", "alignkit.runs"),
     ("alignkit.models", "alignkit.data", "alignkit.plots"),
+    ("alignkit.folders",),
     ("alignkit.desk", "alignkit.pages", "alignkit.storage"),
     ("alignkit.formulas", "alignkit.trainer", "alignkit.optim"),
-    ("alignkit.configs", "alignkit.metrics", "alignkit.stages", "alignkit.errors", "alignkit.safe_text"),
+    ("alignkit.configs", "alignkit.metrics", "alignkit.stages", "alignkit.errors", "alignkit.safe_text",
+     "alignkit.killpoints"),
     ("alignkit",),  # the face itself, which imports by name when a name is first used
 )
 NOTEBOOKS_IMPORT = {"alignkit", "alignkit.plots", "alignkit.exact", "alignkit_widgets"}

@@ -1,0 +1,159 @@
+"""One way to replace a folder: a model, a stage, a checkpoint, a frozen model, a comparison.
+
+The new folder is written beside the old one under a hidden name with the tool's own marker, flushed to the disk, and
+exchanged with it in one step where the system can (Linux). Elsewhere two renames do it; a process killed between them
+leaves the old folder under its temporary name, and `recover` gives it back its own. What killed processes leave behind
+is swept the next time, if it carries the marker and nobody holds its lock.
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from alignkit.killpoints import reached
+from alignkit.storage import flush, locked
+
+MARK = "alignkit-part"  # .NAME.alignkit-part-new-ID is being written, .NAME.alignkit-part-old-ID was replaced
+
+
+@contextlib.contextmanager
+def replacing(directory: str | Path, *, keep: bool = False) -> Iterator[Path]:
+    """Yield an empty folder to write in; at the end of the block it takes the place of `directory`, all or nothing.
+
+    keep: what lies in the old folder and not in the new one goes along (a stage's records beside its weights). Until
+    the exchange `directory` stays as it is, and for good if the block raises. Files get the permissions of the umask.
+    """
+    directory = Path(os.path.abspath(directory))
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    recover(directory)
+    sweep(directory)
+    new = _temporary(directory, "new")
+    new.mkdir()
+    try:
+        with locked(new):  # tells `sweep` that a living process is at work here
+            reached("folder.begun")
+            yield new
+            if keep and directory.is_dir():
+                _take_along(directory, new)
+            reached("folder.written")
+            _settle(new)
+            reached("folder.flushed")
+            old = _exchange(new, directory)
+            flush(directory.parent)
+            reached("folder.exchanged")
+            if old:
+                shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        recover(directory)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def recover(directory: str | Path) -> None:
+    """Give a folder its name back that a process had when it was killed between two renames. Every reader may call it.
+    """
+    directory = Path(os.path.abspath(directory))
+    if os.path.lexists(directory):
+        return
+    for old in _leftovers(directory, "old"):
+        with contextlib.suppress(OSError):
+            old.rename(directory)
+            return
+
+
+def sweep(directory: str | Path) -> list[Path]:
+    """Delete what killed processes left of `directory`; returns it. What a living process holds stays, and so does
+    every folder without the marker."""
+    directory = Path(os.path.abspath(directory))
+    swept = []
+    for leftover in [*_leftovers(directory, "new"), *_leftovers(directory, "old")]:
+        with contextlib.suppress(OSError), locked(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+            swept.append(leftover)
+    return swept
+
+
+def leftovers(folder: str | Path) -> list[Path]:
+    """All temporary folders of killed or working processes at any depth below `folder`."""
+    return [path for path in sorted(Path(folder).rglob(f".*.{MARK}-*")) if path.is_dir() and not path.is_symlink()]
+
+
+def _temporary(directory: Path, kind: str) -> Path:
+    return directory.with_name(f".{directory.name}.{MARK}-{kind}-{uuid.uuid4().hex[:12]}")
+
+
+def _leftovers(directory: Path, kind: str) -> list[Path]:
+    pattern = re.compile(re.escape(f".{directory.name}.{MARK}-{kind}-") + "[0-9a-f]{12}")
+    with contextlib.suppress(OSError):
+        return sorted(path for path in directory.parent.iterdir()
+                      if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink())
+    return []
+
+
+def _take_along(old: Path, new: Path) -> None:
+    """Bring what only `old` has to `new`: the same files under two names, or copies where a disk has no hard links."""
+    def bring(source: str, target: str) -> None:
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(source, target, follow_symlinks=False)
+
+    ours = {path.name for path in leftovers(old) if path.parent == old}
+    for kept in old.iterdir():
+        target = new / kept.name
+        if os.path.lexists(target) or kept.name in ours:
+            continue
+        if kept.is_dir() and not kept.is_symlink():
+            shutil.copytree(kept, target, copy_function=bring, symlinks=True,
+                            ignore=shutil.ignore_patterns(f".*.{MARK}-*"))
+        else:
+            bring(str(kept), str(target))
+
+
+def _settle(new: Path) -> None:
+    """Permissions of the umask (safetensors writes 0600, and a shared run folder must be readable); all on the disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in [*new.rglob("*"), new]:
+        if not path.is_symlink():
+            if path.stat().st_nlink == 1 or path.is_dir():  # one that came along is as it was, and on the disk
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+                flush(path)
+
+
+def _exchange(new: Path, directory: Path) -> Path | None:
+    """Give `new` the name of `directory`; returns where the old folder is now, None if there was none."""
+    if not os.path.lexists(directory):
+        new.rename(directory)
+        return None
+    if _swap(new, directory):
+        return new
+    old = _temporary(directory, "old")
+    directory.rename(old)
+    reached("folder.between")
+    new.rename(directory)
+    return old
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the system or the disk cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
