@@ -8,7 +8,16 @@ class AlignkitError(Exception):
 
 
 class NonFinite(AlignkitError, ValueError):
-    """A model produced NaN or infinite numbers."""
+    """A model produced NaN or infinite numbers. step, batch: where, and the token ids that it was training on, if a
+    trainer raised it."""
+
+    def __init__(self, message: str, step: int | None = None, batch: dict | None = None):
+        super().__init__(message)
+        self.step, self.batch = step, batch
+
+
+class OutOfMemory(AlignkitError, MemoryError):
+    """There was not enough memory for a step; nothing was changed. The message says what to lower, and to what."""
 
 
 class DataError(AlignkitError, ValueError):

@@ -17,15 +17,18 @@ from alignkit.forward.precision import autocast
 from alignkit.forward.reading import token_values
 from alignkit.forward.rollout import right_pad
 from alignkit.models.loading import load_reward_model, save_model
+from alignkit.runs.checkpoints import run_checkpoints
 from alignkit.trainer import run_trainer, trainer_arguments
 
 
 def train_reward_model(
-    model: nn.Module, tokenizer, pairs: list[dict], config: RewardConfig, *, callbacks: Sequence = ()
+    model: nn.Module, tokenizer, pairs: list[dict], config: RewardConfig, *, callbacks: Sequence = (),
+    checkpoints: str | Path | None = None, checkpoint_seconds: float | None = None,
 ) -> list[dict]:
     """Train `model` in place on rows prompt / chosen / rejected (texts) with the Bradley–Terry loss −log σ(r_c − r_r).
 
-    Returns TRL's log, one dict a step. Raises ValueError if there are no pairs.
+    Returns TRL's log, one dict a step. checkpoints, checkpoint_seconds: as in `train_sft`. Raises ValueError if there
+    are no pairs, and as `train_sft`.
     """
     from trl import RewardTrainer
 
@@ -45,7 +48,8 @@ def train_reward_model(
         return {"input_ids": ids, "attention_mask": mask.long()}
 
     args = trainer_arguments("RewardConfig", config, model, center_rewards_coefficient=config.centre or None)
-    return run_trainer(RewardTrainer, model, args, rows, batch, tokenizer, callbacks)
+    kept = run_checkpoints(checkpoints, model, pairs, config, checkpoint_seconds)
+    return run_trainer(RewardTrainer, model, args, rows, batch, tokenizer, callbacks, kept)
 
 
 class RewardScorer:

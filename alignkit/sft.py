@@ -2,23 +2,28 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from alignkit.configs import SFTConfig
 from alignkit.data.encoding import encode_pairs
 from alignkit.forward.rollout import right_pad
+from alignkit.runs.checkpoints import run_checkpoints
 from alignkit.trainer import narrow_logits, run_trainer, trainer_arguments
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every run otherwise
 
 
 def train_sft(
-    policy: nn.Module, tokenizer, rows: list[dict], config: SFTConfig, *, callbacks: Sequence = ()
+    policy: nn.Module, tokenizer, rows: list[dict], config: SFTConfig, *, callbacks: Sequence = (),
+    checkpoints: str | Path | None = None, checkpoint_seconds: float | None = None,
 ) -> list[dict]:
     """Train `policy` in place on rows prompt / completion (texts); returns TRL's log, one dict a step.
 
-    Raises ValueError if there are no rows.
+    checkpoints: a folder for the run's checkpoints, from which an interrupted run goes on; checkpoint_seconds: see
+    `Checkpoints`. Raises ValueError if there are no rows, NonFinite (weights untouched) if a loss or gradient is not
+    finite, RunError if the folder holds an unfinished run of another config, model or data.
     """
     from trl import SFTTrainer
 
@@ -39,5 +44,6 @@ def train_sft(
         return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
     args = trainer_arguments("SFTConfig", config, policy)
+    kept = run_checkpoints(checkpoints, policy, rows, config, checkpoint_seconds)
     with narrow_logits(policy.get_output_embeddings().weight.shape[0]):
-        return run_trainer(SFTTrainer, policy, args, encoded, batch, tokenizer, callbacks)
+        return run_trainer(SFTTrainer, policy, args, encoded, batch, tokenizer, callbacks, kept)

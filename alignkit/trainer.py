@@ -1,13 +1,22 @@
-"""How SFT and the reward model use TRL's trainers, and how long a step of them takes."""
+"""How SFT and the reward model use TRL's trainers, go on from a checkpoint, and how long a step of them takes."""
 
 import contextlib
+import dataclasses
+import json
 import os
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import nn
+
+from alignkit.errors import NonFinite
+from alignkit.killpoints import reached
+
+TOKENS = "_total_train_tokens"  # TRL's count of the tokens trained on, which it logs
 
 
 @contextlib.contextmanager
@@ -62,9 +71,14 @@ def trainer_arguments(name: str, config, model: nn.Module, **more):
 
 
 def run_trainer(
-    kind: type, model: nn.Module, args, rows: list[dict], batch: Callable, tokenizer, callbacks: Sequence
+    kind: type, model: nn.Module, args, rows: list[dict], batch: Callable, tokenizer, callbacks: Sequence,
+    checkpoints: Callable | None = None,
 ) -> list[dict]:
-    """Train on tokenized rows, which `batch` makes tensors of; returns the logged steps as rows with `step` first."""
+    """Train on tokenized rows, which `batch` makes tensors of; returns the logged steps as rows with `step` first.
+
+    checkpoints: makes the run's Checkpoints of its state; a run that has some goes on from the newest. Raises NonFinite,
+    before a weight is touched, if a loss or a gradient is not finite.
+    """
     from datasets import Dataset
     from transformers import PrinterCallback
 
@@ -72,10 +86,14 @@ def run_trainer(
         raise ValueError(f"max_length is {args.max_length}, and every row is longer")
     # TRL checks a Dataset, and trains on anything with a length. From a list a batch comes in a tenth of the time
     more = {"data_collator": batch, "processing_class": tokenizer, "callbacks": list(callbacks)}
-    trainer = kind(model, args=args, train_dataset=Dataset.from_list(rows[:1]), **more)
+    trainer = _resumable(kind)(model, args=args, train_dataset=Dataset.from_list(rows[:1]), **more)
     trainer.train_dataset = rows
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    trainer.add_callback(_guard(trainer))
+    if checkpoints is None:
+        trainer.train()
+    else:
+        _train_on(trainer, checkpoints(TrainerState(trainer)))
     trainer.model.eval()
     # accelerate leaves a `forward` bound to this object: a deep copy (PPO's reference, say) would run its weights
     trainer.model.__dict__.pop("forward", None)
@@ -84,6 +102,109 @@ def run_trainer(
         for row in trainer.state.log_history
         if "loss" in row
     ]
+
+
+class TrainerState:
+    """All that a run of TRL's trainer changes: weights, optimiser, schedule, place in the data, torch's generators."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    @property
+    def step(self) -> int:
+        """Steps made so far."""
+        return self.trainer.state.global_step
+
+    def state_dict(self) -> dict:
+        """What `load_state_dict` goes on from. Not copied."""
+        trainer = self.trainer
+        generators = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            generators["cuda"] = torch.cuda.get_rng_state_all()
+        place = {**dataclasses.asdict(trainer.state), "stateful_callbacks": {}}
+        return {"weights": {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad},
+                "optimizer": trainer.optimizer.state_dict(), "schedule": trainer.lr_scheduler.state_dict(),
+                "generators": generators, "place": json.dumps(place),
+                "tokens": getattr(trainer, TOKENS, 0)}
+
+    def load_state_dict(self, saved: Mapping) -> None:
+        """Bring the weights back now; the trainer asks for all else when it begins."""
+        self.trainer.saved = saved
+        setattr(self.trainer, TOKENS, saved["tokens"])
+        with torch.no_grad():
+            for name, weight in self.trainer.model.named_parameters():
+                if weight.requires_grad:
+                    weight.copy_(saved["weights"][name])
+
+
+def _train_on(trainer, checkpoints) -> None:
+    """Train to the end, from the newest checkpoint if there is one. A Trainer wants a folder with its place in it."""
+    trainer.checkpoints = checkpoints
+    with tempfile.TemporaryDirectory() as folder:
+        if checkpoints.resume():
+            Path(folder, "trainer_state.json").write_text(trainer.saved["place"], encoding="utf-8")
+            trainer.train(resume_from_checkpoint=folder)
+        else:
+            trainer.train()
+
+
+def _resumable(kind: type) -> type:
+    """TRL's trainer `kind` with checkpoints of alignkit's own form in place of its pickles."""
+
+    class Trainer(kind):
+        checkpoints = saved = batch = None
+
+        def training_step(self, model, inputs, *rest):
+            self.batch = inputs
+            loss = super().training_step(model, inputs, *rest)
+            if not torch.isfinite(loss):
+                raise _non_finite(self, f"the loss is {float(loss)}")
+            return loss
+
+        def _load_from_checkpoint(self, *_):
+            pass  # the weights are there already
+
+        def _load_optimizer_and_scheduler(self, checkpoint):
+            if checkpoint is not None:
+                self.optimizer.load_state_dict(self.saved["optimizer"])
+                self.lr_scheduler.load_state_dict(self.saved["schedule"])
+
+        def _load_rng_state(self, checkpoint):
+            if checkpoint is not None:
+                torch.set_rng_state(self.saved["generators"]["cpu"])
+                if "cuda" in self.saved["generators"]:
+                    torch.cuda.set_rng_state_all(self.saved["generators"]["cuda"])
+
+        def _save_checkpoint(self, *_):
+            self.checkpoints.save(self.state.global_step)
+
+    Trainer.__name__ = Trainer.__qualname__ = kind.__name__
+    return Trainer
+
+
+def _guard(trainer):
+    """A callback that lets no step into what is not finite, and asks for a checkpoint when one is due."""
+    from transformers import TrainerCallback
+
+    class Guard(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **_):
+            gradients = [weight.grad for weight in trainer.model.parameters() if weight.grad is not None]
+            if gradients and not torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all():
+                raise _non_finite(trainer, "a gradient is not finite")
+
+        def on_step_end(self, args, state, control, **_):
+            reached("trainer.step")
+            due = trainer.checkpoints is not None and trainer.checkpoints.due()
+            control.should_save = due or (trainer.checkpoints is not None and state.global_step >= state.max_steps)
+
+    return Guard()
+
+
+def _non_finite(trainer, what: str) -> NonFinite:
+    step = trainer.state.global_step + 1
+    batch = {name: value.tolist() for name, value in trainer.batch.items() if hasattr(value, "tolist")}
+    return NonFinite(f"step {step} of {type(trainer).__name__}: {what}; the weights are those before this step. A "
+                     f"learning rate of {trainer.args.learning_rate:g} may be too high", step, batch)
 
 
 def step_seconds(

@@ -61,7 +61,7 @@ def ran(out: Path, folder: str) -> int:
 
 @pytest.fixture(autouse=True)
 def _same_code(monkeypatch):
-    monkeypatch.setattr(job_module, "_code_hash", lambda: "code")
+    monkeypatch.setattr(job_module, "code_hash", lambda: "code")
 
 
 @pytest.fixture
@@ -444,7 +444,7 @@ def test_a_notebook_is_found_by_path_name_and_number(tmp_path, monkeypatch):
 def test_a_job_runs_again_when_code_that_matters_changed_in_a_folder_too(tmp_path, file, counts):
     package = Path(job_module.__file__).parents[1]
     shutil.copytree(package, tmp_path / "alignkit", ignore=shutil.ignore_patterns("__pycache__"))
-    code = "from alignkit.jobs import job; print(job.__file__, job._code_hash())"
+    code = "from alignkit.runs import records; print(records.__file__, records.code_hash())"
 
     def code_hash() -> str:
         env = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignkit.jobs.parameters import Parameter
+from alignkit.runs.records import code_hash
 from alignkit.stages import CHAIN, RUN_FILES
 from alignkit.storage import content_hash, plain
-
-PRESENTATION = ("jobs", "pages")  # folders of code that changes nothing in a run
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def job_key(job: Job, records: Mapping[str, dict]) -> dict[str, object]:
             "notebook": hashlib.sha256(job.notebook.read_bytes()).hexdigest(),
             "parameters": job.settings,
             "files": files,
-            "alignkit": _code_hash(),
+            "alignkit": code_hash(),
             "earlier": content_hash(earlier),
         }
     )
@@ -133,12 +132,3 @@ def _digest(path: Path) -> str:
         )
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _code_hash() -> str:
-    """Of all code of alignkit that a run's outcome can depend on."""
-    package = Path(__file__).parents[1]
-    paths = [path for path in sorted(package.rglob("*")) if path.suffix in (".py", ".json")]
-    files = {path.relative_to(package): path for path in paths}
-    return content_hash({name.as_posix(): _digest(path) for name, path in files.items()
-                         if name.parts[0] not in PRESENTATION})

@@ -4,8 +4,9 @@ Needs neither torch nor transformers. JSON here has no NaN and no infinity: a nu
 None.
 """
 
+import functools
+import hashlib
 import importlib.metadata
-import json
 import math
 import platform
 import re
@@ -14,7 +15,9 @@ from pathlib import Path
 
 from alignkit.errors import RunError
 from alignkit.stages import STAGES, in_order
-from alignkit.storage import plain, write_json
+from alignkit.storage import content_hash, plain, read_json, write_json
+
+PRESENTATION = ("jobs", "pages")  # folders of code that changes nothing in a run
 
 
 def start_run(run: str | Path, model: str, data: str, seed: int) -> Path:
@@ -79,6 +82,16 @@ def versions() -> dict[str, str]:
     return installed
 
 
+@functools.cache
+def code_hash() -> str:
+    """SHA-256 (hex) of all code of alignkit that a run's outcome can depend on."""
+    package = Path(__file__).parents[1]
+    paths = [path for path in sorted(package.rglob("*")) if path.suffix in (".py", ".json")]
+    files = {path.relative_to(package): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return content_hash({name.as_posix(): digest for name, digest in files.items()
+                         if name.parts[0] not in PRESENTATION})
+
+
 def _summarise(run: Path) -> dict:
     results = {path.parent.name: _read(path, {}) for path in sorted(run.glob("*/results.json"))}
     facts = _read(run / "run.json", {})
@@ -90,10 +103,10 @@ def _summarise(run: Path) -> dict:
     return summary
 
 
-def _read(path: Path, default):
+def _read(path: Path, default: dict) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         return default
-    except ValueError as error:
-        raise RunError(f"{path} is not valid JSON ({error}); delete it and run that stage again") from error
+    except RunError as error:
+        raise RunError(f"{error}; delete it and run that stage again") from error

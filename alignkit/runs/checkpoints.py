@@ -1,0 +1,240 @@
+"""Checkpoints of a training run: written often enough to lose little, whole or absent, and gone on from bit for bit.
+
+A checkpoint is a folder of safetensors and JSON with a SHA-256 of each file, written last. It holds what the training
+changes (weights, optimisers, counters, the KL controller), and the facts that it depends on: config, data, the models
+that it started from, alignkit's code. A run whose facts differ cannot go on from it. Random numbers come from the seed
+and the step, so no generator has to be stored; TRL's trainers, which use torch's own, store that.
+"""
+
+import contextlib
+import hashlib
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from alignkit.errors import RunError
+from alignkit.folders import recover, replacing
+from alignkit.killpoints import reached
+from alignkit.runs.records import code_hash, versions
+from alignkit.storage import data_hash, plain, read_json, settings, write_json
+
+TENSORS, STATE, FILES = "tensors.safetensors", "state.json", "files.json"
+KEPT = 2  # whole checkpoints that stay
+SHORTEST, SHARE = 1.0, 0.02  # seconds between two checkpoints, and the share of the time that they may take
+
+
+class Resumable(Protocol):
+    """What can be checkpointed: a PPOState, a DPOState, anything with PyTorch's pair of methods."""
+
+    def state_dict(self) -> Mapping:
+        """All that training changes: nested mappings and lists of tensors, numbers, text and None."""
+
+    def load_state_dict(self, saved: Mapping) -> None:
+        """Go on from what `state_dict` returned."""
+
+
+class Checkpoints:
+    """The checkpoints of one run in a folder, the newest two of them.
+
+    folder: theirs alone; made when the first is written. state: what they hold, as it is before the first step. facts:
+    name -> plain values that must be the same for a run to go on; the code of alignkit is added. every: seconds between
+    two; 0 writes one after each step; None writes as often as 2 % of the time allow, and not more than once a second.
+    """
+
+    def __init__(self, folder: str | Path, state: Resumable, facts: Mapping, *, every: float | None = None) -> None:
+        if every is not None and not every >= 0:
+            raise ValueError(f"every is {every}, expected seconds of 0 or more, or None")
+        self.folder, self.state, self.every = Path(folder), state, every
+        self.facts = {**plain(facts, "facts"), "code": code_hash()}
+        self.seconds = self.cost = 0.0  # spent on checkpoints so far, and on the last one
+        self._last, self._step = time.monotonic(), -1
+
+    def latest(self) -> tuple[int, dict] | None:
+        """The newest whole checkpoint: its step and what was saved; None if there is none. A torn one is skipped with a
+        warning that names it. Raises RunError, with the differing facts, if it belongs to another run."""
+        for folder in self._folders():
+            try:
+                record = _checked(folder)
+                self._compare(folder, record)
+                saved = _unpacked(record["saved"], load_file(folder / TENSORS))
+            except _Torn as problem:
+                warnings.warn(f"checkpoint {folder} is not whole ({problem}); the one before it is used", stacklevel=3)
+                continue
+            return record["step"], saved
+        return None
+
+    def resume(self) -> int:
+        """Bring the state to where the newest whole checkpoint is; returns its step, 0 if there is none."""
+        newest = self.latest()
+        if newest is None:
+            return 0
+        step, saved = newest
+        self.state.load_state_dict(saved)
+        self._step = step
+        return step
+
+    def due(self) -> bool:
+        """Whether it is time for the next one."""
+        wait = max(SHORTEST, self.cost / SHARE) if self.every is None else self.every
+        return time.monotonic() - self._last >= wait
+
+    def offer(self, step: int) -> None:
+        """Write a checkpoint if one is due: `step` steps are made, and logged."""
+        if self.due():
+            self.save(step)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint of the state after `step` steps, unless that is the last one written."""
+        if step == self._step:
+            return
+        begun = time.monotonic()
+        tensors: dict[str, Tensor] = {}
+        tree = _packed(self.state.state_dict(), tensors, {})
+        with replacing(self.folder / f"{step:08}") as new:
+            save_file(tensors, new / TENSORS)
+            reached("checkpoint.weights")
+            write_json(new / STATE, {"step": step, "facts": self.facts, "threads": torch.get_num_threads(),
+                                     "versions": versions(), "saved": tree})
+            write_json(new / FILES, {name: _sha256(new / name) for name in (TENSORS, STATE)})
+        reached("checkpoint.prune")
+        for older in self._folders()[KEPT:]:
+            shutil.rmtree(older, ignore_errors=True)
+        now = time.monotonic()
+        self._step, self._last, self.cost = step, now, now - begun
+        self.seconds += self.cost
+
+    def close(self, step: int) -> None:
+        """Write a last checkpoint, when a run ends or is interrupted, if the state is that after `step` steps."""
+        if getattr(self.state, "step", step) == step:
+            self.save(step)
+
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps: the run went back to `step`."""
+        for folder in self._folders():
+            if int(folder.name) > step:
+                shutil.rmtree(folder, ignore_errors=True)
+        self._step = min(self._step, step)
+
+    def _folders(self) -> list[Path]:
+        """The folders of checkpoints, newest step first."""
+        with contextlib.suppress(OSError):
+            numbered = [path for path in self.folder.iterdir() if path.name.isdecimal() and path.is_dir()]
+            return sorted(numbered, key=lambda path: int(path.name), reverse=True)
+        return []
+
+    def _compare(self, folder: Path, record: Mapping) -> None:
+        was, now = _flat(record["facts"]), _flat(self.facts)
+        differing = [f"{name} was {_short(was.get(name))}, now {_short(now.get(name))}"
+                     for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
+        if differing:
+            raise RunError(f"{self.folder} holds an unfinished run of other settings: {'; '.join(differing)}. Take the "
+                           "old ones to go on with it, or begin anew: --restart on the command line, restart=True in "
+                           "the notebook's call of stage_folder")
+        threads = record.get("threads")
+        if threads != torch.get_num_threads():
+            warnings.warn(f"{folder} was written with {threads} threads, now there are {torch.get_num_threads()}: the "
+                          "run goes on, but its last bits can differ from those of an uninterrupted one", stacklevel=4)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 (hex) of a model's weights and buffers: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def run_checkpoints(folder: str | Path | None, model: nn.Module, rows: list[dict], config,
+                    every: float | None = None) -> Callable[[Resumable], Checkpoints] | None:
+    """What makes the checkpoints of a run that trains `model` on `rows`, once its state is there; None without a folder.
+
+    To be called before the first step: the model as it is now is one of the run's facts.
+    """
+    if folder is None:
+        return None
+    facts = {"model": weights_hash(model), "data": data_hash(rows), "config": settings(config)}
+    return lambda state: Checkpoints(folder, state, facts, every=every)
+
+
+class _Torn(Exception):
+    """Why a checkpoint cannot be used."""
+
+
+def _checked(folder: Path) -> dict:
+    """The record of a checkpoint, after checking every byte of it. Raises _Torn."""
+    recover(folder)
+    try:
+        for name, expected in read_json(folder / FILES, error=_Torn).items():
+            if name not in (TENSORS, STATE) or _sha256(folder / name) != expected:
+                raise _Torn(f"{name} has other bytes than were written")
+        record = read_json(folder / STATE, error=_Torn)
+    except OSError as problem:
+        raise _Torn(f"{Path(problem.filename or folder).name}: {problem.strerror}") from None
+    if type(record.get("step")) is not int or record["step"] != int(folder.name) or "saved" not in record:
+        raise _Torn(f"{STATE} is of another checkpoint")
+    if not isinstance(record.get("facts"), dict):
+        raise _Torn(f"{STATE} has no facts")
+    return record
+
+
+def _packed(value: object, tensors: dict[str, Tensor], known: dict) -> object:
+    """`value` as JSON, its tensors moved to `tensors`; one that stands in two places is stored once."""
+    if isinstance(value, Tensor):
+        tensor = value.detach()
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if place not in known or tensor.numel() == 0:
+            known[place] = str(len(tensors))
+            tensors[known[place]] = tensor.cpu().contiguous()
+        return {"tensor": known[place]}
+    if isinstance(value, Mapping):
+        return {"items": [[key, _packed(item, tensors, known)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [_packed(item, tensors, known) for item in value]}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    return plain(value)
+
+
+def _unpacked(tree: object, tensors: Mapping[str, Tensor]) -> object:
+    """What `_packed` was given. Raises _Torn if the two do not fit each other."""
+    if not isinstance(tree, dict):
+        return tree
+    try:
+        (kind, content), = tree.items()
+        if kind == "tensor":
+            return tensors[content].clone()
+        if kind == "items":
+            return {key: _unpacked(item, tensors) for key, item in content}
+        if kind == "float":
+            return float(content)
+        return {"list": list, "tuple": tuple}[kind](_unpacked(item, tensors) for item in content)
+    except (KeyError, ValueError, TypeError, SafetensorError) as problem:
+        raise _Torn(f"its parts do not fit each other: {problem}") from None
+
+
+def _flat(facts: Mapping, before: str = "") -> dict[str, object]:
+    """Nested facts as one level: {"config": {"seed": 0}} -> {"config.seed": 0}."""
+    flat = {}
+    for name, value in facts.items():
+        flat |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
+    return flat
+
+
+def _short(value: object) -> str:
+    text = "absent" if value is None else repr(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
