@@ -46,7 +46,8 @@ class PPOConfig:
     target_kl: float | None = knob(None, "Nats a response towards which kl_coef is adapted (Ziegler 2019); None keeps "
                                    "kl_coef fixed.")
     kl_horizon: int = knob(10_000, "Responses over which that adaptation takes effect; smaller is faster.")
-    max_kl: float | None = knob(None, "Nats a response of objective/kl at which training stops; None: never.")
+    max_kl: float | None = knob(None, "Nats a response of objective/kl above which training stops; None: 2 nats for "
+                                "each of max_new_tokens, which no healthy run was seen to reach; inf: never.")
     max_step_kl: float | None = knob(None, "Nats a token from the policy that sampled, at which an iteration's "
                                      "remaining epochs are left out; None: never.")
 
@@ -89,9 +90,16 @@ class PPOConfig:
                                        "nothing but memory and rounding.")
     gradient_checkpointing: bool = knob(False, "Compute layers again in the backward pass instead of keeping them. No "
                                         "parameter of the notebooks, for the same reason.")
+    halve_passes: bool = knob(False, "When memory runs out in an iteration, make it again with half the tokens a pass, "
+                              "instead of stopping.")
 
     # Randomness
     seed: int = knob(0, "Start of every random draw.", group="Randomness")
+
+    @property
+    def kl_limit(self) -> float:
+        """Nats a response of objective/kl above which training stops."""
+        return 2.0 * self.max_new_tokens if self.max_kl is None else self.max_kl
 
     def __post_init__(self):
         check_precision(self.precision)
@@ -174,6 +182,8 @@ class DPOConfig:
                                        "since it changes nothing but memory and rounding.")
     gradient_checkpointing: bool = knob(False, "Compute layers again in the backward pass instead of keeping them. No "
                                         "parameter of the notebooks, for the same reason.")
+    halve_passes: bool = knob(False, "When memory runs out in a step, make it again with half the tokens a pass, "
+                              "instead of stopping.")
 
     # Randomness
     seed: int = knob(0, "Start of every random draw.", group="Randomness")

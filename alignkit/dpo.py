@@ -4,9 +4,10 @@ There is no KL term on samples here: the reference enters through the implicit r
 the policy moves where the pairs do not look. Chosen and rejected log-probs are therefore logged apart.
 """
 
+import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,13 @@ from alignkit.formulas.losses import dpo_loss, implicit_reward
 from alignkit.formulas.randomness import seeded
 from alignkit.forward.precision import autocast, checkpointed
 from alignkit.forward.reading import response_logps
-from alignkit.forward.rollout import Rollout, encode_rows, groups, passes, to_device, trimmed
+from alignkit.forward.rollout import Rollout, encode_rows, full_ids, groups, passes, to_device, trimmed
+from alignkit.killpoints import reached
 from alignkit.metrics import stat
 from alignkit.models.adapters import reference_policy
-from alignkit.optim import adamw, set_learning_rate
+from alignkit.models.identity import weights_hash
+from alignkit.optim import adamw, all_or_nothing, load_weights, set_learning_rate, within_memory
+from alignkit.storage import data_hash
 
 
 @dataclass(frozen=True)
@@ -155,49 +159,130 @@ def accumulate_gradient(
     return loss.detach(), *(values.detach() for values in logps)
 
 
+@dataclass
+class DPOState:
+    """What a DPO run changes, and the pairs that it trains on. `start` makes one.
+
+    pairs: with the reference's log-probs, or without, then ref_policy is asked at each step. from_reference: the policy
+    was the reference when the run started.
+    """
+
+    policy: nn.Module
+    pairs: Pairs
+    optimizer: torch.optim.Optimizer
+    ref_policy: nn.Module | None = None
+    from_reference: bool = True
+    done: int = 0  # steps made so far
+    whole: bool = field(default=True, repr=False)  # False while a step is being made
+    pass_limit: int | None = field(default=None, repr=False)  # tokens a pass that fit, once memory ran out
+
+    @classmethod
+    def start(cls, policy: nn.Module, tokenizer, rows: list[dict], config: DPOConfig, *,
+              ref_policy: nn.Module | None = None) -> "DPOState":
+        """A run's state before its first step, on rows prompt / chosen / rejected (texts).
+
+        ref_policy: by default the policy as it is now. Raises ValueError if there are no rows.
+        """
+        if not rows:
+            raise ValueError("rows is empty, expected at least one preference pair")
+        from_reference = ref_policy is None
+        ref_policy = reference_policy(policy) if ref_policy is None else ref_policy
+        pairs = Pairs(
+            *(
+                to_device(encode_rows(tokenizer, rows, side, config.max_new_tokens), policy.device)
+                for side in ("chosen", "rejected")
+            )
+        )
+        if config.precompute_reference:
+            pairs = with_reference(ref_policy, pairs, batch_size=2 * config.batch_size, precision=config.precision,
+                                   tokens_per_pass=config.tokens_per_pass)
+        optimizer = adamw([p for p in policy.parameters() if p.requires_grad], config.learning_rate)
+        return cls(policy, pairs, optimizer, None if config.precompute_reference else ref_policy, from_reference)
+
+    @property
+    def step(self) -> int:
+        """Steps made so far, as Checkpoints count them; -1 in the middle of one."""
+        return self.done if self.whole else -1
+
+    def steps(self, config: DPOConfig) -> int:
+        """Steps of the whole run."""
+        return math.ceil(len(self.pairs) / config.batch_size) * config.epochs
+
+    def facts(self) -> dict:
+        """What the run depends on besides its config: the policy it starts from and the tokens of its pairs, as hashes.
+        """
+        sides = (self.pairs.chosen, self.pairs.rejected)
+        return {"policy": weights_hash(self.policy),
+                "pairs": data_hash([row.tolist() for side in sides for row in full_ids(side)[0]])}
+
+    def state_dict(self) -> dict:
+        """All that training changes: trained weights, optimizer, steps. Not copied."""
+        weights = {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}
+        return {"policy": weights, "optimizer": self.optimizer.state_dict(), "done": self.done}
+
+    def load_state_dict(self, saved: Mapping) -> None:
+        """Go on from what `state_dict` said. Raises ValueError, and changes nothing, if the weights do not fit."""
+        load_weights(self.state_dict()["policy"], saved["policy"], "saved['policy']")
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.done, self.whole = saved["done"], True
+
+
+def dpo_iteration(state: DPOState, config: DPOConfig) -> DPOStats:
+    """The next step of a run; changes `state`, returns the statistics from before the step.
+
+    The order of pairs is drawn from (seed, epoch): repeating a step on the same state repeats it exactly. A step that
+    fails leaves `state` as it was. The first step of a policy that is its own reference must have margin 0 (and loss
+    ln 2 for the sigmoid). Raises InvariantError otherwise, NonFinite, OutOfMemory.
+    """
+    def whole() -> tuple[int, int]:
+        longest = max(int((side.prompt_mask.sum(1) + side.response_mask.sum(1)).max())
+                      for side in (state.pairs.chosen, state.pairs.rejected))
+        return longest * min(config.batch_size, len(state.pairs)), longest
+
+    return within_memory(lambda config: _step(state, config), state, config, whole)
+
+
+def _step(state: DPOState, config: DPOConfig) -> DPOStats:
+    step = state.done + 1
+    # The batch: the pairs in another order each epoch.
+    steps_per_epoch = math.ceil(len(state.pairs) / config.batch_size)
+    epoch, place = divmod(state.done, steps_per_epoch)
+    order = torch.randperm(len(state.pairs), generator=seeded(config.seed, epoch, 4))
+    rows = order[place * config.batch_size : (place + 1) * config.batch_size]
+    batch = state.pairs[rows.to(state.policy.device)]
+    if batch.ref_chosen_logps is None:
+        batch = with_reference(state.ref_policy, batch, precision=config.precision,
+                               tokens_per_pass=config.tokens_per_pass)
+    # The learning rate warms up.
+    warmup_steps = config.warmup * steps_per_epoch * config.epochs
+    set_learning_rate(state.optimizer, config.learning_rate * (min(step / warmup_steps, 1.0) if warmup_steps else 1.0))
+    # The step; the first one is checked after it, and taken back if something is wrong.
+    first = step == 1 and state.from_reference
+    state.whole = False
+    try:
+        with all_or_nothing(state) if first else contextlib.nullcontext():
+            stats = dpo_step(state.policy, state.optimizer, batch, config, step)
+            if first:
+                in_bf16 = state.policy.device.type == "cuda" or config.precision == "bf16"
+                check_first_step(stats, config, 0.1 if in_bf16 else 1e-4)
+    except Exception:  # raised before the optimiser's step; an interrupt may have come in its middle
+        state.whole = True
+        raise
+    state.done, state.whole = step, True
+    reached("dpo.step")
+    return stats
+
+
 def dpo(
     policy: nn.Module, tokenizer, rows: list[dict], config: DPOConfig, *, ref_policy: nn.Module | None = None
 ) -> Iterator[DPOStats]:
-    """Train on rows prompt / chosen / rejected (texts), yielding each step's statistics.
+    """Train on rows prompt / chosen / rejected (texts), yielding each step's statistics: `dpo_iteration` to the end.
 
-    ref_policy: by default the policy as it is now. Then the first step must have margin 0 (and loss ln 2 for the
-    sigmoid): InvariantError otherwise. The order of pairs is drawn from (seed, epoch). Raises ValueError if there are
-    no rows.
+    ref_policy: by default the policy as it is now. Raises as `DPOState.start` and `dpo_iteration` do.
     """
-    if not rows:
-        raise ValueError("rows is empty, expected at least one preference pair")
-    # Prepare: the reference, the tokens of both sides, and what the reference says of them.
-    starts_at_reference = ref_policy is None
-    ref_policy = reference_policy(policy) if ref_policy is None else ref_policy
-    pairs = Pairs(
-        *(
-            to_device(encode_rows(tokenizer, rows, side, config.max_new_tokens), policy.device)
-            for side in ("chosen", "rejected")
-        )
-    )
-    if config.precompute_reference:
-        pairs = with_reference(ref_policy, pairs, batch_size=2 * config.batch_size, precision=config.precision,
-                               tokens_per_pass=config.tokens_per_pass)
-    # Train: epochs over the pairs in another order each, with a learning rate that warms up.
-    optimizer = adamw([p for p in policy.parameters() if p.requires_grad], config.learning_rate)
-    steps_per_epoch = math.ceil(len(pairs) / config.batch_size)
-    warmup_steps = config.warmup * steps_per_epoch * config.epochs
-    step = 0
-    for epoch in range(config.epochs):
-        order = torch.randperm(len(pairs), generator=seeded(config.seed, epoch, 4))
-        for start in range(0, len(pairs), config.batch_size):
-            step += 1
-            batch = pairs[order[start : start + config.batch_size].to(policy.device)]
-            if batch.ref_chosen_logps is None:
-                batch = with_reference(ref_policy, batch, precision=config.precision,
-                                       tokens_per_pass=config.tokens_per_pass)
-            warmth = min(step / warmup_steps, 1.0) if warmup_steps else 1.0
-            set_learning_rate(optimizer, config.learning_rate * warmth)
-            stats = dpo_step(policy, optimizer, batch, config, step)
-            if step == 1 and starts_at_reference:
-                in_bf16 = policy.device.type == "cuda" or config.precision == "bf16"
-                check_first_step(stats, config, 0.1 if in_bf16 else 1e-4)
-            yield stats
+    state = DPOState.start(policy, tokenizer, rows, config, ref_policy=ref_policy)
+    while state.done < state.steps(config):
+        yield dpo_iteration(state, config)
 
 
 def check_first_step(stats: DPOStats, config: DPOConfig, tolerance: float = 1e-4) -> None:

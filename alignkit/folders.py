@@ -122,10 +122,10 @@ def _settle(new: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     for path in [*new.rglob("*"), new]:
-        if not path.is_symlink():
-            if path.stat().st_nlink == 1 or path.is_dir():  # one that came along is as it was, and on the disk
-                path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-                flush(path)
+        came_along = path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1)  # on the disk already
+        if not came_along:
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+            flush(path)
 
 
 def _exchange(new: Path, directory: Path) -> Path | None:

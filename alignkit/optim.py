@@ -1,12 +1,18 @@
-"""What PPO's and DPO's steps share: the optimiser, its learning rate, two computations side by side on two cores."""
+"""What PPO's and DPO's steps share: the optimiser, its learning rate, two computations side by side on two cores, steps
+that are made whole or not at all, and what to do when memory runs out."""
 
+import contextlib
+import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from alignkit.errors import OutOfMemory
 
 
 def adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
@@ -46,3 +52,99 @@ def side_by_side(one: Callable[[], A], other: Callable[[], B], device: torch.dev
 def _cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def all_or_nothing(state) -> Iterator[None]:
+    """If the block raises, put `state` back to what it was before: a PPOState, or anything with PyTorch's
+    state_dict() and load_state_dict(saved). An interrupt (Ctrl-C) counts as raising."""
+    saved = state.state_dict()
+    before = copied(saved, None if _fits_twice(saved) else torch.device("cpu"))
+    try:
+        yield
+    except BaseException:
+        state.load_state_dict(before)
+        raise
+
+
+@torch.no_grad()
+def load_weights(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str, *, check_only: bool = False
+                 ) -> None:
+    """Copy saved weights into a model's, by name. Raises ValueError, and copies nothing, if they do not fit."""
+    differing = sorted(weights.keys() ^ saved.keys())
+    if differing:
+        raise ValueError(f"{where} is of another model; one of the two has no {', '.join(differing[:3])}")
+    for name, weight in weights.items():
+        if weight.shape != saved[name].shape:
+            raise ValueError(f"{where} is of a model of another size: {name} is {tuple(saved[name].shape)} there, "
+                             f"{tuple(weight.shape)} here")
+    if not check_only:
+        for name, weight in weights.items():
+            weight.copy_(saved[name])
+
+
+def copied(value: object, device: torch.device | None = None) -> object:
+    """What `copy.deepcopy` would make of nested dicts and lists of tensors, in a sixth of the time.
+
+    device: where the copies of tensors are; None: where the tensors are.
+    """
+    if isinstance(value, Mapping):
+        return {key: copied(item, device) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(copied(item, device) for item in value)
+    if isinstance(value, Tensor):
+        return value.detach().clone() if device is None else value.detach().to(device, copy=True)
+    return copy.deepcopy(value)
+
+
+def size(value: object) -> int:
+    """Bytes of the tensors and arrays in nested dicts and lists."""
+    if isinstance(value, Mapping):
+        return sum(map(size, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(size, value))
+    return getattr(value, "nbytes", 0)
+
+
+def within_memory(attempt: Callable[[object], A], state, config, whole: Callable[[], tuple[int, int]]) -> A:
+    """`attempt(config)`, which changes nothing when it raises; where memory runs out, again with half the tokens a
+    pass, if config.halve_passes says so. Gradients add up over passes, so the effective batch stays as it is.
+
+    state: what `attempt` changes; its `pass_limit` remembers how many tokens a pass fit. whole: says how many tokens
+    the largest pass has without a limit, and the longest row. Raises OutOfMemory, which says what to lower to what.
+    """
+    if state.pass_limit is not None:
+        config = replace(config, tokens_per_pass=min(state.pass_limit, config.tokens_per_pass or state.pass_limit))
+    while True:
+        try:
+            return attempt(config)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            most, longest = whole()
+            half = (config.tokens_per_pass or most) // 2
+            if not config.halve_passes or half < longest:
+                can = f"set tokens_per_pass to {half}, or halve_passes=True" if half >= longest else (
+                    f"a pass of one row has {longest} tokens already: shorten max_length or max_new_tokens")
+                raise OutOfMemory(f"memory ran out, and nothing was changed: {can}; or lower {_rows(config)}. "
+                                  f"({str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no more'})"
+                                  ) from error
+            state.pass_limit, config = half, replace(config, tokens_per_pass=half)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: Python's, CUDA's, or that of torch's allocator on a CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _fits_twice(value: object) -> bool:
+    """Whether a copy of nested tensors has room beside them, half of the free memory of a GPU at most."""
+    if not torch.cuda.is_available():
+        return True
+    return size(value) < torch.cuda.mem_get_info()[0] / 2
+
+
+def _rows(config) -> str:
+    names = ("prompts_per_iteration", "minibatch_size", "batch_size")
+    return ", ".join(f"{name} from {value} to {max(1, value // 2)}"
+                     for name in names if (value := getattr(config, name, None)))

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignkit.configs import PPOConfig
-from alignkit.errors import InvariantError, NonFinite
+from alignkit.errors import NonFinite
 from alignkit.formulas.kl import k1, k3
 from alignkit.formulas.losses import adapt_kl_coef, clipped, gae, policy_loss, token_rewards, value_loss
 from alignkit.formulas.randomness import seeded
 from alignkit.formulas.tokens import masked_mean, whiten
+from alignkit.forward.invariants import check_first_rollout, check_sampler
 from alignkit.forward.precision import autocast, checkpointed
 from alignkit.forward.reading import read_responses, response_logprobs, token_values
 from alignkit.forward.rollout import (
@@ -32,11 +33,21 @@ from alignkit.forward.rollout import (
     to_device,
 )
 from alignkit.forward.sampling import sample
+from alignkit.killpoints import reached
 from alignkit.metrics import stat
 from alignkit.models.adapters import reference_policy
 from alignkit.models.heads import SharedCritic, value_model_from
+from alignkit.models.identity import tensors_hash, weights_hash
 from alignkit.models.loading import same_vocabulary
-from alignkit.optim import adamw, set_learning_rate, side_by_side
+from alignkit.optim import (
+    adamw,
+    all_or_nothing,
+    load_weights,
+    set_learning_rate,
+    side_by_side,
+    within_memory,
+)
+from alignkit.storage import data_hash
 
 Reward = Callable[[list[str], list[str]], Sequence[float]]
 
@@ -103,6 +114,12 @@ class PPOState:
     iteration: int = 0
     last_rollout: Rollout | None = field(default=None, repr=False)
     last_scores: Tensor | None = field(default=None, repr=False)
+    pass_limit: int | None = field(default=None, repr=False)  # tokens a pass that fit, once memory ran out
+
+    @property
+    def step(self) -> int:
+        """Iterations made so far, as Checkpoints count them."""
+        return self.iteration
 
     @classmethod
     def start(
@@ -157,6 +174,15 @@ class PPOState:
             demonstrations,
         )
 
+    def facts(self) -> dict:
+        """What the run depends on besides its config: the models and texts that it starts with, as hashes."""
+        reward = self.reward
+        of_reward = ([weights_hash(reward.model), reward.mean, reward.std] if hasattr(reward, "model") else
+                     f"{reward.__module__}:{getattr(reward, '__qualname__', type(reward).__qualname__)}")
+        return {"policy": weights_hash(self.policy), "critic": tensors_hash(self.critic.state_dict()),
+                "reward": of_reward, "prompts": data_hash([prompt for stratum in self.prompts for prompt in stratum]),
+                "demonstrations": data_hash(self.demonstrations or [])}
+
     def state_dict(self) -> dict:
         """All that training changes: trained weights, both optimizers, iteration, kl_coef. Not copied.
 
@@ -170,17 +196,12 @@ class PPOState:
     def load_state_dict(self, saved: Mapping) -> None:
         """Go on from what `state_dict` said; the optimizers take their tensors over, as PyTorch's do.
 
-        Raises ValueError if the weights have other names.
+        Raises ValueError, and changes nothing, if the weights have other names or shapes.
         """
         for name in ("policy", "critic"):
-            weights = _trained(getattr(self, name))
-            if weights.keys() != saved[name].keys():
-                differing = sorted(weights.keys() ^ saved[name].keys())
-                raise ValueError(
-                    f"saved[{name!r}] is of another model; one of the two has no {', '.join(differing[:3])}"
-                )
-            for key, weight in weights.items():
-                weight.copy_(saved[name][key])
+            load_weights(_trained(getattr(self, name)), saved[name], f"saved[{name!r}]", check_only=True)
+        for name in ("policy", "critic"):
+            load_weights(_trained(getattr(self, name)), saved[name], f"saved[{name!r}]")
         self.policy_optimizer.load_state_dict(saved["policy_optimizer"])
         self.critic_optimizer.load_state_dict(saved["critic_optimizer"])
         self.iteration, self.kl_coef = saved["iteration"], saved["kl_coef"]
@@ -245,6 +266,7 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
     # Step.
     if train_policy:
         state.policy_optimizer.step()
+    reached("ppo.half_step")
     state.critic_optimizer.step()
     return dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True))  # read from the device once
 
@@ -333,8 +355,10 @@ def collect(state: PPOState, config: PPOConfig) -> tuple[PPOBatch, dict[str, flo
         state.kl_coef = config.kl_coef
 
     # Sample: draw prompts, and let the policy respond to each.
+    reached("ppo.begun")
     texts, rollout = _sample(state, config)
     mask = rollout.response_mask
+    reached("ppo.sampled")
 
     # Score and read: the reward judges whole responses; policy, reference and critic read every token of them.
     scores, (ref_logprobs, old_logprobs, values, token_entropy) = side_by_side(
@@ -357,11 +381,15 @@ def collect(state: PPOState, config: PPOConfig) -> tuple[PPOBatch, dict[str, flo
         residual = torch.where(mask, returns - values, 0.0)
         explained = 1 - _variance(residual, mask) / _variance(returns, mask).clamp(min=1e-8)
 
-    # Check: before the first step the policy is the reference, and sampler and trainer agree.
+    # Check: sampler and trainer agree, and before the first step the policy is the reference.
+    bf16 = config.precision == "bf16" or state.policy.device.type == "cuda"
     if state.iteration == 1:
         check_first_rollout(rollout, old_logprobs, ref_logprobs, rewards if not config.whiten_rewards else None, shaped,
-                            state.kl_coef, bf16=config.precision == "bf16" or state.policy.device.type == "cuda")
+                            state.kl_coef, bf16=bf16)
+    else:
+        check_sampler(rollout, old_logprobs, iteration=state.iteration, bf16=bf16)
 
+    reached("ppo.scored")
     state.last_rollout, state.last_scores = rollout, scores
     return PPOBatch(rollout, old_logprobs, values, advantages, returns), {
         "score": float(scores.mean()), "kl_to_ref": float(kl.mean()), "explained_variance": float(explained),
@@ -387,6 +415,7 @@ def improve(state: PPOState, batch: PPOBatch, config: PPOConfig) -> dict[str, fl
     # Steps: every epoch reads all responses, in minibatches of another order.
     measured = []
     for epoch in range(config.epochs):
+        reached("ppo.epoch")
         order = torch.randperm(len(batch.rollout), generator=seeded(config.seed, state.iteration, epoch, 1))
         for start in range(0, len(order), config.minibatch_size):
             rows = order[start : start + config.minibatch_size].to(batch.old_logprobs.device)
@@ -415,71 +444,52 @@ def ppo_iteration(state: PPOState, config: PPOConfig) -> PPOStats:
     The rollout is drawn from (seed, iteration) and the minibatch order from (seed, iteration, epoch): repeating an
     iteration on the same state repeats it exactly. `config` may differ from one call to the next: that is how a run is
     steered. The first iteration checks that KL to the reference is 0 and the ratio is 1 (InvariantError).
-    Raises ValueError if the reward returns a wrong number of scores, NonFinite if one is NaN or infinite.
+    An iteration that fails anywhere, or is interrupted, leaves `state` as it was before.
+    Raises ValueError if the reward returns a wrong number of scores, NonFinite if a score, loss or gradient is NaN or
+    infinite, InvariantError if sampler and trainer do not agree, OutOfMemory.
     """
-    batch, collected = collect(state, config)
-    improved = improve(state, batch, config)
-    stats = PPOStats(iteration=state.iteration, kl_coef=state.kl_coef, **collected, **improved)
-    # The next iteration's price of KL: raised if the policy went further than target_kl, lowered if less far.
-    if config.target_kl is not None:
-        responses = len(batch.rollout)
-        state.kl_coef = adapt_kl_coef(state.kl_coef, stats.kl_to_ref, config.target_kl, responses, config.kl_horizon)
-    return stats
+    def whole() -> tuple[int, int]:
+        texts = [prompt for stratum in state.prompts for prompt in stratum]
+        longest = encode_prompts(state.tokenizer, texts)[0].shape[1] + config.max_new_tokens
+        return longest * min(config.minibatch_size, config.prompts_per_iteration * config.samples_per_prompt), longest
+
+    return within_memory(lambda config: _iteration(state, config), state, config, whole)
+
+
+def _iteration(state: PPOState, config: PPOConfig) -> PPOStats:
+    rollout, scores = state.last_rollout, state.last_scores
+    try:
+        with all_or_nothing(state):
+            batch, collected = collect(state, config)
+            improved = improve(state, batch, config)
+            stats = PPOStats(iteration=state.iteration, kl_coef=state.kl_coef, **collected, **improved)
+            # The next iteration's price of KL: raised if the policy went further than target_kl, lowered if less far.
+            if config.target_kl is not None:
+                state.kl_coef = adapt_kl_coef(state.kl_coef, stats.kl_to_ref, config.target_kl, len(batch.rollout),
+                                              config.kl_horizon)
+            reached("ppo.done")
+            return stats
+    except BaseException:
+        state.last_rollout, state.last_scores = rollout, scores
+        raise
 
 
 def ppo(state: PPOState, config: PPOConfig) -> Iterator[PPOStats]:
-    """Iterate to `config.iterations` or until KL exceeds `config.max_kl`; yields each iteration's statistics."""
+    """Iterate to `config.iterations` or until `ran_away`; yields each iteration's statistics."""
     while state.iteration < config.iterations:
         stats = ppo_iteration(state, config)
         yield stats
-        if config.max_kl is not None and stats.kl_to_ref > config.max_kl:
+        if ran_away(stats, config):
             return
 
 
-def check_first_rollout(
-    rollout: Rollout,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    rewards: Tensor | None,
-    scores: Tensor,
-    kl_coef: float,
-    bf16: bool = False,
-) -> None:
-    """Check what must hold before the first step. Raises InvariantError, which says what does not hold and why usually.
-
-    The sampler's and the trainer's log-probs agree, and so do policy and reference: to 1e-4 nats at every token, or in
-    bf16, where single tokens were seen 0.3 nats apart, to a root mean square of 0.1. The KL that is logged is the KL in
-    the reward.
-    """
-    mask = rollout.response_mask
-    tolerance, where = (0.1, "root mean square") if bf16 else (1e-4, "at most")
-
-    def apart(one: Tensor, other: Tensor) -> float:
-        squares = torch.where(mask, k1(one, other), 0.0).square()
-        return float((masked_mean(squares, mask) if bf16 else squares.max()).sqrt())
-
-    # The sampler and the trainer give the same tokens the same log-probs: the ratio is 1.
-    worst = apart(logprobs, rollout.logprobs)
-    if not worst <= tolerance:
-        raise InvariantError(
-            f"step 0: the ratio π / π_old is off before any step, by {worst:.2g} nats ({where}), expected 0 ± "
-            f"{tolerance:g}. Sampler and trainer do not score alike: check temperature, padding side, position ids, "
-            "dropout, a top-k in the sampler"
-        )
-    # The policy is the reference: KL is 0.
-    gap = apart(logprobs, ref_logprobs)
-    if not gap <= tolerance:
-        raise InvariantError(
-            f"step 0: |log π − log π_ref| is {gap:.2g} nats ({where}), expected 0 ± {tolerance:g}. The "
-            "reference is not the policy that training starts from: check which checkpoint, and whether an adapter is "
-            "switched off"
-        )
-    # What the rewards of a response lack to its score is the KL that is logged, at its price.
-    if rewards is not None:
-        charged = (scores - rewards.sum(1))[mask.any(1)]
-        logged = kl_coef * torch.where(mask, k1(logprobs, ref_logprobs), 0.0).sum(1)[mask.any(1)]
-        if not torch.allclose(charged, logged, atol=1e-3 * (1 + float(scores.abs().max()))):
-            raise InvariantError("step 0: the KL in the reward is not the KL that is logged")
+def ran_away(stats: PPOStats, config: PPOConfig) -> str:
+    """Why a run should stop after this iteration, and what to do, if KL exceeds `config.kl_limit`; otherwise ""."""
+    if stats.kl_to_ref <= config.kl_limit:
+        return ""
+    return (f"KL to the reference is {stats.kl_to_ref:.1f} nats a response at iteration {stats.iteration}, above the "
+            f"limit of {config.kl_limit:g} (max_kl): the policy ran away. Raise kl_coef or lower learning_rate; "
+            "max_kl=inf lets it go on")
 
 
 def _sample(state: PPOState, config: PPOConfig) -> tuple[list[str], Rollout]:

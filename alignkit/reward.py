@@ -6,6 +6,7 @@ PPO.
 
 import importlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from alignkit.forward.precision import autocast
 from alignkit.forward.reading import token_values
 from alignkit.forward.rollout import right_pad
 from alignkit.models.loading import load_reward_model, save_model
-from alignkit.runs.checkpoints import run_checkpoints
+from alignkit.runs.checkpoints import Checkpoints
 from alignkit.trainer import run_trainer, trainer_arguments
 
 
@@ -48,7 +49,7 @@ def train_reward_model(
         return {"input_ids": ids, "attention_mask": mask.long()}
 
     args = trainer_arguments("RewardConfig", config, model, center_rewards_coefficient=config.centre or None)
-    kept = run_checkpoints(checkpoints, model, pairs, config, checkpoint_seconds)
+    kept = checkpoints and partial(Checkpoints, checkpoints, config=config, every=checkpoint_seconds)
     return run_trainer(RewardTrainer, model, args, rows, batch, tokenizer, callbacks, kept)
 
 

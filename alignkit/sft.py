@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from alignkit.configs import SFTConfig
 from alignkit.data.encoding import encode_pairs
 from alignkit.forward.rollout import right_pad
-from alignkit.runs.checkpoints import run_checkpoints
+from alignkit.runs.checkpoints import Checkpoints
 from alignkit.trainer import narrow_logits, run_trainer, trainer_arguments
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL reports every run otherwise
@@ -44,6 +45,6 @@ def train_sft(
         return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
 
     args = trainer_arguments("SFTConfig", config, policy)
-    kept = run_checkpoints(checkpoints, policy, rows, config, checkpoint_seconds)
+    kept = checkpoints and partial(Checkpoints, checkpoints, config=config, every=checkpoint_seconds)
     with narrow_logits(policy.get_output_embeddings().weight.shape[0]):
         return run_trainer(SFTTrainer, policy, args, encoded, batch, tokenizer, callbacks, kept)

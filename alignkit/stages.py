@@ -15,6 +15,12 @@ CHAIN = {  # the notebooks of the course, in order, and the folder of RUN that i
     "04_freeze_and_evaluate": "frozen",
     "05_dpo": "dpo",
 }
+NEEDS = {  # the stages that a notebook reads, each with its model
+    "02_reward_model": ("sft",),
+    "03_ppo": ("sft", "reward"),
+    "04_freeze_and_evaluate": ("sft", "reward", "ppo"),
+    "05_dpo": ("sft", "reward", "frozen"),
+}
 # records in a stage's folder, which later stages may add to
 RUN_FILES = ("results.json", "metrics.jsonl", "evaluation.json", "samples.json")
 

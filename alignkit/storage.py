@@ -16,6 +16,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 from alignkit.errors import RunError
+from alignkit.killpoints import reached
 
 try:
     import fcntl
@@ -43,6 +44,7 @@ def append_metrics(path: str | Path, row: Mapping) -> None:
         trim_metrics(path)
     with path.open("ab", buffering=0) as file:
         file.write(line.encode())
+    reached("metrics.row")
 
 
 def read_metrics(path: str | Path) -> list[dict]:
@@ -214,9 +216,10 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 def locked(path: str | Path) -> Iterator[int]:
     """Hold the lock of a file or folder while the block runs; the system lets go of it when this process ends, however.
 
-    Yields the file descriptor that holds it: a child process that inherits it holds the lock with its parent. Raises BlockingIOError if another process, or another place of this one, holds it. POSIX locks `path` itself.
-    Windows can lock no folder: there a hidden file beside it is locked instead. Where Python has neither kind of lock,
-    nobody is stopped.
+    Yields the file descriptor that holds it: a child process that inherits it holds the lock with its parent. Raises
+    BlockingIOError if another process, or another place of this one, holds it. POSIX locks `path` itself. Windows can
+    lock no folder: there a hidden file beside it is locked instead. Where Python has neither kind of lock, nobody is
+    stopped.
     """
     path = Path(path)
     if not fcntl and path.is_dir():

@@ -15,6 +15,8 @@ from torch import nn
 
 from alignkit.errors import NonFinite
 from alignkit.killpoints import reached
+from alignkit.models.identity import weights_hash
+from alignkit.storage import data_hash
 
 TOKENS = "_total_train_tokens"  # TRL's count of the tokens trained on, which it logs
 
@@ -76,8 +78,8 @@ def run_trainer(
 ) -> list[dict]:
     """Train on tokenized rows, which `batch` makes tensors of; returns the logged steps as rows with `step` first.
 
-    checkpoints: makes the run's Checkpoints of its state; a run that has some goes on from the newest. Raises NonFinite,
-    before a weight is touched, if a loss or a gradient is not finite.
+    checkpoints: makes the run's Checkpoints of its state; a run that has some goes on from the newest. Raises
+    NonFinite, before a weight is touched, if a loss or a gradient is not finite.
     """
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -114,6 +116,10 @@ class TrainerState:
     def step(self) -> int:
         """Steps made so far."""
         return self.trainer.state.global_step
+
+    def facts(self) -> dict:
+        """The weights that training starts from, and the tokenized rows."""
+        return {"model": weights_hash(self.trainer.model), "data": data_hash(self.trainer.train_dataset)}
 
     def state_dict(self) -> dict:
         """What `load_state_dict` goes on from. Not copied."""

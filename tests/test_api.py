@@ -25,11 +25,11 @@ LAYERS = (
     ("alignkit.jobs",),
     ("alignkit.evaluate",),
     ("alignkit.exact", "alignkit.sft", "alignkit.reward", "alignkit.ppo", "alignkit.dpo", "alignkit.task"),
-    ("alignkit.forward", "alignkit.runs"),
+    ("alignkit.forward", "alignkit.runs", "alignkit.trainer"),
     ("alignkit.models", "alignkit.data", "alignkit.plots"),
     ("alignkit.folders",),
     ("alignkit.desk", "alignkit.pages", "alignkit.storage"),
-    ("alignkit.formulas", "alignkit.trainer", "alignkit.optim"),
+    ("alignkit.formulas", "alignkit.optim"),
     ("alignkit.configs", "alignkit.metrics", "alignkit.stages", "alignkit.errors", "alignkit.safe_text",
      "alignkit.killpoints"),
     ("alignkit",),  # the face itself, which imports by name when a name is first used

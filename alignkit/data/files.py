@@ -71,6 +71,14 @@ def records(source: str | os.PathLike) -> tuple[str, Iterator[tuple[int, object]
     return ("row" if reader in (_array_records, _parquet_records) else "line"), read()
 
 
+def readable(source: str | os.PathLike) -> None:
+    """Raise DataError if a file or folder is none that can be read; what its records have wrong is not looked at."""
+    try:
+        next(records(source)[1], None)
+    except Fault as fault:
+        raise DataError(f"{source}: {fault.reason}") from None
+
+
 def _lines(stream: io.BufferedIOBase) -> Iterator[tuple[int, bytes | Fault]]:
     """Yield (line number, line with its end), or a Fault for a line that is too long; a UTF-8 BOM is taken off."""
     for number in itertools.count(1):

@@ -1,6 +1,6 @@
 """What is known exactly: all responses of the desk world enumerated, and what follows from that."""
 
-from alignkit.exact.cache import cached, weights_hash
+from alignkit.exact.cache import cached
 from alignkit.exact.enumeration import gold_table, proxy_table, response_logps, trie_logps
 from alignkit.exact.gradient import exact_gradient, score_gradient
 from alignkit.exact.responses import Responses, response_space
@@ -21,6 +21,7 @@ from alignkit.exact.truth import (
     tabular_dpo,
     variance,
 )
+from alignkit.models.identity import weights_hash
 
 __all__ = [
     "Frontier", "Gap", "Pruned", "Responses", "SampledOptimum", "best_of_n", "best_of_n_kl_bound", "cached",

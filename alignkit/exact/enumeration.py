@@ -22,11 +22,12 @@ from transformers.cache_utils import DynamicLayer
 
 from alignkit.desk.tiny import phrase_ids
 from alignkit.desk.world import MAX_PHRASES, Prompt, World
-from alignkit.exact.cache import cached, weights_hash
+from alignkit.exact.cache import cached
 from alignkit.exact.responses import Responses
 from alignkit.forward.precision import autocast
 from alignkit.forward.rollout import encode_prompts, position_ids
 from alignkit.models.heads import body
+from alignkit.models.identity import weights_hash
 
 QUERIES = 2048  # contexts per forward pass; bounds memory and fits the processor's cache
 LOGITS = 2**26  # and fewer than this many logits at once, for models with a large vocabulary

@@ -69,16 +69,22 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="give a notebook up after so long")
 
+    def add_restart(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--restart", action="store_true", help="begin anew, instead of going on from the last "
+                             "checkpoint; what is there is set aside")
+
     course = add("course", _course, "run the series of notebooks as one job; run again, it resumes")
     course.add_argument("--model", default="tiny", metavar="M", help="`tiny`, a folder or a Hub id (default: tiny)")
     add_data(course)
     add_job(course)
+    add_restart(course)
 
     run = add("run", _run, "run one notebook as a job")
     run.add_argument(
         "notebook", metavar="NOTEBOOK", help="a path, or the name or number of one of alignkit's notebooks"
     )
     add_job(run)
+    add_restart(run)
     run.add_argument("--force", action="store_true", help="run it even if it was done already")
 
     check = add("check", _check, "validate prompts, demonstrations or preference data: exit 1 if a row is bad")
@@ -101,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
 
     report = add("report", _report, "write report.html of a run directory again")
     report.add_argument("run", type=folder, metavar="DIR")
+
+    runs = add("runs", None, "look after run directories").add_subparsers(required=True, metavar="ACTION")
+    about = "list what a run has set aside, and what killed processes left; --yes deletes it"
+    prune = runs.add_parser("prune", help=about, description=f"{about[0].upper()}{about[1:]}.")
+    prune.set_defaults(command=_prune)
+    prune.add_argument("run", type=folder, metavar="DIR")
+    prune.add_argument("--yes", action="store_true", help="delete what is listed")
     return parser
 
 
@@ -112,7 +125,8 @@ def _course(options: argparse.Namespace) -> None:
     given = _parameters(options)
     for name in given.keys() & {"model", "data"}:
         raise ParameterError(f"{name}: give it as --{name}")
-    run = notebooks.course(options.out, options.model, options.data, given, timeout=options.timeout)
+    run = notebooks.course(options.out, options.model, options.data, given, timeout=options.timeout,
+                           restart=options.restart)
     print(f"\n{overview(run)}")
 
 
@@ -120,7 +134,8 @@ def _run(options: argparse.Namespace) -> None:
     from alignkit.jobs import notebooks
 
     executed = notebooks.run_notebook(
-        options.notebook, options.out, _parameters(options), timeout=options.timeout, force=options.force
+        options.notebook, options.out, _parameters(options), timeout=options.timeout, force=options.force,
+        restart=options.restart,
     )
     print(f"executed notebook: {_shown(executed)}")
 
@@ -164,6 +179,21 @@ def _report(options: argparse.Namespace) -> None:
     from alignkit.jobs.report import build_report
 
     print(_shown(build_report(options.run)))
+
+
+def _prune(options: argparse.Namespace) -> None:
+    from alignkit.runs.stage_folders import prune, removable
+    from alignkit.safe_text import visible
+
+    folders = removable(options.run)
+    for folder in folders:
+        print(f"{folder.bytes / 1e6:10,.1f} MB  {_shown(folder.path)}: {visible(folder.what)}")
+    total = f"{len(folders)} folders, {sum(folder.bytes for folder in folders) / 1e6:,.1f} MB"
+    if options.yes:
+        prune(folders)
+        print(f"deleted: {total}")
+    else:
+        print(f"{total}; with --yes they are deleted" if folders else "there is nothing to delete")
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,15 +31,20 @@ class Job:
 
     @property
     def settings(self) -> dict[str, object]:
-        """The value of every parameter but the run directory."""
+        """The value of every parameter that the outcome can depend on."""
         return {name: self.values.get(name, parameter.default) for name, parameter in self.parameters.items()
-                if name != "run"}
+                if name not in ("run", "checkpoint_seconds")}
 
     @property
     def given(self) -> dict[str, object]:
         """The settings that are not the notebook's defaults; without model and data, which are the whole run's."""
         return {name: value for name, value in self.settings.items()
                 if name not in ("model", "data") and value != self.parameters[name].default}
+
+    @property
+    def builds_beside(self) -> bool:
+        """Whether the notebook leaves a finished stage alone until it has finished itself."""
+        return b"stage_folder(" in self.notebook.read_bytes()
 
     @property
     def folder(self) -> Path | None:
@@ -50,7 +54,8 @@ class Job:
 
 def job_key(job: Job, records: Mapping[str, dict]) -> dict[str, object]:
     """What decides the outcome of a job, part by part, so that a difference can be named."""
-    earlier = {name: record.get("made") for name, record in records.items() if name < job.name and record.get("made")}
+    made = {name: finished(record).get("made") for name, record in records.items() if name < job.name}
+    earlier = {name: files for name, files in made.items() if files}
     files = {
         name: _digest(Path(value))
         for name, value in job.values.items()
@@ -69,9 +74,10 @@ def job_key(job: Job, records: Mapping[str, dict]) -> dict[str, object]:
 
 def why_run(job: Job, before: Mapping, key: Mapping) -> str:
     """Why a job has to run (again); "" if it is finished and nothing changed."""
+    status, last = before.get("status", ""), before
+    before = finished(before)
     was = before.get("key", {})
-    status = before.get("status", "")
-    if status != "finished":
+    if not before or (status != "finished" and last.get("key") == key):
         return {"": "not run yet", "running": "interrupted before"}.get(status, f"{status} before")
     if was.get("parameters") != key["parameters"]:
         old, new = was.get("parameters", {}), key["parameters"]
@@ -95,18 +101,10 @@ def why_run(job: Job, before: Mapping, key: Mapping) -> str:
     return f"{differing[0]} is not what it wrote" if differing else ""
 
 
-def set_aside(job: Job, before: Mapping) -> None:
-    """Clear a job's folder of what another key made: delete what can be made again, move all else to RUN/aside."""
-    if not job.folder or not job.folder.exists():
-        return
-    if before.get("status") == "finished" and files_made(job.folder) == before.get("made"):
-        shutil.rmtree(job.folder)
-        return
-    aside = job.out / "aside"
-    aside.mkdir(exist_ok=True)
-    taken = {path.name for path in aside.iterdir()}
-    number = next(n for n in range(1, len(taken) + 2) if f"{job.folder.name}-{n}" not in taken)
-    os.rename(job.folder, aside / f"{job.folder.name}-{number}")
+def finished(record: Mapping) -> Mapping:
+    """The record of a job's last finished run, which stands in its folder: `record`, or what it has kept of that; {} if
+    it never finished."""
+    return record if record.get("status") == "finished" else record.get("kept", {})
 
 
 def files_made(folder: Path | None) -> dict[str, str]:

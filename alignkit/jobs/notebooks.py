@@ -7,7 +7,6 @@ alignkit and what the notebooks before it left in RUN. A finished job with the s
 
 import contextlib
 import itertools
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,13 +15,14 @@ from pathlib import Path
 
 from alignkit.errors import ParameterError, RunError, RunInUse
 from alignkit.jobs.estimate import notebook_seconds
-from alignkit.jobs.job import Job, files_made, job_key, set_aside, why_run
+from alignkit.jobs.job import Job, files_made, finished, job_key, why_run
 from alignkit.jobs.parameters import Parameter, check_name, notebook_parameters, typed_values, unknown_name
 from alignkit.jobs.progress import Progress
 from alignkit.metrics import duration
-from alignkit.runs.records import record_seconds, start_run
-from alignkit.stages import CHAIN
-from alignkit.storage import locked, plain, write_json
+from alignkit.runs.records import check_run, record_seconds, start_run
+from alignkit.runs.stage_folders import set_aside, set_aside_unfinished
+from alignkit.stages import CHAIN, NEEDS
+from alignkit.storage import locked, plain, read_json, write_json
 
 
 def find_notebooks() -> dict[str, Path]:
@@ -57,17 +57,22 @@ def run_notebook(
     timeout: float | None = None,
     progress: bool = True,
     force: bool = False,
+    restart: bool = False,
 ) -> Path:
     """Run one notebook in the run directory `out`, unless that was done already; returns the executed notebook.
 
-    parameters: name -> value, checked before a kernel starts; `run` is set to `out`. timeout: seconds. progress: print
-    one line about it. force: run even if it was done. Raises ParameterError; RunInUse; NotebookFailed, with the cell.
+    A run that was interrupted goes on from its last checkpoint. What a finished run left stays until the new one has
+    finished, and is then set aside. parameters: name -> value; `run` is set to `out`. timeout: seconds. progress: print
+    one line about it. force: run even if it was done. restart: begin anew where it would go on. Raises ParameterError;
+    RunError if the directory is of another run, lacks a stage, or holds one that is not what was made; DataError;
+    RunInUse; all before a kernel starts; NotebookFailed, with the cell.
     """
     notebook, out = find_notebook(notebook), _run_directory(out)
     job = _job(notebook, out, notebook_parameters(notebook), parameters or {})
     with _run_lock(out):
+        _check_facts(job)
         expected = _expected([job]).get(job.name) if progress else None
-        return _run(job, timeout=timeout, progress=progress, force=force, expected=expected)
+        return _run(job, timeout=timeout, progress=progress, force=force or restart, expected=expected, restart=restart)
 
 
 def course(
@@ -79,11 +84,13 @@ def course(
     notebooks: Sequence[str | Path] = tuple(CHAIN),
     timeout: float | None = None,
     progress: bool = True,
+    restart: bool = False,
 ) -> Path:
     """Run the series of notebooks in order as one job, then write report.html; returns the run directory.
 
     Each notebook gets those of `parameters` that it knows; one that none knows is refused, before a kernel starts. What
-    an earlier call finished is not repeated. When a notebook fails, what came before it is kept and reported.
+    an earlier call finished is not repeated, what it began goes on from the last checkpoint; with `restart` all begins
+    anew. When a notebook fails, what came before it is kept and reported.
     Raises as `run_notebook` does, and RunError if `out` belongs to a run of another model, data or seed.
     """
     from alignkit.jobs.report import build_report
@@ -115,7 +122,9 @@ def course(
             for job, following in itertools.zip_longest(jobs, jobs[1:]):
                 present, spare = spare, _spare(following)
                 with contextlib.closing(present) if present else contextlib.nullcontext():
-                    _run(job, timeout=timeout, progress=progress, expected=expected.get(job.name), spare=present)
+                    _check_facts(job)
+                    _run(job, timeout=timeout, progress=progress, expected=expected.get(job.name), spare=present,
+                         force=restart, restart=restart)
         except BaseException:
             if spare:
                 spare.close()
@@ -204,6 +213,7 @@ def _run(
     force: bool = False,
     expected: float | None = None,
     spare=None,
+    restart: bool = False,
 ) -> Path:
     records = _read_jobs(job.out)
     before, key = records.get(job.name, {}), job_key(job, records)
@@ -213,11 +223,18 @@ def _run(
         if line:
             line.say(f"done already, in {duration(before['seconds'])}")
         return job.executed
-    if before and before.get("key") != key:
-        set_aside(job, before)
     if line and before and changed:
         line.say(f"again: {changed}")
+    # What another run left unfinished is set aside; what it finished stays until this one has finished.
+    kept, moved = finished(before), None
+    if job.folder and (restart or (before and before.get("key") != key)):
+        set_aside_unfinished(job.out, job.folder.name, "begun anew" if restart else changed)
+    if job.folder and kept and not job.builds_beside and job.folder.is_dir():
+        moved = set_aside(job.out, job.folder, "made again")  # this notebook would write over it
     record = {"status": "running", "key": key, "given": plain(job.given), "pid": os.getpid(), "started": _now()}
+    if kept and not moved:
+        record["kept"] = {name: value for name, value in kept.items() if name != "kept"}
+    executing = job.executed.with_suffix(".new.ipynb") if "kept" in record else job.executed
     started = time.monotonic()
 
     def note(**facts: object) -> None:
@@ -231,12 +248,17 @@ def _run(
 
     note()
     try:
-        _execute(job, timeout, on_cell, spare)
+        _execute(job, executing, timeout, on_cell, spare)
     except BaseException as error:
+        if moved and not job.folder.exists():
+            os.rename(moved, job.folder)
         note(status=getattr(error, "status", "failed"), error=str(error))
         if line:
             line.end(f"{record['status'].upper()} after {duration(record['seconds'])}")
         raise
+    record.pop("kept", None)
+    if executing != job.executed:
+        os.replace(executing, job.executed)
     note(status="finished", made=files_made(job.folder))
     record_seconds(job.out, job.name, record["seconds"])
     if line:
@@ -265,13 +287,37 @@ def _environment(job: Job) -> dict[str, str]:
     return env
 
 
-def _execute(job: Job, timeout: float | None, on_cell, spare) -> None:
+def _check_facts(job: Job) -> None:
+    """Raise RunError or DataError if a job cannot work: another run's directory, a stage that it reads is missing or
+    was changed since it was made, data that cannot be read."""
+    from alignkit.data.files import readable
+
+    settings, records = job.settings, _read_jobs(job.out)
+    if {"model", "data", "seed"} <= settings.keys():
+        check_run(job.out, settings["model"], settings["data"], settings["seed"])
+    if settings.get("data", "desk") != "desk" and os.path.exists(settings["data"]):
+        readable(settings["data"])
+    for stage in NEEDS.get(job.name, ()):
+        if stage == "reward" and settings.get("reward"):
+            continue
+        maker = next(name for name, folder in CHAIN.items() if folder == stage)
+        if not (job.out / stage / "config.json").exists():
+            raise RunError(f"{job.out / stage} has no model: run notebook {maker} in the same run directory first")
+        made = finished(records.get(maker, {})).get("made", {})
+        present = files_made(job.out / stage)
+        differing = sorted(name for name in made if made[name] != present.get(name))
+        if differing:
+            raise RunError(f"{job.out / differing[0]} is not what notebook {maker} wrote (its SHA-256 differs from the "
+                           f"one in jobs.json): run {maker} again, or the course, which does that by itself")
+
+
+def _execute(job: Job, executing: Path, timeout: float | None, on_cell, spare) -> None:
     from alignkit.errors import NotebookFailed
     from alignkit.jobs.kernel import execute
 
     place = {"env": _environment(job), "cwd": Path.cwd(), "spare": spare}
     try:
-        execute(job.notebook, job.executed, job.values, timeout=timeout, on_cell=on_cell, **place)
+        execute(job.notebook, executing, job.values, timeout=timeout, on_cell=on_cell, **place)
     except NotebookFailed as error:
         how = {"failed": "failed", "timeout": "ran out of time", "interrupted": "was interrupted"}[error.status]
         raise NotebookFailed(
@@ -280,14 +326,15 @@ def _execute(job: Job, timeout: float | None, on_cell, spare) -> None:
 
 
 def _read_jobs(out: Path) -> dict[str, dict]:
+    damaged = f"{out / 'jobs.json'} is damaged; delete it, and the notebooks run again"
     try:
-        records = json.loads((out / "jobs.json").read_text(encoding="utf-8"))
+        records = read_json(out / "jobs.json")
     except FileNotFoundError:
         return {}
-    except ValueError:
-        records = None
-    if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
-        raise RunError(f"{out / 'jobs.json'} is damaged; delete it, and the notebooks run again")
+    except RunError as error:
+        raise RunError(f"{damaged} ({error})") from None
+    if not all(isinstance(record, dict) for record in records.values()):
+        raise RunError(damaged)
     return records
 
 

@@ -12,20 +12,20 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignkit.errors import RunError
 from alignkit.folders import recover, replacing
 from alignkit.killpoints import reached
 from alignkit.runs.records import code_hash, versions
-from alignkit.storage import data_hash, plain, read_json, settings, write_json
+from alignkit.storage import plain, read_json, settings, write_json
 
 TENSORS, STATE, FILES = "tensors.safetensors", "state.json", "files.json"
 KEPT = 2  # whole checkpoints that stay
@@ -33,7 +33,12 @@ SHORTEST, SHARE = 1.0, 0.02  # seconds between two checkpoints, and the share of
 
 
 class Resumable(Protocol):
-    """What can be checkpointed: a PPOState, a DPOState, anything with PyTorch's pair of methods."""
+    """What can be checkpointed: a PPOState, a DPOState, a Trainer's state."""
+
+    step: int  # steps made so far; -1 while one is half made
+
+    def facts(self) -> Mapping:
+        """What the run depends on besides its config: hashes of the models it started from and of its data."""
 
     def state_dict(self) -> Mapping:
         """All that training changes: nested mappings and lists of tensors, numbers, text and None."""
@@ -45,16 +50,17 @@ class Resumable(Protocol):
 class Checkpoints:
     """The checkpoints of one run in a folder, the newest two of them.
 
-    folder: theirs alone; made when the first is written. state: what they hold, as it is before the first step. facts:
-    name -> plain values that must be the same for a run to go on; the code of alignkit is added. every: seconds between
-    two; 0 writes one after each step; None writes as often as 2 % of the time allow, and not more than once a second.
+    folder: theirs alone; made when the first is written. state: what they hold, as it is before the first step. config:
+    a dataclass or mapping; it, the facts of the state and the code of alignkit must be the same for a run to go on.
+    every: seconds between two; 0 writes one after each step; None writes as often as 2 % of the time allow, and not
+    more than once a second.
     """
 
-    def __init__(self, folder: str | Path, state: Resumable, facts: Mapping, *, every: float | None = None) -> None:
+    def __init__(self, folder: str | Path, state: Resumable, config, *, every: float | None = None) -> None:
         if every is not None and not every >= 0:
             raise ValueError(f"every is {every}, expected seconds of 0 or more, or None")
         self.folder, self.state, self.every = Path(folder), state, every
-        self.facts = {**plain(facts, "facts"), "code": code_hash()}
+        self.facts = plain({**state.facts(), "config": settings(config), "code": code_hash()}, "facts")
         self.seconds = self.cost = 0.0  # spent on checkpoints so far, and on the last one
         self._last, self._step = time.monotonic(), -1
 
@@ -114,7 +120,7 @@ class Checkpoints:
 
     def close(self, step: int) -> None:
         """Write a last checkpoint, when a run ends or is interrupted, if the state is that after `step` steps."""
-        if getattr(self.state, "step", step) == step:
+        if self.state.step == step:
             self.save(step)
 
     def forget_after(self, step: int) -> None:
@@ -143,27 +149,6 @@ class Checkpoints:
         if threads != torch.get_num_threads():
             warnings.warn(f"{folder} was written with {threads} threads, now there are {torch.get_num_threads()}: the "
                           "run goes on, but its last bits can differ from those of an uninterrupted one", stacklevel=4)
-
-
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 (hex) of a model's weights and buffers: names, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def run_checkpoints(folder: str | Path | None, model: nn.Module, rows: list[dict], config,
-                    every: float | None = None) -> Callable[[Resumable], Checkpoints] | None:
-    """What makes the checkpoints of a run that trains `model` on `rows`, once its state is there; None without a folder.
-
-    To be called before the first step: the model as it is now is one of the run's facts.
-    """
-    if folder is None:
-        return None
-    facts = {"model": weights_hash(model), "data": data_hash(rows), "config": settings(config)}
-    return lambda state: Checkpoints(folder, state, facts, every=every)
 
 
 class _Torn(Exception):

@@ -9,12 +9,12 @@ import hashlib
 import importlib.metadata
 import math
 import platform
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from alignkit.errors import RunError
-from alignkit.stages import STAGES, in_order
+from alignkit.runs.stage_folders import finish_stage, stage_name
+from alignkit.stages import in_order
 from alignkit.storage import content_hash, plain, read_json, write_json
 
 PRESENTATION = ("jobs", "pages")  # folders of code that changes nothing in a run
@@ -34,13 +34,8 @@ def start_run(run: str | Path, model: str, data: str, seed: int) -> Path:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"run directory {run} cannot be made: {error}") from error
-    before = _read(run / "run.json", {})
-    differing = [f"{key} was {before[key]!r}, now {value!r}" for key, value in facts.items()
-                 if before.get(key, value) != value]
-    if differing:
-        raise RunError(f"{run} belongs to another run: {'; '.join(differing)}. Choose another run directory, or delete "
-                       "this one")
-    if before != facts:
+    before = check_run(run, model, data, seed)
+    if {**before, **facts} != before:
         try:
             write_json(run / "run.json", {**before, **facts})
         except OSError as error:
@@ -48,17 +43,32 @@ def start_run(run: str | Path, model: str, data: str, seed: int) -> Path:
     return run
 
 
-def write_results(run: str | Path, stage: str, results: Mapping) -> dict:
+def check_run(run: str | Path, model: str, data: str, seed: int) -> dict:
+    """What RUN/run.json holds, {} if there is none. Raises RunError that lists the differing keys if it is of a run of
+    another model, data or seed."""
+    facts = {"model": str(model), "data": str(data), "seed": int(seed)}
+    before = _read(Path(run) / "run.json", {})
+    differing = [f"{key} was {before[key]!r}, now {value!r}" for key, value in facts.items()
+                 if before.get(key, value) != value]
+    if differing:
+        raise RunError(f"{run} belongs to another run: {'; '.join(differing)}. Choose another run directory, or delete "
+                       "this one")
+    return before
+
+
+def write_results(run: str | Path, stage: str, results: Mapping, *, built: str | Path | None = None) -> dict:
     """Write RUN/STAGE/results.json and rebuild RUN/summary.json; returns the summary.
 
-    results: numbers, text, lists and mappings. Raises ValueError with the place of a NaN or an infinity; nothing is
-    written then.
+    results: numbers, text, lists and mappings. built: the folder that `stage_folder` gave: with these results the stage
+    is finished. Its checkpoints are deleted, and it takes its place; what it replaces goes to RUN/aside. Raises
+    ValueError with the place of a NaN or an infinity; nothing is written then.
     """
     run = Path(run)
-    if not re.fullmatch(r"[a-z][a-z0-9_-]*", stage):
-        raise ValueError(f"stage is {stage!r}, expected a short name such as {', '.join(STAGES)}")
-    (run / stage).mkdir(parents=True, exist_ok=True)
-    write_json(run / stage / "results.json", plain(results, f"results of {stage}"))
+    folder = run / stage_name(stage) if built is None else Path(built)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", plain(results, f"results of {stage}"))
+    if built is not None:
+        finish_stage(run, stage, folder)
     return _summarise(run)
 
 

@@ -70,7 +70,7 @@ class Plot { // what line charts and bands share: size, x axis, marks, cursor
   finish(labels) {
     const { svg, top, bottom, height, width } = this, ends = [-1e9, -1e9];
     for (const m of labels ? this.view.store.marks : []) {
-      const x = this.x(m.step), text = `${m.name} ${number(m.old)} → ${number(m.new)}`, size = text.length * 5.4;
+      const x = this.x(m.step), text = m.old === null ? m.name : `${m.name} ${number(m.old)} → ${number(m.new)}`, size = text.length * 5.4;
       const right = x + 4 + size < width, from = right ? x + 3 : x - 3 - size, row = ends.findIndex((e) => e < from);
       make(svg, "line", { class: "mark", x1: x, x2: x, y1: top - 4, y2: height - bottom });
       if (row < 0) continue; // no room: the line stays, the number is in the log

@@ -68,23 +68,28 @@ class TrainingCockpit:
         return self.session.rows if self.session is not None else []
 
     async def run(
-        self, step: Callable, *, start: int = 0, replay: Mapping[int, Mapping] | None = None, state: object = None
+        self, step: Callable, *, start: int = 0, replay: Mapping[int, Mapping] | None = None, state: object = None,
+        checkpoints: object = None,
     ) -> list[dict]:
         """Call `step(controls)` for iterations start + 1 … total, and let buttons and sliders through in between.
 
-        `step` returns (or is awaited for) a dict of floats; two keys are special: "samples", a list of (prompt,
-        response), and "shares", {prompt class: {behaviour: share}}. It may raise StopIteration to end the run early.
+        `step` returns (or is awaited for) a dict of floats; three keys are special: "samples", a list of (prompt,
+        response), "shares", {prompt class: {behaviour: share}}, and "stop", why the run should end after this
+        iteration ("": go on). It may raise StopIteration to end the run early.
         `start`: iterations that were done before; the rows of the log up to there are kept. `replay`: the controls by
         iteration, as `replay(log)` reads them, instead of the sliders. `state`: what `step` changes, a PPOState or
         anything else with PyTorch's `state_dict()` and `load_state_dict(saved)`; with it the panel can rewind the run.
         The rows that it goes back over move to metrics.branch-1.jsonl (-2, …) beside the log, their lines stay on the
         charts, dashed. Snapshots of it (see `cockpit/snapshots.py`) are taken only where there is a panel.
+        `checkpoints`: the run's `Checkpoints`; the run goes on from the newest, in place of `start`, writes others as
+        it goes, and one at its end or when it is interrupted.
 
         Returns the rows. Interrupts and exceptions pass through; the log is whole then too, and the picture shown.
         """
         if state is not None and not (hasattr(state, "state_dict") and hasattr(state, "load_state_dict")):
             raise TypeError(f"state is a {type(state).__name__}, expected one with state_dict() and load_state_dict()")
-        with self._opened("control" if replay is None else "replay", start) as remote:
+        start = checkpoints.resume() if checkpoints is not None else start
+        with self._opened("control" if replay is None else "replay", start, checkpoints) as remote:
             if state is not None and replay is None:
                 remote.session.keep(state)
             while remote.session.done < self.total:
@@ -99,6 +104,9 @@ class TrainingCockpit:
                     break
                 metrics = await metrics if inspect.isawaitable(metrics) else metrics
                 remote.session.record(iteration, metrics, time.perf_counter() - begun)
+                if remote.session.stop:
+                    remote.session.close("stopped")
+                    break
         return self.rows
 
     def run_sync(self, step: Callable, *, start: int = 0, replay: Mapping[int, Mapping] | None = None) -> list[dict]:
@@ -111,6 +119,9 @@ class TrainingCockpit:
                 except StopIteration:
                     break
                 remote.session.record(iteration, metrics, time.perf_counter() - begun)
+                if remote.session.stop:
+                    remote.session.close("stopped")
+                    break
         return self.rows
 
     def callback(self) -> TrainerCallback:
@@ -155,10 +166,11 @@ class TrainingCockpit:
         return remote
 
     @contextmanager
-    def _opened(self, mode: str, start: int) -> Iterator[Remote]:
+    def _opened(self, mode: str, start: int, checkpoints: object = None) -> Iterator[Remote]:
         if self.total is None:
             raise ValueError("total is None, expected the number of iterations to run")
         remote = self.open(mode, start)
+        remote.session.checkpoints = checkpoints
         try:
             yield remote
         except (KeyboardInterrupt, asyncio.CancelledError):

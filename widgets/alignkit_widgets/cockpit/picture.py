@@ -22,7 +22,8 @@ def draw_run(config: dict, rows: list[dict], marks: list[dict], place: str, bran
     Raises ValueError if no row has a metric that is charted.
     """
     panels = {chart["title"]: chart["keys"] for chart in config["charts"]}
-    changes = [(mark["step"], f"{mark['name']} {mark['old']:.4g} → {mark['new']:.4g}") for mark in marks]
+    changes = [(mark["step"], mark["name"] + ("" if mark["old"] is None else f" {mark['old']:.4g} → {mark['new']:.4g}"))
+               for mark in marks]
     unit, title = config["unit"], f"{config['title']}: {place}"
     left = [branch["rows"] for branch in branches]
     figures = [

@@ -6,7 +6,7 @@ from collections import Counter
 
 from alignkit.configs import PPOConfig
 from alignkit.forward.rollout import decode_responses
-from alignkit.ppo import PPOState, PPOStats
+from alignkit.ppo import PPOState, PPOStats, ran_away
 from alignkit.task import Task
 
 SAMPLES = 6  # (prompt, response) pairs of an iteration that the cockpit gets to see
@@ -28,13 +28,15 @@ def ppo_controls(config: PPOConfig) -> dict[str, tuple]:
     }
 
 
-def ppo_row(state: PPOState, stats: PPOStats, task: Task) -> dict:
+def ppo_row(state: PPOState, stats: PPOStats, task: Task, config: PPOConfig) -> dict:
     """What a cockpit's `step` returns after an iteration: its metrics, samples, and in the desk world the shares.
 
-    state: as `ppo_iteration` left it; stats: what that returned. shares: class of prompt -> behaviour -> share.
+    state: as `ppo_iteration` left it; stats: what that returned; config: what it was given. shares: class of prompt ->
+    behaviour -> share. stop: why the run should end, if KL ran away.
     """
     row, rollout = stats.log(), state.last_rollout
     del row["step"]  # the cockpit counts
+    row["stop"] = ran_away(stats, config)
     prompts = [state.tokenizer.decode(ids[kept], skip_special_tokens=True)
                for ids, kept in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
     responses = decode_responses(state.tokenizer, rollout)

@@ -37,11 +37,13 @@ class Session:
         self.rows, self.marks, self.branches = self.feed.rows, self.feed.marks, self.feed.branches
         self.rows += _rows_before(self.log, start)
         self.branches += branches_of(self.log, self.rows) if self.log is not None else []
-        self.marks += marks_of(self.rows, self.branches)
+        self.resumed = [{"step": start, "name": "resumed", "old": None, "new": None}] if start and self.rows else []
+        self.marks += marks_of(self.rows, self.branches) + self.resumed
         if self.rows:  # a run that goes on, goes on as it was steered
             controls.values.update(self.rows[-1].get("controls", {}))
-        self.state, self.note = "running", ""
+        self.state, self.note, self.stop = "running", "", ""
         self.snapshots: Snapshots | None = None
+        self.checkpoints = None  # the run's Checkpoints, if it has some
         self.done, self.ran, self.busy = start, 0, 0.0
         self.feed.update(self.status(), force=True)
 
@@ -64,9 +66,11 @@ class Session:
         if self.log is not None:
             branch_metrics(self.log, iteration)
         self.snapshots.restore(iteration)
+        if self.checkpoints is not None:
+            self.checkpoints.forget_after(iteration)
         self.branches.append(branch(self.rows, iteration))
         self.rows[:] = [row for row in self.rows if row["step"] <= iteration]
-        self.marks[:] = marks_of(self.rows, self.branches)
+        self.marks[:] = marks_of(self.rows, self.branches) + self.resumed
         self.controls.rewind(self.rows[-1].get("controls", {}) if self.rows else self.controls.starts())
         self.done, self.feed.samples = iteration, None
         self.feed.resend(self.status())
@@ -79,7 +83,7 @@ class Session:
     def record(self, iteration: int, metrics: Mapping[str, object], seconds: float = 0.0) -> None:
         """Add the metrics of one iteration, which took `seconds`. Raises TypeError for one that is not a number."""
         metrics = dict(metrics)
-        samples, shares = metrics.pop("samples", None), metrics.pop("shares", None)
+        samples, shares, self.stop = (metrics.pop(name, None) for name in ("samples", "shares", "stop"))
         row: dict[str, object] = {"step": iteration}
         for key, value in metrics.items():
             row[key] = self._number(iteration, key, value)
@@ -98,6 +102,10 @@ class Session:
         self.done, self.ran, self.busy = iteration, self.ran + 1, self.busy + seconds
         if self.snapshots is not None:
             self.snapshots.take(iteration)
+        if self.checkpoints is not None:
+            self.checkpoints.offer(iteration)
+        if self.stop:
+            self.note = self.stop
         self.feed.update(self.status())
 
     def status(self) -> dict:
@@ -129,7 +137,11 @@ class Session:
         if self.state in OVER:
             return
         self.snapshots = None
+        if self.checkpoints is not None:
+            self.checkpoints.close(self.done)
         self.move(state)
+        if self.stop:
+            print(f"{self.config['title']} stopped: {self.stop}")
         missing = [key for key in self.feed.keys if not any(key in row for row in self.rows)]
         if missing and self.rows:
             reported = sorted({key for row in self.rows for key in row} - {"step", "controls", "shares"})

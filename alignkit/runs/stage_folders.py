@@ -1,0 +1,137 @@
+"""Where the folder of a stage is built, how it takes its place, and what becomes of the one that it replaces.
+
+A finished stage (it has results.json) stays where it is until another one has finished: that is built beside it. What
+is replaced goes to RUN/aside with the date and the parameters that made it. Nothing is deleted but by `prune`.
+"""
+
+import itertools
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from alignkit.errors import RunError
+from alignkit.folders import leftovers, recover
+from alignkit.killpoints import reached
+from alignkit.stages import CHAIN, STAGES
+from alignkit.storage import flush, read_json, write_json
+
+CHECKPOINTS = "checkpoints"  # a folder of this name in a stage holds what a run needs to go on, until it has finished
+NEW = ".new"  # RUN/STAGE.new is built while RUN/STAGE holds a finished stage
+
+
+def stage_folder(run: str | Path, stage: str, *, restart: bool = False) -> Path:
+    """The folder to build a stage in, made if need be: RUN/STAGE, or RUN/STAGE.new if RUN/STAGE holds a finished stage,
+    which stays there until `write_results(…, built=…)` puts the new one in its place.
+
+    What an unfinished run of the stage left in that folder stays too, to be gone on from. restart: set that aside.
+    """
+    built = stage_in_work(Path(run), stage)
+    if restart:
+        set_aside_unfinished(run, stage, "begun anew")
+    built.mkdir(parents=True, exist_ok=True)
+    return built
+
+
+def stage_in_work(run: Path, stage: str) -> Path:
+    """Where a stage is built now, or will be: RUN/STAGE, or RUN/STAGE.new if RUN/STAGE is finished."""
+    place = run / stage_name(stage)
+    recover(place)
+    return run / f"{stage}{NEW}" if (place / "results.json").exists() else place
+
+
+def set_aside_unfinished(run: str | Path, stage: str, why: str) -> Path | None:
+    """Set aside what an unfinished run of a stage left; returns where it is now, None if there was nothing."""
+    built = stage_in_work(Path(run), stage)
+    return set_aside(run, built, why) if built.is_dir() and any(built.iterdir()) else None
+
+
+def finish_stage(run: Path, stage: str, built: Path) -> None:
+    """Put a built stage, which has its results, in its place. Its checkpoints are deleted; what stood there is set
+    aside."""
+    for folder in [*built.rglob(CHECKPOINTS), *leftovers(built)]:
+        shutil.rmtree(folder, ignore_errors=True)
+    reached("stage.results")
+    place = run / stage_name(stage)
+    if built.resolve() != place.resolve():
+        if place.exists():
+            set_aside(run, place, "made again")
+        reached("stage.aside")
+        os.rename(built, place)
+        flush(run)
+
+
+def set_aside(run: str | Path, folder: str | Path, why: str) -> Path:
+    """Move a stage's folder to RUN/aside/STAGE-DATE/STAGE, beside an aside.json that says why it was moved, whether it
+    was finished, and with which parameters it was made, as far as RUN/jobs.json and its results tell. Returns where it
+    is now."""
+    run, folder = Path(run), Path(folder)
+    stage, date = folder.name.removesuffix(NEW), datetime.now(UTC)
+    names = (f"{stage}-{date:%Y-%m-%d-%H%M%S}{f'-{n}' if n else ''}" for n in itertools.count())
+    aside = next(run / "aside" / name for name in names if not (run / "aside" / name).exists())
+    finished = (folder / "results.json").exists()
+    jobs = _known(run / "jobs.json")
+    job = next((record for name, record in jobs.items() if CHAIN.get(name) == stage and isinstance(record, dict)), {})
+    of_folder = job.get("kept", job) if finished else job  # while a job runs again, `kept` is the finished one's record
+    key = of_folder.get("key") if isinstance(of_folder, dict) else None
+    aside.mkdir(parents=True)
+    write_json(aside / "aside.json", {
+        "stage": stage, "moved": date.isoformat(timespec="seconds"), "why": why, "finished": finished,
+        "parameters": key.get("parameters") if isinstance(key, dict) else None,
+        "config": _known(folder / "results.json").get("config"), "run": _known(run / "run.json"),
+    })
+    os.rename(folder, aside / stage)
+    flush(run)
+    return aside / stage
+
+
+@dataclass(frozen=True)
+class Removable:
+    """A folder of a run that nothing needs: where it is, its bytes, what it is."""
+
+    path: Path
+    bytes: int
+    what: str
+
+
+def removable(run: str | Path) -> list[Removable]:
+    """What `alignkit runs prune` would delete: all that was set aside, and temporary folders of killed processes.
+
+    Raises RunError if `run` is no run directory.
+    """
+    run = Path(run)
+    if not (run / "run.json").exists() and not (run / "jobs.json").exists():
+        raise RunError(f"{run} is no run directory: it has neither run.json nor jobs.json")
+    folders = []
+    for path in sorted((run / "aside").iterdir()) if (run / "aside").is_dir() else []:
+        record = _known(path / "aside.json")
+        state = "finished" if record.get("finished") else "unfinished"
+        what, moved = record.get("stage", "folder"), record.get("moved", "at some time")
+        folders.append((path, f"{state} {what}, set aside {moved}: {record.get('why', 'no reason is recorded')}"))
+    folders += [(path, "left by a process that was killed")
+                for path in leftovers(run) if run / "aside" not in path.parents]
+    return [Removable(path, sum(file.lstat().st_size for file in path.rglob("*") if file.is_file()), what)
+            for path, what in folders]
+
+
+def prune(folders: list[Removable]) -> None:
+    """Delete what `removable` listed."""
+    for folder in folders:
+        shutil.rmtree(folder.path)
+
+
+def stage_name(stage: str) -> str:
+    """`stage`, if it can name a stage's folder. Raises ValueError otherwise."""
+    if not re.fullmatch(r"[a-z][a-z0-9_-]*", stage):
+        raise ValueError(f"stage is {stage!r}, expected a short name such as {', '.join(STAGES)}")
+    return stage
+
+
+def _known(path: Path) -> dict:
+    """A record, or {} if there is none that can be read: what is set aside is worth keeping all the same."""
+    try:
+        return read_json(path)
+    except (OSError, RunError):
+        return {}
