@@ -80,6 +80,15 @@ def sweep(directory: str | Path) -> list[Path]:
     return swept
 
 
+def discard(directory: str | Path) -> None:
+    """Delete a folder whole: a process killed meanwhile leaves it under a temporary name, never half of it under its
+    own."""
+    directory = Path(os.path.abspath(directory))
+    old = _temporary(directory, "old")
+    directory.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def leftovers(folder: str | Path) -> list[Path]:
     """All temporary folders of killed or working processes at any depth below `folder`."""
     return [path for path in sorted(Path(folder).rglob(f".*.{MARK}-*")) if path.is_dir() and not path.is_symlink()]

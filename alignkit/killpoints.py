@@ -29,10 +29,19 @@ KILL_POINTS = {
     "stage.results": "the results of a stage are written, it is not in its place",
     "stage.aside": "the stage before is set aside, the new one is not in its place",
 }
-_name, _, _count = os.environ.get("ALIGNKIT_KILL_AT", "").partition(":")
-_left = int(_count) if _count.isdecimal() else 1
-if _name and _name not in KILL_POINTS:
-    raise ValueError(f"ALIGNKIT_KILL_AT is {_name!r}, expected one of {', '.join(KILL_POINTS)}")
+_name, _left = "", 0
+
+
+def arm(place: str) -> None:
+    """Kill this process when it reaches a kill point: "NAME", or "NAME:3" for the third time; "" for never.
+
+    Raises ValueError on a name that is not in KILL_POINTS.
+    """
+    global _name, _left
+    name, _, count = place.partition(":")
+    if name and name not in KILL_POINTS:
+        raise ValueError(f"ALIGNKIT_KILL_AT is {place!r}, expected one of {', '.join(KILL_POINTS)}")
+    _name, _left = name, int(count) if count.isdecimal() else 1
 
 
 def reached(name: str) -> None:
@@ -42,3 +51,6 @@ def reached(name: str) -> None:
         _left -= 1
         if _left == 0:
             os.kill(os.getpid(), signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+
+
+arm(os.environ.get("ALIGNKIT_KILL_AT", ""))

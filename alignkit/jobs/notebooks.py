@@ -20,7 +20,7 @@ from alignkit.jobs.parameters import Parameter, check_name, notebook_parameters,
 from alignkit.jobs.progress import Progress
 from alignkit.metrics import duration
 from alignkit.runs.records import check_run, record_seconds, start_run
-from alignkit.runs.stage_folders import set_aside, set_aside_unfinished
+from alignkit.runs.stage_folders import delete_checkpoints, set_aside, set_aside_unfinished
 from alignkit.stages import CHAIN, NEEDS
 from alignkit.storage import locked, plain, read_json, write_json
 
@@ -257,7 +257,12 @@ def _run(
             line.end(f"{record['status'].upper()} after {duration(record['seconds'])}")
         raise
     record.pop("kept", None)
+    if job.folder and job.folder.is_dir():
+        delete_checkpoints(job.folder)
     if executing != job.executed:
+        replaced = sorted((job.out / "aside").glob(f"{job.folder.name}-*")) if job.folder else []
+        if replaced and job.executed.exists():
+            os.replace(job.executed, replaced[-1] / job.executed.name)
         os.replace(executing, job.executed)
     note(status="finished", made=files_made(job.folder))
     record_seconds(job.out, job.name, record["seconds"])

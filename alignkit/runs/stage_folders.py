@@ -1,7 +1,8 @@
 """Where the folder of a stage is built, how it takes its place, and what becomes of the one that it replaces.
 
-A finished stage (it has results.json) stays where it is until another one has finished: that is built beside it. What
-is replaced goes to RUN/aside with the date and the parameters that made it. Nothing is deleted but by `prune`.
+A finished stage (it has results.json, and no checkpoints any more) stays where it is until another one has finished:
+that is built beside it. What is replaced goes to RUN/aside with the date and the parameters that made it. Nothing but
+checkpoints is deleted, except by `prune`.
 """
 
 import itertools
@@ -13,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from alignkit.errors import RunError
-from alignkit.folders import leftovers, recover
+from alignkit.folders import discard, leftovers, recover
 from alignkit.killpoints import reached
 from alignkit.stages import CHAIN, STAGES
 from alignkit.storage import flush, read_json, write_json
@@ -39,7 +40,12 @@ def stage_in_work(run: Path, stage: str) -> Path:
     """Where a stage is built now, or will be: RUN/STAGE, or RUN/STAGE.new if RUN/STAGE is finished."""
     place = run / stage_name(stage)
     recover(place)
-    return run / f"{stage}{NEW}" if (place / "results.json").exists() else place
+    return run / f"{stage}{NEW}" if is_finished(place) else place
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a stage's folder holds one that has finished."""
+    return (folder / "results.json").exists() and not any(folder.rglob(CHECKPOINTS))
 
 
 def set_aside_unfinished(run: str | Path, stage: str, why: str) -> Path | None:
@@ -49,10 +55,10 @@ def set_aside_unfinished(run: str | Path, stage: str, why: str) -> Path | None:
 
 
 def finish_stage(run: Path, stage: str, built: Path) -> None:
-    """Put a built stage, which has its results, in its place. Its checkpoints are deleted; what stood there is set
-    aside."""
-    for folder in [*built.rglob(CHECKPOINTS), *leftovers(built)]:
-        shutil.rmtree(folder, ignore_errors=True)
+    """Put a built stage, which has its results, in its place; what stood there is set aside.
+
+    Its checkpoints are deleted last: by the job, if it runs in one, since a job that is killed before its end goes on
+    from them."""
     reached("stage.results")
     place = run / stage_name(stage)
     if built.resolve() != place.resolve():
@@ -61,6 +67,21 @@ def finish_stage(run: Path, stage: str, built: Path) -> None:
         reached("stage.aside")
         os.rename(built, place)
         flush(run)
+    if not headless():
+        delete_checkpoints(place)
+
+
+def delete_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a finished stage, and what killed processes left in it."""
+    for checkpoints in [*folder.rglob(CHECKPOINTS)]:
+        discard(checkpoints)
+    for part in leftovers(folder):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def headless() -> bool:
+    """Whether this process is the kernel of a job."""
+    return os.environ.get("ALIGNKIT_HEADLESS") == "1"
 
 
 def set_aside(run: str | Path, folder: str | Path, why: str) -> Path:
@@ -71,7 +92,7 @@ def set_aside(run: str | Path, folder: str | Path, why: str) -> Path:
     stage, date = folder.name.removesuffix(NEW), datetime.now(UTC)
     names = (f"{stage}-{date:%Y-%m-%d-%H%M%S}{f'-{n}' if n else ''}" for n in itertools.count())
     aside = next(run / "aside" / name for name in names if not (run / "aside" / name).exists())
-    finished = (folder / "results.json").exists()
+    finished = is_finished(folder)
     jobs = _known(run / "jobs.json")
     job = next((record for name, record in jobs.items() if CHAIN.get(name) == stage and isinstance(record, dict)), {})
     of_folder = job.get("kept", job) if finished else job  # while a job runs again, `kept` is the finished one's record
