@@ -120,7 +120,7 @@ class Checkpoints:
 
     def close(self, step: int) -> None:
         """Write a last checkpoint, when a run ends or is interrupted, if the state is that after `step` steps."""
-        if self.state.step == step:
+        if step and self.state.step == step:
             self.save(step)
 
     def forget_after(self, step: int) -> None:

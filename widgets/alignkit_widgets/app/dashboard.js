@@ -65,6 +65,14 @@ function show(status) {
     tab.said.textContent = busy && name !== "train" ? "One moment …" : status.said[name];
     for (const button of tab.form.querySelectorAll("button")) button.disabled = busy;
   }
+  const there = status.unfinished.join("\n");
+  if (there !== goOn.dataset.there) {
+    goOn.dataset.there = there;
+    goOn.replaceChildren();
+    for (const name of status.unfinished) make(goOn, "option", { value: name }, name);
+    goOn.value = status.unfinished.at(-1);
+  }
+  for (const node of [goOnLabel, goOnButton]) node.hidden = !status.unfinished.length || status.busy.includes("train");
   own.hidden = !status.desk; // without a world that can be enumerated, the recorded runs are there all the same
   iterations.max = status.most;
   const names = status.checkpoints.join("\n");
@@ -86,6 +94,9 @@ function show(status) {
 const train = addTab("train", "Train", "PPO from the SFT policy, against the reward model. Pause it, step, move the sliders, stop: what is there is kept.");
 const label = make(train, "label", {}, "Iterations "), iterations = make(label, "input", { type: "number", min: 1, value: 40, required: "" });
 make(train, "button", {}, "Start a run");
+const goOnLabel = make(train, "label", {}, "Unfinished "), goOn = make(goOnLabel, "select");
+const goOnButton = make(train, "button", { type: "button" }, "Continue it");
+goOnButton.addEventListener("click", () => send({ do: "continue", name: goOn.value }));
 train.addEventListener("submit", (e) => { e.preventDefault(); send({ do: "train", iterations: iterations.valueAsNumber }); });
 
 const choose = addTab("compare", "Compare", "The same held-out prompts to two or more checkpoints, without their names. Vote, then show the names.");

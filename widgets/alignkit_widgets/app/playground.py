@@ -5,7 +5,9 @@ read. A directory without a run gets the desk world's SFT policy and reward mode
 """
 
 import json
+import math
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,9 +22,11 @@ from alignkit.models.heads import reward_model_from
 from alignkit.models.loading import load_policy, save_model
 from alignkit.ppo import PPOState, ppo_iteration
 from alignkit.reward import RewardScorer, load_reward, train_reward_model
+from alignkit.runs.checkpoints import Checkpoints
 from alignkit.runs.records import start_run
+from alignkit.runs.stage_folders import CHECKPOINTS, delete_checkpoints
 from alignkit.sft import train_sft
-from alignkit.storage import branch_files, settings, write_json
+from alignkit.storage import branch_files, read_json, settings, write_json
 from alignkit.task import Task, load_task
 from alignkit_widgets.cockpit.ppo_run import ppo_controls, ppo_row
 
@@ -62,7 +66,27 @@ class Playground:
         folder = self.run / "app" / f"ppo-{max(numbers, default=0) + 1}"
         folder.mkdir(parents=True)
         write_json(folder / "config-of-run.json", settings(config))
-        return LivePPO(self, folder, config, state)
+        return LivePPO(self, folder, config, state, Checkpoints(folder / CHECKPOINTS, state, config))
+
+    def unfinished(self) -> list[str]:
+        """Names of PPO runs that were stopped, or killed, before their end, and can go on."""
+        folders = sorted((self.run / "app").glob("ppo-*"), key=_number)
+        return [folder.name for folder in folders if (folder / CHECKPOINTS).is_dir()]
+
+    def continue_ppo(self, name: str) -> "LivePPO":
+        """An unfinished PPO run, to go on from its last checkpoint. Raises RunError if there is no such run, or it
+        cannot be gone on with: of other models, data or code."""
+        folder = self.run / "app" / name
+        if name not in self.unfinished():
+            raise RunError(f"{self.run / 'app'} has no unfinished run {name!r}; it has {self.unfinished() or 'none'}")
+        written = read_json(folder / "config-of-run.json")
+        try:
+            config = PPOConfig(**{key: math.inf if value == "inf" else value for key, value in written.items()})
+        except TypeError as error:
+            raise RunError(f"{folder / 'config-of-run.json'} is not of this version of alignkit: {error}") from None
+        policy, tokenizer = load_policy(self.run / "sft")
+        state = PPOState.start(policy, tokenizer, self.scorer, list(self.task.strata().values()), config)
+        return LivePPO(self, folder, config, state, Checkpoints(folder / CHECKPOINTS, state, config))
 
 
 @dataclass(frozen=True)
@@ -73,6 +97,7 @@ class LivePPO:
     folder: Path
     config: PPOConfig
     state: PPOState = field(repr=False)
+    checkpoints: Checkpoints = field(repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False)  # a run may be saved from another thread than it trains in
 
     @property
@@ -83,17 +108,19 @@ class LivePPO:
     def step(self, controls: Mapping[str, float]) -> dict:
         """One iteration with the controls as they are now: metrics, samples, and in the desk world shares."""
         with self._lock:
-            stats = ppo_iteration(self.state, replace(self.config, **controls))
-            return ppo_row(self.state, stats, self.playground.task)
+            config = replace(self.config, **controls)
+            return ppo_row(self.state, ppo_iteration(self.state, config), self.playground.task, config)
 
     def save(self) -> Path | None:
-        """Write the policy as it is now to its folder; None, and no folder, if no iteration was done."""
+        """Write the policy as it is now to its folder; None, and no folder, if no iteration was done. The checkpoints
+        of a run that has come to its end are deleted."""
         if self.state.iteration or branch_files(self.folder / "metrics.jsonl"):
             with self._lock:
-                return save_model(self.state.policy, self.state.tokenizer, self.folder)
-        for path in self.folder.iterdir():
-            path.unlink()
-        self.folder.rmdir()
+                saved = save_model(self.state.policy, self.state.tokenizer, self.folder)
+            if self.state.iteration >= self.config.iterations:
+                delete_checkpoints(self.folder)
+            return saved
+        shutil.rmtree(self.folder)
         return None
 
 

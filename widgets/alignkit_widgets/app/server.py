@@ -134,6 +134,7 @@ class Dashboard:
             "status": {
                 "run": visible(self.playground.run, 200),
                 "checkpoints": list(self.playground.checkpoints()),
+                "unfinished": self.playground.unfinished(),
                 "said": {tab: visible(note) for tab, note in self.notes.items()},
                 "busy": list(self.busy),
                 "most": MOST,
@@ -157,6 +158,8 @@ class Dashboard:
                     widget.receive(message["content"])
         elif message.get("do") == "train":
             self._begin("train", self._train(_whole(message.get("iterations"), 1, MOST)))
+        elif message.get("do") == "continue" and message.get("name") in self.playground.unfinished():
+            self._begin("train", self._continue(message["name"]))
         elif message.get("do") == "compare":
             named = message.get("names") if isinstance(message.get("names"), list) else []
             self._begin("compare", self._compare([n for n in self.playground.checkpoints() if n in named]))
@@ -188,7 +191,12 @@ class Dashboard:
     # the tabs
 
     async def _train(self, iterations: int | None, **chosen) -> None:
-        live: LivePPO = await asyncio.to_thread(self.playground.start_ppo, iterations, **chosen)
+        await self._run(await asyncio.to_thread(self.playground.start_ppo, iterations, **chosen))
+
+    async def _continue(self, name: str) -> None:
+        await self._run(await asyncio.to_thread(self.playground.continue_ppo, name))
+
+    async def _run(self, live: LivePPO) -> None:
         title = f"PPO · {live.folder.relative_to(self.playground.run)}"
         cockpit = Cockpit(self, title, PPO_CHARTS, live.config.iterations, controls=live.controls,
                           log=live.folder / "metrics.jsonl")
@@ -197,7 +205,7 @@ class Dashboard:
             return await asyncio.to_thread(live.step, controls)
 
         try:
-            await cockpit.run(step, state=live.state)
+            await cockpit.run(step, state=live.state, checkpoints=live.checkpoints)
         finally:
             where = await asyncio.shield(asyncio.to_thread(live.save))
             saved = f"Saved in {where}, with the log; it can be compared now."
