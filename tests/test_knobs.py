@@ -117,7 +117,7 @@ PPO_KNOBS = {
     "lr_decay": (False, True, distance, -1, {}),
 }
 ELSEWHERE = {  # tested by their exact effect in test_ppo.py and test_ppo_step.py
-    "shared_trunk", "precision", "tokens_per_pass", "gradient_checkpointing", "value_coef", "value_clip_range",
+    "shared_trunk", "precision", "tokens_per_pass", "gradient_checkpointing", "halve_passes", "value_coef", "value_clip_range",
     "whiten_rewards", "whiten_advantages",
     "max_grad_norm", "seed"}
 
@@ -176,7 +176,7 @@ DPO_KNOBS = {
 }
 DPO_ELSEWHERE = {  # in test_dpo.py
     "loss_type", "length_normalised", "max_new_tokens", "precompute_reference", "precision", "seed", "warmup",
-    "tokens_per_pass", "gradient_checkpointing"}
+    "tokens_per_pass", "gradient_checkpointing", "halve_passes"}
 
 
 def test_the_table_names_every_knob_of_dpo():
