@@ -42,7 +42,9 @@ def append_metrics(path: str | Path, row: Mapping) -> None:
     if not _ends_whole(path):
         trim_metrics(path)
     with _naming(path), path.open("ab", buffering=0) as file:
-        file.write(line.encode())
+        left = line.encode()
+        while left := left[file.write(left):]:  # a full disk takes a part without a word; the next write raises
+            pass
 
 
 def read_metrics(path: str | Path) -> list[dict]:

@@ -139,6 +139,10 @@ class _Client(PapermillNotebookClient):
         self.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody waits for it then
         return await self.async_execute_cell(cell, index, **options)
 
+    async def _async_poll_kernel_alive(self):
+        with contextlib.suppress(AssertionError):  # an interrupted cell's, still here when its client is closed
+            await super()._async_poll_kernel_alive()
+
     def _stop(self, error: BaseException) -> None:
         """Note how a dead kernel ended; let a living one come to an end."""
         if isinstance(error, DeadKernelError):

@@ -18,6 +18,11 @@ def add_app(add) -> None:
 
 
 def _app(options: argparse.Namespace) -> None:
+    with run_lock(options.run):  # before the seconds that the imports take
+        _open(options.run, options.port)
+
+
+def _open(run: Path, port: int) -> None:
     import asyncio
 
     import torch
@@ -35,11 +40,10 @@ def _app(options: argparse.Namespace) -> None:
         raise AlignkitError(
             f"the dashboard needs {error.name}, which is not installed (pip install alignkit)"
         ) from error
-    with run_lock(options.run):
-        try:
-            playground = open_playground(options.run)
-        except ValueError as error:
-            raise AlignkitError(str(error)) from error
-        if playground.model == "tiny":
-            torch.set_num_threads(1)  # matrices this small only get slower with a second thread
-        asyncio.run(serve(playground, options.port))
+    try:
+        playground = open_playground(run)
+    except ValueError as error:
+        raise AlignkitError(str(error)) from error
+    if playground.model == "tiny":
+        torch.set_num_threads(1)  # matrices this small only get slower with a second thread
+    asyncio.run(serve(playground, port))
