@@ -99,7 +99,8 @@ class RewardScorer:
 def load_reward(source: str | Path, *, device: str = "auto"):
     """A reward from a folder (a trained reward model) or from "module:function" taking prompts, responses -> scores.
 
-    The module is looked for where Python looks, and then in the present folder; what is installed goes first. Raises ValueError that says which part of the name was not found.
+    The module is looked for where Python looks and, last of all, in the present folder. Raises ValueError that says
+    which part of the name was not found.
     """
     source = str(source)
     if Path(source).is_dir():

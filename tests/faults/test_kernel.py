@@ -1,5 +1,6 @@
 """Kernels, signals and locks: faults 3, 4, 5, 8, 9, 13, 16, 52 of the list, and folders with a pandas.py."""
 
+import asyncio
 import contextlib
 import gc
 import json
@@ -20,6 +21,7 @@ import pytest
 from alignkit_widgets.app import playground, server
 
 from alignkit.errors import NotebookFailed, RunError, RunInUse
+from alignkit.folders import replacing
 from alignkit.jobs import job as job_module
 from alignkit.jobs import kernel, spare_kernel
 from alignkit.jobs.cli import _one_interrupt, main
@@ -73,8 +75,9 @@ def started(source: Path, out: Path, cwd: Path | None = None) -> subprocess.Pope
     """`alignkit run` in a process of its own, when its cell is at work."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'widgets'}"}
     code = "import sys; from alignkit.jobs.cli import main; sys.exit(main())"
-    job = subprocess.Popen([sys.executable, "-P", "-c", code, "run", str(source), "--out", str(out)], cwd=cwd, text=True,
-                           env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [sys.executable, "-P", "-c", code, "run", str(source), "--out", str(out)]
+    job = subprocess.Popen(command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT)
     wait_for(lambda: (out / "ready").exists() or job.poll() is not None, 60)
     assert (out / "ready").exists(), job.communicate()[0]
     return job
@@ -317,7 +320,9 @@ def test_13_a_full_disk_is_named(tmp_path):
     with pytest.warns(UserWarning, match="torn"):
         append_metrics(tmp_path / "m.jsonl", {"step": 2})
     assert read_metrics(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2}]
-    write_atomically(tmp_path / "gone.json", "{}")
+    full = pytest.raises(OSError, match=f"File too large: '{tmp_path}/new'")
+    with small_files(), full, replacing(tmp_path / "new") as new:
+        (new / "x").write_text("x" * 5000)
     with pytest.raises(FileNotFoundError, match=r"/nowhere/gone\.json'"):
         write_atomically(tmp_path / "nowhere" / "gone.json", "{}")
 
@@ -371,6 +376,27 @@ def test_16_the_app_and_a_job_hold_the_same_lock(tmp_path, capfd, app, number):
     assert is_free(run)
 
 
+def test_03_the_app_waits_for_what_it_saves_and_a_second_ctrl_c_ends_that(tmp_path, capfd, monkeypatch, app):
+    class AtOnce(BaseException):
+        pass
+
+    def leave(code: int) -> None:
+        raise AtOnce(code)
+
+    saving = []
+
+    async def close(_dashboard) -> None:
+        saving.append(True)
+        await asyncio.sleep(30)
+
+    monkeypatch.setattr(server.Dashboard, "close", close)
+    monkeypatch.setattr(server.os, "_exit", leave)
+    with pytest.raises(AtOnce, match="130"):
+        signalled(["app", tmp_path / "run"], (lambda: app, "SIGTERM"), (lambda: saving, "SIGHUP", "SIGTERM", "SIGINT"))
+    assert "ended at once; what was trained since the last checkpoint is lost" in capfd.readouterr().out
+    assert is_free(tmp_path / "run")
+
+
 def link(target: Path, name: Path) -> Path:
     name.symlink_to(target)
     return name
@@ -417,8 +443,8 @@ def hostile(tmp_path, monkeypatch) -> Path:
     """A folder with modules that must not be imported, and the user's own reward; the command is started in it."""
     folder = tmp_path / "hostile"
     folder.mkdir()
-    for name in ("pandas", "ipykernel", "runpy", "pathlib", "numpy", "IPython", "alignkit", "torch", "matplotlib_inline",
-                 "ipykernel_launcher", "sitecustomize", "usercustomize", "ipython_config"):
+    for name in ("pandas", "ipykernel", "runpy", "pathlib", "numpy", "IPython", "alignkit", "torch",
+                 "matplotlib_inline", "ipykernel_launcher", "sitecustomize", "usercustomize", "ipython_config"):
         (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'a').write({name + ' '!r})\n")
     (folder / "my_rewards.py").write_text("import my_words\ndef score(prompts, responses): return [my_words.ONE]\n")
     (folder / "my_words.py").write_text("ONE = 1\n")

@@ -104,7 +104,7 @@ class Dashboard:
         return f"http://127.0.0.1:{self.port}/?token={self.token}"
 
     def listen(self, port: int = 0) -> str:
-        """Listen on 127.0.0.1 and return the URL; port 0 is a free one. Raises PortTaken if this one is not to be had."""
+        """Listen on 127.0.0.1 and return the URL; port 0 is a free one. Raises PortTaken if it is not to be had."""
         try:
             (socket,) = bind_sockets(port, "127.0.0.1")
         except OSError as error:
