@@ -336,6 +336,21 @@ def test_13_the_command_names_the_file(tmp_path, capfd):
     assert code == 1 and f"File too large: '{out}/" in printed and "Traceback" not in printed, printed
 
 
+def test_14_a_directory_that_goes_away_or_cannot_be_made_is_named(tmp_path, capfd):
+    out, source = tmp_path / "run", notebook(tmp_path / "x.ipynb", "import shutil\nshutil.rmtree(run)")
+    assert main(["run", str(source), "--out", str(out)]) == 1
+    printed = "".join(capfd.readouterr())
+    assert f"No such file or directory: '{out}/" in printed and "Traceback" not in printed, printed
+    for place in ("/proc/none/run", source / "run"):
+        assert main(["run", str(source), "--out", str(place)]) == 1
+        assert f"run directory '{place}' cannot be made" in "".join(capfd.readouterr())
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "jobs.json").write_text('{"x": {"sta')
+    assert main(["run", str(source), "--out", str(tmp_path / "torn")]) == 1
+    printed = "".join(capfd.readouterr())
+    assert f"{tmp_path / 'torn' / 'jobs.json'}" in printed and "Traceback" not in printed
+
+
 @pytest.fixture
 def app(monkeypatch):
     """The app without models: an empty playground, and a note of the port it listens on."""
@@ -433,6 +448,18 @@ def test_52_a_port_in_use_is_named_and_the_default_is_one_that_is_free(tmp_path,
 
         assert signalled(["app", tmp_path / "run"], (reached, "SIGINT")) == 0 and app[-1] != port
     assert f"http://127.0.0.1:{app[-1]}/?token=" in "".join(capfd.readouterr())
+
+
+def test_54_a_secret_of_the_environment_stands_in_no_file_of_the_run(tmp_path, monkeypatch):
+    secret = "hf_" + "aSecretOfTheUser" * 2
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, secret)
+    source = notebook(tmp_path / "x.ipynb", "import os\nassert os.environ['HF_TOKEN']\nraise ValueError('stop')")
+    with pytest.raises(NotebookFailed, match="ValueError: stop") as caught:
+        course(tmp_path / "run", notebooks=[source], progress=False)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) >= 4 and secret not in str(caught.value)
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
 
 
 # --- what a kernel imports -------------------------------------------------------------------------------------------
