@@ -232,8 +232,7 @@ def test_05_a_kernel_that_outlives_its_parent_holds_the_lock(tmp_path):
     """As on a system that cannot end it: the cell itself takes that back."""
     out = tmp_path / "run"
     stays = LONG_CALL.replace("(run / 'ready')", "__import__('ctypes').CDLL(None).prctl(1, 0)\n(run / 'ready')")
-    source = notebook(tmp_path / "x.ipynb", stays)
-    job = started(source, out)
+    job = started(notebook(tmp_path / "x.ipynb", stays), out)
     pid = int((out / "kernel").read_text())
     try:
         time.sleep(0.5)
@@ -241,8 +240,9 @@ def test_05_a_kernel_that_outlives_its_parent_holds_the_lock(tmp_path):
         job.communicate()
         time.sleep(1.5)
         assert alive(pid)
-        with pytest.raises(RunInUse, match=f"in use by pid {job.pid} since .*was killed; its kernel is still at work"):
-            run_notebook(source, out)
+        told = f"in use by pid {job.pid} since .*was killed; its kernel is still at work"
+        with pytest.raises(RunInUse, match=told), run_lock(out):
+            pass
     finally:
         os.kill(pid, signal.SIGKILL)
     assert wait_for(lambda: is_free(out), 10)
@@ -503,7 +503,7 @@ def test_pandas_py_where_a_kernel_starts_is_not_imported_and_a_reward_is(tmp_pat
 
 
 def test_pandas_py_is_imported_by_no_process_of_the_command(tmp_path, hostile):
-    source = notebook(hostile / "x.ipynb", "import pathlib, runpy\npathlib.Path(run, 'ready').touch()")
+    source = notebook(hostile / "x.ipynb", "import pathlib, runpy, numpy\npathlib.Path(run, 'ready').touch()")
     job = started(source, tmp_path / "run", cwd=hostile)
     printed, _ = job.communicate(timeout=60)
     assert job.returncode == 0, printed
