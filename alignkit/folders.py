@@ -50,9 +50,11 @@ def replacing(directory: str | Path, *, keep: bool = False) -> Iterator[Path]:
             reached("folder.exchanged")
             if old:
                 shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
         recover(directory)
         shutil.rmtree(new, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(directory)  # a full disk does not say where it is full
         raise
 
 

@@ -5,6 +5,7 @@ PPO.
 """
 
 import importlib
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -103,7 +104,8 @@ class RewardScorer:
 def load_reward(source: str | Path, *, device: str = "auto"):
     """A reward from a folder (a trained reward model) or from "module:function" taking prompts, responses -> scores.
 
-    Raises ValueError that says which part of the name was not found.
+    The module is looked for where Python looks and, last of all, in the present folder. Raises ValueError that says
+    which part of the name was not found.
     """
     source = str(source)
     if Path(source).is_dir():
@@ -112,7 +114,7 @@ def load_reward(source: str | Path, *, device: str = "auto"):
     if not colon:
         raise ValueError(f"reward is {source!r}, expected a reward model's folder or 'module:function'")
     try:
-        reward = getattr(importlib.import_module(module), function)
+        reward = getattr(_import_from_here(module), function)
     except ImportError as error:
         raise ValueError(f"reward {source!r}: module {module!r} could not be imported ({error})") from error
     except AttributeError:
@@ -120,6 +122,16 @@ def load_reward(source: str | Path, *, device: str = "auto"):
     if not callable(reward):
         raise ValueError(f"reward {source!r}: {function!r} is not a function")
     return reward
+
+
+def _import_from_here(module: str):
+    """Import a module that the user named, from the present folder too: the last of all places, and only meanwhile."""
+    importlib.invalidate_caches()  # the file may be seconds old
+    sys.path.append("")
+    try:
+        return importlib.import_module(module)
+    finally:
+        del sys.path[len(sys.path) - 1 - sys.path[::-1].index("")]  # the last one: one of the user's own stays
 
 
 def _ids(tokenizer, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:

@@ -42,8 +42,10 @@ def append_metrics(path: str | Path, row: Mapping) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not _ends_whole(path):
         trim_metrics(path)
-    with path.open("ab", buffering=0) as file:
-        file.write(line.encode())
+    with _naming(path), path.open("ab", buffering=0) as file:
+        left = line.encode()
+        while left := left[file.write(left):]:  # a full disk takes a part without a word; the next write raises
+            pass
     reached("metrics.row")
 
 
@@ -203,13 +205,24 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
-        with temporary.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _naming(path):
+            with temporary.open("xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Have an OSError of the block name `path`: the system does not say where a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import importlib.metadata
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from alignkit import __version__
@@ -25,10 +25,9 @@ class Refused(AlignkitError, ValueError):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code. `arguments` defaults to the command line."""
     options = _parser().parse_args(arguments)
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C: the notebook may save, and the job's record says so
     try:
-        return options.command(options) or 0
+        with _one_interrupt():
+            return options.command(options) or 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `alignkit check … | head`
@@ -238,8 +237,32 @@ def _parameters(options: argparse.Namespace) -> dict[str, str]:
 
 
 # --- small things ----------------------------------------------------------------------------------------------------
-def _interrupt(_signal, _frame) -> None:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def _one_interrupt() -> Iterator[None]:
+    """Take the first SIGTERM or SIGHUP as Ctrl-C, so that the notebook may save and the job's record says so.
+
+    Later ones are ignored: a terminal that closes, or a system that shuts down, sends several, and they must not break
+    off what the first one began. Only a second Ctrl-C does. What is ignored from the start (nohup) stays ignored.
+    """
+    begun = False
+
+    def interrupt(number, _frame) -> None:
+        nonlocal begun
+        again, begun = begun, True
+        if number == signal.SIGINT or not again:
+            raise KeyboardInterrupt
+
+    before = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+            with contextlib.suppress(ValueError):  # not in the main thread
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _files(manifest) -> str:

@@ -5,6 +5,7 @@ kernel's last words, and takes whatever kernel is called python3 on this machine
 instead, with the cell and the reason, and uses the Python that it runs under.
 """
 
+import asyncio
 import contextlib
 import signal
 import tempfile
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from jupyter_client import AsyncKernelManager
+from jupyter_core.utils import run_sync
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill import execute_notebook
 from papermill.clientwrap import PapermillNotebookClient
@@ -20,9 +21,12 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 from alignkit.errors import NotebookFailed
-from alignkit.jobs.spare_kernel import Spare, ThisPython
+from alignkit.jobs.memory import is_out_of_memory, memory_advice
+from alignkit.jobs.spare_kernel import JobKernel, Spare, start_options
 
 ENGINE = "alignkit"
+SAVE_SECONDS = 10  # that a cell which was interrupted has to write what it wants to keep
+STOP_SECONDS = 2  # from SIGTERM to SIGKILL, for a kernel that has not stopped by then
 
 
 def execute(
@@ -35,12 +39,14 @@ def execute(
     timeout: float | None = None,
     on_cell: Callable[[int, int], None] | None = None,
     spare: Spare | None = None,
+    lock: tuple[int, ...] = (),
 ) -> None:
     """Run `notebook` with `parameters` and leave it, with its outputs so far, in `executed`.
 
     timeout: seconds for the whole notebook. on_cell(index, number of cells): called before each cell, counted from 0 as
-    in `notebook`. spare: a kernel to use, with its env and cwd, instead of a new one. Raises NotebookFailed: an error
-    in a cell, a kernel that died, the timeout, or Ctrl-C.
+    in `notebook`. spare: a kernel to use, with its env and cwd, instead of a new one. lock: descriptors that a new
+    kernel inherits. Raises NotebookFailed: an error in a cell, a kernel that died, the timeout, or Ctrl-C, after which
+    the cell has SAVE_SECONDS to save what it has; a second Ctrl-C ends that. No process of the kernel is left.
     """
     watch = _Watch(on_cell, timeout)
     with contextlib.nullcontext(spare.log) if spare else tempfile.TemporaryFile() as log:
@@ -55,18 +61,23 @@ def execute(
                 progress_bar=False,
                 watch=watch,
                 spare=spare,
-                start={"env": dict(env), "cwd": str(cwd), "stdout": log, "stderr": log},
+                start=start_options(env, cwd, log, lock),
             )
         except PapermillExecutionError as error:
-            raise watch.failure(
-                f"{error.ename}: {error.evalue}" if error.evalue else error.ename, count=error.exec_count
-            ) from None
+            what = f"{error.ename}: {error.evalue}" if error.evalue else error.ename
+            advice = memory_advice(notebook, parameters, what) if is_out_of_memory(what) else ""
+            raise watch.failure("; ".join(filter(None, (what, advice))), count=error.exec_count) from None
         except DeadKernelError:
-            raise watch.failure(_last_words(watch.exit_code, log)) from None
+            what = _last_words(watch.exit_code, log)
+            advice = memory_advice(notebook, parameters) if watch.ran_out_of_memory(what) else ""
+            raise watch.failure("; ".join(filter(None, (what, advice)))) from None
         except CellTimeoutError:
             raise watch.failure(f"not done after {timeout:g} s (timeout)", "timeout") from None
         except KeyboardInterrupt:
             raise watch.failure("interrupted", "interrupted") from None
+        except OSError as error:
+            error.filename = error.filename or str(executed)  # a full disk does not say where it is full
+            raise
         except RuntimeError as error:  # the kernel did not start
             if watch.cell is not None:
                 raise
@@ -91,6 +102,10 @@ class _Watch:
     def seconds_left(self, _cell=None) -> int | None:
         return None if self.end is None else max(1, round(self.end - time.monotonic()))
 
+    def ran_out_of_memory(self, last_words: str) -> bool:
+        """The system kills what takes too much memory with SIGKILL; other programs ask first."""
+        return self.exit_code == -getattr(signal, "SIGKILL", 9) or is_out_of_memory(last_words)
+
     def failure(self, error: str, status: str = "failed", count: int | None = None) -> NotebookFailed:
         place = (
             ""
@@ -103,35 +118,64 @@ class _Watch:
 class _Client(PapermillNotebookClient):
     def __init__(self, nb_man, watch: _Watch, spare: Spare | None, **options):
         super().__init__(nb_man, timeout_func=watch.seconds_left, **options)
-        self.watch, self.spare = watch, spare
+        self.watch, self.kernel = watch, spare.manager if spare else JobKernel(config=self.config)
 
     def create_kernel_manager(self):
-        new = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=ThisPython(), config=self.config)
-        self.km = self.spare.manager if self.spare else new
+        self.km = self.kernel
         return self.km
 
     def execute_cell(self, cell, index, **options):
         self.watch.at(cell, index, self.nb.cells)
         try:
-            return super().execute_cell(cell, index, **options)
+            return run_sync(self._cell)(cell, index, **options)
         except BaseException as error:
-            self.nb_man.cell_exception(
-                cell, cell_index=index
-            )  # or papermill writes `completed`, here and in all later cells
+            # or papermill writes `completed`, here and in all later cells
+            self.nb_man.cell_exception(cell, cell_index=index)
             self._stop(error)
             raise
 
+    async def _cell(self, cell, index, **options):
+        self.task = asyncio.current_task()  # after Ctrl-C it goes on when the loop does, and collects the outputs
+        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody waits for it then
+        return await self.async_execute_cell(cell, index, **options)
+
+    async def _async_poll_kernel_alive(self):
+        with contextlib.suppress(AssertionError):  # an interrupted cell's, still here when its client is closed
+            await super()._async_poll_kernel_alive()
+
     def _stop(self, error: BaseException) -> None:
         """Note how a dead kernel ended; let a living one come to an end."""
-        process = getattr(self.km.provisioner, "process", None)
         if isinstance(error, DeadKernelError):
+            process = getattr(self.kernel.provisioner, "process", None)
             self.watch.exit_code = process.poll() if process else None
         elif isinstance(error, CellTimeoutError):
             self.shutdown_kernel = "immediate"
-        elif isinstance(error, KeyboardInterrupt) and process and process.poll() is None:
-            process.send_signal(
-                signal.SIGINT
-            )  # training code may write a checkpoint; shutdown then waits 5 s, and kills
+        elif isinstance(error, KeyboardInterrupt):
+            self.shutdown_kernel = "immediate"  # should there be a second one
+            if run_sync(self._let_save)():
+                self.shutdown_kernel = "graceful"
+
+    async def _let_save(self) -> bool:
+        """Interrupt the cell, once, and wait for it to end; False if it has not, and the kernel was told to stop.
+
+        The shutdown request comes after that: ipykernel takes it as leave to end the processes that the cell has
+        started. A client of its own asks, since the one that ran the cell may have been interrupted anywhere.
+        """
+        await self.kernel.interrupt_kernel()
+        client = self.kernel.client()
+        client.start_channels()
+        try:
+            await asyncio.wait_for(client.wait_for_ready(timeout=SAVE_SECONDS), SAVE_SECONDS)
+            await asyncio.wait([self.task], timeout=STOP_SECONDS)
+            return True
+        except (RuntimeError, TimeoutError):  # it died, or the time is over
+            await self.kernel.provisioner.terminate()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.kernel.provisioner.wait(), STOP_SECONDS)
+            return False
+        finally:
+            client.stop_channels()
+            self.task.cancel()
 
 
 class _Engine(NBClientEngine):
@@ -140,7 +184,10 @@ class _Engine(NBClientEngine):
         cls, nb_man, kernel_name, log_output=False, watch=None, start=None, spare=None, start_timeout=60, **_ignored
     ):
         client = _Client(nb_man, watch, spare, startup_timeout=start_timeout, kernel_name=kernel_name)
-        return client.execute(**start)
+        try:
+            return client.execute(**start)
+        finally:
+            client.kernel.kill()  # a second Ctrl-C comes in the midst of anything
 
 
 papermill_engines.register(ENGINE, _Engine)

@@ -9,20 +9,21 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from alignkit.errors import ParameterError, RunError, RunInUse
+from alignkit.errors import ParameterError, RunError
 from alignkit.jobs.estimate import notebook_seconds
 from alignkit.jobs.job import Job, files_made, finished, job_key, why_run
 from alignkit.jobs.parameters import Parameter, check_name, notebook_parameters, typed_values, unknown_name
 from alignkit.jobs.progress import Progress
 from alignkit.metrics import duration
+from alignkit.runs.lock import lock_handles, run_lock
 from alignkit.runs.records import check_run, record_seconds, start_run
 from alignkit.runs.stage_folders import delete_checkpoints, set_aside, set_aside_unfinished
 from alignkit.stages import CHAIN, NEEDS
-from alignkit.storage import locked, plain, read_json, write_json
+from alignkit.storage import plain, read_json, write_json
 
 
 def find_notebooks() -> dict[str, Path]:
@@ -69,7 +70,7 @@ def run_notebook(
     """
     notebook, out = find_notebook(notebook), _run_directory(out)
     job = _job(notebook, out, notebook_parameters(notebook), parameters or {})
-    with _run_lock(out):
+    with run_lock(out):
         _check_facts(job)
         expected = _expected([job]).get(job.name) if progress else None
         return _run(job, timeout=timeout, progress=progress, force=force or restart, expected=expected, restart=restart)
@@ -112,7 +113,7 @@ def course(
     if facts["seed"] is None:
         facts["seed"] = anywhere["seed"].default if "seed" in anywhere else 0
     # one notebook after the other; the kernel of the next one gets ready meanwhile
-    with _run_lock(out):
+    with run_lock(out):
         start_run(out, facts["model"] or model, facts["data"] or data, facts["seed"])
         spare = _spare(jobs[0]) if jobs else None
         try:
@@ -171,22 +172,6 @@ def _run_directory(out: str | Path) -> Path:
     if not os.access(out, os.W_OK | os.X_OK):
         raise RunError(f"run directory {str(out)!r} cannot be written to")
     return out
-
-
-@contextlib.contextmanager
-def _run_lock(out: Path) -> Iterator[None]:
-    """Hold RUN/.lock. The system lets go of it when this process ends, however it ends."""
-    note = out / ".lock"
-    note.touch()
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(note))
-        except BlockingIOError:
-            holder = note.read_text(encoding="utf-8").strip() or "another process"
-            raise RunInUse(f"{out} is in use by {holder}; wait, or choose another --out") from None
-        note.write_text(f"pid {os.getpid()} since {_now()}\n", encoding="utf-8")
-        yield
-        note.write_text("", encoding="utf-8")
 
 
 def _expected(jobs: Sequence[Job]) -> dict[str, float]:
@@ -252,7 +237,8 @@ def _run(
     except BaseException as error:
         if moved and not job.folder.exists():
             os.rename(moved, job.folder)
-        note(status=getattr(error, "status", "failed"), error=str(error))
+        otherwise = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        note(status=getattr(error, "status", otherwise), error=str(error))
         if line:
             line.end(f"{record['status'].upper()} after {duration(record['seconds'])}")
         raise
@@ -277,7 +263,7 @@ def _spare(job: Job | None):
         return None
     from alignkit.jobs.spare_kernel import Spare
 
-    return Spare(_environment(job), Path.cwd())
+    return Spare(_environment(job), Path.cwd(), lock_handles(job.out))
 
 
 def _environment(job: Job) -> dict[str, str]:
@@ -320,7 +306,7 @@ def _execute(job: Job, executing: Path, timeout: float | None, on_cell, spare) -
     from alignkit.errors import NotebookFailed
     from alignkit.jobs.kernel import execute
 
-    place = {"env": _environment(job), "cwd": Path.cwd(), "spare": spare}
+    place = {"env": _environment(job), "cwd": Path.cwd(), "spare": spare, "lock": lock_handles(job.out)}
     try:
         execute(job.notebook, executing, job.values, timeout=timeout, on_cell=on_cell, **place)
     except NotebookFailed as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from alignkit.errors import AlignkitError
 from alignkit.jobs.cli import folder, port
+from alignkit.runs.lock import run_lock
 
 
 def add_app(add) -> None:
@@ -12,10 +13,16 @@ def add_app(add) -> None:
     app = add("app", _app, "a page to train, compare and explore without code, on this machine only")
     about = "a run directory; an empty or new one gets the desk world's defaults (default: runs/app)"
     app.add_argument("run", nargs="?", default=Path("runs/app"), type=folder, metavar="RUN", help=about)
-    app.add_argument("--port", default=0, type=port, help="where to listen on 127.0.0.1 (default: a free port)")
+    about = "where to listen on 127.0.0.1; one in use is refused (default: a port that is free)"
+    app.add_argument("--port", default=0, type=port, help=about)
 
 
 def _app(options: argparse.Namespace) -> None:
+    with run_lock(options.run):  # before the seconds that the imports take
+        _open(options.run, options.port)
+
+
+def _open(run: Path, port: int) -> None:
     import asyncio
 
     import torch
@@ -34,9 +41,9 @@ def _app(options: argparse.Namespace) -> None:
             f"the dashboard needs {error.name}, which is not installed (pip install alignkit)"
         ) from error
     try:
-        playground = open_playground(options.run)
+        playground = open_playground(run)
     except ValueError as error:
         raise AlignkitError(str(error)) from error
     if playground.model == "tiny":
         torch.set_num_threads(1)  # matrices this small only get slower with a second thread
-    asyncio.run(serve(playground, options.port))
+    asyncio.run(serve(playground, port))

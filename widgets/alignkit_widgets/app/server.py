@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import os
 import secrets
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from tornado.netutil import bind_sockets
 from tornado.web import Application, HTTPError, RequestHandler
 from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
+from alignkit.errors import AlignkitError
 from alignkit.exact.prompts import enumerate_world
 from alignkit.exact.sweep import load_sweep
 from alignkit.models.loading import load_policy
@@ -50,6 +53,11 @@ PAGE = """<!doctype html>
 """
 HOSTS = ("127.0.0.1", "localhost")
 MOST = 500  # iterations of a run
+SAVE_SECONDS = 60  # for the iteration that goes on when the app is ended, and to save the policy
+
+
+class PortTaken(AlignkitError, OSError):
+    """The port that was asked for is in use, or needs rights that this process does not have."""
 
 
 class Channel:
@@ -96,8 +104,12 @@ class Dashboard:
         return f"http://127.0.0.1:{self.port}/?token={self.token}"
 
     def listen(self, port: int = 0) -> str:
-        """Listen on 127.0.0.1 and return the URL; port 0 is a free one. Raises OSError if the port is taken."""
-        (socket,) = bind_sockets(port, "127.0.0.1")
+        """Listen on 127.0.0.1 and return the URL; port 0 is a free one. Raises PortTaken if it is not to be had."""
+        try:
+            (socket,) = bind_sockets(port, "127.0.0.1")
+        except OSError as error:
+            raise PortTaken(f"port {port} of 127.0.0.1 is not to be had ({error.strerror or error}): choose another "
+                            "--port, or leave it out for one that is free") from None
         self.port = socket.getsockname()[1]
         routes = [(r"/", PageHandler), (r"/file/([a-z]+\.(?:js|css))", FileHandler), (r"/socket", Socket)]
         sockets = " ".join(f"ws://{name}:{self.port}" for name in HOSTS)
@@ -329,16 +341,45 @@ def _whole(value: object, low: int, high: int) -> int | None:
 
 
 async def serve(playground: Playground, port: int = 0, tell: Callable[[str], None] = print) -> None:
-    """Serve a run's dashboard until Ctrl-C (or SIGTERM), which ends a run that is going on and keeps it."""
-    dashboard, ended = Dashboard(playground), asyncio.Event()
+    """Serve a run's dashboard until Ctrl-C (or SIGTERM, SIGHUP), which ends a run that is going on and keeps it.
+
+    A second Ctrl-C, or SAVE_SECONDS in which that was not done, ends this process at once. Raises PortTaken.
+    """
+    dashboard, ended, at_once = Dashboard(playground), asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, ended.set)
+
+    def end(number: int) -> None:
+        if ended.is_set() and number == signal.SIGINT:
+            at_once.set()
+        ended.set()
+
+    restore = [_on_signal(loop, getattr(signal, name), end) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+               if hasattr(signal, name)]  # Windows has no SIGHUP
     try:
         tell(f"\n  {dashboard.listen(port)}\n\nOpen this address in a browser on this machine. Ctrl-C ends it.")
         await ended.wait()
         tell("ending …")
-        await dashboard.close()
+        closing, second = loop.create_task(dashboard.close()), loop.create_task(at_once.wait())
+        await asyncio.wait([closing, second], timeout=SAVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if not closing.done():
+            tell("ended at once; what was trained since the last checkpoint is lost")
+            sys.stdout.flush()
+            os._exit(130)  # all else waits for the thread that trains
+        second.cancel()
+        await closing
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+        for undo in restore:
+            undo()
+
+
+def _on_signal(loop: asyncio.AbstractEventLoop, number: int, call: Callable[[int], None]) -> Callable[[], object]:
+    """Call call(number) in the loop on a signal, unless it is ignored (nohup); returns what undoes that."""
+    before = signal.getsignal(number)
+    if before == signal.SIG_IGN:
+        return lambda: None
+    try:
+        loop.add_signal_handler(number, call, number)
+    except NotImplementedError:  # Windows
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(call, number))
+        return lambda: signal.signal(number, before)
+    return lambda: (loop.remove_signal_handler(number), signal.signal(number, before))

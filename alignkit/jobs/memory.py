@@ -1,0 +1,45 @@
+"""What to lower when memory ran out: the job's own parameters, with the values that they have."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from alignkit.configs import DPOConfig, PPOConfig, RewardConfig, SFTConfig, preset
+from alignkit.errors import ParameterError
+from alignkit.jobs.parameters import notebook_parameters
+
+# what takes memory, what helps most first; max_new_tokens and max_length cost more than their share (attention)
+LOWER = ("minibatch_size", "batch_size", "tokens_per_pass", "prompts_per_iteration", "max_new_tokens", "max_length",
+         "pairs", "demonstrations")
+CONFIGS = {"01_sft": SFTConfig, "02_reward_model": RewardConfig, "03_ppo": PPOConfig, "05_dpo": DPOConfig}
+_OUT_OF_MEMORY = re.compile(
+    r"^(\w+\.)*(MemoryError|OutOfMemoryError|_ArrayMemoryError)\b|out of memory|can't allocate memory|"
+    r"cannot allocate memory|Unable to allocate|bad_alloc|bad allocation", re.IGNORECASE)
+
+
+def is_out_of_memory(error: str) -> bool:
+    """Does this error, "Name: message", say that memory ran out?"""
+    return bool(_OUT_OF_MEMORY.search(error))
+
+
+def memory_advice(notebook: Path, given: Mapping[str, object], error: str = "") -> str:
+    """Which parameters of `notebook` to lower, and to what half of it is, given values for some of them.
+
+    "" if `error`, what the notebook itself said, names one of them already.
+    """
+    if any(name in error for name in LOWER):
+        return ""
+    try:
+        own = notebook_parameters(notebook)
+    except (OSError, ParameterError):
+        own = {}
+    values = {name: given.get(name, parameter.default) for name, parameter in own.items()}
+    if config := CONFIGS.get(notebook.stem):
+        usual = preset(config, str(values.get("model", "tiny")))
+        values = {name: getattr(usual, name, None) if value is None else value for name, value in values.items()}
+    lower = [f"{name} is {value:,}: try {value // 2:,}" if isinstance(value, int) and value > 1 else f"lower {name}"
+             for name, value in values.items() if name in LOWER and value != 1]
+    if not lower:
+        lower = ["lower what the notebook works on at a time, such as minibatch_size, prompts_per_iteration, "
+                 "tokens_per_pass or max_length"]
+    return f"what needs less memory: {'; '.join(lower)} (-p NAME=VALUE), or a smaller model"
