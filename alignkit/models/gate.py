@@ -34,12 +34,13 @@ CHECKPOINT_FILES = re.compile(
     r"|tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|tokenizer\.model|spiece\.model|chat_template\.(jinja|json)"
 )
-RECORDS = re.compile(r"(config|generation_config|tokenizer|tokenizer\..+|tokenizer_config|special_tokens_map|added_tokens"
-                     r"|vocab|chat_template|adapter_config|model\.safetensors\.index)\.json")
+RECORDS = re.compile(r"(config|generation_config|tokenizer|tokenizer\..+|tokenizer_config|special_tokens_map"
+                     r"|added_tokens|vocab|chat_template|adapter_config|model\.safetensors\.index)\.json")
 ATTENTION = ("eager", "sdpa", "flex_attention")  # in torch itself; all others import, or fetch, code
 ELSEWHERE = ("transformers_weights", "configuration_files", "gguf_file", "tokenizer_object", "__slow_tokenizer")
-LAYERS = re.compile(r"(?!.*(size|dim|width|channel)).*(layer|depth|attention_types|num_labels)")
+LAYERS = re.compile(r"(?!.*(size|dim|width|channel)).*(layer|depth|attention_types|num_labels).*")
 MOST_LAYERS = 1000  # a config may name as many, or as many as there are tensors
+LARGEST = 2**53  # of other whole numbers in a config; how large a model may get, `confined` sees
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,9 @@ def check_record(record: dict, path: Path, tensors: int = MOST_LAYERS, elements:
         if key in ("dtype", "torch_dtype") and isinstance(value, str) and value != "auto":
             if not isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype):
                 raise wrong(f"has {key} {value!r}, which is no dtype of torch")
-        for number in _numbers(value):
-            most = max(MOST_LAYERS, tensors) if LAYERS.fullmatch(key) else 2**53
-            if number > most:
-                raise wrong(f"has {key} {number}, more than the weights ({tensors} tensors) can have")
+        for number in _numbers(value) if path.name == "config.json" else ():
+            if number > (max(MOST_LAYERS, tensors) if LAYERS.fullmatch(key) else LARGEST):
+                raise wrong(f"has {key} {number}, far more than weights of {tensors} tensors can have")
     if path.name == "config.json" and not record.get("model_type"):
         raise wrong("has no model_type, expected the name of an architecture that transformers has")
     if path.name == "tokenizer_config.json":
@@ -218,6 +218,14 @@ def check_vocabulary(model: nn.Module, tokenizer) -> None:
                          f"{rows} embeddings (ids 0 to {rows - 1})")
 
 
+def is_folder(name: str | Path) -> bool:
+    """Whether a name is that of a folder here; False for one that no folder can have."""
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def reason(error: BaseException) -> str:
     """An error in one line; its type if it has no message."""
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -270,8 +278,8 @@ def _weight_files(folder: Path, names: set[str], index: dict | None) -> list[str
 def _lacking(folder: Path, name: str, names: set[str]) -> ManifestError:
     pickles = sorted(name for name in names if name.endswith(PICKLES))
     if pickles and name.endswith(".safetensors"):
-        return ManifestError(f"{folder} has no {name}, only {pickles[0]}, which may hold a pickle (it can run code when "
-                             "it is opened); save the model as safetensors (save_pretrained)", [name])
+        return ManifestError(f"{folder} has no {name}, only {pickles[0]}, which may hold a pickle (it can run code "
+                             "when it is opened); save the model as safetensors (save_pretrained)", [name])
     known = sorted(name for name in names if CHECKPOINT_FILES.fullmatch(name))
     return ManifestError(f"{folder} has no {name}, so it is not a whole checkpoint (it has "
                          f"{', '.join(known) or 'nothing'})", [name])

@@ -19,7 +19,7 @@ from alignkit.desk.tiny import desk_tokenizer, tiny_policy
 from alignkit.errors import AlignkitError, ManifestError, NonFinite
 from alignkit.folders import recover, replacing
 from alignkit.models import gate
-from alignkit.models.adapters import merged
+from alignkit.models.adapters import merged, with_adapter
 from alignkit.models.heads import score_head
 from alignkit.storage import read_json, write_json
 
@@ -50,6 +50,33 @@ def load_reward_model(model: str | Path, *, device: str = "auto"):
     reward_model, tokenizer = _load(AutoModelForSequenceClassification, model, num_labels=1)
     score_head(reward_model)
     return reward_model.to(pick_device(device)).eval(), tokenizer
+
+
+def adapted_policy(folder: str | Path, *, device: str = "cpu"):
+    """A policy with the LoRA adapter in `folder`, not merged, and its tokenizer: `(policy, tokenizer)`.
+
+    The base model that the adapter names must be a local folder. Raises as `load_policy`.
+    """
+    folder = Path(folder)
+    contents = gate.check_model_folder(folder, adapter=True)
+    base = contents.records[gate.ADAPTER].get("base_model_name_or_path") or ""
+    if not isinstance(base, str) or not gate.is_folder(base):
+        raise ManifestError(f"{folder} is an adapter on {base!r}, which is not a folder here; pass the adapted "
+                            "model as model=…, or merge it first (peft's merge_and_unload, then save_pretrained)")
+    policy, tokenizer = load_policy(base, device=device)
+    try:
+        with gate.confined(contents):
+            adapted, expected = with_adapter(policy, folder)
+    except (AlignkitError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise ManifestError(f"the adapter in {folder} does not fit {base!r}: {gate.reason(error)}") from error
+    if missing := sorted(expected - contents.tensors.keys()):  # peft would leave them at 0, and say nothing
+        raise ManifestError(f"{contents.files[0]} has no {missing[0]!r}, which its {gate.ADAPTER} asks for",
+                            [gate.ADAPTER_WEIGHTS])
+    if (broken := gate.first_not_finite(gate.weights_of(adapted))) is not None:
+        raise NonFinite(f"the adapter in {folder} has NaN or infinity in {broken!r} ({gate.ADAPTER_WEIGHTS})")
+    return adapted, tokenizer
 
 
 def save_model(model: nn.Module, tokenizer, directory: str | Path) -> Path:
@@ -122,16 +149,20 @@ def _load(auto, model, **config_options):
         file = contents.tensors.get(broken, contents.files[0]).name if contents else "its weights"
         raise NonFinite(f"model {name!r} has NaN or infinity in {broken!r} ({file}); what trained it diverged, use an "
                         "earlier checkpoint")
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ValueError(
-            f"model {name!r} has no tokenizer files beside its weights; save its tokenizer to the same folder"
-        )
-    try:
-        gate.check_vocabulary(loaded, tokenizer)
-        _give_pad_token(loaded, tokenizer)
-    except ValueError as error:
-        raise ValueError(f"model {name!r}: {error}") from error
     tokenizer.padding_side = "right"
+    try:
+        empty = len(tokenizer) <= len(tokenizer.all_special_ids)
+        if not empty:
+            gate.check_vocabulary(loaded, tokenizer)
+            _give_pad_token(loaded, tokenizer)
+            tokenizer.decode(tokenizer(" a").input_ids)  # settings of the wrong type show here
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"model {name!r} has a tokenizer that cannot be used: {gate.reason(error)}") from error
+    if empty:
+        raise ValueError(f"model {name!r} has no tokenizer files beside its weights; save its tokenizer to the same "
+                         "folder")
     for module in loaded.modules():  # dropout off: the policy that is scored must be the policy that sampled
         if isinstance(module, nn.Dropout):
             module.p = 0.0
