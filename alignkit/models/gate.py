@@ -122,9 +122,13 @@ def check_record(record: dict, path: Path, tensors: int = MOST_LAYERS, elements:
                     raise wrong(f"has {key} {name!r}, which would be fetched or run; expected {', '.join(ATTENTION)}")
         if key == "model_type" and not isinstance(value, str | None):
             raise wrong(f"has model_type {value!r}, expected text")
-        if key in ("dtype", "torch_dtype") and isinstance(value, str) and value != "auto":
-            if not isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype):
-                raise wrong(f"has {key} {value!r}, which is no dtype of torch")
+        if key == "architectures" and not (value is None or isinstance(value, list)
+                                           and all(isinstance(name, str) for name in value)):
+            raise wrong("has architectures that are not a list of names")
+        if key in ("dtype", "torch_dtype") and not _is_dtype(value):
+            raise wrong(f"has {key} {value!r}, which is no dtype of torch")
+        if key in ("num_hidden_layers", "n_layer") and isinstance(value, int) and value < 1:
+            raise wrong(f"has {key} {value}, expected at least 1")
         for number in _numbers(value) if path.name == "config.json" else ():
             if number > (max(MOST_LAYERS, tensors) if LAYERS.fullmatch(key) else LARGEST):
                 raise wrong(f"has {key} {number}, far more than weights of {tensors} tensors can have")
@@ -203,6 +207,19 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if isinstance(tensor, Tensor) and (tensor.data_ptr(), tensor.shape) not in seen:
             seen.add((tensor.data_ptr(), tensor.shape))
             yield name, tensor
+
+
+def left_over(model: nn.Module, unexpected: Iterable[str]) -> str | None:
+    """A tensor in the files that is a further layer of the model, for which its config has no place; None: no such one.
+
+    Other tensors that a model does not use (tables of older versions, parts for images) are nobody's loss.
+    """
+    def kind(name: str) -> str:
+        return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+    unexpected = sorted(unexpected)
+    kinds = {kind(name) for name in model.state_dict()} if unexpected else set()
+    return next((name for name in unexpected if "*" in kind(name) and kind(name) in kinds), None)
 
 
 def of_a_model(name: str) -> bool:
@@ -311,6 +328,12 @@ def _check_tokenizer_config(record: dict, folder: Path, wrong) -> None:
 
 def _plain_name(name) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and not re.search(r'[/\\:\x00]', name)
+
+
+def _is_dtype(value) -> bool:
+    if isinstance(value, str) and value != "auto":
+        return isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype)
+    return isinstance(value, str | dict | None)
 
 
 def _native(name: str) -> bool:

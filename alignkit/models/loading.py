@@ -145,6 +145,9 @@ def _load(auto, model, **config_options):
             f"model {name!r} has no weights of the right shape for {lacking[0]!r}{' and others' * (len(lacking) > 1)}; "
             f"expected a checkpoint that was saved as {type(loaded).__name__}"
         )
+    if surplus := gate.left_over(loaded, report["unexpected_keys"]):
+        raise ValueError(f"model {name!r} has weights that its config does not use ({surplus!r} and others); expected "
+                         "as many layers as it was saved with")
     if (broken := gate.first_not_finite(gate.weights_of(loaded))) is not None:
         file = contents.tensors.get(broken, contents.files[0]).name if contents else "its weights"
         raise NonFinite(f"model {name!r} has NaN or infinity in {broken!r} ({file}); what trained it diverged, use an "
