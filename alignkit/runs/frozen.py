@@ -1,8 +1,8 @@
 """Frozen checkpoints: freeze one, prove that it did not change, and tell where it came from.
 
 A frozen checkpoint is a folder of safetensors, JSON and tokenizer text with a SHA-256 manifest; nothing here reads or
-writes a pickle. What is frozen has been opened. It is written under another name, then renamed, so that a killed process
-leaves a whole one or none.
+writes a pickle. What is frozen has been opened. It is written under another name, then renamed, so that a killed
+process leaves a whole one or none.
 """
 
 import hashlib

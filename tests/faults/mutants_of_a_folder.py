@@ -7,15 +7,17 @@ import struct
 from pathlib import Path
 
 HOSTILE = (
-    None, True, 0, -1, 5, 2.5, 1e308, -0.0, 10**9, 2**31, -(2**40), 10**30, "", "a", "0", "load", "../../x", "/etc/passwd",
-    "a/b", "x\x00y", "\ud800", "A" * 5000, [], [None], [[]], [1, "a"], {}, {"a": None}, {"": []}, [[["global"], 10**9]],
+    None, True, 0, -1, 5, 2.5, 1e308, -0.0, 10**9, 2**31, -(2**40), 10**30, "", "a", "0", "load", "../../x",
+    "/etc/passwd", "a/b", "x\x00y", "\ud800", "A" * 5000, [], [None], [[]], [1, "a"], {}, {"a": None}, {"": []},
+    [[["global"], 10**9]],
 )
 KEYS = (
     "auto_map", "quantization_config", "attn_implementation", "_attn_implementation", "experts_implementation",
     "use_kernels", "kernel_config", "transformers_weights", "num_labels", "id2label", "torch_dtype", "dtype",
     "architectures", "rope_scaling", "rope_parameters", "layer_types", "per_layer_config", "sub_configs",
-    "tie_word_embeddings", "vocab_file", "tokenizer_file", "init_inputs", "extra_special_tokens", "added_tokens_decoder",
-    "chat_template", "fast_tokenizer_files", "tokenizer_class", "name_or_path", "alignkit_normalisation", "text_config",
+    "tie_word_embeddings", "vocab_file", "tokenizer_file", "init_inputs", "extra_special_tokens",
+    "added_tokens_decoder", "chat_template", "fast_tokenizer_files", "tokenizer_class", "name_or_path",
+    "alignkit_normalisation", "text_config",
 )
 
 

@@ -78,7 +78,8 @@ def shard(folder, names=("a", "b")):
     shards = {name: f"model-0000{number}-of-0000{len(names)}.safetensors" for number, name in enumerate(names, 1)}
     where = {tensor: shards[names[number % len(names)]] for number, tensor in enumerate(sorted(tensors))}
     for file in shards.values():
-        save_file({tensor: tensors[tensor] for tensor in where if where[tensor] == file}, folder / file, {"format": "pt"})
+        own = {tensor: tensors[tensor] for tensor in where if where[tensor] == file}
+        save_file(own, folder / file, {"format": "pt"})
     write_json(folder / gate.INDEX, {"metadata": {}, "weight_map": where})
     return where
 
@@ -104,8 +105,8 @@ def test_10_truncated_weights_are_neither_loaded_nor_frozen(folder, tmp_path, si
     everywhere(folder, tmp_path, r"model\.safetensors is no whole safetensors file")
 
 
-@pytest.mark.parametrize("content", ["[]", '"x"', "null", "5", "", "[" * 100_000, '{"a":' * 70 + "1" + "}" * 70, "\ufeff{}",
-                                     '{"model_type": 5}', "{}", '{"model_type": NaN}'])
+@pytest.mark.parametrize("content", ["[]", '"x"', "null", "5", "", "[" * 100_000, '{"a":' * 70 + "1" + "}" * 70,
+                                     "\ufeff{}", '{"model_type": 5}', "{}", '{"model_type": NaN}'])
 def test_10_a_config_that_is_none_is_neither_loaded_nor_frozen(folder, tmp_path, content):
     (folder / "config.json").write_text(content)
     everywhere(folder, tmp_path, r"config\.json ", ManifestError)
@@ -164,8 +165,9 @@ def test_24_a_bad_normalisation_names_folder_and_field(scored, tmp_path, norm):
 # 12, 15: manifests and leftovers
 
 
-@pytest.mark.parametrize("files", [{"x": None}, {"x": {}}, {"x": 5}, [], 5, None, {"config.json": {"size": "a", "sha256": 1}},
-                                   {"config.json": {"size": True, "sha256": "a"}}, {"\ud800": {"size": 1, "sha256": "a"}}])
+@pytest.mark.parametrize("files", [
+    {"x": None}, {"x": {}}, {"x": 5}, [], 5, None, {"config.json": {"size": "a", "sha256": 1}},
+    {"config.json": {"size": True, "sha256": "a"}}, {"\ud800": {"size": 1, "sha256": "a"}}])
 def test_12_a_manifest_of_another_shape_is_a_manifest_error(saved, tmp_path, files):
     frozen = freeze(saved, tmp_path / "frozen")
     record = {"hash": "a", "files": files}
@@ -189,7 +191,8 @@ def test_12_deep_or_broken_records_of_a_frozen_model_are_manifest_errors(saved, 
         lineage(frozen)
 
 
-@pytest.mark.parametrize("record", [{}, {"ancestors": None}, {"ancestors": [5]}, {"ancestors": [], "evaluation_set_hash": 5}])
+@pytest.mark.parametrize("record", [{}, {"ancestors": None}, {"ancestors": [5]},
+                                    {"ancestors": [], "evaluation_set_hash": 5}])
 def test_12_a_lineage_of_another_shape_is_a_manifest_error(saved, tmp_path, record):
     frozen = freeze(saved, tmp_path / "frozen")
     resealed(frozen, "lineage.json", json.dumps(record).encode())
@@ -270,13 +273,14 @@ def test_36_a_save_leaves_nothing_of_the_model_before(tiny, folder):
     old = {name: tensor.clone() for name, tensor in load_file(folder / gate.WEIGHTS).items()}
     for name in ("model-00001-of-00001.safetensors", gate.ADAPTER_WEIGHTS):
         save_file(old, folder / name, {"format": "pt"})
-    write_json(folder / gate.INDEX, {"metadata": {}, "weight_map": dict.fromkeys(old, "model-00001-of-00001.safetensors")})
+    where = dict.fromkeys(old, "model-00001-of-00001.safetensors")
+    write_json(folder / gate.INDEX, {"metadata": {}, "weight_map": where})
     for name in ("added_tokens.json", "chat_template.jinja", gate.ADAPTER, "results.json", "my_config.json"):
         (folder / name).write_text("{}")
     save_model(*tiny, folder)
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "generation_config.json", gate.WEIGHTS, "tokenizer.json", "tokenizer_config.json", "results.json",
-        "my_config.json"}
+        "config.json", "generation_config.json", gate.WEIGHTS, "tokenizer.json", "tokenizer_config.json",
+        "results.json", "my_config.json"}
     load_policy(folder, device="cpu")
 
 
@@ -307,7 +311,8 @@ def test_45_an_index_that_names_a_pickle_or_a_path_is_refused(folder, tmp_path, 
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": {}}', "null"])
+@pytest.mark.parametrize("index", ["[]", "{}", '{"weight_map": []}', '{"weight_map": null}',
+                                   '{"weight_map": {}}', "null"])
 def test_45_an_index_of_another_shape_is_refused(folder, tmp_path, index):
     shard(folder, ("a",))
     (folder / gate.INDEX).write_text(index)
@@ -364,11 +369,13 @@ def online(monkeypatch):
 
 @pytest.mark.parametrize("changes", [
     {"auto_map": {"AutoConfig": "code.Config"}}, {"auto_map": None}, {"text_config": {"auto_map": {}}},
-    {"attn_implementation": "a/b"}, {"_attn_implementation": "kernels-community/x"}, {"_attn_implementation": "paged|a/b"},
+    {"attn_implementation": "a/b"}, {"_attn_implementation": "kernels-community/x"},
+    {"_attn_implementation": "paged|a/b"},
     {"attn_implementation": {"": "a/b"}}, {"text_config": {"attn_implementation": "a/b"}}, {"attn_implementation": 5},
     {"experts_implementation": "a/b"}, {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
-    {"quantization_config": {"quant_method": "gptq"}}, {"text_config": {"quantization_config": {}}}, {"use_kernels": True},
-    {"kernel_config": {"RMSNorm": "a/b"}}, {"transformers_weights": "x.bin"}, {"configuration_files": ["config.4.0.json"]},
+    {"quantization_config": {"quant_method": "gptq"}}, {"text_config": {"quantization_config": {}}},
+    {"use_kernels": True}, {"kernel_config": {"RMSNorm": "a/b"}}, {"transformers_weights": "x.bin"},
+    {"configuration_files": ["config.4.0.json"]},
 ])
 def test_46_a_config_that_asks_for_code_is_refused(folder, tmp_path, online, changes):
     edit(folder / "config.json", **changes)
@@ -377,7 +384,8 @@ def test_46_a_config_that_asks_for_code_is_refused(folder, tmp_path, online, cha
 
 
 @pytest.mark.parametrize("changes", [
-    {"auto_map": {"AutoTokenizer": ["code.Slow", None]}}, {"init_inputs": ["/etc/passwd"]}, {"vocab_file": "/etc/passwd"},
+    {"auto_map": {"AutoTokenizer": ["code.Slow", None]}}, {"init_inputs": ["/etc/passwd"]},
+    {"vocab_file": "/etc/passwd"},
     {"fast_tokenizer_files": ["../tokenizer.9.json"]}, {"tokenizer_class": ["X"]}, {"chat_template": 5},
 ])
 def test_46_a_tokenizer_that_asks_for_code_or_files_elsewhere_is_refused(folder, tmp_path, online, changes):
@@ -394,8 +402,15 @@ def test_46_flash_attention_in_a_config_is_not_fetched_and_the_model_loads(folde
     assert not online
 
 
+def test_46_nothing_is_fetched_while_a_folder_is_opened(folder, online):
+    with gate.confined(check_model_folder(folder)), pytest.raises(OSError):
+        transformers.AutoConfig.from_pretrained("somebody/something")
+    assert not online
+
+
 @pytest.mark.parametrize("changes,message", [
-    ({"base_model_name_or_path": "nobody/nothing"}, "not a folder here"), ({"base_model_name_or_path": 5}, "not a folder"),
+    ({"base_model_name_or_path": "nobody/nothing"}, "not a folder here"),
+    ({"base_model_name_or_path": 5}, "not a folder"),
     ({"base_model_name_or_path": "x\x00y"}, "not a folder"), ({"megatron_config": {"a": 1}}, "megatron_config"),
     ({"auto_map": {}}, "auto_map"), ({"peft_type": "XLORA"}, "peft_type"), ({"peft_type": 5}, "peft_type"),
     ({"r": 10**9}, "has rank"), ({"r": "a"}, "has rank"), ({"rank_pattern": {"fc1": 10**9}}, "has rank"),
@@ -495,12 +510,16 @@ def test_47_a_hub_id_goes_through_the_cache_and_its_records_through_the_gate(sav
     (quantised / "config.json").unlink()
     record = json.loads((saved / "config.json").read_text())
     (quantised / "config.json").write_text(json.dumps({**record, "quantization_config": {"quant_method": "hqq"}}))
+    pickled = cached(saved, tmp_path, "somebody/pickled")
+    (pickled / gate.WEIGHTS).rename(pickled / "pytorch_model.bin")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     load_policy("honest/model", device="cpu")
     with pytest.raises(ManifestError, match=r"names 'x\.bin'"):
         load_policy("somebody/index", device="cpu")
     with pytest.raises(ManifestError, match="quantization_config"):
         load_policy("somebody/quantised", device="cpu")
+    with pytest.raises(ValueError, match=r"model 'somebody/pickled' could not be read: .*model\.safetensors"):
+        load_policy("somebody/pickled", device="cpu")
     assert not (tmp_path / "canary").exists()
 
 
@@ -511,8 +530,8 @@ def header(folder, change):
     (folder / gate.WEIGHTS).write_bytes(len(made).to_bytes(8, "little") + made + content[8 + size :])
 
 
-@pytest.mark.parametrize("what", ["a header of 2**40 bytes", "overlapping", "beyond the end", "negative", "another dtype",
-                                  "not an object"])
+@pytest.mark.parametrize("what", ["a header of 2**40 bytes", "overlapping", "beyond the end", "negative",
+                                  "another dtype", "not an object"])
 def test_47_headers_that_lie_are_refused_by_name(folder, tmp_path, what):
     name = "lm_head.weight"
     if what == "a header of 2**40 bytes":
@@ -521,8 +540,9 @@ def test_47_headers_that_lie_are_refused_by_name(folder, tmp_path, what):
     elif what == "not an object":
         header(folder, lambda record: [record])
     else:
-        change = {"overlapping": {"data_offsets": [0, 13312]}, "beyond the end": {"data_offsets": [2**40, 2**40 + 13312]},
-                  "negative": {"data_offsets": [-1, 13311]}, "another dtype": {"dtype": "X9"}}[what]
+        change = {"overlapping": {"data_offsets": [0, 13312]},
+                  "beyond the end": {"data_offsets": [2**40, 2**40 + 13312]}, "negative": {"data_offsets": [-1, 13311]},
+                  "another dtype": {"dtype": "X9"}}[what]
         header(folder, lambda record: {**record, name: {**record[name], **change}})
     everywhere(folder, tmp_path, r"model\.safetensors is no whole safetensors file: ", ManifestError)
 
@@ -533,11 +553,12 @@ def test_47_headers_that_lie_are_refused_by_name(folder, tmp_path, what):
 @pytest.mark.parametrize("changes", [
     {"hidden_size": 10**9}, {"hidden_size": 10**15}, {"vocab_size": 10**12}, {"vocab_size": "a"}, {"vocab_size": -1},
     {"vocab_size": 0}, {"num_hidden_layers": 10**6}, {"num_hidden_layers": 10**15}, {"num_hidden_layers": -1},
-    {"num_hidden_layers": 0}, {"num_hidden_layers": 1},     {"intermediate_size": 10**12}, {"num_attention_heads": 0}, {"num_attention_heads": 10**9}, {"num_labels": 10**9},
-    {"max_position_embeddings": 10**30}, {"hidden_act": "exec"}, {"hidden_act": 5}, {"torch_dtype": "load"}, {"dtype": 5},
-    {"architectures": 5}, {"architectures": [5]}, {"id2label": {"a": "b"}}, {"id2label": []}, {"model_type": "a" * 10**6},
-    {"rope_parameters": {"rope_type": "x"}}, {"rope_parameters": 5}, {"layer_norm_eps": None}, {"text_config": 5},
-    {"model_type": "bert"}, {"model_type": "gpt_neo", "attention_types": [[["global"], 10**9]]}, {"model_type": "clip"},
+    {"num_hidden_layers": 0}, {"num_hidden_layers": 1}, {"intermediate_size": 10**12}, {"num_attention_heads": 0},
+    {"num_attention_heads": 10**9}, {"num_labels": 10**9}, {"max_position_embeddings": 10**30}, {"hidden_act": "exec"},
+    {"hidden_act": 5}, {"torch_dtype": "load"}, {"dtype": 5}, {"architectures": 5}, {"architectures": [5]},
+    {"id2label": {"a": "b"}}, {"id2label": []}, {"model_type": "a" * 10**6}, {"rope_parameters": {"rope_type": "x"}},
+    {"rope_parameters": 5}, {"layer_norm_eps": None}, {"text_config": 5}, {"model_type": "bert"},
+    {"model_type": "gpt_neo", "attention_types": [[["global"], 10**9]]}, {"model_type": "clip"},
 ])
 def test_a_config_with_impossible_values_is_refused_at_once(folder, changes):
     edit(folder / "config.json", **changes)
