@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from alignkit.configs import RewardConfig
 from alignkit.data.encoding import encode_pairs
 from alignkit.errors import ManifestError, NonFinite
-from alignkit.folders import recover
 from alignkit.forward.precision import autocast
 from alignkit.forward.reading import token_values
 from alignkit.forward.rollout import right_pad
+from alignkit.models.gate import is_folder
 from alignkit.models.loading import load_reward_model, save_model
 from alignkit.trainer import run_trainer, trainer_arguments
 
@@ -118,8 +118,7 @@ def load_reward(source: str | Path, *, device: str = "auto"):
     Raises ValueError that says which part of the name was not found.
     """
     source = str(source)
-    recover(source)
-    if Path(source).is_dir():
+    if is_folder(source):
         return RewardScorer.load(source, device=device)
     module, colon, function = source.partition(":")
     if not colon:

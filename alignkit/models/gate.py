@@ -77,22 +77,23 @@ def check_model_folder(folder: str | Path, *, adapter: bool = False) -> Contents
         if not adapter and ADAPTER in names:
             raise ManifestError(f"{folder} has {ADAPTER} beside a config.json; expected a whole model: merge the "
                                 "adapter (peft's merge_and_unload), then save_pretrained", [ADAPTER])
-        tensors, elements = {}, 0
+        tensors, elements, rank = {}, 0, 0
         for name in files:
             shapes = _shapes(folder / name)
             tensors |= dict.fromkeys(shapes, folder / name)
             elements += sum(map(math.prod, shapes.values()))
+            rank = max(rank, *(shape[0] for tensor, shape in shapes.items() if shape and "lora_" in tensor
+                               and "_A" in tensor), 0)
         for name, record in records.items():
-            check_record(record, folder / name, len(tensors), max(elements, 1))
+            check_record(record, folder / name, len(tensors), rank)
         return Contents(folder, records, [folder / name for name in files], tensors, elements)
 
 
-def check_record(record: dict, path: Path, tensors: int = MOST_LAYERS, elements: int = 2**62, *,
-                 code: bool = True) -> None:
+def check_record(record: dict, path: Path, tensors: int = MOST_LAYERS, rank: int = 0, *, code: bool = True) -> None:
     """Raise ManifestError if one of a model's records asks for code, or holds values that it cannot hold.
 
-    path: the file, whose name says what it must hold. tensors, elements: how many the weights have. code=False lets
-    `auto_map` pass, for a model of the Hub of which transformers has code of its own.
+    path: the file, whose name says what it must hold. tensors: how many the weights have. rank: the largest of an
+    adapter. code=False lets `auto_map` pass, for a model of the Hub of which transformers has code of its own.
     """
     def wrong(what: str) -> ManifestError:
         return ManifestError(f"{path} {what}", [path.name])
@@ -140,7 +141,7 @@ def check_record(record: dict, path: Path, tensors: int = MOST_LAYERS, elements:
         if record.get("peft_type") != "LORA":
             raise wrong(f"has peft_type {record.get('peft_type')!r}, expected 'LORA'")
         ranks = _numbers([record.get("r"), *_leaves(record.get("rank_pattern") or [])])
-        if not ranks or not 0 < min(ranks) <= max(ranks) <= elements:
+        if not ranks or not 0 < min(ranks) <= max(ranks) <= rank:
             raise wrong(f"has rank {record.get('r')!r}, expected one that its weights have")
 
 
@@ -236,8 +237,9 @@ def check_vocabulary(model: nn.Module, tokenizer) -> None:
 
 
 def is_folder(name: str | Path) -> bool:
-    """Whether a name is that of a folder here; False for one that no folder can have."""
+    """Whether a name is that of a folder here (recovered, if need be); False for one that no folder can have."""
     try:
+        recover(name)
         return Path(name).is_dir()
     except (OSError, ValueError):
         return False
