@@ -96,7 +96,7 @@ def check_record(record: dict, path: Path, tensors: int = MOST_LAYERS, rank: int
     adapter. code=False lets `auto_map` pass, for a model of the Hub of which transformers has code of its own.
     """
     def wrong(what: str) -> ManifestError:
-        return ManifestError(f"{path} {what}", [path.name])
+        return ManifestError(f"{path} {_printable(what)}", [path.name])
 
     if path.name == INDEX:
         shards = record.get("weight_map")
@@ -104,7 +104,7 @@ def check_record(record: dict, path: Path, tensors: int = MOST_LAYERS, rank: int
             raise wrong("has no weight_map (tensor -> file)")
         for shard in shards.values():
             if not _plain_name(shard) or not shard.endswith(".safetensors"):
-                raise wrong(f"names {shard!r}; expected the plain name of a .safetensors file in the folder")
+                raise wrong(f"names {_short(shard)}; expected the plain name of a .safetensors file in the folder")
     if path.name not in ("config.json", "tokenizer_config.json", "generation_config.json", ADAPTER):
         return
     for key, value in _items(record):
@@ -120,29 +120,30 @@ def check_record(record: dict, path: Path, tensors: int = MOST_LAYERS, rank: int
         if "attn_implementation" in key or "experts_implementation" in key:
             for name in _texts(value):
                 if name and name not in ATTENTION and not _native(name):
-                    raise wrong(f"has {key} {name!r}, which would be fetched or run; expected {', '.join(ATTENTION)}")
+                    raise wrong(f"has {key} {_short(name)}, which would be fetched or run; expected one of "
+                                f"{', '.join(ATTENTION)}")
         if key == "model_type" and not isinstance(value, str | None):
-            raise wrong(f"has model_type {value!r}, expected text")
+            raise wrong(f"has model_type {_short(value)}, expected text")
         if key == "architectures" and not (value is None or isinstance(value, list)
                                            and all(isinstance(name, str) for name in value)):
             raise wrong("has architectures that are not a list of names")
         if key in ("dtype", "torch_dtype") and not _is_dtype(value):
-            raise wrong(f"has {key} {value!r}, which is no dtype of torch")
+            raise wrong(f"has {key} {_short(value)}, which is no dtype of torch")
         if key in ("num_hidden_layers", "n_layer") and isinstance(value, int) and value < 1:
             raise wrong(f"has {key} {value}, expected at least 1")
         for number in _numbers(value) if path.name == "config.json" else ():
             if number > (max(MOST_LAYERS, tensors) if LAYERS.fullmatch(key) else LARGEST):
-                raise wrong(f"has {key} {number}, far more than weights of {tensors} tensors can have")
+                raise wrong(f"has {key} {_short(number)}, far more than weights of {tensors} tensors can have")
     if path.name == "config.json" and not record.get("model_type"):
         raise wrong("has no model_type, expected the name of an architecture that transformers has")
     if path.name == "tokenizer_config.json":
         _check_tokenizer_config(record, path.parent, wrong)
     if path.name == ADAPTER:
         if record.get("peft_type") != "LORA":
-            raise wrong(f"has peft_type {record.get('peft_type')!r}, expected 'LORA'")
+            raise wrong(f"has peft_type {_short(record.get('peft_type'))}, expected 'LORA'")
         ranks = _numbers([record.get("r"), *_leaves(record.get("rank_pattern") or [])])
         if not ranks or not 0 < min(ranks) <= max(ranks) <= rank:
-            raise wrong(f"has rank {record.get('r')!r}, expected one that its weights have")
+            raise wrong(f"has rank {_short(record.get('r'))}, expected one that its weights have")
 
 
 def drop_attention(config) -> None:
@@ -246,9 +247,9 @@ def is_folder(name: str | Path) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line; its type if it has no message."""
+    """An error in one printable line; its type if it has no message."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return _printable(lines[0][:500] if lines else type(error).__name__)
 
 
 @contextlib.contextmanager
@@ -316,16 +317,24 @@ def _shapes(path: Path) -> dict[str, list[int]]:
 def _check_tokenizer_config(record: dict, folder: Path, wrong) -> None:
     for key, value in record.items():
         if key == "tokenizer_class" and not isinstance(value, str | None):
-            raise wrong(f"has tokenizer_class {value!r}, expected text")
+            raise wrong(f"has tokenizer_class {_short(value)}, expected text")
         if key == "init_inputs" and value:
             raise wrong("has init_inputs, which may name files elsewhere; remove them")
         if key == "fast_tokenizer_files" and not (isinstance(value, list) and all(map(_plain_name, value))):
-            raise wrong(f"has fast_tokenizer_files {value!r}, expected plain file names")
+            raise wrong(f"has fast_tokenizer_files {_short(value)}, expected plain file names")
         if key == "chat_template" and not isinstance(value, str | list | dict | None):
             raise wrong(f"has chat_template of type {type(value).__name__}, expected text")
         overruled = ("special_tokens_map_file", "tokenizer_file")[: 1 + (folder / "tokenizer.json").is_file()]
         if key.endswith("_file") and key not in overruled and value is not None and not _plain_name(value):
-            raise wrong(f"has {key} {value!r}, expected the plain name of a file in the folder")
+            raise wrong(f"has {key} {_short(value)}, expected the plain name of a file in the folder")
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def _short(value) -> str:
+    return repr(value) if len(repr(value)) <= 80 else f"{repr(value)[:80]}…"
 
 
 def _plain_name(name) -> bool:

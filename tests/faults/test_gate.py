@@ -427,7 +427,8 @@ def test_46_nothing_is_fetched_while_a_folder_is_opened(folder, online):
     ({"base_model_name_or_path": 5}, "not a folder"),
     ({"base_model_name_or_path": "x\x00y"}, "not a folder"), ({"megatron_config": {"a": 1}}, "megatron_config"),
     ({"auto_map": {}}, "auto_map"), ({"peft_type": "XLORA"}, "peft_type"), ({"peft_type": 5}, "peft_type"),
-    ({"r": 10**9}, "has rank"), ({"r": "a"}, "has rank"), ({"rank_pattern": {"fc1": 10**9}}, "has rank"), ({"r": 64}, "has rank"), ({"r": 1}, "adapter"),
+    ({"r": 10**9}, "has rank"), ({"r": "a"}, "has rank"), ({"rank_pattern": {"fc1": 10**9}}, "has rank"),
+    ({"r": 64}, "has rank"), ({"r": 1}, "adapter"),
     ({"r": 3}, "has rank"), ({"target_modules": 5}, "adapter"), ({"task_type": "CODE"}, "adapter"),
 ])
 def test_46_an_adapter_s_config_is_checked(saved, tmp_path, online, changes, message):
@@ -572,14 +573,14 @@ def test_47_headers_that_lie_are_refused_by_name(folder, tmp_path, what):
     {"hidden_act": 5}, {"torch_dtype": "load"}, {"dtype": 5}, {"architectures": 5}, {"architectures": [5]},
     {"id2label": {"a": "b"}}, {"id2label": []}, {"model_type": "a" * 10**6}, {"rope_parameters": {"rope_type": "x"}},
     {"rope_parameters": 5}, {"layer_norm_eps": None}, {"text_config": 5}, {"model_type": "bert"},
-    {"model_type": "gpt_neo", "attention_types": [[["global"], 10**9]]}, {"model_type": "clip"},
+    {"model_type": "gpt_neo", "attention_types": [[["global"], 10**9]]}, {"model_type": "t5"},
 ])
 def test_a_config_with_impossible_values_is_refused_at_once(folder, changes):
     edit(folder / "config.json", **changes)
     begun = time.perf_counter()
     with pytest.raises(ValueError, match="^model "):
         load_policy(folder, device="cpu")
-    assert time.perf_counter() - begun < 5
+    assert time.perf_counter() - begun < 10
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
@@ -630,7 +631,8 @@ def test_fuzzed_folders_load_or_are_refused_with_a_clear_error(saved, scored, tm
         except ValueError as error:
             refused += 1
             assert isinstance(error, AlignkitError) or "model" in str(error), (seed, changed, error)
+            assert len(str(error)) < 2000 and str(error).isprintable(), (seed, changed, error)
         except BaseException as error:
             pytest.fail(f"seed {seed}, {changed}: {type(error).__name__}: {error}")
-        assert time.perf_counter() - begun < 5, (seed, changed)
+        assert time.perf_counter() - begun < 10, (seed, changed)
     assert 50 < refused < 195 and not online and not opened
