@@ -108,7 +108,8 @@ class RewardScorer:
             for key in ("mean", "std"))
         if not sound or not norm["std"] > 0:
             raise ManifestError(f"{Path(directory) / 'config.json'}: alignkit_normalisation is {str(norm)[:80]}, "
-                                "expected a mapping with two finite numbers, mean and std, std above 0", ["config.json"])
+                                "expected a mapping with two finite numbers, mean and std, std above 0",
+                                ["config.json"])
         return cls(model, tokenizer, float(norm["mean"]), float(norm["std"]))
 
 

@@ -62,7 +62,8 @@ def adapted_policy(folder: str | Path, *, device: str = "cpu"):
     base = contents.records[gate.ADAPTER].get("base_model_name_or_path") or ""
     if not isinstance(base, str) or not gate.is_folder(base):
         raise ManifestError(f"{folder} is an adapter on {str(base)[:200]!r}, which is not a folder here; pass the "
-                            "adapted model as model=…, or merge it first (peft's merge_and_unload, then save_pretrained)")
+                            "adapted model as model=…, or merge it first (peft's merge_and_unload, then "
+                            "save_pretrained)")
     policy, tokenizer = load_policy(base, device=device)
     try:
         with gate.confined(contents):
