@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from alignkit.killpoints import reached
@@ -24,11 +24,14 @@ MARK = "alignkit-part"  # .NAME.alignkit-part-new-ID is being written, .NAME.ali
 
 
 @contextlib.contextmanager
-def replacing(directory: str | Path, *, keep: bool = False) -> Iterator[Path]:
+def replacing(directory: str | Path, *, keep: bool | Callable[[str], bool] = False,
+              overwrite: bool = True) -> Iterator[Path]:
     """Yield an empty folder to write in; at the end of the block it takes the place of `directory`, all or nothing.
 
-    keep: what lies in the old folder and not in the new one goes along (a stage's records beside its weights). Until
-    the exchange `directory` stays as it is, and for good if the block raises. Files get the permissions of the umask.
+    keep: what lies in the old folder and not in the new one goes along (a stage's records beside its weights); a
+    function says of each name whether it does. overwrite=False raises FileExistsError if there is a folder with
+    anything in it by the time of the exchange. Until the exchange `directory` stays as it is, and for good if the block
+    raises. Files get the permissions of the umask.
     """
     directory = Path(os.path.abspath(directory))
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -41,11 +44,11 @@ def replacing(directory: str | Path, *, keep: bool = False) -> Iterator[Path]:
             reached("folder.begun")
             yield new
             if keep and directory.is_dir():
-                _take_along(directory, new)
+                _take_along(directory, new, keep if callable(keep) else lambda name: True)
             reached("folder.written")
             _settle(new)
             reached("folder.flushed")
-            old = _exchange(new, directory)
+            old = _exchange(new, directory) if overwrite else _appear(new, directory)
             flush(directory.parent)
             reached("folder.exchanged")
             if old:
@@ -108,7 +111,7 @@ def _leftovers(directory: Path, kind: str) -> list[Path]:
     return []
 
 
-def _take_along(old: Path, new: Path) -> None:
+def _take_along(old: Path, new: Path, keep: Callable[[str], bool]) -> None:
     """Bring what only `old` has to `new`: the same files under two names, or copies where a disk has no hard links."""
     def bring(source: str, target: str) -> None:
         try:
@@ -119,7 +122,7 @@ def _take_along(old: Path, new: Path) -> None:
     ours = {path.name for path in leftovers(old) if path.parent == old}
     for kept in old.iterdir():
         target = new / kept.name
-        if os.path.lexists(target) or kept.name in ours:
+        if os.path.lexists(target) or kept.name in ours or not keep(kept.name):
             continue
         if kept.is_dir() and not kept.is_symlink():
             shutil.copytree(kept, target, copy_function=bring, symlinks=True,
@@ -151,6 +154,16 @@ def _exchange(new: Path, directory: Path) -> Path | None:
     reached("folder.between")
     new.rename(directory)
     return old
+
+
+def _appear(new: Path, directory: Path) -> None:
+    """Give `new` the name of `directory`, where nothing is, or an empty folder."""
+    try:
+        os.rename(new, directory)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise FileExistsError(error.errno, f"{directory} was made by another process meanwhile") from error
 
 
 def _swap(one: Path, other: Path) -> bool:

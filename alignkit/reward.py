@@ -5,6 +5,7 @@ PPO.
 """
 
 import importlib
+import math
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 from alignkit.configs import RewardConfig
 from alignkit.data.encoding import encode_pairs
+from alignkit.errors import ManifestError, NonFinite
 from alignkit.forward.precision import autocast
 from alignkit.forward.reading import token_values
 from alignkit.forward.rollout import right_pad
+from alignkit.models.gate import is_folder
 from alignkit.models.loading import load_reward_model, save_model
 from alignkit.runs.checkpoints import Checkpoints
 from alignkit.trainer import run_trainer, trainer_arguments
@@ -73,7 +76,7 @@ class RewardScorer:
 
     @torch.no_grad()
     def raw(self, prompts: Sequence[str], responses: Sequence[str], batch_size: int = 512) -> Tensor:
-        """Scores (N,) as the model gives them."""
+        """Scores (N,) as the model gives them. Raises NonFinite, with the prompt's number, on NaN or infinity."""
         rows = _ids(self.tokenizer, prompts, responses)
         scores = []
         for start in range(0, len(rows), batch_size):
@@ -82,7 +85,13 @@ class RewardScorer:
             with autocast(ids.device):
                 values = token_values(self.model, ids, mask, ids.shape[1])
             scores.append(values.gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1).cpu())
-        return torch.cat(scores) if scores else torch.zeros(0)
+        scores = torch.cat(scores) if scores else torch.zeros(0)
+        if not scores.isfinite().all():
+            first = int((~scores.isfinite()).nonzero()[0])
+            raise NonFinite(f"the reward model's score of prompt {first} and its response is {float(scores[first])} "
+                            f"({int((~scores.isfinite()).sum())} of {len(scores)} scores are not finite): its training "
+                            "diverged, go back to an earlier checkpoint")
+        return scores
 
     def normalised(self, prompts: Sequence[str], responses: Sequence[str]) -> "RewardScorer":
         """The same scorer with mean 0 and standard deviation 1 on these responses (the reference policy's)."""
@@ -96,9 +105,18 @@ class RewardScorer:
 
     @classmethod
     def load(cls, directory: str | Path, *, device: str = "auto") -> "RewardScorer":
+        """A scorer from the folder that `save` wrote. Raises as `load_reward_model`, and on a bad normalisation."""
         model, tokenizer = load_reward_model(directory, device=device)
-        norm = getattr(model.config, "alignkit_normalisation", None) or {"mean": 0.0, "std": 1.0}
-        return cls(model, tokenizer, norm["mean"], norm["std"])
+        norm = getattr(model.config, "alignkit_normalisation", None)
+        norm = {"mean": 0.0, "std": 1.0} if norm is None else norm
+        sound = isinstance(norm, dict) and all(
+            isinstance(norm.get(key), (int, float)) and not isinstance(norm[key], bool) and abs(norm[key]) < math.inf
+            for key in ("mean", "std"))
+        if not sound or not norm["std"] > 0:
+            raise ManifestError(f"{Path(directory) / 'config.json'}: alignkit_normalisation is {str(norm)[:80]}, "
+                                "expected a mapping with two finite numbers, mean and std, std above 0",
+                                ["config.json"])
+        return cls(model, tokenizer, float(norm["mean"]), float(norm["std"]))
 
 
 def load_reward(source: str | Path, *, device: str = "auto"):
@@ -108,7 +126,7 @@ def load_reward(source: str | Path, *, device: str = "auto"):
     which part of the name was not found.
     """
     source = str(source)
-    if Path(source).is_dir():
+    if is_folder(source):
         return RewardScorer.load(source, device=device)
     module, colon, function = source.partition(":")
     if not colon:

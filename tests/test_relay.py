@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 
+from alignkit import folders
 from alignkit.errors import ManifestError, RunError
 from alignkit.evaluate.adviser import advice
+from alignkit.folders import MARK
 from alignkit.formulas.intervals import Estimate
 from alignkit.models.adapters import add_lora
 from alignkit.models.loading import load_policy, save_model
-from alignkit.runs import frozen as frozen_module
 from alignkit.runs.frozen import checkpoint_hash, freeze, lineage, verify
 from alignkit.runs.records import record_seconds, start_run, versions, write_results
 from alignkit.stages import RUN_FILES
@@ -188,7 +189,7 @@ def test_what_cannot_be_trusted_or_is_not_whole_is_refused(source, tmp_path):
         freeze(copy, tmp_path / "frozen")
     (copy / "config.json").write_text(config)
     (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
-    with pytest.raises(ValueError, match=r"has no \.\./\.\./etc/passwd"):
+    with pytest.raises(ValueError, match=r"names '\.\./\.\./etc/passwd'; expected the plain name"):
         freeze(copy, tmp_path / "frozen")
     (copy / "model.safetensors.index.json").unlink()
     (copy / "model.safetensors").unlink()
@@ -230,9 +231,9 @@ def test_an_adapter_is_merged(source, tmp_path):
 
 
 def test_leftovers_of_a_killed_freeze_go_and_those_of_a_living_one_stay(source, tmp_path):
-    (tmp_path / "frozen.tmp-dead").mkdir()
-    (tmp_path / "frozen.tmp-dead" / "model.safetensors").write_bytes(b"half")
-    living = tmp_path / "frozen.tmp-living"
+    dead, living = (tmp_path / f".frozen.{MARK}-new-{number:012x}" for number in range(2))
+    dead.mkdir()
+    (dead / "model.safetensors").write_bytes(b"half")
     living.mkdir()
     code = ("import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); "
             "print('locked', flush=True); input()")
@@ -240,18 +241,18 @@ def test_leftovers_of_a_killed_freeze_go_and_those_of_a_living_one_stay(source, 
                           text=True) as other:
         assert other.stdout.readline() == "locked\n"
         freeze(source, tmp_path / "frozen")
-        assert names(tmp_path) == ["frozen", "frozen.tmp-living"]
+        assert names(tmp_path) == [living.name, "frozen"]
         other.communicate("\n")
 
 
 def test_another_freeze_of_the_same_name_leaves_a_running_one_alone(source, tmp_path, monkeypatch):
-    flush = frozen_module.flush
+    flush = folders.flush
 
     def interrupted(path):
-        frozen_module._sweep(tmp_path / "frozen")  # what another process does when it begins
+        folders.sweep(tmp_path / "frozen")  # what another process does when it begins
         flush(path)
 
-    monkeypatch.setattr(frozen_module, "flush", interrupted)
+    monkeypatch.setattr(folders, "flush", interrupted)
     verify(freeze(source, tmp_path / "frozen"))
 
 
@@ -259,7 +260,7 @@ def test_a_full_disk_leaves_nothing_half(source, tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(frozen_module, "flush", full)
+    monkeypatch.setattr(folders, "flush", full)
     with pytest.raises(OSError, match="No space left"):
         freeze(source, tmp_path / "frozen")
     assert names(tmp_path) == []
@@ -272,7 +273,7 @@ def test_a_killed_freeze_leaves_no_checkpoint_and_the_next_one_works(source, tmp
 
     child = os.fork()
     if child == 0:
-        points = {"copy": (shutil, "copyfile"), "flush": (frozen_module, "flush"), "rename": (os, "rename")}
+        points = {"copy": (shutil, "copyfile"), "flush": (folders, "flush"), "rename": (os, "rename")}
         monkeypatch.setattr(*points[point], die)
         freeze(source, tmp_path / "frozen")
         os._exit(0)

@@ -2,20 +2,20 @@
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from alignkit.errors import ManifestError
+from alignkit.errors import ManifestError, NonFinite, RunError
 from alignkit.evaluate.adviser import advice
 from alignkit.evaluate.evaluation import Evaluation, EvaluationSet, difference, evaluate, evaluation_set, win_rate
+from alignkit.folders import recover
 from alignkit.formulas.intervals import Estimate
 from alignkit.metrics import METRICS
 from alignkit.models.loading import load_policy, same_vocabulary
-from alignkit.runs.frozen import LINEAGE, MANIFEST, verify
-from alignkit.storage import plain, write_atomically, write_json
+from alignkit.runs.frozen import LINEAGE, MANIFEST, read_lineage, verify
+from alignkit.storage import plain, read_json, write_atomically, write_json
 from alignkit.task import load_task
 
 TABLE = (  # the metrics of the table, in its order
@@ -196,7 +196,9 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
     loaded = {name: _load(directory) for name, directory in zip(_names(directories), directories, strict=True)}
     first, tokenizer = next(iter(loaded.values()))
     run = directories[0].parent
-    facts = json.loads((run / "run.json").read_text(encoding="utf-8")) if (run / "run.json").exists() else {}
+    facts = read_json(run / "run.json") if (run / "run.json").exists() else {}
+    if not isinstance(facts.get("seed", 0), int) or isinstance(facts.get("seed"), bool):
+        raise RunError(f"{run / 'run.json'} has seed {facts['seed']!r}, expected a whole number")
     of_run = facts.get("data") == str(data)
     task = load_task(data, tokenizer, seed=seed if seed is not None else facts.get("seed", 0) if of_run else 0)
     if of_run and seed is None and (run / "evaluation_set.json").exists():
@@ -225,10 +227,13 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
 
 
 def _load(directory: Path):
+    recover(directory)
     if (directory / MANIFEST).exists():
         verify(directory)
     try:
         return load_policy(directory)
+    except NonFinite:
+        raise
     except ValueError as error:
         raise ManifestError(f"{directory}: {error}") from error
 
@@ -245,8 +250,7 @@ def _names(directories: Sequence[Path]) -> list[str]:
 
 
 def _frozen_with(directory: Path) -> str | None:
-    lineage = directory / LINEAGE
-    return json.loads(lineage.read_text(encoding="utf-8"))["evaluation_set_hash"] if lineage.exists() else None
+    return read_lineage(directory).get("evaluation_set_hash") if (directory / LINEAGE).exists() else None
 
 
 def _write(comparison: Comparison, out: Path) -> None:

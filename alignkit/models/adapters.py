@@ -1,6 +1,7 @@
 """LoRA adapters, and the reference policy that training starts from."""
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,6 +22,14 @@ def add_lora(policy: nn.Module, *, rank: int = 8, alpha: int = 16, seed: int = 0
         return get_peft_model(
             policy, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         )
+
+
+def with_adapter(policy: nn.Module, folder: str | Path) -> tuple[nn.Module, set[str]]:
+    """`policy` with the adapter of a folder that passed the gate, and the names of the tensors that it should have."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    adapted = PeftModel.from_pretrained(policy, folder)
+    return adapted, set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
 
 
 def merged(model: nn.Module) -> nn.Module:

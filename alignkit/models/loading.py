@@ -3,14 +3,9 @@
 Weights are read from and written to safetensors only, and remote code is never run.
 """
 
-import os
-import shutil
-import tempfile
-import uuid
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -18,10 +13,15 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from transformers.utils import cached_file
 
 from alignkit.desk.tiny import desk_tokenizer, tiny_policy
-from alignkit.models.adapters import merged
+from alignkit.errors import AlignkitError, ManifestError, NonFinite
+from alignkit.folders import recover, replacing
+from alignkit.models import gate
+from alignkit.models.adapters import merged, with_adapter
 from alignkit.models.heads import score_head
+from alignkit.storage import read_json, write_json
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -52,35 +52,55 @@ def load_reward_model(model: str | Path, *, device: str = "auto"):
     return reward_model.to(pick_device(device)).eval(), tokenizer
 
 
+def adapted_policy(folder: str | Path, *, device: str = "cpu"):
+    """A policy with the LoRA adapter in `folder`, not merged, and its tokenizer: `(policy, tokenizer)`.
+
+    The base model that the adapter names must be a local folder. Raises as `load_policy`.
+    """
+    folder = Path(folder)
+    contents = gate.check_model_folder(folder, adapter=True)
+    base = contents.records[gate.ADAPTER].get("base_model_name_or_path") or ""
+    if not isinstance(base, str) or not gate.is_folder(base):
+        raise ManifestError(f"{folder} is an adapter on {str(base)[:200]!r}, which is not a folder here; pass the "
+                            "adapted model as model=…, or merge it first (peft's merge_and_unload, then "
+                            "save_pretrained)")
+    policy, tokenizer = load_policy(base, device=device)
+    try:
+        with gate.confined(contents):
+            adapted, expected = with_adapter(policy, folder)
+    except (AlignkitError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise ManifestError(f"the adapter in {folder} does not fit {base!r}: {gate.reason(error)}") from error
+    if missing := sorted(expected - contents.tensors.keys()):  # peft would leave them at 0, and say nothing
+        raise ManifestError(f"{contents.files[0]} has no {missing[0]!r}, which its {gate.ADAPTER} asks for",
+                            [gate.ADAPTER_WEIGHTS])
+    if (broken := gate.first_not_finite(gate.weights_of(adapted))) is not None:
+        raise NonFinite(f"the adapter in {folder} has NaN or infinity in {broken!r} ({gate.ADAPTER_WEIGHTS})")
+    return adapted, tokenizer
+
+
 def save_model(model: nn.Module, tokenizer, directory: str | Path) -> Path:
     """Write a model (adapter merged) and its tokenizer as an ordinary Hugging Face folder, all or nothing.
 
-    The folder is written under a temporary name and renamed; an older one is replaced only then.
+    Another model in `directory` is replaced, the records of its stage stay. What is saved can be loaded: raises
+    NonFinite on weights with NaN or infinity, ValueError on a tokenizer that does not fit, ManifestError on what the
+    gate would refuse (a quantised model); `directory` is then as it was.
     """
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{directory.name}.tmp-", dir=directory.parent))
-    old = directory.with_name(f"{directory.name}.old-{uuid.uuid4().hex[:8]}")
-    try:
-        merged(model).save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        for file in temporary.rglob("*"):  # safetensors writes 0600; a shared run folder must be readable
-            file.chmod((0o777 if file.is_dir() else 0o666) & ~umask)
-        if directory.exists():
-            for kept in directory.iterdir():  # a stage's metrics and results stay
-                if not (temporary / kept.name).exists():
-                    (shutil.copytree if kept.is_dir() else shutil.copy2)(kept, temporary / kept.name)
-            directory.rename(old)
-        temporary.rename(directory)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not directory.exists():
-            old.rename(directory)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    model, directory = merged(model), Path(directory)
+    if (name := gate.first_not_finite(gate.weights_of(model))) is not None:
+        raise NonFinite(f"{name} has NaN or infinity in it, so the model is not saved to {directory}; what trained it "
+                        "diverged (lower the learning rate), go back to its last checkpoint")
+    gate.check_vocabulary(model, tokenizer)
+    with replacing(directory, keep=lambda name: not gate.of_a_model(name)) as new:
+        model.save_pretrained(new)
+        tokenizer.save_pretrained(new)
+        _drop_auto_map(new)
+        try:
+            gate.check_model_folder(new)
+        except ManifestError as error:
+            raise ManifestError(f"the model cannot be saved to {directory}, since it could not be loaded again: "
+                                f"{str(error).replace(str(new), str(directory))}", error.files) from error
     return directory
 
 
@@ -91,49 +111,102 @@ def same_vocabulary(tokenizer, other) -> bool:
 
 def _load(auto, model, **config_options):
     name = str(model)
-    path = Path(name)
-    if path.exists() and not (path / "config.json").exists():
-        raise ValueError(f"model {name!r} has no config.json; expected a Hugging Face model folder, a Hub id or 'tiny'")
+    expected = ("expected a folder with config.json, tokenizer files and *.safetensors, a Hub id that is cached or "
+                "online, or 'tiny'")
+    contents = None
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **config_options)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        loaded, report = auto.from_pretrained(
-            name,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"model {name!r} could not be read: {str(error).splitlines()[0]} (expected a folder with config.json, "
-            "tokenizer files and *.safetensors, a Hub id that is cached or online, or 'tiny')"
-        ) from error
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
+        path = Path(name)
+        recover(path)
+        if path.exists():
+            if not (path / "config.json").exists() and not (path / "config.json").is_symlink():
+                raise ManifestError(f"model {name!r} has no config.json; expected a Hugging Face model folder, a Hub "
+                                    "id or 'tiny'")
+            contents = gate.check_model_folder(path)
+            with gate.confined(contents):
+                loaded, tokenizer, report = _open(auto, name, config_options)
+        else:
+            _check_hub_records(name)
+            loaded, tokenizer, report = _open(auto, name, config_options)
+    except ManifestError as error:
+        if str(error).startswith(f"model {name!r}"):
             raise
-        raise ValueError(
-            f"model {name!r} needs code of its own (auto_map), which is never run; expected an architecture that "
-            "transformers has"
-        ) from error
+        raise ManifestError(f"model {name!r} could not be read: {error} ({expected})", error.files) from error
+    except (AlignkitError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizers library is not an Exception
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model {name!r} needs code of its own (auto_map), which is never run; expected an architecture that "
+                "transformers has"
+            ) from error
+        raise ValueError(f"model {name!r} could not be read: {gate.reason(error)} ({expected})") from error
     lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if lacking:  # transformers would fill them with random numbers
         raise ValueError(
             f"model {name!r} has no weights of the right shape for {lacking[0]!r}{' and others' * (len(lacking) > 1)}; "
             f"expected a checkpoint that was saved as {type(loaded).__name__}"
         )
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ValueError(
-            f"model {name!r} has no tokenizer files beside its weights; save its tokenizer to the same folder"
-        )
-    _give_pad_token(loaded, tokenizer)
+    if surplus := gate.left_over(loaded, report["unexpected_keys"]):
+        raise ValueError(f"model {name!r} has weights that its config does not use ({surplus!r} and others); expected "
+                         "as many layers as it was saved with")
+    if (broken := gate.first_not_finite(gate.weights_of(loaded))) is not None:
+        file = contents.tensors.get(broken, contents.files[0]).name if contents else "its weights"
+        raise NonFinite(f"model {name!r} has NaN or infinity in {broken!r} ({file}); what trained it diverged, use an "
+                        "earlier checkpoint")
     tokenizer.padding_side = "right"
+    try:
+        empty = len(tokenizer) <= len(tokenizer.all_special_ids)
+        if not empty:
+            gate.check_vocabulary(loaded, tokenizer)
+            _give_pad_token(loaded, tokenizer)
+            tokenizer.decode(tokenizer(" a").input_ids)  # settings of the wrong type show here
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"model {name!r} has a tokenizer that cannot be used: {gate.reason(error)}") from error
+    if empty:
+        raise ValueError(f"model {name!r} has no tokenizer files beside its weights; save its tokenizer to the same "
+                         "folder")
     for module in loaded.modules():  # dropout off: the policy that is scored must be the policy that sampled
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return loaded.eval(), tokenizer
+
+
+def _open(auto, name: str, config_options: dict) -> tuple:
+    """What transformers makes of a name that passed the gate: model, tokenizer, and a report of what was lacking."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **config_options)
+    gate.drop_attention(config)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    loaded, report = auto.from_pretrained(
+        name,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    return loaded, tokenizer, report
+
+
+def _check_hub_records(name: str) -> None:
+    """The gate for a model of the Hub: its records are read before its weights are. Its files are the Hub's cache's."""
+    for record in ("config.json", "tokenizer_config.json", gate.INDEX, gate.ADAPTER):
+        file = cached_file(name, record, _raise_exceptions_for_missing_entries=False)
+        if file and record == gate.ADAPTER:
+            raise ManifestError(f"model {name!r} is an adapter; expected a whole model (merge it first)")
+        if file:
+            gate.check_record(read_json(file, error=ManifestError), Path(file), code=False)
+
+
+def _drop_auto_map(folder: Path) -> None:
+    """Models of the Hub that brought code, of which transformers has its own by now, are saved without a word of it."""
+    for name in ("config.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            record = read_json(folder / name, error=ManifestError)
+            if record.pop("auto_map", None) is not None:
+                write_json(folder / name, record)
 
 
 def _give_pad_token(model: nn.Module, tokenizer) -> None:
