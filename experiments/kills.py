@@ -79,7 +79,7 @@ def works(seed: int = 0) -> list[Work]:
     rows, strata = task.demonstrations(seed=seed)[:256], list(task.strata().values())
     train_sft(policy, tokenizer, rows, SFTConfig(epochs=1, batch_size=64))
     pairs = task.preference_pairs(policy, tokenizer, 128, seed=seed)
-    judge = reward_model_from(policy, seed=seed)
+    judge, other = reward_model_from(policy, seed=seed), load_policy("tiny", seed=seed + 1)[0]
 
     def reward(_prompts: list[str], responses: list[str]) -> list[float]:
         return [float(sum(map(ord, response)) % 7) for response in responses]
@@ -148,7 +148,7 @@ def works(seed: int = 0) -> list[Work]:
             load_policy(run / "model", device="cpu")
         save_model(policy, tokenizer, run / "model")
         (run / "model" / "note.txt").write_text("a record beside the weights")
-        save_model(judge, tokenizer, run / "model")
+        save_model(other, tokenizer, run / "model")
         save_model(policy, tokenizer, run / "model")
 
     return [Work("ppo", ppo), Work("dpo", dpo), Work("sft", sft), Work("reward", reward_model),

@@ -117,9 +117,8 @@ PPO_KNOBS = {
     "lr_decay": (False, True, distance, -1, {}),
 }
 ELSEWHERE = {  # tested by their exact effect in test_ppo.py and test_ppo_step.py
-    "shared_trunk", "precision", "tokens_per_pass", "gradient_checkpointing", "halve_passes", "value_coef", "value_clip_range",
-    "whiten_rewards", "whiten_advantages",
-    "max_grad_norm", "seed"}
+    "shared_trunk", "precision", "tokens_per_pass", "gradient_checkpointing", "halve_passes", "value_coef",
+    "value_clip_range", "whiten_rewards", "whiten_advantages", "max_grad_norm", "seed"}
 
 
 def interval(differences):

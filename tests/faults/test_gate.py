@@ -344,7 +344,7 @@ def test_45_only_pickles_says_to_save_as_safetensors(folder, tmp_path, name):
 
 
 def test_45_an_adapter_whose_weights_are_a_pickle_is_not_opened(tiny, saved, tmp_path):
-    adapted, adapter = adapter_of(saved, tmp_path / "adapter")
+    _adapted, adapter = adapter_of(saved, tmp_path / "adapter")
     (adapter / gate.ADAPTER_WEIGHTS).unlink()
     with (adapter / "adapter_model.bin").open("wb") as file:
         pickle.dump(Canary(tmp_path / "canary"), file)
