@@ -19,15 +19,18 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from alignkit.data.chat import chat_template_of
 from alignkit.data.encoding import ChatText, encode_text
 from alignkit.data.fields import (
     _FORMS,
     _came,
+    _check_special,
     _check_text,
     _is_chat,
     _kinds,
-    _render,
+    _rendered,
     _special_pattern,
     _split_chat,
     _split_texts,
@@ -36,6 +39,7 @@ from alignkit.data.files import Fault, records
 from alignkit.errors import DataError
 
 PROBLEM_LIMIT = 100_000  # problems that are kept; the rest is counted
+ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 2**20  # conversations that wait for the chat template together
 ROW_KINDS = ("pairs", "demonstrations", "prompts")
 
 
@@ -96,6 +100,13 @@ class Report:
                           f"{self.source}: {what}: {counts}: {'ok' if self.ok else 'not ok'}"])
 
 
+class _Chat(NamedTuple):
+    """A conversation that waits for its chat template."""
+
+    prompt: list[dict]
+    replies: list[dict]
+
+
 class _Scan:
     """One pass over a source: iterate (row or None, problems); afterwards `warnings()` and the counts are there."""
 
@@ -117,11 +128,15 @@ class _Scan:
         try:
             head = list(self._head())
             self._detect([record for _, record in head if isinstance(record, dict)])
+            waiting, characters = [], 0
             for line, record in itertools.chain(head, self._records):
-                self.rows += 1
-                row, faults = self._convert(line, record)
-                self.bad_rows += bool(faults)
-                yield row, [Problem(self.name, line, fault.field, fault.reason, self._unit) for fault in faults]
+                parts, faults = self._split(line, record)
+                waiting.append((line, parts, faults))
+                characters += sum(len(message["content"]) for message in parts.prompt + parts.replies) if isinstance(parts, _Chat) else 0
+                if not characters or len(waiting) == ROWS_AT_ONCE or characters > CHARACTERS_AT_ONCE:
+                    yield from self._finished(waiting)
+                    waiting, characters = [], 0
+            yield from self._finished(waiting)
         except Fault as fault:  # of the whole source
             raise DataError(f"{self.name}: {fault.reason}") from fault.__cause__
         except OSError as error:
@@ -171,8 +186,23 @@ class _Scan:
         share = {form: sum(len(names & set(form)) for names in there) / len(form) for form in _FORMS[self.kind]}
         self.fields = max(share, key=share.get)
 
-    def _convert(self, line: int, record: object) -> tuple[dict | None, list[Fault]]:
-        """The row that a record gives, or the reasons why it gives none."""
+    def _finished(self, waiting: list[tuple]) -> Iterator[tuple[dict | None, list[Problem]]]:
+        """The rows of records that were split, the conversations among them rendered together: (row, problems)."""
+        chats = [parts for _, parts, _ in waiting if isinstance(parts, _Chat)]
+        texts = iter(chat_template_of(self.tokenizer).render(chats) if chats else ())
+        for line, parts, faults in waiting:
+            row = None
+            try:
+                if isinstance(parts, _Chat):
+                    parts = _rendered(self.tokenizer.eos_token, next(texts))
+                row = self._finish(line, *parts) if parts else None
+            except Fault as fault:
+                faults = [fault]
+            self.rows, self.bad_rows = self.rows + 1, self.bad_rows + bool(faults)
+            yield row, [Problem(self.name, line, fault.field, fault.reason, self._unit) for fault in faults]
+
+    def _split(self, line: int, record: object) -> tuple["tuple[str, list[str]] | _Chat | None", list[Fault]]:
+        """Prompt and responses of a record, as texts or as the messages of a `_Chat`; or the reasons why it has none."""
         if isinstance(record, Fault):
             return None, [record]
         if not isinstance(record, dict):
@@ -196,11 +226,11 @@ class _Scan:
         if faults:
             return None, faults
         try:
-            return self._finish(line, *(self._chat(values) if chat else _split_texts(values))), []
+            return (self._chat(values) if chat else _split_texts(values)), []
         except Fault as fault:
             return None, [fault]
 
-    def _chat(self, values: dict) -> tuple[str, list[str]]:
+    def _chat(self, values: dict) -> "tuple[str, list[str]] | _Chat":
         prompt, replies = _split_chat(values)
         if self.tokenizer is None and self._render:
             raise DataError(f"{self.name}: the rows are conversations; give tokenizer=, whose template renders them")
@@ -209,7 +239,8 @@ class _Scan:
         if not self.tokenizer.chat_template:
             raise DataError(f"{self.name}: the rows are conversations, and the tokenizer has no chat template; set "
                             "tokenizer.chat_template, use a chat model, or give prompt, chosen and rejected as text")
-        return _render(self.tokenizer, self._special, prompt, replies)
+        _check_special(self._special, prompt + replies)
+        return _Chat(prompt, replies)
 
     def _finish(self, line: int, prompt: str, responses: list[str]) -> dict:
         """The row, after the checks that need prompt and responses apart."""
