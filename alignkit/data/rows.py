@@ -35,9 +35,10 @@ from alignkit.data.fields import (
     _split_chat,
     _split_texts,
 )
-from alignkit.data.files import Fault, records
+from alignkit.data.files import LINE_LIMIT, Fault, records
 from alignkit.errors import DataError
 
+MOST_SKIPPED = 0.1  # share of the rows that skip_bad may leave out: more, and the file is another than was meant
 PROBLEM_LIMIT = 100_000  # problems that are kept; the rest is counted
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 2**20  # conversations that wait for the chat template together
 ROW_KINDS = ("pairs", "demonstrations", "prompts")
@@ -158,11 +159,13 @@ class _Scan:
             entry[1].append(line)
 
     def _head(self) -> Iterator[tuple[int, object]]:
-        objects = 0
+        objects, characters = 0, 0
         for line, record in itertools.islice(self._records, 1000):
             yield line, record
-            objects += isinstance(record, dict)
-            if objects == 20:
+            if isinstance(record, dict):
+                objects += 1
+                characters += sum(len(value) for value in record.values() if isinstance(value, str))
+            if objects == 20 or characters > LINE_LIMIT:
                 return
 
     def _detect(self, head: list[dict]) -> None:
@@ -275,8 +278,9 @@ def load_rows(source: str | os.PathLike, kind: str | None = None, *, tokenizer=N
     """Rows of text from a file, a saved data set or a Hub id, every one of them valid.
 
     kind: "pairs", "demonstrations" or "prompts"; None means what the columns say. tokenizer: renders conversations, and
-    with max_length (tokens) refuses longer prompts. skip_bad: leave bad rows out and count them in `.skipped`.
-    Raises DataError with the first ten reasons, FILE:LINE each, if rows are bad and skip_bad is False, or none is good.
+    with max_length (tokens) refuses longer prompts. skip_bad: leave bad rows out and count them in `.skipped`, but at
+    most MOST_SKIPPED of all rows (one bad row always may be left out).
+    Raises DataError with the first ten reasons, FILE:LINE each, if more rows are bad than that, or none is good.
 
     >>> load_rows("pairs.jsonl")[0]                                                          # doctest: +SKIP
     {'prompt': 'How do I …', 'chosen': ' Happy to help!', 'rejected': ' No.'}
@@ -286,10 +290,14 @@ def load_rows(source: str | os.PathLike, kind: str | None = None, *, tokenizer=N
         problems += faults[: PROBLEM_LIMIT - len(problems)]
         if row is not None:
             rows.append(row)
-    if problems and not (skip_bad and rows):
+    allowed = max(1, int(MOST_SKIPPED * scan.rows)) if skip_bad and rows else 0
+    if scan.bad_rows > allowed or (problems and not rows):
         listed = "\n".join(f"  {problem}" for problem in problems[:10])
         more = f"\n  ... and {len(problems) - 10:,} more" if len(problems) > 10 else ""
         advice = f"`alignkit check {scan.name}` lists them all; skip_bad=True leaves such rows out and counts them"
+        if skip_bad and rows:
+            advice = (f"skip_bad leaves out at most {MOST_SKIPPED:.0%} of the rows, here {allowed:,}: is it the right file "
+                      "and kind of data?")
         raise DataError(f"{scan.name}: {scan.bad_rows:,} of {scan.rows:,} rows cannot be used:\n{listed}{more}\n"
                         + (advice if rows else "No good row is left."))
     return Rows(rows, scan.kind, scan.name, scan.bad_rows, problems, scan.warnings())
