@@ -262,10 +262,12 @@ def _metrics(path: Path) -> tuple[list[dict], bool]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError:
+            row = parse_json(line, where=f"{path}:{number}") if line.strip() else None
+        except RunError:
             row = False
         if isinstance(row, dict):
+            if not isinstance(row.get("step", 0), int | float):
+                raise RunError(f"{path}:{number}: step is not a number")
             rows.append(row)
         elif number < len(lines):
             raise RunError(f"{path}:{number}: not a JSON object: {line[:80]!r}")

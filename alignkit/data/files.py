@@ -276,8 +276,8 @@ def _parquet_records(stream: io.BufferedIOBase) -> Iterator[tuple[int, object]]:
         try:
             size = stream.seek(0, os.SEEK_END)
             table, row, content = parquet.ParquetFile(stream), 0, 0
-            widest = _check_proportion(table.metadata, size)
-            for batch in table.iter_batches(batch_size=64 if widest * 64 <= SMALL else 4):
+            _check_proportion(table.metadata, size)
+            for batch in table.iter_batches(batch_size=_at_once(table.metadata, size)):
                 content += batch.nbytes
                 if content > max(4 * SMALL, MOST_INFLATED * size):  # one value, a million times in few bytes
                     raise Fault(f"{size:,} bytes of Parquet that hold more than {content / 2**20:,.0f} MiB, more than "
@@ -292,16 +292,24 @@ def _parquet_records(stream: io.BufferedIOBase) -> Iterator[tuple[int, object]]:
             raise Fault(f"not a readable Parquet file: {type(error).__name__}: {error}"[:500]) from None
 
 
-def _check_proportion(facts, size: int) -> int:
-    """The bytes of the widest column of a Parquet file's row groups; Fault if they, or its rows, are out of proportion
-    to its size."""
-    groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
-    inflated = sum(group.total_byte_size for group in groups)
+def _check_proportion(facts, size: int) -> None:
+    """Raise Fault if a Parquet file of `size` bytes says that it holds more than so few can."""
+    inflated = _inflated(facts)
     if inflated > max(SMALL, MOST_INFLATED * size) or facts.num_rows > max(MANY_ROWS, size):
         raise Fault(f"{size:,} bytes of Parquet that hold {facts.num_rows:,} rows and {inflated / 2**20:,.0f} MiB, more "
                     f"than so few can hold ({MOST_INFLATED} times their size, a row for a byte): is it a bomb?")
-    return max((group.column(number).total_uncompressed_size for group in groups for number in
-                range(group.num_columns)), default=0)
+
+
+def _at_once(facts, size: int) -> int:
+    """Rows of a Parquet file that are read together: few where a single value may be large, told many times."""
+    groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
+    widest = max((group.column(number).total_uncompressed_size for group in groups
+                  for number in range(group.num_columns)), default=0)
+    return 64 if widest * 64 <= SMALL else 4 if _inflated(facts) <= 50 * size else 1
+
+
+def _inflated(facts) -> int:
+    return sum(facts.row_group(number).total_byte_size for number in range(facts.num_row_groups))
 
 
 def _dataset_records(source: str) -> Iterator[tuple[int, object]]:

@@ -7,7 +7,6 @@ alignkit and what the notebooks before it left in RUN. A finished job with the s
 
 import contextlib
 import itertools
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from alignkit.jobs.progress import Progress
 from alignkit.metrics import duration
 from alignkit.runs.records import record_seconds, start_run
 from alignkit.stages import CHAIN
-from alignkit.storage import locked, plain, write_json
+from alignkit.storage import locked, plain, read_json, write_json
 
 
 def find_notebooks() -> dict[str, Path]:
@@ -281,13 +280,18 @@ def _execute(job: Job, timeout: float | None, on_cell, spare) -> None:
 
 def _read_jobs(out: Path) -> dict[str, dict]:
     try:
-        records = json.loads((out / "jobs.json").read_text(encoding="utf-8"))
+        records = read_json(out / "jobs.json")
     except FileNotFoundError:
         return {}
-    except ValueError:
-        records = None
-    if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
-        raise RunError(f"{out / 'jobs.json'} is damaged; delete it, and the notebooks run again")
+    except RunError as error:
+        raise RunError(f"{error}; delete it, and the notebooks run again") from None
+    kinds = {"status": str, "key": dict, "made": dict, "given": dict, "seconds": (int, float)}
+    for name, record in records.items():
+        wrong = next((field for field, kind in kinds.items() if not isinstance(record, dict) or (
+            field in record and not isinstance(record[field], kind))), None)
+        if wrong or (record.get("status") == "finished" and not kinds.keys() <= record.keys()):
+            raise RunError(f"{out / 'jobs.json'} is damaged at {name}{f' ({wrong})' if wrong else ''}; delete it, and the "
+                           "notebooks run again")
     return records
 
 

@@ -5,7 +5,6 @@ None.
 """
 
 import importlib.metadata
-import json
 import math
 import platform
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from alignkit.errors import RunError
 from alignkit.stages import STAGES, in_order
-from alignkit.storage import plain, write_json
+from alignkit.storage import plain, read_json, write_json
 
 
 def start_run(run: str | Path, model: str, data: str, seed: int) -> Path:
@@ -31,7 +30,7 @@ def start_run(run: str | Path, model: str, data: str, seed: int) -> Path:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"run directory {run} cannot be made: {error}") from error
-    before = _read(run / "run.json", {})
+    before = run_facts(run)
     differing = [f"{key} was {before[key]!r}, now {value!r}" for key, value in facts.items()
                  if before.get(key, value) != value]
     if differing:
@@ -68,6 +67,21 @@ def record_seconds(run: str | Path, notebook: str, seconds: float) -> dict:
     return _summarise(run)
 
 
+def run_facts(run: str | Path) -> dict[str, object]:
+    """What run.json says of a run, {"model": text, "data": text, "seed": int}, as far as it says it; {} without one.
+
+    Raises RunError, naming file and field, if it is no such record. A name in it is a stranger's: never fetch it.
+    """
+    path = Path(run) / "run.json"
+    facts = _read(path, {})
+    for name in ("model", "data"):
+        if name in facts and not (isinstance(facts[name], str) and facts[name] and "\0" not in facts[name]):
+            raise RunError(f"{path}: {name} is no text")
+    if "seed" in facts and not (type(facts["seed"]) is int and 0 <= facts["seed"] < 2**63):
+        raise RunError(f"{path}: seed is not a whole number from 0 to 2**63 - 1")
+    return facts
+
+
 def versions() -> dict[str, str]:
     """Versions of python, alignkit and the libraries that decide the numbers: name -> version, for those installed."""
     installed = {"python": platform.python_version()}
@@ -90,10 +104,10 @@ def _summarise(run: Path) -> dict:
     return summary
 
 
-def _read(path: Path, default):
+def _read(path: Path, default: dict) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except FileNotFoundError:
         return default
-    except ValueError as error:
-        raise RunError(f"{path} is not valid JSON ({error}); delete it and run that stage again") from error
+    except RunError as error:
+        raise RunError(f"{error}; delete it and run that stage again") from None

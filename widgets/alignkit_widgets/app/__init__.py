@@ -12,6 +12,8 @@ def add_app(add) -> None:
     app = add("app", _app, "a page to train, compare and explore without code, on this machine only")
     about = "a run directory; an empty or new one gets the desk world's defaults (default: runs/app)"
     app.add_argument("run", nargs="?", default=Path("runs/app"), type=folder, metavar="RUN", help=about)
+    about = "what the run was made from (default: what its run.json says, if that is `desk` or here)"
+    app.add_argument("--data", metavar="D", help=about)
     app.add_argument("--port", default=0, type=port, help="where to listen on 127.0.0.1 (default: a free port)")
 
 
@@ -22,6 +24,7 @@ def _app(options: argparse.Namespace) -> None:
     from datasets import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
+    from alignkit.jobs.notebooks import absolute
     from alignkit_widgets.app.playground import open_playground
 
     disable_progress_bar()
@@ -34,7 +37,7 @@ def _app(options: argparse.Namespace) -> None:
             f"the dashboard needs {error.name}, which is not installed (pip install alignkit)"
         ) from error
     try:
-        playground = open_playground(options.run)
+        playground = open_playground(options.run, data=options.data and absolute("data", options.data))
     except ValueError as error:
         raise AlignkitError(str(error)) from error
     if playground.model == "tiny":
