@@ -289,6 +289,8 @@ def _read_jobs(out: Path) -> dict[str, dict]:
     for name, record in records.items():
         wrong = next((field for field, kind in kinds.items() if not isinstance(record, dict) or (
             field in record and not isinstance(record[field], kind))), None)
+        parameters = record["key"].get("parameters", {}) if not wrong and "key" in record else {}
+        wrong = wrong or ("" if isinstance(parameters, dict) else "key.parameters")
         if wrong or (record.get("status") == "finished" and not kinds.keys() <= record.keys()):
             raise RunError(f"{out / 'jobs.json'} is damaged at {name}{f' ({wrong})' if wrong else ''}; delete it, and the "
                            "notebooks run again")
