@@ -193,7 +193,12 @@ def _no_constant(name: str) -> None:
 def write_json(path: str | Path, value) -> None:
     """Write `value` as JSON, atomically. Raises as `plain` does."""
     value = plain(value, Path(path).name)
-    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        content = text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can say and UTF-8 cannot
+        content = json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
+    write_atomically(path, content)
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:

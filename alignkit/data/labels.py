@@ -186,7 +186,8 @@ def _fold(rows: Sequence[Mapping], log: Path) -> list[Mapping]:
     for number, row in enumerate(rows, 1):
         if "undo" in row:
             places = [place for place, its in enumerate(history) if its["item"] == row["undo"]]
-            history[places[-1] :] = history[places[-1] + 1 :] if places else []
+            if places:
+                del history[places[-1]]
         elif _is_choice(row):
             history.append(row)
         else:
