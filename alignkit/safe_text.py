@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 _KEPT = {"\n", "\t", "\u200c", "\u200d"}  # line feed, tab, and the joiners that scripts and emoji need
@@ -35,3 +36,24 @@ def _visible_character(character: str) -> str:
     if code < 0x20:
         return chr(0x2400 + code)
     return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
+
+
+def one_line(text: object, limit: int = 400) -> str:
+    """As `visible`, and on one line: for names in messages and tables, where a line feed could forge a line."""
+    shown = visible(text, limit).replace("\t", "␉")
+    return shown.replace("\n", "␊")
+
+
+def markdown_cell(text: object, limit: int = 400) -> str:
+    """Text for a cell of a Markdown table, or a line, in which nothing is markup: neither Markdown nor HTML."""
+    escaped = re.sub(r"([\\`*_~|$])|(?<=\])(?=[(\[:])|^(?=[#+>=-]|\d+[.)])", r"\\\1", one_line(text, limit).lstrip())
+    escaped = escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"(?i)\b(https?|ftp|mailto|www)([:.])", r"\1\\\2", escaped)  # many readers make links of addresses
+
+
+def csv_cell(value: object) -> object:
+    """A value for a CSV file: a number as it is; text that a spreadsheet would take for a formula begins with '."""
+    if not isinstance(value, str):
+        return value
+    begins = value[:1] in ("\t", "\r", "\n") or value.lstrip()[:1] in tuple("=+-@＝＋－＠")
+    return "'" * begins + one_line(value)

@@ -197,7 +197,12 @@ def _no_constant(name: str) -> None:
 def write_json(path: str | Path, value) -> None:
     """Write `value` as JSON, atomically. Raises as `plain` does."""
     value = plain(value, Path(path).name)
-    write_atomically(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        content = text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can say and UTF-8 cannot
+        content = json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
+    write_atomically(path, content)
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
@@ -278,10 +283,12 @@ def _metrics(path: Path) -> tuple[list[dict], bool]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line) if line.strip() else None
-        except ValueError:
+            row = parse_json(line, where=f"{path}:{number}") if line.strip() else None
+        except RunError:
             row = False
         if isinstance(row, dict):
+            if not isinstance(row.get("step", 0), int | float):
+                raise RunError(f"{path}:{number}: step is not a number")
             rows.append(row)
         elif number < len(lines):
             raise RunError(f"{path}:{number}: not a JSON object: {line[:80]!r}")

@@ -102,22 +102,28 @@ def _split_chat(values: dict[str, object]) -> tuple[list[dict], list[dict]]:
     return prompt, replies
 
 
-def _render(tokenizer, special: re.Pattern, prompt: list[dict], replies: list[dict]) -> tuple[ChatText, list[ChatText]]:
-    """Prompt and replies as the tokenizer's chat template writes them, the replies without EOS."""
-    for number, message in enumerate(prompt + replies, 1):
+def _check_special(special: re.Pattern, messages: list[dict]) -> None:
+    for number, message in enumerate(messages, 1):
         token = special.search(message["content"])
         if token:
             raise Fault(f"message {number} contains {token[0]!r}, which the chat template would make a real token")
-    try:
-        head = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        texts = [tokenizer.apply_chat_template([*prompt, reply], tokenize=False) for reply in replies]
-    except Exception as error:  # a template may raise anything
-        raise Fault(f"the chat template refuses it: {type(error).__name__}: {error}") from None
-    if not all(text.startswith(head) for text in texts):
-        raise Fault("the chat template writes the prompt in another way when the reply follows: it cannot be cut off")
-    endings = [text[len(head):].rstrip() for text in texts]
-    eos = tokenizer.eos_token
+
+
+def _rendered(eos: str | None, texts: list[str] | Fault) -> tuple[ChatText, list[ChatText]]:
+    """Prompt and replies as a chat template wrote them, the replies without EOS."""
+    if isinstance(texts, Fault):
+        raise texts
+    head, *endings = map(_check_rendered, texts)
+    endings = [text.rstrip() for text in endings]
     return ChatText(head), [ChatText(ending.removesuffix(eos) if eos else ending) for ending in endings]
+
+
+def _check_rendered(text: str) -> str:
+    """A template can write what its messages may not hold: parts of them that were not checked, and characters of its
+    own."""
+    if "\0" in text or re.search("[\ud800-\udfff]", text):
+        raise Fault("the chat template writes a NUL character or half of a surrogate pair")
+    return text
 
 
 def _special_pattern(tokenizer) -> re.Pattern:

@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -23,6 +22,10 @@ from alignkit.errors import DataError
 
 LINE_LIMIT = 16 * 2**20  # bytes in a line of a file, characters in an item of an array or in a text
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+SMALL, GIBIBYTE = 64 * 2**20, 2**30
+MOST_INFLATED = 200  # times its size that a packed file may inflate to, once that is more than SMALL bytes
+MANY_ROWS = 100_000  # rows of a Parquet file, beyond which each must have cost a byte
+MOST_COPIED = 4 * GIBIBYTE  # bytes of a Parquet file that is unpacked to the disk
 _GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
@@ -34,10 +37,52 @@ class Fault(Exception):
         self.reason, self.field = reason, field
 
 
+class _Inflated(io.RawIOBase):
+    """What a gzip file inflates to, as long as that is in proportion: Fault at more than MOST_INFLATED times."""
+
+    def __init__(self, path: Path):
+        self._packed = open(path, "rb")  # noqa: SIM115 (closed by `close`)
+        self._plain, self._count = gzip.GzipFile(fileobj=self._packed), 0
+        self._most = path.stat().st_size * MOST_INFLATED
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        count = self._plain.readinto(buffer)
+        self._count += count
+        if self._count > SMALL and self._count > min(self._most, (self._packed.tell() + 2**16) * MOST_INFLATED):
+            raise Fault(f"the gzip file inflates to more than {self._count / 2**20:,.0f} MiB, over {MOST_INFLATED} "
+                        "times its size: is it a bomb? Unpack it yourself if it is what you want to read")
+        return count
+
+    def close(self) -> None:
+        self._plain.close()
+        self._packed.close()
+        super().close()
+
+
 def _open(path: Path) -> io.BufferedIOBase:
+    """A file's bytes, inflated if it is gzipped."""
     with open(path, "rb") as stream:
         zipped = stream.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if zipped else open(path, "rb")
+    return io.BufferedReader(_Inflated(path), 2**17) if zipped else open(path, "rb")
+
+
+def _read_through(path: Path) -> None:
+    """Raise Fault if the first GIBIBYTE that a gzip file inflates to is out of proportion.
+
+    That takes a fraction of the time in which its rows are read, and sees a bomb before they are: rows of one character
+    inflate a thousand times faster than they can be read.
+    """
+    with _Inflated(path) as stream, contextlib.suppress(*_GZIP_ERRORS):
+        buffer, count = bytearray(2**18), 0
+        while count < GIBIBYTE and (size := stream.readinto(buffer)):
+            count += size
+
+
+def _is_inflated(stream: io.BufferedIOBase) -> bool:
+    return isinstance(getattr(stream, "raw", None), _Inflated)
 
 
 def records(source: str | os.PathLike) -> tuple[str, Iterator[tuple[int, object]]]:
@@ -66,6 +111,8 @@ def records(source: str | os.PathLike) -> tuple[str, Iterator[tuple[int, object]
 
     def read() -> Iterator[tuple[int, object]]:
         with _open(path) as stream:
+            if _is_inflated(stream):
+                _read_through(path)
             yield from reader(stream)
 
     return ("row" if reader in (_array_records, _parquet_records) else "line"), read()
@@ -229,20 +276,49 @@ def _parquet_records(stream: io.BufferedIOBase) -> Iterator[tuple[int, object]]:
     except ImportError:
         raise Fault("Parquet files need pyarrow: pip install pyarrow") from None
     with tempfile.TemporaryFile() as plain:
-        if isinstance(stream, gzip.GzipFile):  # Parquet is read from its end
-            shutil.copyfileobj(stream, plain)
+        if _is_inflated(stream):  # Parquet is read from its end
+            while piece := stream.read(2**20):
+                plain.write(piece)
+                if plain.tell() > MOST_COPIED:
+                    raise Fault(f"unpacked, it has more than {MOST_COPIED // GIBIBYTE} GiB; unpack it yourself")
             stream = plain
         try:
-            row = 0
-            for batch in parquet.ParquetFile(stream).iter_batches(batch_size=64):
+            size = stream.seek(0, os.SEEK_END)
+            table, row, content = parquet.ParquetFile(stream), 0, 0
+            _check_proportion(table.metadata, size)
+            for batch in table.iter_batches(batch_size=_at_once(table.metadata, size)):
+                content += batch.nbytes
+                if content > max(4 * SMALL, MOST_INFLATED * size):  # one value, a million times in few bytes
+                    raise Fault(f"{size:,} bytes of Parquet that hold more than {content / 2**20:,.0f} MiB, more than "
+                                f"{MOST_INFLATED} times their size: is it a bomb?")
                 for index in range(len(batch)):
                     row += 1
                     try:
                         yield row, batch.slice(index, 1).to_pylist()[0]
                     except UnicodeDecodeError:
                         yield row, Fault("invalid UTF-8")
-        except pyarrow.ArrowException as error:
-            raise Fault(f"not a readable Parquet file: {error}") from None
+        except (pyarrow.ArrowException, OSError, MemoryError, RecursionError) as error:
+            raise Fault(f"not a readable Parquet file: {type(error).__name__}: {error}"[:500]) from None
+
+
+def _check_proportion(facts, size: int) -> None:
+    """Raise Fault if a Parquet file of `size` bytes says that it holds more than so few can."""
+    inflated = _inflated(facts)
+    if inflated > max(SMALL, MOST_INFLATED * size) or facts.num_rows > max(MANY_ROWS, size):
+        raise Fault(f"{size:,} bytes of Parquet that hold {facts.num_rows:,} rows and {inflated / 2**20:,.0f} MiB, "
+                    f"more than so few can hold ({MOST_INFLATED} times their size, a row for a byte): is it a bomb?")
+
+
+def _at_once(facts, size: int) -> int:
+    """Rows of a Parquet file that are read together: few where a single value may be large, told many times."""
+    groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
+    widest = max((group.column(number).total_uncompressed_size for group in groups
+                  for number in range(group.num_columns)), default=0)
+    return 64 if widest * 64 <= SMALL else 4 if _inflated(facts) <= 50 * size else 1
+
+
+def _inflated(facts) -> int:
+    return sum(facts.row_group(number).total_byte_size for number in range(facts.num_row_groups))
 
 
 def _dataset_records(source: str) -> Iterator[tuple[int, object]]:
@@ -254,7 +330,8 @@ def _dataset_records(source: str) -> Iterator[tuple[int, object]]:
     try:
         data = datasets.load_from_disk(source) if os.path.isdir(source) else datasets.load_dataset(source)
     except Exception as error:  # the Hub client raises many kinds
-        raise Fault(f"cannot load this as a Hub data set ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
+        reason = str(error).partition("\n")[0][:200]
+        raise Fault(f"cannot load this as a Hub data set ({type(error).__name__}: {reason}). "
                      "Offline, or the name is wrong? Download the data and give a local file "
                      f"({', '.join(SUFFIXES)}, each also .gz)") from error
     if isinstance(data, dict):

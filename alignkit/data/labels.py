@@ -17,6 +17,7 @@ from pathlib import Path
 
 from alignkit.data.encoding import ChatText
 from alignkit.data.rows import load_rows
+from alignkit.errors import RunError
 from alignkit.storage import append_metrics, content_hash, read_metrics, trim_metrics, write_atomically
 
 UNDECIDED = ("tie", "skip")  # choices that make no preference pair
@@ -141,7 +142,7 @@ class ChoiceLog:
 
     def _write_pairs(self) -> None:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.pairs())
-        if not self.path.exists() or self.path.read_text(encoding="utf-8") != lines:
+        if not self.path.exists() or self.path.read_bytes() != lines.encode():
             write_atomically(self.path, lines)
 
 
@@ -161,7 +162,7 @@ def _check_texts(where: str, texts: Mapping[str, object]) -> None:
         if isinstance(text, ChatText):
             raise ValueError(f"{where}: {name} is a conversation that a chat template rendered; its special tokens "
                              "would be plain text in the label file; label plain prompts")
-        if "\0" in text or re.search("[\ud800-\udfff]", text):
+        if _UNFIT.search(text):
             raise ValueError(f"{where}: {name} holds a NUL or half of a surrogate pair, which data files may not")
     if not texts["prompt"].strip():
         raise ValueError(f"{where}: prompt is blank")
@@ -185,12 +186,26 @@ def _fold(rows: Sequence[Mapping], log: Path) -> list[Mapping]:
     for number, row in enumerate(rows, 1):
         if "undo" in row:
             places = [place for place, its in enumerate(history) if its["item"] == row["undo"]]
-            history[places[-1] :] = history[places[-1] + 1 :] if places else []
-        elif {"item", "choice", "order", "prompt", "responses"} <= row.keys():
+            if places:
+                del history[places[-1]]
+        elif _is_choice(row):
             history.append(row)
         else:
-            raise ValueError(f"{log}:{number}: is not the record of a choice; choose another name for your labels")
+            raise RunError(f"{log}:{number}: is not the record of a choice; choose another name for your labels")
     return history
+
+
+def _is_choice(row: Mapping) -> bool:
+    """Whether a record says which of at least two texts was chosen, in words that a preference file can hold."""
+    item, choice, order, prompt, responses = map(row.get, ("item", "choice", "order", "prompt", "responses"))
+    if not (isinstance(order, list) and isinstance(responses, dict) and isinstance(prompt, str) and prompt.strip()):
+        return False
+    texts = [item, choice, prompt, *order, *responses, *responses.values()]
+    return (all(isinstance(text, str) and not _UNFIT.search(text) for text in texts) and len(responses) >= 2
+            and sorted(order) == sorted(responses) and choice in (*responses, *UNDECIDED))
+
+
+_UNFIT = re.compile("[\0\ud800-\udfff]")  # NUL and halves of surrogate pairs
 
 
 def _latest(history: Sequence[Mapping]) -> dict[str, Mapping]:

@@ -19,23 +19,28 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from alignkit.data.chat import chat_template_of
 from alignkit.data.encoding import ChatText, encode_text
 from alignkit.data.fields import (
     _FORMS,
     _came,
+    _check_special,
     _check_text,
     _is_chat,
     _kinds,
-    _render,
+    _rendered,
     _special_pattern,
     _split_chat,
     _split_texts,
 )
-from alignkit.data.files import Fault, records
+from alignkit.data.files import LINE_LIMIT, Fault, records
 from alignkit.errors import DataError
 
+MOST_SKIPPED = 0.1  # share of the rows that skip_bad may leave out: more, and the file is another than was meant
 PROBLEM_LIMIT = 100_000  # problems that are kept; the rest is counted
+ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 2**20  # conversations that wait for the chat template together
 ROW_KINDS = ("pairs", "demonstrations", "prompts")
 
 
@@ -96,6 +101,13 @@ class Report:
                           f"{self.source}: {what}: {counts}: {'ok' if self.ok else 'not ok'}"])
 
 
+class _Chat(NamedTuple):
+    """A conversation that waits for its chat template."""
+
+    prompt: list[dict]
+    replies: list[dict]
+
+
 class _Scan:
     """One pass over a source: iterate (row or None, problems); afterwards `warnings()` and the counts are there."""
 
@@ -117,11 +129,16 @@ class _Scan:
         try:
             head = list(self._head())
             self._detect([record for _, record in head if isinstance(record, dict)])
+            waiting, characters = [], 0
             for line, record in itertools.chain(head, self._records):
-                self.rows += 1
-                row, faults = self._convert(line, record)
-                self.bad_rows += bool(faults)
-                yield row, [Problem(self.name, line, fault.field, fault.reason, self._unit) for fault in faults]
+                parts, faults = self._split(line, record)
+                waiting.append((line, parts, faults))
+                if isinstance(parts, _Chat):
+                    characters += sum(len(message["content"]) for message in parts.prompt + parts.replies)
+                if not characters or len(waiting) == ROWS_AT_ONCE or characters > CHARACTERS_AT_ONCE:
+                    yield from self._finished(waiting)
+                    waiting, characters = [], 0
+            yield from self._finished(waiting)
         except Fault as fault:  # of the whole source
             raise DataError(f"{self.name}: {fault.reason}") from fault.__cause__
         except OSError as error:
@@ -143,11 +160,13 @@ class _Scan:
             entry[1].append(line)
 
     def _head(self) -> Iterator[tuple[int, object]]:
-        objects = 0
+        objects, characters = 0, 0
         for line, record in itertools.islice(self._records, 1000):
             yield line, record
-            objects += isinstance(record, dict)
-            if objects == 20:
+            if isinstance(record, dict):
+                objects += 1
+                characters += sum(len(value) for value in record.values() if isinstance(value, str))
+            if objects == 20 or characters > LINE_LIMIT:
                 return
 
     def _detect(self, head: list[dict]) -> None:
@@ -171,8 +190,23 @@ class _Scan:
         share = {form: sum(len(names & set(form)) for names in there) / len(form) for form in _FORMS[self.kind]}
         self.fields = max(share, key=share.get)
 
-    def _convert(self, line: int, record: object) -> tuple[dict | None, list[Fault]]:
-        """The row that a record gives, or the reasons why it gives none."""
+    def _finished(self, waiting: list[tuple]) -> Iterator[tuple[dict | None, list[Problem]]]:
+        """The rows of records that were split, the conversations among them rendered together: (row, problems)."""
+        chats = [parts for _, parts, _ in waiting if isinstance(parts, _Chat)]
+        texts = iter(chat_template_of(self.tokenizer).render(chats) if chats else ())
+        for line, parts, faults in waiting:
+            row = None
+            try:
+                if isinstance(parts, _Chat):
+                    parts = _rendered(self.tokenizer.eos_token, next(texts))
+                row = self._finish(line, *parts) if parts else None
+            except Fault as fault:
+                faults = [fault]
+            self.rows, self.bad_rows = self.rows + 1, self.bad_rows + bool(faults)
+            yield row, [Problem(self.name, line, fault.field, fault.reason, self._unit) for fault in faults]
+
+    def _split(self, line: int, record: object) -> tuple["tuple[str, list[str]] | _Chat | None", list[Fault]]:
+        """Prompt and responses of a record, as texts or as the messages of a `_Chat`; or why it has none."""
         if isinstance(record, Fault):
             return None, [record]
         if not isinstance(record, dict):
@@ -196,11 +230,11 @@ class _Scan:
         if faults:
             return None, faults
         try:
-            return self._finish(line, *(self._chat(values) if chat else _split_texts(values))), []
+            return (self._chat(values) if chat else _split_texts(values)), []
         except Fault as fault:
             return None, [fault]
 
-    def _chat(self, values: dict) -> tuple[str, list[str]]:
+    def _chat(self, values: dict) -> "tuple[str, list[str]] | _Chat":
         prompt, replies = _split_chat(values)
         if self.tokenizer is None and self._render:
             raise DataError(f"{self.name}: the rows are conversations; give tokenizer=, whose template renders them")
@@ -209,7 +243,8 @@ class _Scan:
         if not self.tokenizer.chat_template:
             raise DataError(f"{self.name}: the rows are conversations, and the tokenizer has no chat template; set "
                             "tokenizer.chat_template, use a chat model, or give prompt, chosen and rejected as text")
-        return _render(self.tokenizer, self._special, prompt, replies)
+        _check_special(self._special, prompt + replies)
+        return _Chat(prompt, replies)
 
     def _finish(self, line: int, prompt: str, responses: list[str]) -> dict:
         """The row, after the checks that need prompt and responses apart."""
@@ -244,8 +279,9 @@ def load_rows(source: str | os.PathLike, kind: str | None = None, *, tokenizer=N
     """Rows of text from a file, a saved data set or a Hub id, every one of them valid.
 
     kind: "pairs", "demonstrations" or "prompts"; None means what the columns say. tokenizer: renders conversations, and
-    with max_length (tokens) refuses longer prompts. skip_bad: leave bad rows out and count them in `.skipped`.
-    Raises DataError with the first ten reasons, FILE:LINE each, if rows are bad and skip_bad is False, or none is good.
+    with max_length (tokens) refuses longer prompts. skip_bad: leave bad rows out and count them in `.skipped`, but at
+    most MOST_SKIPPED of all rows (one bad row always may be left out).
+    Raises DataError with the first ten reasons, FILE:LINE each, if more rows are bad than that, or none is good.
 
     >>> load_rows("pairs.jsonl")[0]                                                          # doctest: +SKIP
     {'prompt': 'How do I …', 'chosen': ' Happy to help!', 'rejected': ' No.'}
@@ -255,10 +291,14 @@ def load_rows(source: str | os.PathLike, kind: str | None = None, *, tokenizer=N
         problems += faults[: PROBLEM_LIMIT - len(problems)]
         if row is not None:
             rows.append(row)
-    if problems and not (skip_bad and rows):
+    allowed = max(1, int(MOST_SKIPPED * scan.rows)) if skip_bad and rows else 0
+    if scan.bad_rows > allowed or (problems and not rows):
         listed = "\n".join(f"  {problem}" for problem in problems[:10])
         more = f"\n  ... and {len(problems) - 10:,} more" if len(problems) > 10 else ""
         advice = f"`alignkit check {scan.name}` lists them all; skip_bad=True leaves such rows out and counts them"
+        if skip_bad and rows:
+            advice = (f"skip_bad leaves out at most {MOST_SKIPPED:.0%} of the rows, here {allowed:,}: is it the right "
+                      "file and kind of data?")
         raise DataError(f"{scan.name}: {scan.bad_rows:,} of {scan.rows:,} rows cannot be used:\n{listed}{more}\n"
                         + (advice if rows else "No good row is left."))
     return Rows(rows, scan.kind, scan.name, scan.bad_rows, problems, scan.warnings())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from alignkit.errors import ManifestError, NonFinite, RunError
+from alignkit.errors import ManifestError, NonFinite
 from alignkit.evaluate.adviser import advice
 from alignkit.evaluate.evaluation import Evaluation, EvaluationSet, difference, evaluate, evaluation_set, win_rate
 from alignkit.folders import recover
@@ -15,7 +15,9 @@ from alignkit.formulas.intervals import Estimate
 from alignkit.metrics import METRICS
 from alignkit.models.loading import load_policy, same_vocabulary
 from alignkit.runs.frozen import LINEAGE, MANIFEST, read_lineage, verify
-from alignkit.storage import plain, read_json, write_atomically, write_json
+from alignkit.runs.records import run_facts
+from alignkit.safe_text import csv_cell, markdown_cell, one_line
+from alignkit.storage import plain, write_atomically, write_json
 from alignkit.task import load_task
 
 TABLE = (  # the metrics of the table, in its order
@@ -93,16 +95,17 @@ class Comparison:
         return lines
 
     def __str__(self) -> str:
-        lines = self.cells()
+        lines = [[*map(one_line, line)] for line in self.cells()]
         widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
         padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-        return "\n".join([*("  ".join(line).rstrip() for line in padded), "", *self.remarks()])
+        remarks = [one_line(remark, 5000) for remark in self.remarks()]
+        return "\n".join([*("  ".join(line).rstrip() for line in padded), "", *remarks])
 
     def markdown(self) -> str:
         """The table as Markdown."""
-        head, *lines = [[cell.replace("|", "\\|") for cell in line] for line in self.cells()]
+        head, *lines = [[*map(markdown_cell, line)] for line in self.cells()]
         ruled = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
-        remarks = (f"{remark}\n" for remark in self.remarks())
+        remarks = (f"{markdown_cell(remark, 5000)}\n" for remark in self.remarks())
         return "\n".join([*("| " + " | ".join(line) + " |" for line in ruled), "", *remarks])
 
     def remarks(self) -> list[str]:
@@ -123,8 +126,9 @@ class Comparison:
             for metric, estimate in row.items():
                 if isinstance(estimate, Estimate):
                     change = self.differences.get(row["checkpoint"], {}).get(metric)
-                    writer.writerow([row["checkpoint"], metric, estimate.value, estimate.low, estimate.high,
-                                     *((change.value, change.low, change.high) if change else ("", "", ""))])
+                    cells = [row["checkpoint"], metric, estimate.value, estimate.low, estimate.high,
+                             *((change.value, change.low, change.high) if change else ("", "", ""))]
+                    writer.writerow(map(csv_cell, cells))
         return text.getvalue()
 
     def to_dict(self) -> dict:
@@ -196,9 +200,7 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
     loaded = {name: _load(directory) for name, directory in zip(_names(directories), directories, strict=True)}
     first, tokenizer = next(iter(loaded.values()))
     run = directories[0].parent
-    facts = read_json(run / "run.json") if (run / "run.json").exists() else {}
-    if not isinstance(facts.get("seed", 0), int) or isinstance(facts.get("seed"), bool):
-        raise RunError(f"{run / 'run.json'} has seed {facts['seed']!r}, expected a whole number")
+    facts = run_facts(run)
     of_run = facts.get("data") == str(data)
     task = load_task(data, tokenizer, seed=seed if seed is not None else facts.get("seed", 0) if of_run else 0)
     if of_run and seed is None and (run / "evaluation_set.json").exists():

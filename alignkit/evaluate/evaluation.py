@@ -5,7 +5,9 @@ behaviour classes exists only where there is a world that knows them; elsewhere 
 """
 
 import json
+import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import compress
@@ -16,6 +18,7 @@ import torch
 
 from alignkit.data.encoding import ChatText
 from alignkit.desk.world import BEHAVIOURS, phrase_counts
+from alignkit.errors import RunError
 from alignkit.formulas.intervals import Bootstrap, Estimate, wilson
 from alignkit.formulas.kl import exact_kl, k3
 from alignkit.formulas.randomness import seeded
@@ -23,7 +26,7 @@ from alignkit.formulas.tokens import entropy, sequence_logps, token_logprobs
 from alignkit.forward.reading import response_logits
 from alignkit.forward.rollout import Rollout, decode_responses, encode_prompts
 from alignkit.forward.sampling import sample
-from alignkit.storage import content_hash, plain, write_atomically, write_json
+from alignkit.storage import content_hash, plain, read_json, write_atomically, write_json
 
 LOGITS = 2**26  # held at once, so that a large vocabulary does not need a large memory
 TOKENS = 2**16  # in a batch, padding included
@@ -64,22 +67,29 @@ class EvaluationSet:
 
     @classmethod
     def load(cls, path: str | Path) -> "EvaluationSet":
-        """Raises ValueError if the set in the file is not the one that its hash was made from."""
-        return cls._from(json.loads(Path(path).read_text(encoding="utf-8")), path)
+        """Raises RunError if the file holds no evaluation set, or not the one that its hash was made from."""
+        return cls._from(read_json(path), path)
 
     def _fields(self) -> dict:
         return {**asdict(self), "chat": any(isinstance(prompt, ChatText) for prompt in self.prompts)}
 
     @classmethod
     def _from(cls, stored: dict, path) -> "EvaluationSet":
-        stored = dict(stored)
-        expected, chat = stored.pop("hash"), stored.pop("chat")
-        if chat:
-            stored["prompts"] = tuple(map(ChatText, stored["prompts"]))
-        evalset = cls(**stored)
-        if evalset.hash != expected:
-            raise ValueError(f"{path}: the evaluation set was changed after it was frozen (its hash is "
-                             f"{evalset.hash[:12]}…, expected {expected[:12]}…)")
+        """The set that a record holds, each field checked: it may be a stranger's."""
+        lists = {"prompts": str, "keys": int, "kinds": str}
+        checks = {"hash": _is(str), "chat": _is(bool), "samples": _is(int), "seed": _is(int),
+                  "max_new_tokens": _is(int), **{name: _is_list(kind) for name, kind in lists.items()}}
+        _check(stored, checks, f"{path}: no evaluation set")
+        own = {name: stored[name] for name in checks if name not in ("hash", "chat")}
+        if stored["chat"]:
+            own["prompts"] = tuple(map(ChatText, own["prompts"]))
+        try:
+            evalset = cls(**own)
+        except ValueError as error:
+            raise RunError(f"{path}: no evaluation set: {error}") from None
+        if evalset.hash != stored["hash"]:
+            raise RunError(f"{path}: the evaluation set was changed after it was frozen (its hash is "
+                           f"{evalset.hash[:12]}…, expected {stored['hash'][:12]}…)")
         return evalset
 
 
@@ -249,9 +259,24 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: str | Path) -> "Evaluation":
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        """Raises RunError, naming the field, if the file holds no evaluation, or one whose set was changed."""
+        stored = read_json(path)
+        _check(stored, {"name": _is(str), "set": _is(dict), "columns": _is(dict), "gold_scale": _is_scale},
+               f"{path}: no evaluation")
+        evalset, columns = EvaluationSet._from(stored["set"], path), stored["columns"]
+        known, count = {**_MEASURED, **_OPTIONAL}, len(evalset.prompts) * evalset.samples
+        _check(columns, {name: known[name] for name in known if name in columns or name in _MEASURED},
+               f"{path}: no evaluation")
+        for name, column in columns.items():
+            if name not in known or len(column) != count:
+                raise RunError(f"{path}: no evaluation: column {name} is unknown, or has not {count} entries")
+        for together in (("ref_logp", "k3", "token_kl"), ("gold", "behaviour", "phrases")):
+            if len({name in columns for name in together}) > 1:
+                raise RunError(f"{path}: no evaluation: {', '.join(together)} must all be there, or none")
+        if "gold" in columns and stored["gold_scale"] is None:
+            raise RunError(f"{path}: no evaluation: gold_scale is missing")
         scale = stored["gold_scale"] and tuple(stored["gold_scale"])
-        return cls(EvaluationSet._from(stored["set"], path), stored["columns"], scale, stored["name"])
+        return cls(evalset, columns, scale, stored["name"])
 
     @cached_property
     def _keys(self) -> tuple[np.ndarray, np.ndarray]:
@@ -355,6 +380,43 @@ def win_rate(a: Evaluation, b: Evaluation, score: str = "gold") -> Estimate:
     of_a, of_b = of_a[:, :, None], of_b[:, None, :]
     wins = (of_b > of_a).mean((1, 2)) + 0.5 * (of_b == of_a).mean((1, 2))
     return a._estimates({"win_rate": a._by_key(wins)})["win_rate"]
+
+
+def _is(kind: type):
+    def check(value: object) -> bool:
+        return type(value) is kind and (kind is not int or abs(value) < 2**63)
+    return check
+
+
+def _is_list(kind: type):
+    return lambda value: isinstance(value, list) and all(map(_is(kind), value))
+
+
+def _is_figure(value: object) -> bool:
+    """A finite number that a float can hold."""
+    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
+
+
+def _is_figures(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_figure, value))
+
+
+def _is_scale(value: object) -> bool:
+    return value is None or (_is_figures(value) and len(value) == 2 and value[1] > 0)
+
+
+def _check(record: Mapping, checks: Mapping, where: str) -> None:
+    """Raise RunError that names the first field of a record that is missing or not what it must be."""
+    for name, check in checks.items():
+        if name not in record or not check(record[name]):
+            raise RunError(f"{where}: {name} is {'not what it must be' if name in record else 'missing'}")
+
+
+_MEASURED = {"response": _is_list(str), "length": _is_list(int), "tokens": _is_list(int), "finished": _is_list(bool),
+             "logp": _is_figures, "entropy": _is_figures}
+_OPTIONAL = {"ref_logp": _is_figures, "k3": _is_figures, "proxy": _is_figures, "gold": _is_figures,
+             "token_kl": lambda rows: isinstance(rows, list) and all(map(_is_figures, rows)),
+             "behaviour": _is_list(str), "phrases": lambda rows: isinstance(rows, list) and all(map(_is_figures, rows))}
 
 
 def _same_set(a: Evaluation, b: Evaluation) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from alignkit import __version__
 from alignkit.errors import AlignkitError, ParameterError
+from alignkit.safe_text import one_line
 
 
 class Refused(AlignkitError, ValueError):
@@ -273,4 +274,4 @@ def _files(manifest) -> str:
 def _shown(path: Path) -> str:
     """A path as short as it can be said from here."""
     path = Path(path).absolute()
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    return one_line(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path, 1000)

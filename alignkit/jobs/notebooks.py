@@ -324,8 +324,16 @@ def _read_jobs(out: Path) -> dict[str, dict]:
         return {}
     except RunError as error:
         raise RunError(f"{damaged} ({error})") from None
-    if not all(isinstance(record, dict) for record in records.values()):
-        raise RunError(damaged)
+    kinds = {"status": str, "key": dict, "made": dict, "given": dict, "kept": dict, "seconds": (int, float)}
+    for name, record in records.items():
+        wrong = next((field for field, kind in kinds.items() if not isinstance(record, dict) or (
+            field in record and not isinstance(record[field], kind))), None)
+        parameters = record["key"].get("parameters", {}) if not wrong and "key" in record else {}
+        wrong = wrong or ("" if isinstance(parameters, dict) else "key.parameters")
+        needed = kinds.keys() - {"kept"} if record.get("status") == "finished" else set()
+        if wrong or not needed <= record.keys():
+            raise RunError(f"{out / 'jobs.json'} is damaged at {name}{f' ({wrong})' if wrong else ''}; delete it, and "
+                           "the notebooks run again")
     return records
 
 

@@ -17,9 +17,14 @@ from io import StringIO
 from pathlib import Path
 
 from alignkit.errors import ParameterError
+from alignkit.storage import read_json
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+# what text that is no Python, or is meant to break its parser, raises
+_NO_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError)
 
 
 @dataclass(frozen=True)
@@ -45,22 +50,22 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
     """
     notebook = Path(notebook)
     try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        cells = read_json(notebook, error=ParameterError)["cells"]
         tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        source = "".join(tagged[0]["source"]) if tagged else ""
+    except (KeyError, TypeError, AttributeError):
         raise ParameterError(f"{notebook} is not a notebook (nbformat 4)") from None
     if not tagged:
         return {}
-    source = "".join(tagged[0]["source"])
     try:
         body = ast.parse(source).body
-    except SyntaxError as error:
+        comments = {
+            token.start[0]: token.string.lstrip("# ")
+            for token in tokenize.generate_tokens(StringIO(source).readline)
+            if token.type == tokenize.COMMENT
+        }
+    except _NO_PYTHON as error:
         raise ParameterError(f"{notebook}: the cell tagged `parameters` is not valid Python: {error}") from None
-    comments = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
     parameters = (_parameter(statement, comments, notebook) for statement in body if not _is_text(statement))
     return {parameter.name: parameter for parameter in parameters}
 
@@ -104,6 +109,13 @@ def unknown_name(name: str, known: Mapping[str, Parameter], what: str) -> str:
     return f"{name}: {what}; {hint}"
 
 
+def _source(statement: ast.stmt) -> str:
+    try:
+        return ast.unparse(statement)[:500]
+    except RecursionError:
+        return type(statement).__name__
+
+
 def _is_text(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
@@ -118,9 +130,9 @@ def _parameter(statement: ast.stmt, comments: Mapping[int, str], notebook: Path)
         if not isinstance(target, ast.Name) or isinstance(statement, ast.AugAssign):
             raise ValueError
         default = ast.literal_eval(statement.value)
-    except (ValueError, TypeError, AttributeError, SyntaxError):
+    except (*_NO_PYTHON, TypeError, AttributeError):
         raise ParameterError(
-            f"{notebook}: line {statement.lineno} of the cell tagged `parameters` is {ast.unparse(statement)!r}, "
+            f"{notebook}: line {statement.lineno} of the cell tagged `parameters` is {_source(statement)!r}, "
             "expected NAME = literal"
         ) from None
     kind, optional, element = _annotation(getattr(statement, "annotation", None))
@@ -210,6 +222,6 @@ def _literal(text: str) -> object:
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     return text

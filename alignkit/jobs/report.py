@@ -7,7 +7,6 @@ from RUN/STAGE/samples.json: [{"prompt", "response", "stage", "kind"}, …].
 
 import base64
 import binascii
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from pathlib import Path
 from alignkit.errors import RunError
 from alignkit.metrics import METRICS, is_number, number, share
 from alignkit.pages.render import Picture, picture, render
+from alignkit.safe_text import one_line
 from alignkit.stages import CHAIN, STAGES, in_order
-from alignkit.storage import write_atomically
+from alignkit.storage import read_json, write_atomically
 
 PROMPTS = 24  # prompts whose responses are shown
 POLICY_FIGURES = ("gold_mean", "proxy_mean", "kl_to_sft", "risky_failure_rate", "over_refusal_rate",
@@ -55,13 +55,15 @@ def overview(run: str | Path) -> str:
     """What a terminal shows after a run: the main figures of each stage, and where to look."""
     run = Path(run)
     seen = _Run(run)
-    lines = [f"{_name(stage):<20}{words}" for stage in seen.stages if (words := ", ".join(_headline(seen, stage)))]
+    headlines = {stage: ", ".join(_headline(seen, stage)) for stage in seen.stages}
+    lines = [f"{one_line(_name(stage)):<20}{words}" for stage, words in headlines.items() if words]
     shown = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     places = {"report": "report.html", "figures": "summary.json"}
     if seen.notebooks:
         names = dict.fromkeys((seen.notebooks[0].name, seen.notebooks[-1].name))
-        places["executed notebooks"] = " … ".join(names)
-    return "\n".join([*lines, "", f"in {shown}", *(f"  {what + ':':<20}{name}" for what, name in places.items())])
+        places["executed notebooks"] = " … ".join(map(one_line, names))
+    listed = [f"  {what + ':':<20}{name}" for what, name in places.items()]
+    return "\n".join([*lines, "", f"in {one_line(shown)}", *listed])
 
 
 # --- what is in a run directory --------------------------------------------------------------------------------------
@@ -88,9 +90,27 @@ class _Run:
 
 def _json(path: Path) -> object:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _tame(read_json(path, object))
+    except (OSError, RunError):
         return None
+
+
+def _tame(value: object) -> object:
+    """A JSON value without numbers that no float can hold: those become text."""
+    if isinstance(value, dict):
+        return {name: _tame(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_tame(item) for item in value]
+    return value if not is_number(value) or abs(value) < 1e300 else f"{value:.10}" if isinstance(value, float) else "∞"
+
+
+def _list(value: object) -> list:
+    return value if isinstance(value, list) else []
+
+
+def _joined(value: object) -> str:
+    """Text of a notebook's cell, which is one text or a list of lines."""
+    return "".join(line for line in ([value] if isinstance(value, str) else _list(value)) if isinstance(line, str))
 
 
 def _mapping(value: object) -> Mapping:
@@ -99,21 +119,21 @@ def _mapping(value: object) -> Mapping:
 
 def _charts(notebook: Path) -> list[Picture]:
     """The PNG outputs of the cells tagged `report`, or of all cells if none has the tag."""
-    cells = [cell for cell in _mapping(_json(notebook)).get("cells", []) if _mapping(cell).get("outputs")]
-    tagged = [cell for cell in cells if "report" in _mapping(cell.get("metadata")).get("tags", [])]
+    cells = [cell for cell in _list(_mapping(_json(notebook)).get("cells")) if _list(_mapping(cell).get("outputs"))]
+    tagged = [cell for cell in cells if "report" in _list(_mapping(cell.get("metadata")).get("tags"))]
     return [chart for cell in tagged or cells for chart in _cell_charts(cell)]
 
 
 def _cell_charts(cell: Mapping) -> list[Picture]:
-    first = "".join(cell.get("source", "")).strip().partition("\n")[0]
+    first = _joined(cell.get("source")).strip().partition("\n")[0]
     comment = first.lstrip("# ") if first.startswith("#") else ""
     caption = _mapping(cell.get("metadata")).get("caption") or comment
     pictures = []
-    for output in cell["outputs"]:
+    for output in map(_mapping, cell["outputs"]):
         data, facts = _mapping(output.get("data")), _mapping(_mapping(output.get("metadata")).get("image/png"))
         try:
-            png = base64.b64decode("".join(data.get("image/png", "")))
-        except (binascii.Error, ValueError, TypeError):
+            png = base64.b64decode(_joined(data.get("image/png")))
+        except (binascii.Error, ValueError):
             continue
         pictures.append(picture(png, facts.get("alt") or "", caption, facts.get("width")))
     return [chart for chart in pictures if chart]

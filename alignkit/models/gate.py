@@ -124,8 +124,8 @@ def check_record(record: dict, path: Path, tensors: int = MOST_LAYERS, rank: int
                                 f"{', '.join(ATTENTION)}")
         if key == "model_type" and not isinstance(value, str | None):
             raise wrong(f"has model_type {_short(value)}, expected text")
-        if key == "architectures" and not (value is None or isinstance(value, list)
-                                           and all(isinstance(name, str) for name in value)):
+        if key == "architectures" and not (value is None or (isinstance(value, list)
+                                           and all(isinstance(name, str) for name in value))):
             raise wrong("has architectures that are not a list of names")
         if key in ("dtype", "torch_dtype") and not _is_dtype(value):
             raise wrong(f"has {key} {_short(value)}, which is no dtype of torch")

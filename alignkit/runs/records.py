@@ -47,7 +47,7 @@ def check_run(run: str | Path, model: str, data: str, seed: int) -> dict:
     """What RUN/run.json holds, {} if there is none. Raises RunError that lists the differing keys if it is of a run of
     another model, data or seed."""
     facts = {"model": str(model), "data": str(data), "seed": int(seed)}
-    before = _read(Path(run) / "run.json", {})
+    before = run_facts(run)
     differing = [f"{key} was {before[key]!r}, now {value!r}" for key, value in facts.items()
                  if before.get(key, value) != value]
     if differing:
@@ -79,6 +79,21 @@ def record_seconds(run: str | Path, notebook: str, seconds: float) -> dict:
         raise ValueError(f"seconds of {notebook} is {seconds}, expected a duration of 0 or more")
     write_json(run / "seconds.json", {**_read(run / "seconds.json", {}), notebook: round(float(seconds), 3)})
     return _summarise(run)
+
+
+def run_facts(run: str | Path) -> dict[str, object]:
+    """What run.json says of a run, {"model": text, "data": text, "seed": int}, as far as it says it; {} without one.
+
+    Raises RunError, naming file and field, if it is no such record. A name in it is a stranger's: never fetch it.
+    """
+    path = Path(run) / "run.json"
+    facts = _read(path, {})
+    for name in ("model", "data"):
+        if name in facts and not (isinstance(facts[name], str) and facts[name] and "\0" not in facts[name]):
+            raise RunError(f"{path}: {name} is no text")
+    if "seed" in facts and not (type(facts["seed"]) is int and 0 <= facts["seed"] < 2**63):
+        raise RunError(f"{path}: seed is not a whole number from 0 to 2**63 - 1")
+    return facts
 
 
 def versions() -> dict[str, str]:
@@ -119,4 +134,4 @@ def _read(path: Path, default: dict) -> dict:
     except FileNotFoundError:
         return default
     except RunError as error:
-        raise RunError(f"{error}; delete it and run that stage again") from error
+        raise RunError(f"{error}; delete it and run that stage again") from None

@@ -13,22 +13,25 @@ def add_app(add) -> None:
     app = add("app", _app, "a page to train, compare and explore without code, on this machine only")
     about = "a run directory; an empty or new one gets the desk world's defaults (default: runs/app)"
     app.add_argument("run", nargs="?", default=Path("runs/app"), type=folder, metavar="RUN", help=about)
+    about = "what the run was made from (default: what its run.json says, if that is `desk` or here)"
+    app.add_argument("--data", metavar="D", help=about)
     about = "where to listen on 127.0.0.1; one in use is refused (default: a port that is free)"
     app.add_argument("--port", default=0, type=port, help=about)
 
 
 def _app(options: argparse.Namespace) -> None:
     with run_lock(options.run):  # before the seconds that the imports take
-        _open(options.run, options.port)
+        _open(options.run, options.port, options.data)
 
 
-def _open(run: Path, port: int) -> None:
+def _open(run: Path, port: int, data: str | None) -> None:
     import asyncio
 
     import torch
     from datasets import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
+    from alignkit.jobs.notebooks import absolute
     from alignkit_widgets.app.playground import open_playground
 
     disable_progress_bar()
@@ -41,7 +44,7 @@ def _open(run: Path, port: int) -> None:
             f"the dashboard needs {error.name}, which is not installed (pip install alignkit)"
         ) from error
     try:
-        playground = open_playground(run)
+        playground = open_playground(run, data=data and absolute("data", data))
     except ValueError as error:
         raise AlignkitError(str(error)) from error
     if playground.model == "tiny":

@@ -4,7 +4,6 @@ What the dashboard (`alignkit app`) computes is here. New runs and votes go to R
 read. A directory without a run gets the desk world's SFT policy and reward model.
 """
 
-import json
 import math
 import re
 import shutil
@@ -23,7 +22,7 @@ from alignkit.models.loading import load_policy, save_model
 from alignkit.ppo import PPOState, ppo_iteration
 from alignkit.reward import RewardScorer, load_reward, train_reward_model
 from alignkit.runs.checkpoints import Checkpoints
-from alignkit.runs.records import start_run
+from alignkit.runs.records import run_facts, start_run
 from alignkit.runs.stage_folders import CHECKPOINTS, delete_checkpoints
 from alignkit.sft import train_sft
 from alignkit.storage import branch_files, read_json, settings, write_json
@@ -124,15 +123,19 @@ class LivePPO:
         return None
 
 
-def open_playground(run: str | Path, tell: Callable[[str], None] = print) -> Playground:
+def open_playground(run: str | Path, tell: Callable[[str], None] = print, data: str | None = None) -> Playground:
     """The run in a directory; in an empty or missing one, the desk world's SFT policy and reward model are made first.
 
-    tell: is told what takes a while. Raises RunError if there is half a run: an SFT policy without a reward model.
+    tell: is told what takes a while. data: what the run was made from; None takes the name in its run.json, if that is
+    the desk world or a file or folder that is here: a name that a run folder brings along is never looked up elsewhere.
+    Raises RunError if there is half a run, an SFT policy without a reward model, or such a name.
     """
     run = Path(run)
-    facts = {"model": "tiny", "data": "desk", "seed": 0}
-    if (run / "run.json").exists():
-        facts |= json.loads((run / "run.json").read_text(encoding="utf-8"))
+    facts = {"model": "tiny", "data": "desk", "seed": 0} | run_facts(run)
+    if data is None and facts["data"] != "desk" and not Path(facts["data"]).expanduser().exists():
+        raise RunError(f"{run / 'run.json'} names the data {facts['data']!r}, which is no file or folder here, and a "
+                       "name in a run folder is not fetched; if you know it and want it, say so: --data NAME")
+    facts["data"] = facts["data"] if data is None else data
     has = {stage: (run / stage / "config.json").exists() for stage in ("sft", "reward")}
     if not any(has.values()):
         if facts["model"] != "tiny" or facts["data"] != "desk":

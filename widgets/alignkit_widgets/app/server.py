@@ -8,8 +8,10 @@ Training goes on in a thread, an iteration at a time, so that the page always ge
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
+import logging
 import os
 import secrets
 import signal
@@ -22,11 +24,12 @@ from tornado.netutil import bind_sockets
 from tornado.web import Application, HTTPError, RequestHandler
 from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
-from alignkit.errors import AlignkitError
+from alignkit.errors import AlignkitError, RunError
 from alignkit.exact.prompts import enumerate_world
 from alignkit.exact.sweep import load_sweep
 from alignkit.models.loading import load_policy
 from alignkit.safe_text import visible
+from alignkit.storage import parse_json
 from alignkit_widgets.app.playground import LivePPO, Playground
 from alignkit_widgets.boards.comparer import CheckpointComparer
 from alignkit_widgets.cockpit.cockpit import TrainingCockpit
@@ -167,7 +170,7 @@ class Dashboard:
         if isinstance(message.get("content"), dict):
             for widget in self.widgets.values():
                 if widget.mount["mount"] == message.get("to"):
-                    widget.receive(message["content"])
+                    self._pass_on(widget, message["content"])
         elif message.get("do") == "train":
             self._begin("train", self._train(_whole(message.get("iterations"), 1, MOST)))
         elif message.get("do") == "continue" and message.get("name") in self.playground.unfinished():
@@ -179,6 +182,14 @@ class Dashboard:
             recorded = message.get("recorded") is True
             if recorded or self.playground.task.world is not None:
                 self._begin("frontier", self._frontier(recorded))
+
+    def _pass_on(self, widget: Channel, content: dict) -> None:
+        """Give a widget its message; what it cannot take is said on the page, and nothing else happens."""
+        try:
+            widget.receive(content)
+        except Exception as error:
+            self.notes[widget.mount["tab"]] = f"a message was not understood: {type(error).__name__}"
+            self.tell(self.status())
 
     def _begin(self, tab: str, work) -> bool:
         if tab in self.busy:
@@ -273,6 +284,11 @@ class Guarded(RequestHandler):
         for name, value in HEADERS.items():
             self.set_header(name, value)
 
+    def log_exception(self, kind, error, traceback) -> None:
+        """Tornado's own line would hold the address, and the address the token."""
+        if not isinstance(error, HTTPError):
+            logging.getLogger("tornado.application").error("%s in %s", kind.__name__, self.request.path)
+
     def write_error(self, status_code: int, **_) -> None:
         """The status in words: no traceback leaves this machine."""
         self.set_header("Content-Type", "text/plain; charset=utf-8")
@@ -317,11 +333,9 @@ class Socket(WebSocketHandler, Guarded):
             self.post(json.dumps(message))
 
     def on_message(self, message: str | bytes) -> None:
-        try:
-            content = json.loads(message)
-        except ValueError:
-            return
-        self.dashboard.take(content)
+        """Take what a page says. What is no JSON object, holds NaN or is nested too deeply makes no sense."""
+        with contextlib.suppress(RunError):
+            self.dashboard.take(parse_json(message, where="message"))
 
     def on_close(self) -> None:
         self.dashboard.pages.discard(self)

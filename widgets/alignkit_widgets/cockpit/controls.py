@@ -20,7 +20,7 @@ class Control:
     def parse(cls, name: str, spec: object) -> Control:
         """From (low, high, start) or (low, high, start, "log"). Raises ValueError for anything else."""
         parts = tuple(spec) if isinstance(spec, (tuple, list)) else ()
-        good = len(parts) in (3, 4) and all(_is_number(p) for p in parts[:3]) and parts[3:] in ((), ("log",))
+        good = len(parts) in (3, 4) and all(is_finite(p) for p in parts[:3]) and parts[3:] in ((), ("log",))
         if not good:
             raise ValueError(
                 f"controls[{name!r}] is {spec!r}, expected (low, high, start) or (low, high, start, 'log')"
@@ -62,7 +62,7 @@ class Controls:
         """Note a change for the next iteration, cut to the control's range. What makes no sense is ignored: a message
         from a page must not be able to end a run."""
         control = self.ranges.get(name) if isinstance(name, str) else None
-        if control is not None and _is_number(value):
+        if control is not None and is_finite(value):
             self.waiting[name] = min(max(float(value), control.low), control.high)
 
     def take(self) -> dict[str, tuple[float, float]]:
@@ -86,5 +86,11 @@ class Controls:
         self.waiting = {name: float(value) for name, value in values.items()}
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_finite(value: object) -> bool:
+    """Whether it is a number that a float can hold; True and False are none."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float can be
+        return False

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from alignkit.errors import RunError
 from alignkit.storage import branch_files, read_metrics
+from alignkit_widgets.cockpit.controls import is_finite
 
 
 def replay(log: str | Path) -> dict[int, dict[str, float]]:
@@ -15,10 +17,28 @@ def replay(log: str | Path) -> dict[int, dict[str, float]]:
     Give it to `TrainingCockpit.run(step, replay=replay(log))` to run the run again as it was steered.
     Raises ValueError where the rows hold no controls.
     """
-    controls = {row["step"]: row["controls"] for row in read_metrics(log) if "controls" in row}
+    controls = {row["step"]: row["controls"] for row in checked(read_metrics(log), log) if "controls" in row}
     if not controls:
         raise ValueError(f"{log} has no row with 'controls': the run had nothing to steer, or did not begin")
     return controls
+
+
+def checked(rows: list[dict], log: str | Path) -> list[dict]:
+    """`rows` of a log, each a numbered iteration whose metrics, controls and shares are what the panel can draw.
+
+    Raises RunError, naming log and row, if one is not.
+    """
+    for number, row in enumerate(rows, 1):
+        facts = {name: value for name, value in row.items() if name not in ("step", "controls", "shares")}
+        shares = row.get("shares", {})
+        if not (type(row.get("step")) is int and _is_numbers(row.get("controls", {})) and _is_numbers(facts, empty=True)
+                and isinstance(shares, dict) and all(_is_numbers(part, empty=True) for part in shares.values())):
+            raise RunError(f"{log}: row {number} is not that of an iteration: a step, and numbers")
+    return rows
+
+
+def _is_numbers(values: object, empty: bool = False) -> bool:
+    return isinstance(values, dict) and all(is_finite(value) or (empty and value is None) for value in values.values())
 
 
 def marks_of(rows: list[dict], branches: Sequence[dict] = ()) -> list[dict]:
@@ -36,7 +56,7 @@ def marks_of(rows: list[dict], branches: Sequence[dict] = ()) -> list[dict]:
 def branches_of(log: str | Path, rows: list[dict]) -> list[dict]:
     """What a run left behind when it was rewound, oldest first; `rows` are those of its log. See `branch`."""
     branches = []
-    for left in reversed([read_metrics(file) for file in branch_files(log)]):
+    for left in reversed([left for file in branch_files(log) if (left := checked(read_metrics(file), file))]):
         at = left[0]["step"] - 1
         rows = [row for row in rows if row["step"] <= at] + left  # the log as it was before that rewind
         branches.insert(0, branch(rows, at))

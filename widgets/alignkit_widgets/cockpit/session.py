@@ -11,7 +11,7 @@ from alignkit.safe_text import visible
 from alignkit.storage import append_metrics, branch_files, branch_metrics, trim_metrics, write_atomically
 from alignkit_widgets.cockpit.controls import Controls
 from alignkit_widgets.cockpit.feed import Feed
-from alignkit_widgets.cockpit.log import branch, branches_of, marks_of
+from alignkit_widgets.cockpit.log import branch, branches_of, checked, marks_of
 from alignkit_widgets.cockpit.snapshots import Snapshots
 from alignkit_widgets.looks import finite
 from alignkit_widgets.notebook import in_kernel
@@ -185,7 +185,7 @@ def _rows_before(log: Path | None, start: int) -> list[dict]:
     if log is None:
         return []
     if start:
-        return trim_metrics(log, start)
+        return checked(trim_metrics(log, start), log)
     log.parent.mkdir(parents=True, exist_ok=True)
     for file in reversed(branch_files(log)):
         file.unlink()

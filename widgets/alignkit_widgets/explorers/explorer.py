@@ -232,11 +232,12 @@ class Explorer:
     def receive(self, message: Mapping) -> None:
         """Take one message of a page. What makes no sense is answered with the picture as it is."""
         kind, number, begun = message.get("type"), message.get("n"), time.perf_counter()
+        number = number if type(number) is int and abs(number) < 2**53 else None  # it goes back as it came
         if kind == "set":
             self._react(lambda: dict(message.get("values") or {}), number, begun)
         elif kind == "reset":
             self._react(self.reset, number, begun)
-        elif kind == "press" and message.get("name") in self.buttons:
+        elif kind == "press" and message.get("name") in list(self.buttons):
             self._react(lambda: self.buttons[message["name"]].press(self.values), number, begun)
         else:
             self.send(number, begun)

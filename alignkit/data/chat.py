@@ -1,0 +1,187 @@
+"""Chat templates, which are programs of strangers, rendered in a process of their own under limits.
+
+Jinja's sandbox keeps a template from reaching Python, but not from running for ever or from filling the memory, and no
+count of loops inside the sandbox could: `'x' * 3000000000`, `2 ** 1000000000` or the text of a list that holds itself
+twice, forty levels deep, are single steps. So the system counts: a child process, which has Jinja and nothing else, may
+take so much memory and so much time, and is ended. It is started once for a template and stays for the next rows.
+"""
+
+import contextlib
+import importlib.util
+import json
+import marshal
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from alignkit.data.files import LINE_LIMIT, Fault
+from alignkit.errors import DataError
+
+CHILD = Path(__file__).with_name("chat_child.py")
+START = 60.0  # seconds that the process may take to begin, on a busy machine
+FIRST = 4.0  # seconds that a template may take in all, and for each row, and for each character of it, so many more
+PER_ROW, PER_CHARACTER = 0.01, 2e-7
+INSTEAD = "use another tokenizer, or give prompt, chosen and rejected as text"
+REASONING = ("reasoning_content", "thinking", "reasoning")  # as transformers has it, the first is what templates read
+
+
+class ChatTemplate:
+    """A chat template in its process. `chat_template_of` makes one."""
+
+    def __init__(self, template: str, tokens: dict):
+        specification = importlib.util.find_spec("jinja2")
+        if specification is None:
+            raise DataError("conversations need jinja2, which renders chat templates: pip install jinja2")
+        self.alive, self.deadline, self.asked = True, None, threading.Event()
+        self._first, self._fault = (template, tokens, LINE_LIMIT), ""
+        self._allowed, self._lock = FIRST, threading.Lock()
+        folder = str(Path(specification.origin).parents[1])
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(CHILD), folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, start_new_session=os.name != "nt",  # an interrupt is for this process alone
+            env={name: os.environ[name] for name in ("SYSTEMROOT", "TZ") if name in os.environ})
+        threading.Thread(target=_watch, args=(self,), daemon=True).start()
+
+    def render(self, rows: list[tuple[list[dict], list[dict]]]) -> list[list[str] | Fault]:
+        """For each (prompt, replies), lists of messages: the prompt's text and the text of each reply after it, or a
+        Fault if the template refuses them.
+
+        Raises DataError if the template takes more time or memory than it may.
+        """
+        answers: list = [_plain(prompt, replies) for prompt, replies in rows]
+        asked = [place for place, pair in enumerate(answers) if not isinstance(pair, Fault)]
+        with self._lock:
+            if self._first is not None:
+                self._ask(None, START)
+                first, self._first = marshal.dumps(self._first), None
+                self._fault = self._within(first)[0]
+            if self._fault:
+                return [Fault(self._fault)] * len(rows)
+            request = marshal.dumps([answers[place] for place in asked])
+            self._allowed = min(self._allowed, FIRST) + PER_ROW * len(asked) + PER_CHARACTER * len(request)
+            _, texts = self._within(request)
+        for place, answer in zip(asked, texts, strict=True):
+            answers[place] = answer
+        return answers
+
+    def close(self) -> None:
+        """End the process."""
+        self.alive = False
+        with contextlib.suppress(OSError):
+            self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                stream.close()
+        self.asked.set()
+
+    def _within(self, request: bytes) -> tuple[str, list]:
+        """What is wrong with the template, and the answers to a request, for which it has what is left of its time."""
+        begun = time.monotonic()
+        fault, texts = self._ask(request, self._allowed)
+        self._allowed -= time.monotonic() - begun
+        return fault, texts
+
+    def _ask(self, request: bytes | None, seconds: float) -> tuple[str, list]:
+        """The answer to a request, or to none. What goes wrong in between ends the process: it would answer late."""
+        ends = time.monotonic() + seconds
+        self.deadline = ends
+        self.asked.set()
+        try:
+            if request is not None:
+                self.process.stdin.write(request)
+                self.process.stdin.flush()
+            answer = self._read()
+        except (OSError, EOFError):
+            self.close()
+            if time.monotonic() >= ends:
+                raise DataError(f"the chat template takes too long, more than the {seconds:.1f} s that it had: "
+                                f"{INSTEAD}") from None
+            raise DataError(f"the process that renders the chat template died: {INSTEAD}") from None
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self.deadline = None
+        return answer
+
+    def _read(self) -> tuple[str, list]:
+        line = self.process.stdout.readline(LINE_LIMIT)
+        if not line.endswith(b"\n"):
+            raise EOFError
+        answer = json.loads(line)
+        if isinstance(answer, dict):
+            self.close()
+            if "fatal" in answer:
+                raise DataError(f"the chat template cannot be used, {answer['fatal']}: {INSTEAD}")
+            return answer["error"], []
+        return "", [Fault(each) if isinstance(each, str) else [self._text(length) for length in each]
+                    for each in answer]
+
+    def _text(self, length: int) -> str:
+        content = self.process.stdout.read(length)
+        if len(content) < length:
+            raise EOFError
+        return content.decode("utf-8", "surrogatepass")
+
+
+def chat_template_of(tokenizer) -> ChatTemplate:
+    """The chat template of a tokenizer, ready to render; the process of the template before it is ended.
+
+    Raises Fault if the tokenizer has none that is text, or several and no default.
+    """
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise Fault(f"the chat template cannot be used: {error}") from None
+    if not isinstance(template, str):
+        raise Fault("the chat template cannot be used: it is no text")
+    tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    key = template, tuple(tokens.items())
+    if key not in _latest or not _latest[key].alive:
+        for made in _latest.values():
+            made.close()
+        _latest.clear()
+        _latest[key] = ChatTemplate(template, tokens)
+    return _latest[key]
+
+
+_latest: dict[tuple, ChatTemplate] = {}
+
+
+def _plain(prompt: list[dict], replies: list[dict]) -> tuple[list[dict], list[dict]] | Fault:
+    """What can go to the process: values that a file cannot hold, such as dates of a Parquet file, named by their type,
+    as transformers does."""
+    pair = [_message(message) for message in prompt], [_message(message) for message in replies]
+    try:
+        marshal.dumps(pair)
+    except ValueError:  # too deep, or not plain
+        try:
+            pair = json.loads(json.dumps(pair, default=lambda value: f"<{type(value).__name__}>"))
+            marshal.dumps(pair)
+        except (RecursionError, ValueError, TypeError):
+            return Fault("the conversation is nested too deeply, or no plain JSON")
+    return pair
+
+
+def _message(message: dict) -> dict:
+    """A message as transformers hands it to a template: nothing that is null, the reasoning under each of its names."""
+    message = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((message[name] for name in REASONING if name in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _watch(made: ChatTemplate) -> None:
+    """End the process when its deadline is over; `readline` then comes back empty."""
+    while made.alive:
+        made.asked.wait()
+        made.asked.clear()
+        while made.alive and (deadline := made.deadline) is not None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                made.process.kill()
+                return
+            time.sleep(min(left, 0.5))
