@@ -56,7 +56,7 @@ def replacing(directory: str | Path, *, keep: bool | Callable[[str], bool] = Fal
     except BaseException as error:
         recover(directory)
         shutil.rmtree(new, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(directory)  # a full disk does not say where it is full
         raise
 

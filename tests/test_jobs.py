@@ -396,26 +396,24 @@ def test_each_kernel_imports_while_other_work_goes_on_and_none_is_left(tmp_path)
     assert not [child for child in mine if "ipykernel_launcher" in " ".join(child.cmdline())], "the spare is left"
 
 
-def test_what_a_job_made_with_other_parameters_is_cleared_and_what_it_did_not_make_is_moved_aside(
-    tmp_path, monkeypatch
-):
+def test_what_a_job_made_with_other_parameters_is_moved_aside(tmp_path, monkeypatch):
     made = ["1"]
 
-    def pretend(job, _timeout, on_cell, _spare):
+    def pretend(job, executing, _timeout, on_cell, _spare):
         on_cell(0, 1)
         assert not (job.folder / "made.txt").exists()
         job.folder.mkdir(exist_ok=True)
         (job.folder / "made.txt").write_text(made[0])
-        job.executed.touch()
+        executing.touch()
 
     monkeypatch.setattr(notebooks, "_execute", pretend)
     source, out = notebook(tmp_path / "03_ppo.ipynb"), tmp_path / "run"
     run_notebook(source, out, {"steps": 1})
     run_notebook(source, out, {"steps": 2})
-    assert not (out / "aside").exists()
+    assert len(list((out / "aside").rglob("made.txt"))) == 1
     (out / "ppo" / "mine.txt").write_text("a note of my own")
     run_notebook(source, out, {"steps": 3})
-    assert (out / "aside" / "ppo-1" / "mine.txt").exists()
+    assert len(list((out / "aside").rglob("made.txt"))) == 2 and list((out / "aside").rglob("mine.txt"))
 
 
 def test_every_notebook_of_the_course_is_there_and_its_parameters_can_be_read():

@@ -288,7 +288,7 @@ def _check_facts(job: Job) -> None:
         check_run(job.out, settings["model"], settings["data"], settings["seed"])
     if settings.get("data", "desk") != "desk" and os.path.exists(settings["data"]):
         readable(settings["data"])
-    for stage in NEEDS.get(job.name, ()):
+    for stage in NEEDS.get(job.name, ()) if job.builds_beside else ():  # what a user's own notebook needs is not known
         if stage == "reward" and settings.get("reward"):
             continue
         maker = next(name for name, folder in CHAIN.items() if folder == stage)
@@ -326,14 +326,15 @@ def _read_jobs(out: Path) -> dict[str, dict]:
         raise RunError(f"{damaged} ({error})") from None
     kinds = {"status": str, "key": dict, "made": dict, "given": dict, "kept": dict, "seconds": (int, float)}
     for name, record in records.items():
-        wrong = next((field for field, kind in kinds.items() if not isinstance(record, dict) or (
-            field in record and not isinstance(record[field], kind))), None)
-        parameters = record["key"].get("parameters", {}) if not wrong and "key" in record else {}
-        wrong = wrong or ("" if isinstance(parameters, dict) else "key.parameters")
-        needed = kinds.keys() - {"kept"} if record.get("status") == "finished" else set()
-        if wrong or not needed <= record.keys():
-            raise RunError(f"{out / 'jobs.json'} is damaged at {name}{f' ({wrong})' if wrong else ''}; delete it, and "
-                           "the notebooks run again")
+        if not isinstance(record, dict):
+            raise RunError(f"{damaged} ({name} is no mapping)")
+        for each in (record, record.get("kept", {})):
+            wrong = [field for field, kind in kinds.items() if field in each and not isinstance(each[field], kind)]
+            wrong += ["key.parameters"] * (not wrong and not isinstance(each.get("key", {}).get("parameters", {}), dict))
+            wrong += [f"no {field}" for field in ("key", "made", "seconds")
+                      if each.get("status") == "finished" and field not in each]
+            if wrong:
+                raise RunError(f"{damaged} ({name}: {wrong[0]})")
     return records
 
 

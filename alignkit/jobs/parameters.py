@@ -50,7 +50,11 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
     """
     notebook = Path(notebook)
     try:
-        cells = read_json(notebook, error=ParameterError)["cells"]
+        content = read_json(notebook, error=ParameterError)
+    except ParameterError as error:
+        raise ParameterError(f"{notebook} is not a notebook: {error}") from None
+    try:
+        cells = content["cells"]
         tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
         source = "".join(tagged[0]["source"]) if tagged else ""
     except (KeyError, TypeError, AttributeError):

@@ -185,7 +185,7 @@ def test_a_missing_stage_and_one_that_was_changed_are_refused_before_a_kernel_st
     (out / "ppo").mkdir(parents=True)
     (out / "ppo" / "config.json").write_text("{}")
     made = {"ppo/config.json": "0" * 64}
-    (out / "jobs.json").write_text(json.dumps({"03_ppo": {"status": "finished", "made": made}}))
+    (out / "jobs.json").write_text(json.dumps({"03_ppo": {"status": "finished", "made": made, "key": {}, "seconds": 1}}))
     with pytest.raises(RunError, match=r"config.json is not what notebook 03_ppo wrote \(its SHA-256 differs"):
         run_notebook(source, out)
 

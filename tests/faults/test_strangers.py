@@ -325,7 +325,7 @@ MESSAGES = [
 def test_52_no_message_ends_the_line_and_no_log_line_holds_the_token(caplog):
     """A dashboard with a cockpit's controls and an explorer in it, and every message to each."""
     controls, task = Controls({"lr": (0.0, 1.0, 0.5)}), SimpleNamespace(world=None)
-    playground = SimpleNamespace(run="run", checkpoints=dict, task=task)
+    playground = SimpleNamespace(run="run", checkpoints=dict, unfinished=list, task=task)
 
     def receive(content: dict) -> None:
         if content.get("type") == "raise":
