@@ -18,7 +18,7 @@ from alignkit.formulas.losses import dpo_loss, implicit_reward
 from alignkit.formulas.randomness import seeded
 from alignkit.forward.precision import autocast, checkpointed
 from alignkit.forward.reading import response_logps
-from alignkit.forward.rollout import Rollout, encode_rows, full_ids, groups, passes, to_device, trimmed
+from alignkit.forward.rollout import Rollout, encode_rows, full_ids, groups, passes, to_device, token_ids, trimmed
 from alignkit.killpoints import reached
 from alignkit.metrics import stat
 from alignkit.models.adapters import reference_policy
@@ -122,7 +122,7 @@ def dpo_step(
     if not torch.isfinite(norm + loss):
         raise NonFinite(
             f"DPO step {step} has loss {float(loss):.3g} and gradient norm {float(norm):.3g}; the weights were left "
-            "as they were"
+            "as they were", step, {"chosen": token_ids(pairs.chosen), "rejected": token_ids(pairs.rejected)}
         )
     optimizer.step()
     with torch.no_grad():

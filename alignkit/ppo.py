@@ -31,6 +31,7 @@ from alignkit.forward.rollout import (
     full_ids,
     passes,
     to_device,
+    token_ids,
 )
 from alignkit.forward.sampling import sample
 from alignkit.killpoints import reached
@@ -262,7 +263,8 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
     critic_loss = measured["value_loss"]
     if not torch.isfinite(norm + critic_norm + loss + critic_loss):
         raise NonFinite(f"a PPO step has loss {float(loss):.3g}, critic loss {float(critic_loss):.3g}, gradient norms "
-                        f"{float(norm):.3g} and {float(critic_norm):.3g}; the weights were left as they were")
+                        f"{float(norm):.3g} and {float(critic_norm):.3g}; the weights were left as they were",
+                        state.iteration, token_ids(batch.rollout))
     # Step.
     if train_policy:
         state.policy_optimizer.step()
@@ -513,7 +515,7 @@ def _scores(state: PPOState, texts: list[str], rollout: Rollout) -> Tensor:
         row = int((~torch.isfinite(scores)).nonzero()[0])
         raise NonFinite(
             f"reward returned {float(scores[row])} for response {row} of iteration {state.iteration}; nothing was "
-            "changed"
+            "changed", state.iteration, {"prompts": texts, "responses": decode_responses(state.tokenizer, rollout)}
         )
     return scores
 

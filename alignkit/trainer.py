@@ -147,11 +147,14 @@ def _train_on(trainer, checkpoints) -> None:
     """Train to the end, from the newest checkpoint if there is one. A Trainer wants a folder with its place in it."""
     trainer.checkpoints = checkpoints
     with tempfile.TemporaryDirectory() as folder:
-        if checkpoints.resume():
+        saved = checkpoints.resume()
+        if saved:
             Path(folder, "trainer_state.json").write_text(trainer.saved["place"], encoding="utf-8")
-            trainer.train(resume_from_checkpoint=folder)
-        else:
-            trainer.train()
+        try:
+            trainer.train(resume_from_checkpoint=folder if saved else None)
+        except NonFinite as error:
+            checkpoints.keep_batch(error)
+            raise
 
 
 def _resumable(kind: type) -> type:

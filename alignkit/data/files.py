@@ -53,7 +53,7 @@ class _Inflated(io.RawIOBase):
         self._count += count
         if self._count > SMALL and self._count > min(self._most, (self._packed.tell() + 2**16) * MOST_INFLATED):
             raise Fault(f"the gzip file inflates to more than {self._count / 2**20:,.0f} MiB, more than "
-                        f"{MOST_INFLATED} times its size: is it a bomb? Unpack it yourself if it is what you want to read")
+                        f"{MOST_INFLATED} times its size: is it a bomb? Unpack it yourself if you want to read it")
         return count
 
     def close(self) -> None:

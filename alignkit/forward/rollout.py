@@ -145,6 +145,15 @@ def to_device(rollout: Rollout, device) -> Rollout:
     return replace(rollout, **{name: value.to(device) for name, value in vars(rollout).items()})
 
 
+def token_ids(rollout: Rollout) -> dict[str, list[list[int]]]:
+    """The token ids of prompts and responses, without padding, as plain lists: for a record of what a step was made on.
+    """
+    sides = {"prompts": (rollout.prompt_ids, rollout.prompt_mask),
+             "responses": (rollout.response_ids, rollout.response_mask)}
+    return {name: [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)]
+            for name, (ids, mask) in sides.items()}
+
+
 def decode_responses(tokenizer, rollout: Rollout) -> list[str]:
     """The response texts, without EOS and padding."""
     both = zip(rollout.response_ids.tolist(), rollout.response_mask.tolist(), strict=True)  # read from the device once

@@ -330,7 +330,8 @@ def _read_jobs(out: Path) -> dict[str, dict]:
             raise RunError(f"{damaged} ({name} is no mapping)")
         for each in (record, record.get("kept", {})):
             wrong = [field for field, kind in kinds.items() if field in each and not isinstance(each[field], kind)]
-            wrong += ["key.parameters"] * (not wrong and not isinstance(each.get("key", {}).get("parameters", {}), dict))
+            if not wrong and not isinstance(each.get("key", {}).get("parameters", {}), dict):
+                wrong = ["key.parameters"]
             wrong += [f"no {field}" for field in ("key", "made", "seconds")
                       if each.get("status") == "finished" and field not in each]
             if wrong:

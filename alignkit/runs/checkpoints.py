@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignkit.errors import RunError
+from alignkit.errors import NonFinite, RunError
 from alignkit.folders import recover, replacing
 from alignkit.killpoints import reached
 from alignkit.runs.records import code_hash, versions
@@ -122,6 +122,12 @@ class Checkpoints:
         """Write a last checkpoint, when a run ends or is interrupted, if the state is that after `step` steps."""
         if step and self.state.step == step:
             self.save(step)
+
+    def keep_batch(self, error: NonFinite) -> None:
+        """Write what a run stopped at, if the error tells, to nonfinite.json beside the folder: message, step, batch."""
+        if error.batch is not None:
+            write_json(self.folder.parent / "nonfinite.json",
+                       {"error": str(error), "step": error.step, "batch": error.batch})
 
     def forget_after(self, step: int) -> None:
         """Delete the checkpoints of later steps: the run went back to `step`."""

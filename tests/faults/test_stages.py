@@ -179,13 +179,14 @@ def test_data_that_cannot_be_read_is_refused_before_a_kernel_starts(tmp_path, no
 
 def test_a_missing_stage_and_one_that_was_changed_are_refused_before_a_kernel_starts(tmp_path, no_kernel, monkeypatch):
     monkeypatch.setattr(notebooks, "NEEDS", {"04_freeze_and_evaluate": ("ppo",)})
-    source, out = notebook(tmp_path / "04_freeze_and_evaluate.ipynb"), tmp_path / "run"
+    source, out = notebook(tmp_path / "04_freeze_and_evaluate.ipynb", BUILD), tmp_path / "run"
     with pytest.raises(RunError, match="ppo has no model: run notebook 03_ppo"):
         run_notebook(source, out)
     (out / "ppo").mkdir(parents=True)
     (out / "ppo" / "config.json").write_text("{}")
     made = {"ppo/config.json": "0" * 64}
-    (out / "jobs.json").write_text(json.dumps({"03_ppo": {"status": "finished", "made": made, "key": {}, "seconds": 1}}))
+    record = {"status": "finished", "made": made, "key": {}, "seconds": 1}
+    (out / "jobs.json").write_text(json.dumps({"03_ppo": record}))
     with pytest.raises(RunError, match=r"config.json is not what notebook 03_ppo wrote \(its SHA-256 differs"):
         run_notebook(source, out)
 

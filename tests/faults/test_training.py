@@ -269,8 +269,9 @@ def test_23_a_score_that_is_not_finite_or_huge_leaves_nothing_and_a_retry_is_cle
         return scores
 
     state.reward = broken
-    with pytest.raises(NonFinite):
+    with pytest.raises(NonFinite) as caught:
         ppo_iteration(state, CONFIG)
+    assert caught.value.step == 2 and caught.value.batch["prompts"] and caught.value.batch["responses"]
     assert fingerprint(state) == before and state.iteration == 1
     state.reward = reward
     assert ppo_iteration(state, CONFIG) == ppo_iteration(clean, CONFIG)
@@ -278,7 +279,7 @@ def test_23_a_score_that_is_not_finite_or_huge_leaves_nothing_and_a_retry_is_cle
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_24b_a_learning_rate_that_destroys_the_model_stops_the_trainer_with_step_and_batch(desk, stage):
+def test_24b_a_learning_rate_that_destroys_the_model_stops_the_trainer_with_step_and_batch(desk, stage, tmp_path):
     if stage == "sft":
         model = copy.deepcopy(desk["policy"])
         train, config = train_sft, SFTConfig(epochs=4, batch_size=32, learning_rate=1e20)
@@ -288,8 +289,10 @@ def test_24b_a_learning_rate_that_destroys_the_model_stops_the_trainer_with_step
         train, config = train_reward_model, RewardConfig(epochs=4, batch_size=32, learning_rate=1e20)
         rows = desk["pairs"]
     with pytest.raises(NonFinite, match=r"step \d+ of (SFT|Reward)Trainer: .* A learning rate of 1e\+20") as caught:
-        train(model, desk["tokenizer"], rows, config)
+        train(model, desk["tokenizer"], rows, config, checkpoints=tmp_path / "checkpoints")
     assert caught.value.step >= 2 and len(caught.value.batch["input_ids"]) >= 32
+    kept = json.loads((tmp_path / "nonfinite.json").read_text())
+    assert kept["step"] == caught.value.step and kept["batch"] == caught.value.batch
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
 
 

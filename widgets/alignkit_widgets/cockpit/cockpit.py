@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from alignkit.errors import NonFinite
 from alignkit.storage import read_metrics
 from alignkit_widgets.cockpit.controls import Controls
 from alignkit_widgets.cockpit.log import branches_of, marks_of
@@ -176,7 +177,9 @@ class TrainingCockpit:
         except (KeyboardInterrupt, asyncio.CancelledError):
             remote.session.close("interrupted")
             raise
-        except BaseException:
+        except BaseException as error:
+            if checkpoints is not None and isinstance(error, NonFinite):
+                checkpoints.keep_batch(error)
             remote.session.close("failed")
             raise
         else:
