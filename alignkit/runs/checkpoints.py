@@ -124,7 +124,7 @@ class Checkpoints:
             self.save(step)
 
     def keep_batch(self, error: NonFinite) -> None:
-        """Write what a run stopped at, if the error tells, to nonfinite.json beside the folder: message, step, batch."""
+        """Write what a run stopped at, if the error tells, to nonfinite.json beside the folder."""
         if error.batch is not None:
             write_json(self.folder.parent / "nonfinite.json",
                        {"error": str(error), "step": error.step, "batch": error.batch})
