@@ -1,6 +1,8 @@
 """The whole relay as one job: the notebooks themselves, on the desk world and on a real Llama with real preferences."""
 
+import hashlib
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -72,34 +74,57 @@ def test_compare_puts_the_checkpoints_side_by_side(desk, tmp_path):
     assert "gold_mean" in text and "risky_failure_rate" in text
 
 
+SMALL = {
+    "demonstrations": 64, "pairs": 64, "heldout_pairs": 32, "eval_prompts": 8, "eval_samples": 2, "max_length": 192,
+    "max_new_tokens": 16, "scale_samples": 32, "iterations": 2, "prompts_per_iteration": 16, "minibatch_size": 8,
+}
+PPO_PARAMETERS = {"max_length", "max_new_tokens", "iterations", "prompts_per_iteration", "minibatch_size"}
+REWRITTEN = {"jobs.json", "seconds.json", "summary.json", "report.html", ".lock"}  # records of the whole run
+
+
+def readme_commands() -> list[list[str]]:
+    """The commands of the README's section on models and data, in their order."""
+    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    block = text.partition("## Your own model and data")[2].partition("```\n")[2].partition("```")[0]
+    lines = [part for line in block.splitlines() for part in line.partition("#")[0].split("&&")]
+    return [line.split()[1:] for line in lines if line.split()[:1] == ["alignkit"]]
+
+
+def contents(out) -> dict[str, str]:
+    """SHA-256 of every file below a run directory, by path."""
+    return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(out.rglob("*")) if path.is_file() and path.name not in REWRITTEN}
+
+
 @pytest.mark.shared
-def test_a_real_llama_and_real_preferences_go_through_the_same_notebooks(shared, tmp_path):
-    small = {
-        "demonstrations": 64,
-        "pairs": 64,
-        "heldout_pairs": 32,
-        "eval_prompts": 8,
-        "eval_samples": 2,
-        "max_length": 192,
-        "max_new_tokens": 16,
-        "scale_samples": 32,
-        "iterations": 2,
-        "prompts_per_iteration": 16,
-        "minibatch_size": 8,
+def test_the_examples_of_the_readme_go_through_one_after_another_and_lose_nothing(shared, tmp_path):
+    """On a real Llama and real preferences, made small."""
+    places = {
+        "Qwen/Qwen2.5-0.5B": shared / "models" / "stories260K", "runs/qwen": tmp_path / "real",
+        "pairs.jsonl": shared / "data" / "hh_rlhf_harmless.jsonl.gz", "frozen/qwen": tmp_path / "frozen",
+        "comparison": tmp_path / "comparison",
     }
-    options = [part for name, value in small.items() for part in ("-p", f"{name}={value}")]
-    out = tmp_path / "real"
-    alignkit(
-        "course",
-        "--model",
-        shared / "models" / "stories260K",
-        "--data",
-        shared / "data" / "hh_rlhf_harmless.jsonl.gz",
-        "--out",
-        out,
-        *options,
-    )
-    stages = check_run(out)["stages"]
+    commands, made = readme_commands(), {}
+    assert [command[0] for command in commands] == [
+        "check", "course", "run", "freeze", "verify", "compare", "runs"]
+    for command in commands:
+        words = command
+        for name, place in places.items():
+            words = [word.replace(name, str(place)) for word in words]
+        if command[0] in ("course", "run"):
+            given = {word.partition("=")[0] for word in words}
+            words += [part for name, value in SMALL.items() if name not in given for part in ("-p", f"{name}={value}")
+                      if command[0] == "course" or name in PPO_PARAMETERS]
+            words = ["pairs=64" if word == "pairs=2000" else word for word in words]
+        alignkit(*words)
+        present = contents(places["runs/qwen"]) if places["runs/qwen"].exists() else {}
+        lost = sorted(name for name, digest in made.items() if digest not in present.values())
+        assert not lost, f"after `alignkit {' '.join(command)}`: {lost}"
+        made = present
+        if command[0] == "course":
+            stages = check_run(places["runs/qwen"])["stages"]
     assert "gold_mean" not in stages["ppo"]  # there is no gold here, and nothing pretends that there is
     assert {"proxy_mean", "kl_to_sft", "entropy"} <= set(stages["dpo"])
     assert 0 <= stages["reward"]["accuracy_labels"] <= 1 and "bayes_accuracy" not in stages["reward"]
+    (aside,) = (places["runs/qwen"] / "aside").iterdir()
+    assert json.loads((aside / "aside.json").read_text())["parameters"]["kl_coef"] is None

@@ -20,7 +20,7 @@ from alignkit.jobs.parameters import Parameter, check_name, notebook_parameters,
 from alignkit.jobs.progress import Progress
 from alignkit.metrics import duration
 from alignkit.runs.lock import lock_handles, run_lock
-from alignkit.runs.records import check_run, record_seconds, start_run
+from alignkit.runs.records import check_run, record_seconds, run_facts, start_run
 from alignkit.runs.stage_folders import delete_checkpoints, set_aside, set_aside_unfinished
 from alignkit.stages import CHAIN, NEEDS
 from alignkit.storage import plain, read_json, write_json
@@ -63,13 +63,15 @@ def run_notebook(
     """Run one notebook in the run directory `out`, unless that was done already; returns the executed notebook.
 
     A run that was interrupted goes on from its last checkpoint. What a finished run left stays until the new one has
-    finished, and is then set aside. parameters: name -> value; `run` is set to `out`. timeout: seconds. progress: print
+    finished, and is then set aside. parameters: name -> value; `run` is set to `out`; model, data and seed are by
+    default those of the run that `out` holds. timeout: seconds. progress: print
     one line about it. force: run even if it was done. restart: begin anew where it would go on. Raises ParameterError;
     RunError if the directory is of another run, lacks a stage, or holds one that is not what was made; DataError;
     RunInUse; all before a kernel starts; NotebookFailed, with the cell.
     """
     notebook, out = find_notebook(notebook), _run_directory(out)
-    job = _job(notebook, out, notebook_parameters(notebook), parameters or {})
+    known, given = notebook_parameters(notebook), dict(parameters or {})
+    job = _job(notebook, out, known, {**_of_run(notebook, out, known, given), **given})
     with run_lock(out):
         _check_facts(job)
         expected = _expected([job]).get(job.name) if progress else None
@@ -145,6 +147,19 @@ def _job(notebook: Path, out: Path, known: dict[str, Parameter], given: Mapping[
         )
     values = {name: absolute(name, value) for name, value in typed_values(known, given, notebook.stem).items()}
     return Job(notebook, out, known, values | ({"run": str(out)} if "run" in known else {}))
+
+
+def _of_run(notebook: Path, out: Path, known: Mapping, given: Mapping) -> dict[str, object]:
+    """Model, data and seed of the run in `out`, for the parameters that were not given. A name that the notebook would
+    fetch from the Hub is not taken from a file: RunError asks for it."""
+    facts = {name: value for name, value in run_facts(out).items()
+             if name in ("model", "data", "seed") and name in known and name not in given}
+    reads_run_only = CHAIN.get(notebook.stem, "sft") != "sft"  # these take the model from a stage
+    for name in facts.keys() & ({"data"} if reads_run_only else {"model", "data"}):
+        if facts[name] not in ("tiny", "desk") and not os.path.exists(facts[name]):
+            raise RunError(f"{out} is a run of {name} {facts[name]!r}, which is not a file or folder here, and a name "
+                           f"in a run directory is not fetched: give it, -p {name}={facts[name]}")
+    return facts
 
 
 def absolute(name: str, value: object) -> object:

@@ -168,6 +168,20 @@ def test_facts_of_another_run_are_refused_before_a_kernel_starts(tmp_path, no_ke
         run_notebook(source, tmp_path / "run", {"seed": 3})
 
 
+def test_a_job_takes_model_data_and_seed_from_the_run_that_is_there(tmp_path, monkeypatch):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    start_run(tmp_path / "run", "tiny", str(data), 7)
+    source = notebook(tmp_path / "n.ipynb", parameters="run = 'x'\nmodel = 'tiny'\ndata = 'desk'\nseed = 0")
+    jobs = []
+    monkeypatch.setattr(notebooks, "_execute", lambda job, *_: (jobs.append(job.settings), job.executed.touch()))
+    run_notebook(source, tmp_path / "run", progress=False)
+    assert jobs == [{"model": "tiny", "data": str(data), "seed": 7}]
+    start_run(tmp_path / "other", "tiny", "some/dataset", 7)
+    with pytest.raises(RunError, match="some/dataset', which is not a file or folder here.* -p data=some/dataset"):
+        run_notebook(source, tmp_path / "other", progress=False)
+
+
 @pytest.mark.parametrize("name, content, reason", [("pairs.txt", b"x", "unknown kind of file"),
                                                    ("pairs.parquet", b"not parquet", "not a readable Parquet file")])
 def test_data_that_cannot_be_read_is_refused_before_a_kernel_starts(tmp_path, no_kernel, name, content, reason):
