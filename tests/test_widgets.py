@@ -154,6 +154,67 @@ def test_a_rewound_run_goes_on_as_a_branch_and_nothing_is_lost(tmp_path, watched
     assert asyncio.run(again.run(Walk(), replay=replay(log))) == rows
 
 
+class Kept:
+    """In place of a run's Checkpoints: what it was told, and where the run goes on."""
+
+    def __init__(self, start: int = 0) -> None:
+        self.start, self.told = start, []
+
+    def resume(self) -> int:
+        return self.start
+
+    def offer(self, step: int) -> None:
+        self.told.append(("offer", step))
+
+    def forget_after(self, step: int) -> None:
+        self.told.append(("forget after", step))
+
+    def close(self, step: int) -> None:
+        self.told.append(("close", step))
+
+
+def test_a_rewind_makes_the_checkpoints_of_what_was_left_be_forgotten(tmp_path, watched):
+    walk, kept = Walk(), Kept()
+    steered(tmp_path, {8: [rewind(3)]}, walk, state=walk, checkpoints=kept)
+    assert kept.told == [*[("offer", step) for step in range(1, 8)], ("forget after", 3),
+                         *[("offer", step) for step in range(4, 11)], ("close", 10)]
+
+
+def test_a_run_that_goes_on_is_one_curve_with_a_mark(tmp_path, watched):
+    whole = cockpit(tmp_path, total=10, log=tmp_path / "ppo" / "metrics.jsonl").run_sync(Walk())
+    walk = Walk()
+    for _ in range(6):
+        walk({"kl_coef": 0.05, "clip_range": 0.2})
+    one = cockpit(tmp_path, total=10)
+    rows = asyncio.run(one.run(walk, checkpoints=Kept(6)))
+    assert rows == whole == read_metrics(tmp_path / "ppo" / "metrics.jsonl")
+    assert one.session.marks == [{"step": 6, "name": "resumed", "old": None, "new": None}]
+    assert one.picture()[0].startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("end, state", [(KeyboardInterrupt, "interrupted"), (RuntimeError, "failed")])
+def test_a_run_that_is_interrupted_or_fails_writes_a_last_checkpoint_of_what_is_logged(tmp_path, end, state):
+    walk, kept = Walk(), Kept()
+
+    def step(controls):
+        if len(walk.seen) == 4:
+            raise end
+        return walk(controls)
+
+    one = cockpit(tmp_path, total=10)
+    with pytest.raises(end):
+        asyncio.run(one.run(step, checkpoints=kept))
+    assert kept.told[-1] == ("close", 4) and one.session.state == state
+
+
+def test_a_step_that_says_stop_ends_the_run_after_its_row(tmp_path, capsys):
+    walk = Walk()
+    one = cockpit(tmp_path, total=10)
+    rows = asyncio.run(one.run(lambda now: {**walk(now), "stop": "it ran away" if len(walk.seen) == 3 else ""}))
+    assert len(rows) == 3 and one.session.state == "stopped" and one.session.note == "it ran away"
+    assert "stopped: it ran away" in capsys.readouterr().out and "stop" not in rows[-1]
+
+
 def test_the_panel_hears_of_snapshots_and_of_branches(tmp_path, watched):
     walk = Walk()
     one, _, _ = steered(tmp_path, {8: [rewind(3)], 10: [{"type": "sync"}]}, walk, state=walk)

@@ -225,15 +225,11 @@ def _run(
         return job.executed
     if line and before and changed:
         line.say(f"again: {changed}")
-    # What another run left unfinished is set aside; what it finished stays until this one has finished.
-    kept, moved = finished(before), None
-    if job.folder and (restart or (before and before.get("key") != key)):
-        set_aside_unfinished(job.out, job.folder.name, "begun anew" if restart else changed)
-    if job.folder and kept and not job.builds_beside and job.folder.is_dir():
-        moved = set_aside(job.out, job.folder, "made again")  # this notebook would write over it
+    other_run = "begun anew" if restart else changed if before and before.get("key") != key else ""
+    moved = _clear(job, finished(before), other_run)
     record = {"status": "running", "key": key, "given": plain(job.given), "pid": os.getpid(), "started": _now()}
-    if kept and not moved:
-        record["kept"] = {name: value for name, value in kept.items() if name != "kept"}
+    if finished(before) and not moved:  # what it finished stays until this run has finished
+        record["kept"] = {name: value for name, value in finished(before).items() if name != "kept"}
     executing = job.executed.with_suffix(".new.ipynb") if "kept" in record else job.executed
     started = time.monotonic()
 
@@ -258,6 +254,26 @@ def _run(
             line.end(f"{record['status'].upper()} after {duration(record['seconds'])}")
         raise
     record.pop("kept", None)
+    _take_place(job, executing)
+    note(status="finished", made=files_made(job.folder))
+    record_seconds(job.out, job.name, record["seconds"])
+    if line:
+        line.end(f"done in {duration(record['seconds'])}")
+    return job.executed
+
+
+def _clear(job: Job, kept: Mapping, other_run: str) -> Path | None:
+    """Set aside what another run of this job left unfinished, and the finished stage if this notebook would write over
+    it; returns where that is now, None if it stays. other_run: why the run is another one, "" if it is not."""
+    if job.folder and other_run:
+        set_aside_unfinished(job.out, job.folder.name, other_run)
+    if job.folder and kept and not job.builds_beside and job.folder.is_dir():
+        return set_aside(job.out, job.folder, "made again")
+    return None
+
+
+def _take_place(job: Job, executing: Path) -> None:
+    """After the last cell: the stage needs its checkpoints no longer, and the executed notebook gets its name."""
     if job.folder and job.folder.is_dir():
         delete_checkpoints(job.folder)
     if executing != job.executed:
@@ -265,11 +281,6 @@ def _run(
         if replaced and job.executed.exists():
             os.replace(job.executed, replaced[-1] / job.executed.name)
         os.replace(executing, job.executed)
-    note(status="finished", made=files_made(job.folder))
-    record_seconds(job.out, job.name, record["seconds"])
-    if line:
-        line.end(f"done in {duration(record['seconds'])}")
-    return job.executed
 
 
 def _spare(job: Job | None):
