@@ -22,7 +22,7 @@ from alignkit.forward.rollout import Rollout, encode_rows, full_ids, groups, pas
 from alignkit.killpoints import reached
 from alignkit.metrics import stat
 from alignkit.models.adapters import reference_policy
-from alignkit.models.identity import weights_hash
+from alignkit.models.identity import tensors_hash, weights_hash
 from alignkit.optim import adamw, all_or_nothing, load_weights, set_learning_rate, within_memory
 from alignkit.storage import data_hash
 
@@ -172,6 +172,7 @@ class DPOState:
     optimizer: torch.optim.Optimizer
     ref_policy: nn.Module | None = None
     from_reference: bool = True
+    reference: str = "the policy"  # or a hash of the reference's weights
     done: int = 0  # steps made so far
     whole: bool = field(default=True, repr=False)  # False while a step is being made
     pass_limit: int | None = field(default=None, repr=False)  # tokens a pass that fit, once memory ran out
@@ -197,7 +198,8 @@ class DPOState:
             pairs = with_reference(ref_policy, pairs, batch_size=2 * config.batch_size, precision=config.precision,
                                    tokens_per_pass=config.tokens_per_pass)
         optimizer = adamw([p for p in policy.parameters() if p.requires_grad], config.learning_rate)
-        return cls(policy, pairs, optimizer, None if config.precompute_reference else ref_policy, from_reference)
+        return cls(policy, pairs, optimizer, None if config.precompute_reference else ref_policy, from_reference,
+                   "the policy" if from_reference else tensors_hash(ref_policy.state_dict()))
 
     @property
     def step(self) -> int:
@@ -212,7 +214,7 @@ class DPOState:
         """What the run depends on besides its config: the policy it starts from and the tokens of its pairs, as hashes.
         """
         sides = (self.pairs.chosen, self.pairs.rejected)
-        return {"policy": weights_hash(self.policy),
+        return {"policy": weights_hash(self.policy), "reference": self.reference,
                 "pairs": data_hash([row.tolist() for side in sides for row in full_ids(side)[0]])}
 
     def state_dict(self) -> dict:

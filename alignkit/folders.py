@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ def replacing(directory: str | Path, *, keep: bool | Callable[[str], bool] = Fal
     anything in it by the time of the exchange. Until the exchange `directory` stays as it is, and for good if the block
     raises. Files get the permissions of the umask.
     """
-    directory = Path(os.path.abspath(directory))
+    directory = Path(os.path.realpath(directory) if os.path.islink(directory) else os.path.abspath(directory))
     directory.parent.mkdir(parents=True, exist_ok=True)
     recover(directory)
     sweep(directory)
@@ -54,7 +55,10 @@ def replacing(directory: str | Path, *, keep: bool | Callable[[str], bool] = Fal
             if old:
                 shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
-        recover(directory)
+        if not os.path.lexists(directory):
+            for old in _leftovers(directory, "old"):
+                old.rename(directory)
+                break
         shutil.rmtree(new, ignore_errors=True)
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(directory)  # a full disk does not say where it is full
@@ -67,10 +71,26 @@ def recover(directory: str | Path) -> None:
     directory = Path(os.path.abspath(directory))
     if os.path.lexists(directory):
         return
+    end = time.monotonic() + 2
+    while any(map(is_held, _leftovers(directory, "new"))) and time.monotonic() < end:
+        if os.path.lexists(directory):
+            return
+        time.sleep(0.01)  # a living process is between its two renames
     for old in _leftovers(directory, "old"):
         with contextlib.suppress(OSError):
             old.rename(directory)
             return
+
+
+def is_held(folder: str | Path) -> bool:
+    """Whether a living process holds the lock of a folder."""
+    try:
+        with locked(folder):
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 def sweep(directory: str | Path) -> list[Path]:

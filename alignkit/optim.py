@@ -4,8 +4,8 @@ that are made whole or not at all, and what to do when memory runs out."""
 import contextlib
 import copy
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
 
@@ -33,20 +33,42 @@ def side_by_side(one: Callable[[], A], other: Callable[[], B], device: torch.dev
     """`one(), other()`, where neither needs or changes what the other changes.
 
     `other` runs in a thread of its own, in the caller's grad mode and autocast, on a CPU of which an operation uses one
-    thread and this process may use more cores. Elsewhere one runs after the other. An exception is raised when both
-    have ended.
+    thread and this process may use more cores. Elsewhere one runs after the other. An exception, and an interrupt
+    whenever it comes, is raised when both have ended, or `other` will never begin.
     """
     if torch.device(device).type != "cpu" or torch.get_num_threads() > 1 or _cores() < 2:
         return one(), other()
     grad, dtype, lowered = torch.is_grad_enabled(), torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
 
-    def beside() -> B:
-        with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, lowered):
-            return other()
+    door, ended = threading.Lock(), threading.Event()  # whoever passes the door first says whether `other` runs
+    passed: list[str] = []
+    outcome: dict[str, object] = {}
 
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(beside)
-        return one(), job.result()
+    def beside() -> None:
+        with door:
+            passed.append("other")
+        if passed[0] == "other":
+            try:
+                with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, lowered):
+                    outcome["value"] = other()
+            except BaseException as error:
+                outcome["error"] = error
+            finally:
+                ended.set()
+
+    try:
+        threading.Thread(target=beside, daemon=True).start()
+        first = one()
+        ended.wait()
+    except BaseException:
+        with door:
+            passed.append("caller")
+        if passed[0] == "other":
+            ended.wait()
+        raise
+    if "error" in outcome:
+        raise outcome["error"]
+    return first, outcome["value"]
 
 
 def _cores() -> int:

@@ -38,7 +38,7 @@ from alignkit.killpoints import reached
 from alignkit.metrics import stat
 from alignkit.models.adapters import reference_policy
 from alignkit.models.heads import SharedCritic, value_model_from
-from alignkit.models.identity import tensors_hash, weights_hash
+from alignkit.models.identity import function_hash, tensors_hash, weights_hash
 from alignkit.models.loading import same_vocabulary
 from alignkit.optim import (
     adamw,
@@ -156,7 +156,7 @@ class PPOState:
                                  "its own")
             critic = SharedCritic(policy)
         if critic is None:
-            reads_same = hasattr(reward, "model") and same_vocabulary(tokenizer, reward.tokenizer)
+            reads_same = hasattr(reward, "model") and same_vocabulary(tokenizer, getattr(reward, "tokenizer", None))
             critic = value_model_from(reward.model if reads_same else policy)
         if critic is policy:
             raise ValueError("critic is the policy itself, expected a model of its own")
@@ -177,11 +177,9 @@ class PPOState:
 
     def facts(self) -> dict:
         """What the run depends on besides its config: the models and texts that it starts with, as hashes."""
-        reward = self.reward
-        of_reward = ([weights_hash(reward.model), reward.mean, reward.std] if hasattr(reward, "model") else
-                     f"{reward.__module__}:{getattr(reward, '__qualname__', type(reward).__qualname__)}")
         return {"policy": weights_hash(self.policy), "critic": tensors_hash(self.critic.state_dict()),
-                "reward": of_reward, "prompts": data_hash([prompt for stratum in self.prompts for prompt in stratum]),
+                "reference": tensors_hash(self.ref_policy.state_dict()), "reward": function_hash(self.reward),
+                "prompts": data_hash([prompt for stratum in self.prompts for prompt in stratum]),
                 "demonstrations": data_hash(self.demonstrations or [])}
 
     def state_dict(self) -> dict:

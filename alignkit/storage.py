@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import stat
 import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -29,6 +30,7 @@ except ImportError:  # POSIX
 
 FAR_AWAY = 2**30  # the byte of a file that is locked on Windows
 MOST_JSON, DEEPEST_JSON = 256 * 2**20, 64  # bytes of a JSON file, and lists or mappings inside one another, to be read
+MOST_PARTS = 2**20  # lists and mappings in a JSON file; a tokenizer of 256,000 tokens has about 600,000
 
 
 def append_metrics(path: str | Path, row: Mapping) -> None:
@@ -75,11 +77,12 @@ def trim_metrics(path: str | Path, last_step: int | None = None) -> list[dict]:
     return kept
 
 
-def branch_metrics(path: str | Path, last_step: int) -> Path | None:
+def branch_metrics(path: str | Path, last_step: int, *, cut: bool = True) -> Path | None:
     """Move the rows after `last_step` from a metrics.jsonl to metrics.branch-N.jsonl beside it: a run goes back there,
     and on another way. Returns the new file, or None if there were no such rows.
 
-    The branch is written whole before the log is cut: a crash in between leaves its rows in both files.
+    The branch is written whole before the log is cut: a crash in between leaves its rows in both files. cut=False
+    leaves the cutting (`trim_metrics`) to the caller.
     """
     path = Path(path)
     left = [row for row in trim_metrics(path) if row.get("step", 0) > last_step]
@@ -87,7 +90,8 @@ def branch_metrics(path: str | Path, last_step: int) -> Path | None:
         return None
     branch = _branch(path, len(branch_files(path)) + 1)
     write_atomically(branch, "".join(json.dumps(row, allow_nan=False) + "\n" for row in left))
-    trim_metrics(path, last_step)
+    if cut:
+        trim_metrics(path, last_step)
     return branch
 
 
@@ -157,6 +161,8 @@ def read_json(path: str | Path, kind: type = dict, *, error: type[Exception] = R
     """
     path = Path(path)
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise error(f"{path} is no plain file")  # to read a pipe would take for ever
         with path.open("rb") as file:
             content = file.read(MOST_JSON + 1)
     except FileNotFoundError:
@@ -170,6 +176,10 @@ def read_json(path: str | Path, kind: type = dict, *, error: type[Exception] = R
 
 def parse_json(content: str | bytes, kind: type = dict, *, where: str, error: type[Exception] = RunError) -> object:
     """The JSON value that `content` holds, under the limits of `read_json`; `where` names its source in messages."""
+    opening = ("[", "{") if isinstance(content, str) else (b"[", b"{")
+    parts = sum(map(content.count, opening))
+    if parts > MOST_PARTS:
+        raise error(f"{where} has more than {MOST_PARTS:,} lists and mappings, too many for a record")
     try:
         value = json.loads(content, parse_constant=_no_constant)
     except RecursionError:

@@ -166,8 +166,14 @@ class Kept:
     def offer(self, step: int) -> None:
         self.told.append(("offer", step))
 
-    def forget_after(self, step: int) -> None:
-        self.told.append(("forget after", step))
+    def go_back(self, step: int) -> None:
+        self.told.append(("go back", step))
+
+    def end(self, step: int, why: str) -> None:
+        self.told.append((why, step))
+
+    def ended(self, step: int) -> str:
+        return ""
 
     def close(self, step: int) -> None:
         self.told.append(("close", step))
@@ -176,7 +182,7 @@ class Kept:
 def test_a_rewind_makes_the_checkpoints_of_what_was_left_be_forgotten(tmp_path, watched):
     walk, kept = Walk(), Kept()
     steered(tmp_path, {8: [rewind(3)]}, walk, state=walk, checkpoints=kept)
-    assert kept.told == [*[("offer", step) for step in range(1, 8)], ("forget after", 3),
+    assert kept.told == [*[("offer", step) for step in range(1, 8)], ("go back", 3),
                          *[("offer", step) for step in range(4, 11)], ("close", 10)]
 
 

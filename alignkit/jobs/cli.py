@@ -182,18 +182,21 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _prune(options: argparse.Namespace) -> None:
+    from alignkit.runs.lock import run_lock
     from alignkit.runs.stage_folders import prune, removable
     from alignkit.safe_text import visible
 
-    folders = removable(options.run)
-    for folder in folders:
-        print(f"{folder.bytes / 1e6:10,.1f} MB  {_shown(folder.path)}: {visible(folder.what)}")
-    total = f"{len(folders)} folders, {sum(folder.bytes for folder in folders) / 1e6:,.1f} MB"
-    if options.yes:
-        prune(folders)
-        print(f"deleted: {total}")
-    else:
-        print(f"{total}; with --yes they are deleted" if folders else "there is nothing to delete")
+    removable(options.run)  # is it a run?
+    with run_lock(options.run):
+        folders = removable(options.run)
+        for folder in folders:
+            print(f"{folder.bytes / 1e6:10,.1f} MB  {_shown(folder.path)}: {visible(folder.what)}")
+        total = f"{len(folders)} folders, {sum(folder.bytes for folder in folders) / 1e6:,.1f} MB"
+        if options.yes:
+            prune(folders)
+            print(f"deleted: {total}")
+        else:
+            print(f"{total}; with --yes they are deleted" if folders else "there is nothing to delete")
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

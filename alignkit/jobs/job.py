@@ -2,12 +2,14 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from alignkit.jobs.parameters import Parameter
 from alignkit.runs.records import code_hash
+from alignkit.runs.stage_folders import CHECKPOINTS
 from alignkit.stages import CHAIN, RUN_FILES
 from alignkit.storage import content_hash, plain
 
@@ -56,11 +58,12 @@ def job_key(job: Job, records: Mapping[str, dict]) -> dict[str, object]:
     """What decides the outcome of a job, part by part, so that a difference can be named."""
     made = {name: finished(record).get("made") for name, record in records.items() if name < job.name}
     earlier = {name: files for name, files in made.items() if files}
-    files = {
-        name: _digest(Path(value))
-        for name, value in job.values.items()
-        if name != "run" and isinstance(value, str) and os.path.isabs(value) and os.path.exists(value)
-    }
+    named = {name: Path(value) for name, value in job.values.items() if name != "run" and isinstance(value, str)
+             and os.path.isabs(value)}
+    code = job.values.get("reward")
+    if isinstance(code, str) and re.fullmatch(r"[\w.]+:\w+", code):  # a module in the present folder
+        named["reward"] = Path.cwd() / f"{code.partition(':')[0].replace('.', '/')}.py"
+    files = {name: _digest(path) for name, path in named.items() if path.exists()}
     return plain(
         {
             "notebook": hashlib.sha256(job.notebook.read_bytes()).hexdigest(),
@@ -114,7 +117,7 @@ def files_made(folder: Path | None) -> dict[str, str]:
     return {
         path.relative_to(folder.parent).as_posix(): _digest(path)
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in RUN_FILES
+        if path.is_file() and path.name not in RUN_FILES and CHECKPOINTS not in path.relative_to(folder).parts
     }
 
 

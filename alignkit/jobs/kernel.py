@@ -70,6 +70,7 @@ def execute(
         except DeadKernelError:
             what = _last_words(watch.exit_code, log)
             advice = memory_advice(notebook, parameters) if watch.ran_out_of_memory(what) else ""
+            advice = advice and f"if it was memory, {advice}"
             raise watch.failure("; ".join(filter(None, (what, advice)))) from None
         except CellTimeoutError:
             raise watch.failure(f"not done after {timeout:g} s (timeout)", "timeout") from None
@@ -199,7 +200,8 @@ def _last_words(exit_code: int | None, log) -> str:
     last_output = log.read().decode(errors="replace").strip()
     if exit_code is not None and exit_code < 0:
         name = signal.Signals(-exit_code).name if -exit_code in iter(signal.Signals) else str(-exit_code)
-        how = f"its process was killed by {name}" + (", often because memory ran out" if name == "SIGKILL" else "")
+        how = f"its process was killed by {name}" + (
+            ", by somebody or, as is frequent, because memory ran out" if name == "SIGKILL" else "")
     else:
         how = "its process ended" + ("" if exit_code is None else f" with exit code {exit_code}")
     return f"the kernel died: {how}" + (f"; it last wrote: {last_output}" if last_output else "")

@@ -21,7 +21,7 @@ from alignkit.jobs.progress import Progress
 from alignkit.metrics import duration
 from alignkit.runs.lock import lock_handles, run_lock
 from alignkit.runs.records import check_run, record_seconds, run_facts, start_run
-from alignkit.runs.stage_folders import delete_checkpoints, set_aside, set_aside_unfinished
+from alignkit.runs.stage_folders import STAGE_OF_JOB, delete_checkpoints, set_aside, set_aside_unfinished
 from alignkit.stages import CHAIN, NEEDS
 from alignkit.storage import plain, read_json, write_json
 
@@ -219,6 +219,8 @@ def _run(
     before, key = records.get(job.name, {}), job_key(job, records)
     changed = why_run(job, before, key)
     line = Progress(job.name, before.get("seconds", expected)) if progress else None
+    if before.get("status") == "finished":  # and its process may have been killed right after that was written
+        _needs_no_checkpoints(job)
     if not changed and not force:
         if line:
             line.say(f"done already, in {duration(before['seconds'])}")
@@ -256,6 +258,7 @@ def _run(
     record.pop("kept", None)
     _take_place(job, executing)
     note(status="finished", made=files_made(job.folder))
+    _needs_no_checkpoints(job)
     record_seconds(job.out, job.name, record["seconds"])
     if line:
         line.end(f"done in {duration(record['seconds'])}")
@@ -273,14 +276,18 @@ def _clear(job: Job, kept: Mapping, other_run: str) -> Path | None:
 
 
 def _take_place(job: Job, executing: Path) -> None:
-    """After the last cell: the stage needs its checkpoints no longer, and the executed notebook gets its name."""
-    if job.folder and job.folder.is_dir():
-        delete_checkpoints(job.folder)
+    """After the last cell: the executed notebook gets its name; the one that it replaces goes to the old stage."""
     if executing != job.executed:
         replaced = sorted((job.out / "aside").glob(f"{job.folder.name}-*")) if job.folder else []
         if replaced and job.executed.exists():
             os.replace(job.executed, replaced[-1] / job.executed.name)
         os.replace(executing, job.executed)
+
+
+def _needs_no_checkpoints(job: Job) -> None:
+    """Delete the checkpoints of a job whose record says that it has finished."""
+    if job.folder and job.folder.is_dir():
+        delete_checkpoints(job.folder)
 
 
 def _spare(job: Job | None):
@@ -293,7 +300,7 @@ def _spare(job: Job | None):
 
 
 def _environment(job: Job) -> dict[str, str]:
-    env = {**os.environ, "ALIGNKIT_HEADLESS": "1"}
+    env = {**os.environ, "ALIGNKIT_HEADLESS": "1", STAGE_OF_JOB: job.folder.name if job.folder else ""}
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -106,7 +106,7 @@ def save_model(model: nn.Module, tokenizer, directory: str | Path) -> Path:
 
 def same_vocabulary(tokenizer, other) -> bool:
     """Whether two tokenizers give every token the same id, so that ids can be passed between their models."""
-    return tokenizer is other or tokenizer.get_vocab() == other.get_vocab()
+    return tokenizer is other or (other is not None and tokenizer.get_vocab() == other.get_vocab())
 
 
 def _load(auto, model, **config_options):

@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignkit.errors import NonFinite, RunError
-from alignkit.folders import recover, replacing
+from alignkit.folders import discard, recover, replacing
 from alignkit.killpoints import reached
 from alignkit.runs.records import code_hash, versions
 from alignkit.storage import plain, read_json, settings, write_json
 
-TENSORS, STATE, FILES = "tensors.safetensors", "state.json", "files.json"
+TENSORS, STATE, FILES = "tensors.safetensors", "state.json", "files.json"  # of a checkpoint
+ENDED = "ended.json"  # of the run: that it ended by itself
 KEPT = 2  # whole checkpoints that stay
 SHORTEST, SHARE = 1.0, 0.02  # seconds between two checkpoints, and the share of the time that they may take
 
@@ -71,7 +72,7 @@ class Checkpoints:
             try:
                 record = _checked(folder)
                 self._compare(folder, record)
-                saved = _unpacked(record["saved"], load_file(folder / TENSORS))
+                saved = _loaded(folder, record)
             except _Torn as problem:
                 warnings.warn(f"checkpoint {folder} is not whole ({problem}); the one before it is used", stacklevel=3)
                 continue
@@ -129,12 +130,27 @@ class Checkpoints:
             write_json(self.folder.parent / "nonfinite.json",
                        {"error": str(error), "step": error.step, "batch": error.batch})
 
-    def forget_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps: the run went back to `step`."""
+    def go_back(self, step: int) -> None:
+        """The state was brought back to what it was after `step` steps: write that, then delete what is of later ones.
+        """
+        self._step = -1
+        if step:
+            self.save(step)
         for folder in self._folders():
             if int(folder.name) > step:
-                shutil.rmtree(folder, ignore_errors=True)
-        self._step = min(self._step, step)
+                discard(folder)
+
+    def end(self, step: int, why: str) -> None:
+        """Note that the run ended by itself after `step` steps, before its last one: it does not go on from there."""
+        write_json(self.folder / ENDED, {"step": step, "why": why})
+
+    def ended(self, step: int) -> str:
+        """Why the run ended by itself after `step` steps; "" if it did not."""
+        try:
+            note = read_json(self.folder / ENDED)
+        except (OSError, RunError):
+            return ""
+        return str(note.get("why", "")) if note.get("step") == step else ""
 
     def _folders(self) -> list[Path]:
         """The folders of checkpoints, newest step first."""
@@ -165,8 +181,9 @@ def _checked(folder: Path) -> dict:
     """The record of a checkpoint, after checking every byte of it. Raises _Torn."""
     recover(folder)
     try:
-        for name, expected in read_json(folder / FILES, error=_Torn).items():
-            if name not in (TENSORS, STATE) or _sha256(folder / name) != expected:
+        written = read_json(folder / FILES, error=_Torn)
+        for name in (TENSORS, STATE):
+            if written.get(name) != _sha256(folder / name):
                 raise _Torn(f"{name} has other bytes than were written")
         record = read_json(folder / STATE, error=_Torn)
     except OSError as problem:
@@ -176,6 +193,17 @@ def _checked(folder: Path) -> dict:
     if not isinstance(record.get("facts"), dict):
         raise _Torn(f"{STATE} has no facts")
     return record
+
+
+def _loaded(folder: Path, record: dict) -> dict:
+    """What was saved. Raises _Torn."""
+    try:
+        saved = _unpacked(record["saved"], load_file(folder / TENSORS))
+    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as problem:
+        raise _Torn(f"its parts do not fit each other: {problem}") from None
+    if not isinstance(saved, dict):
+        raise _Torn(f"{STATE} holds no state")
+    return saved
 
 
 def _packed(value: object, tensors: dict[str, Tensor], known: dict) -> object:
@@ -197,20 +225,17 @@ def _packed(value: object, tensors: dict[str, Tensor], known: dict) -> object:
 
 
 def _unpacked(tree: object, tensors: Mapping[str, Tensor]) -> object:
-    """What `_packed` was given. Raises _Torn if the two do not fit each other."""
+    """What `_packed` was given."""
     if not isinstance(tree, dict):
         return tree
-    try:
-        (kind, content), = tree.items()
-        if kind == "tensor":
-            return tensors[content].clone()
-        if kind == "items":
-            return {key: _unpacked(item, tensors) for key, item in content}
-        if kind == "float":
-            return float(content)
-        return {"list": list, "tuple": tuple}[kind](_unpacked(item, tensors) for item in content)
-    except (KeyError, ValueError, TypeError, SafetensorError) as problem:
-        raise _Torn(f"its parts do not fit each other: {problem}") from None
+    (kind, content), = tree.items()
+    if kind == "tensor":
+        return tensors[content].clone()
+    if kind == "items":
+        return {key: _unpacked(item, tensors) for key, item in content}
+    if kind == "float":
+        return float(content)
+    return {"list": list, "tuple": tuple}[kind](_unpacked(item, tensors) for item in content)
 
 
 def _flat(facts: Mapping, before: str = "") -> dict[str, object]:

@@ -14,12 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from alignkit.errors import RunError
-from alignkit.folders import discard, leftovers, recover
+from alignkit.folders import MARK, discard, is_held, leftovers, recover
 from alignkit.killpoints import reached
 from alignkit.stages import CHAIN, STAGES
 from alignkit.storage import flush, read_json, write_json
 
 CHECKPOINTS = "checkpoints"  # a folder of this name in a stage holds what a run needs to go on, until it has finished
+STAGE_OF_JOB = "ALIGNKIT_STAGE_OF_JOB"  # environment variable of a job's kernel: the stage that it makes
 NEW = ".new"  # RUN/STAGE.new is built while RUN/STAGE holds a finished stage
 
 
@@ -38,14 +39,24 @@ def stage_folder(run: str | Path, stage: str, *, restart: bool = False) -> Path:
 
 def stage_in_work(run: Path, stage: str) -> Path:
     """Where a stage is built now, or will be: RUN/STAGE, or RUN/STAGE.new if RUN/STAGE is finished."""
-    place = run / stage_name(stage)
+    place, new = run / stage_name(stage), run / f"{stage}{NEW}"
     recover(place)
-    return run / f"{stage}{NEW}" if is_finished(place) else place
+    if not place.exists() and (new / "results.json").exists():
+        os.rename(new, place)  # a process was killed after it had set the old stage aside
+    return new if is_finished(place) else place
 
 
 def is_finished(folder: Path) -> bool:
     """Whether a stage's folder holds one that has finished."""
-    return (folder / "results.json").exists() and not any(folder.rglob(CHECKPOINTS))
+    return (folder / "results.json").exists() and not checkpoint_folders(folder)
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The folders of checkpoints at any depth of a stage; not a folder or link of that name that holds anything else.
+    """
+    ours = re.compile(rf"\d+|ended\.json|\..*{re.escape(MARK)}-.*")
+    return [path for path in sorted(folder.rglob(CHECKPOINTS)) if path.is_dir() and not path.is_symlink()
+            and all(ours.fullmatch(each.name) for each in path.iterdir())]
 
 
 def set_aside_unfinished(run: str | Path, stage: str, why: str) -> Path | None:
@@ -57,8 +68,8 @@ def set_aside_unfinished(run: str | Path, stage: str, why: str) -> Path | None:
 def finish_stage(run: Path, stage: str, built: Path) -> None:
     """Put a built stage, which has its results, in its place; what stood there is set aside.
 
-    Its checkpoints are deleted last: by the job, if it runs in one, since a job that is killed before its end goes on
-    from them."""
+    Its checkpoints are deleted last: by the job that makes this stage, if one does, since a job that is killed before
+    its end goes on from them."""
     reached("stage.results")
     place = run / stage_name(stage)
     if built.resolve() != place.resolve():
@@ -67,21 +78,16 @@ def finish_stage(run: Path, stage: str, built: Path) -> None:
         reached("stage.aside")
         os.rename(built, place)
         flush(run)
-    if not headless():
+    if os.environ.get(STAGE_OF_JOB) != stage:
         delete_checkpoints(place)
 
 
 def delete_checkpoints(folder: Path) -> None:
     """Delete the checkpoints of a finished stage, and what killed processes left in it."""
-    for checkpoints in [*folder.rglob(CHECKPOINTS)]:
+    for checkpoints in checkpoint_folders(folder):
         discard(checkpoints)
     for part in leftovers(folder):
         shutil.rmtree(part, ignore_errors=True)
-
-
-def headless() -> bool:
-    """Whether this process is the kernel of a job."""
-    return os.environ.get("ALIGNKIT_HEADLESS") == "1"
 
 
 def set_aside(run: str | Path, folder: str | Path, why: str) -> Path:
@@ -91,7 +97,7 @@ def set_aside(run: str | Path, folder: str | Path, why: str) -> Path:
     run, folder = Path(run), Path(folder)
     stage, date = folder.name.removesuffix(NEW), datetime.now(UTC)
     names = (f"{stage}-{date:%Y-%m-%d-%H%M%S}{f'-{n}' if n else ''}" for n in itertools.count())
-    aside = next(run / "aside" / name for name in names if not (run / "aside" / name).exists())
+    aside = next(run / "aside" / name for name in names if not (_aside(run) / name).exists())
     finished = is_finished(folder)
     jobs = _known(run / "jobs.json")
     job = next((record for name, record in jobs.items() if CHAIN.get(name) == stage and isinstance(record, dict)), {})
@@ -126,13 +132,15 @@ def removable(run: str | Path) -> list[Removable]:
     if not (run / "run.json").exists() and not (run / "jobs.json").exists():
         raise RunError(f"{run} is no run directory: it has neither run.json nor jobs.json")
     folders = []
-    for path in sorted((run / "aside").iterdir()) if (run / "aside").is_dir() else []:
+    for path in sorted(_aside(run).iterdir()) if _aside(run).is_dir() else []:
         record = _known(path / "aside.json")
+        if path.is_symlink() or not path.is_dir() or not record:
+            continue  # not what `set_aside` put there
         state = "finished" if record.get("finished") else "unfinished"
         what, moved = record.get("stage", "folder"), record.get("moved", "at some time")
         folders.append((path, f"{state} {what}, set aside {moved}: {record.get('why', 'no reason is recorded')}"))
     folders += [(path, "left by a process that was killed")
-                for path in leftovers(run) if run / "aside" not in path.parents]
+                for path in leftovers(run) if run / "aside" not in path.parents and not is_held(path)]
     return [Removable(path, sum(file.lstat().st_size for file in path.rglob("*") if file.is_file()), what)
             for path, what in folders]
 
@@ -141,6 +149,12 @@ def prune(folders: list[Removable]) -> None:
     """Delete what `removable` listed."""
     for folder in folders:
         shutil.rmtree(folder.path)
+
+
+def _aside(run: Path) -> Path:
+    if (run / "aside").is_symlink():
+        raise RunError(f"{run / 'aside'} is a link, expected a folder or nothing; delete the link")
+    return run / "aside"
 
 
 def stage_name(stage: str) -> str:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -146,6 +148,57 @@ def test_prune_lists_before_it_deletes_and_touches_nothing_else(run, capsys):
     prune([])
 
 
+def test_prune_follows_no_link_and_leaves_what_a_living_process_writes(run, tmp_path):
+    from alignkit.storage import locked
+
+    source, out = run
+    part = out / "ppo" / f".x.{folders.MARK}-new-0123456789ab"
+    part.mkdir()
+    with locked(part):
+        assert removable(out) == []
+    (out / "aside").mkdir()
+    (out / "aside" / "mine").mkdir()
+    (out / "aside" / "mine.txt").write_text("a note")
+    assert [folder.path for folder in removable(out)] == [part]
+    home = tmp_path / "home"
+    (home / "letters").mkdir(parents=True)
+    shutil.rmtree(out / "aside")
+    (out / "aside").symlink_to(home)
+    with pytest.raises(RunError, match="is a link"):
+        removable(out)
+    with pytest.raises(NotebookFailed, match="is a link"):
+        run_notebook(source, out, {"steps": 3}, progress=False, force=True)
+    assert (home / "letters").exists()
+
+
+def test_a_process_killed_after_it_set_the_old_stage_aside_is_finished_by_the_next(tmp_path):
+    run = start_run(tmp_path / "run", "tiny", "desk", 0)
+    write_results(run, "ppo", {"a": 1}, built=stage_folder(run, "ppo"))
+    built = stage_folder(run, "ppo")
+    (built / "results.json").write_text('{"a": 2}')
+    set_aside(run, run / "ppo", "made again")
+    assert stage_folder(run, "ppo") == run / "ppo.new" and (run / "ppo" / "results.json").read_text() == '{"a": 2}'
+
+
+def test_a_users_own_notebook_with_a_stage_can_run_again_with_other_parameters(tmp_path):
+    cells = [cell.replace("'ppo'", "'mine'") for cell in (BUILD, FINISH)]
+    source, out = notebook(tmp_path / "mine_nb.ipynb", *cells), tmp_path / "run"
+    for steps in (3, 5):
+        run_notebook(source, out, {"steps": steps}, progress=False)
+        assert (out / "mine" / "weights.txt").read_text() == str(steps) and is_finished(out / "mine")
+
+
+def test_a_folder_or_link_of_a_user_that_is_called_checkpoints_is_left_alone(tmp_path):
+    run = start_run(tmp_path / "run", "tiny", "desk", 0)
+    built = stage_folder(run, "ppo")
+    (built / "deep" / "checkpoints").mkdir(parents=True)
+    (built / "deep" / "checkpoints" / "notes.txt").write_text("mine")
+    (built / "checkpoints").symlink_to(tmp_path)
+    write_results(run, "ppo", {"a": 1}, built=built)
+    assert (run / "ppo" / "deep" / "checkpoints" / "notes.txt").exists() and is_finished(run / "ppo")
+    assert not folders.leftovers(run)
+
+
 def test_two_stages_set_aside_in_one_second_have_two_names(tmp_path):
     run = start_run(tmp_path / "run", "tiny", "desk", 0)
     places = set()
@@ -228,6 +281,48 @@ def test_a_process_killed_between_two_renames_left_a_folder_that_readers_find(tm
     (old / "a").write_text("1")
     folders.recover(tmp_path / "model")
     assert (tmp_path / "model" / "a").read_text() == "1"
+
+
+def test_a_reader_between_two_renames_does_not_disturb_the_writer(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "_swap", lambda one, other: False)
+    place, readers = tmp_path / "model", []
+
+    def between(point):
+        if point == "folder.between":
+            readers.append(threading.Thread(target=folders.recover, args=(place,)))
+            readers[0].start()
+            time.sleep(0.1)
+
+    with folders.replacing(place) as new:
+        (new / "a").write_text("1")
+    monkeypatch.setattr(folders, "reached", between)
+    with folders.replacing(place) as new:
+        (new / "a").write_text("2")
+    readers[0].join()
+    assert (place / "a").read_text() == "2" and os.listdir(tmp_path) == ["model"]
+
+
+def test_a_folder_that_is_a_link_is_replaced_where_it_points(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "model").symlink_to("real")
+    with folders.replacing(tmp_path / "model") as new:
+        (new / "a").write_text("1")
+    assert (tmp_path / "model").is_symlink() and (tmp_path / "real" / "a").read_text() == "1"
+    assert sorted(os.listdir(tmp_path)) == ["model", "real"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_record_that_is_a_pipe_or_a_bomb_is_refused_at_once(tmp_path):
+    from alignkit.storage import read_json
+
+    os.mkfifo(tmp_path / "jobs.json")
+    with pytest.raises(RunError, match="no plain file"):
+        read_json(tmp_path / "jobs.json")
+    (tmp_path / "bomb.json").write_text("[" + "[]," * 2_000_000 + "[]]")
+    begun = time.monotonic()
+    with pytest.raises(RunError, match="more than 1,048,576 lists"):
+        read_json(tmp_path / "bomb.json", list)
+    assert time.monotonic() - begun < 5
 
 
 def test_15_what_a_killed_process_left_is_swept_unless_somebody_holds_it_or_it_has_no_marker(tmp_path):

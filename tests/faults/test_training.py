@@ -1,6 +1,9 @@
 """Faults of training: killed, interrupted, out of memory, not finite, run away. Numbers as in the list of faults."""
 
+import asyncio
 import copy
+import functools
+import hashlib
 import json
 import math
 import shutil
@@ -9,13 +12,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from alignkit_widgets import TrainingCockpit
 
 from alignkit import optim
 from alignkit.configs import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from alignkit.dpo import DPOState, dpo_iteration
 from alignkit.errors import InvariantError, NonFinite, OutOfMemory, RunError
 from alignkit.models.heads import reward_model_from
-from alignkit.models.identity import tensors_hash, weights_hash
+from alignkit.models.identity import function_hash, tensors_hash, weights_hash
 from alignkit.models.loading import load_policy
 from alignkit.ppo import PPOState, accumulate_gradient, ppo, ppo_iteration, ran_away, sample
 from alignkit.reward import train_reward_model
@@ -110,8 +114,11 @@ def test_01_the_newest_two_checkpoints_stay(desk, tmp_path):
         ppo_iteration(state, CONFIG)
         checkpoints.offer(state.iteration)
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["00000003", "00000004"]
-    checkpoints.forget_after(3)
+    saved = copy.deepcopy(dict(Checkpoints(tmp_path / "c", start(desk), CONFIG).latest()[1]))
+    checkpoints.go_back(3)
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["00000003"]
+    checkpoints.go_back(2)  # one that was not on the disk any more is written again
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["00000002"] and saved["iteration"] == 4
 
 
 # --- 3: interrupts ----------------------------------------------------------------------------------------------------
@@ -230,6 +237,73 @@ def test_17_a_checkpoint_of_another_run_is_refused_with_the_keys_that_differ(des
     moved.prompts[0][0] = "another question"
     with pytest.raises(RunError, match=r"prompts was"):
         Checkpoints(two, moved, CONFIG).resume()
+
+
+class Rewards:
+    """A callable object."""
+
+    def __init__(self, sign):
+        self.sign = sign
+
+    def __call__(self, prompts, responses):
+        return [self.sign * len(response) for response in responses]
+
+
+def scaled(sign, prompts, responses):
+    return [sign * len(response) for response in responses]
+
+
+def closure(sign):
+    return lambda prompts, responses: [sign * len(response) for response in responses]
+
+
+@pytest.mark.parametrize("make", [lambda sign: functools.partial(scaled, sign), Rewards, closure,
+                                  lambda sign: Rewards(sign).__call__])
+def test_17_a_reward_is_known_by_what_it_does(make):
+    assert function_hash(make(1)) == function_hash(make(1)) != function_hash(make(-1))
+
+
+def test_17_a_reward_with_other_code_is_another_one():
+    one, other = lambda prompts, responses: [1.0], lambda prompts, responses: [2.0]
+    assert function_hash(one) != function_hash(other)
+
+
+def test_17_another_reference_is_another_run(desk, two):
+    other = copy.deepcopy(desk["policy"])
+    with torch.no_grad():
+        next(other.parameters())[0] += 1
+    state = PPOState.start(copy.deepcopy(desk["policy"]), desk["tokenizer"], reward, desk["strata"], CONFIG,
+                           ref_policy=other)
+    with pytest.raises(RunError, match="reference was"):
+        Checkpoints(two, state, CONFIG).resume()
+
+
+@pytest.mark.parametrize("saved", [5, {"float": 1}, {"items": 5}, {"tensor": "9"}, {"what": []}, [], "x"])
+def test_10_a_checkpoint_with_right_hashes_and_wrong_content_is_skipped_too(desk, two, saved):
+    place = two / "00000002"
+    record = json.loads((place / "state.json").read_text())
+    (place / "state.json").write_text(json.dumps({**record, "saved": saved}))
+    digests = {name: hashlib.sha256((place / name).read_bytes()).hexdigest()
+               for name in ("state.json", "tensors.safetensors")}
+    (place / "files.json").write_text(json.dumps(digests))
+    with pytest.warns(UserWarning, match="not whole"):
+        assert Checkpoints(two, start(desk), CONFIG).resume() == 1
+
+
+def test_28_a_run_that_stopped_by_itself_does_not_train_on_when_it_is_resumed(desk, tmp_path):
+    rows = []
+    for _ in range(2):
+        state, log = start(desk), tmp_path / "metrics.jsonl"
+
+        def step(_controls, state=state):
+            stats = ppo_iteration(state, CONFIG)
+            return {"kl": stats.kl_to_ref, "stop": "KL ran away" if stats.iteration == 2 else ""}
+
+        cockpit = TrainingCockpit("PPO", [("KL", ["kl"])], CONFIG.iterations, log=log)
+        checkpoints = Checkpoints(tmp_path / "c", state, CONFIG)
+        rows.append(asyncio.run(cockpit.run(step, checkpoints=checkpoints)))
+        assert cockpit.session.stop == "KL ran away" and state.iteration == 2
+    assert rows[0] == rows[1] and len(rows[0]) == 2
 
 
 def test_17_a_checkpoint_of_other_code_is_refused_and_other_threads_are_told(desk, two, monkeypatch):

@@ -85,7 +85,9 @@ class Playground:
             raise RunError(f"{folder / 'config-of-run.json'} is not of this version of alignkit: {error}") from None
         policy, tokenizer = load_policy(self.run / "sft")
         state = PPOState.start(policy, tokenizer, self.scorer, list(self.task.strata().values()), config)
-        return LivePPO(self, folder, config, state, Checkpoints(folder / CHECKPOINTS, state, config))
+        checkpoints = Checkpoints(folder / CHECKPOINTS, state, config)
+        checkpoints.latest()  # raises if they are of another run, before anything is touched
+        return LivePPO(self, folder, config, state, checkpoints, continued=True)
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class LivePPO:
     config: PPOConfig
     state: PPOState = field(repr=False)
     checkpoints: Checkpoints = field(repr=False)
+    continued: bool = False
     _lock: Lock = field(default_factory=Lock, repr=False)  # a run may be saved from another thread than it trains in
 
     @property
@@ -112,7 +115,9 @@ class LivePPO:
 
     def save(self) -> Path | None:
         """Write the policy as it is now to its folder; None, and no folder, if no iteration was done. The checkpoints
-        of a run that has come to its end are deleted."""
+        of a run that has come to its end are deleted. A run that was to go on, and did not, is left as it was."""
+        if self.continued and not self.state.iteration:
+            return None
         if self.state.iteration or branch_files(self.folder / "metrics.jsonl"):
             with self._lock:
                 saved = save_model(self.state.policy, self.state.tokenizer, self.folder)
@@ -128,7 +133,7 @@ def open_playground(run: str | Path, tell: Callable[[str], None] = print, data: 
 
     tell: is told what takes a while. data: what the run was made from; None takes the name in its run.json, if that is
     the desk world or a file or folder that is here: a name that a run folder brings along is never looked up elsewhere.
-    Raises RunError if there is half a run, an SFT policy without a reward model, or such a name.
+    Raises RunError if there is half a run of the course, an SFT policy without a reward model, or such a name.
     """
     run = Path(run)
     facts = {"model": "tiny", "data": "desk", "seed": 0} | run_facts(run)
@@ -137,7 +142,8 @@ def open_playground(run: str | Path, tell: Callable[[str], None] = print, data: 
                        "name in a run folder is not fetched; if you know it and want it, say so: --data NAME")
     facts["data"] = facts["data"] if data is None else data
     has = {stage: (run / stage / "config.json").exists() for stage in ("sft", "reward")}
-    if not any(has.values()):
+    begun_here = has["sft"] and not (run / "sft" / "results.json").exists() and not (run / "jobs.json").exists()
+    if not any(has.values()) or (begun_here and not has["reward"]):  # its first start may have been killed half-way
         if facts["model"] != "tiny" or facts["data"] != "desk":
             raise RunError(f"{run} has no sft/ and reward/ yet; run notebooks 01 and 02 in it first (alignkit course)")
         tell(f"{run} has no run yet: making the desk world's SFT policy and reward model (about a minute)")

@@ -84,8 +84,8 @@ class Cockpit(TrainingCockpit):
         super().__init__(*arguments, **options)
         self.dashboard = dashboard
 
-    def open(self, mode: str, start: int = 0, unit: str = "iteration"):
-        remote = super().open(mode, start, unit)
+    def open(self, mode: str, start: int = 0, unit: str = "iteration", goes_on: bool = False):
+        remote = super().open(mode, start, unit, goes_on)
         config = remote.session.config | looks()
         remote.session.show_on(self.dashboard.mount("train", "cockpit", config, remote.receive))
         return remote

@@ -93,7 +93,11 @@ class TrainingCockpit:
         with self._opened("control" if replay is None else "replay", start, checkpoints) as remote:
             if state is not None and replay is None:
                 remote.session.keep(state)
-            while remote.session.done < self.total:
+            if checkpoints is not None and start:
+                remote.session.stop = checkpoints.ended(start)
+            if remote.session.stop:
+                remote.session.close("stopped")
+            while remote.session.done < self.total and not remote.session.stop:
                 if not await remote.turn():
                     remote.session.close("stopped")
                     break
@@ -107,7 +111,6 @@ class TrainingCockpit:
                 remote.session.record(iteration, metrics, time.perf_counter() - begun)
                 if remote.session.stop:
                     remote.session.close("stopped")
-                    break
         return self.rows
 
     def run_sync(self, step: Callable, *, start: int = 0, replay: Mapping[int, Mapping] | None = None) -> list[dict]:
@@ -154,15 +157,17 @@ class TrainingCockpit:
 
         display_png(self.picture(), self.title)
 
-    def open(self, mode: str, start: int = 0, unit: str = "iteration") -> Remote:
-        """Start a session: `mode` is "control", "replay" or "watch", `unit` what the x axis counts.
+    def open(self, mode: str, start: int = 0, unit: str = "iteration", goes_on: bool = False) -> Remote:
+        """Start a session: `mode` is "control", "replay" or "watch", `unit` what the x axis counts, `goes_on` whether
+        branches in the log are this run's even at its start.
 
         What opens a session must close it (`session.close`).
         """
         controls = Controls(self.specs)
         remote = Remote(controls, self.patience)
         self.session = remote.session = Session(
-            self._config(mode, unit), controls, log=self.log, start=start, every=self.every, on_message=remote.receive
+            self._config(mode, unit), controls, log=self.log, start=start, every=self.every, on_message=remote.receive,
+            goes_on=goes_on
         )
         return remote
 
@@ -170,7 +175,7 @@ class TrainingCockpit:
     def _opened(self, mode: str, start: int, checkpoints: object = None) -> Iterator[Remote]:
         if self.total is None:
             raise ValueError("total is None, expected the number of iterations to run")
-        remote = self.open(mode, start)
+        remote = self.open(mode, start, goes_on=checkpoints is not None)
         remote.session.checkpoints = checkpoints
         try:
             yield remote

@@ -30,12 +30,13 @@ class Session:
         start: int,
         every: float,
         on_message: Callable[[dict], None],
+        goes_on: bool = False,
     ) -> None:
         self.config, self.controls, self.total = config, controls, config["total"]
         self.log = Path(log) if log is not None else None
         self.feed = Feed(config, on_message, every)
         self.rows, self.marks, self.branches = self.feed.rows, self.feed.marks, self.feed.branches
-        self.rows += _rows_before(self.log, start)
+        self.rows += _rows_before(self.log, start, goes_on)
         self.branches += branches_of(self.log, self.rows) if self.log is not None else []
         self.resumed = [{"step": start, "name": "resumed", "old": None, "new": None}] if start and self.rows else []
         self.marks += marks_of(self.rows, self.branches) + self.resumed
@@ -63,11 +64,13 @@ class Session:
         own, its lines stay on the charts. Anything but an earlier iteration with a snapshot is ignored."""
         if self.snapshots is None or type(iteration) is not int or iteration not in self._earlier():
             return
-        if self.log is not None:
-            branch_metrics(self.log, iteration)
+        if self.log is not None:  # the log is cut last: what it says is never ahead of the checkpoints
+            branch_metrics(self.log, iteration, cut=False)
         self.snapshots.restore(iteration)
         if self.checkpoints is not None:
-            self.checkpoints.forget_after(iteration)
+            self.checkpoints.go_back(iteration)
+        if self.log is not None:
+            trim_metrics(self.log, iteration)
         self.branches.append(branch(self.rows, iteration))
         self.rows[:] = [row for row in self.rows if row["step"] <= iteration]
         self.marks[:] = marks_of(self.rows, self.branches) + self.resumed
@@ -139,6 +142,8 @@ class Session:
         self.snapshots = None
         if self.checkpoints is not None:
             self.checkpoints.close(self.done)
+            if self.stop:
+                self.checkpoints.end(self.done, self.stop)
         self.move(state)
         if self.stop:
             print(f"{self.config['title']} stopped: {self.stop}")
@@ -177,17 +182,17 @@ class Session:
         return finite(number)
 
 
-def _rows_before(log: Path | None, start: int) -> list[dict]:
+def _rows_before(log: Path | None, start: int, goes_on: bool) -> list[dict]:
     """Make the log ready: empty for a new run, or with the rows up to `start` for one that goes on; returns those.
 
-    What an earlier run left when it was rewound goes with its log.
+    What an earlier run left when it was rewound goes with its log, unless this run `goes_on` with that one.
     """
     if log is None:
         return []
     if start:
         return checked(trim_metrics(log, start), log)
     log.parent.mkdir(parents=True, exist_ok=True)
-    for file in reversed(branch_files(log)):
+    for file in reversed(branch_files(log)) if not goes_on else ():
         file.unlink()
     write_atomically(log, "")
     return []
