@@ -142,7 +142,8 @@ def open_playground(run: str | Path, tell: Callable[[str], None] = print, data: 
                        "name in a run folder is not fetched; if you know it and want it, say so: --data NAME")
     facts["data"] = facts["data"] if data is None else data
     has = {stage: (run / stage / "config.json").exists() for stage in ("sft", "reward")}
-    begun_here = has["sft"] and not (run / "sft" / "results.json").exists() and not (run / "jobs.json").exists()
+    of_course = (run / "sft" / "results.json").exists() or (run / "jobs.json").exists()
+    begun_here = has["sft"] and (run / "run.json").exists() and not of_course
     if not any(has.values()) or (begun_here and not has["reward"]):  # its first start may have been killed half-way
         if facts["model"] != "tiny" or facts["data"] != "desk":
             raise RunError(f"{run} has no sft/ and reward/ yet; run notebooks 01 and 02 in it first (alignkit course)")
