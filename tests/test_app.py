@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from alignkit_widgets import TrainingCockpit
 from alignkit_widgets.app import server
 from alignkit_widgets.app.playground import make_desk_start, open_playground
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
@@ -205,6 +206,44 @@ def test_half_a_run_is_refused_with_a_reason(desk_start, tmp_path):
     os.symlink(desk_start / "sft", tmp_path / "half" / "sft")
     with pytest.raises(RunError, match="has no reward/"):
         open_playground(tmp_path / "half")
+
+
+def test_a_stopped_run_is_continued_to_what_an_unstopped_one_is(playground):
+    async def trained(iterations: int, run) -> None:
+        cockpit = TrainingCockpit("PPO", [("KL", ["objective/kl"])], iterations, log=run.folder / "metrics.jsonl")
+        await cockpit.run(run.step, checkpoints=run.checkpoints)
+
+    small = {"prompts_per_iteration": 16, "minibatch_size": 16}
+    whole = playground.start_ppo(4, **small)
+    asyncio.run(trained(4, whole))
+    whole.save()
+    stopped = playground.start_ppo(4, **small)
+    asyncio.run(trained(2, stopped))
+    stopped.save()
+    assert playground.unfinished() == [stopped.folder.name]
+    again = playground.continue_ppo(stopped.folder.name)
+    asyncio.run(trained(4, again))
+    again.save()
+    assert playground.unfinished() == []
+    assert read_metrics(again.folder / "metrics.jsonl") == read_metrics(whole.folder / "metrics.jsonl")
+    assert (again.folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
+
+
+def test_a_run_that_cannot_be_continued_is_left_as_it_was(playground, monkeypatch):
+    run = playground.start_ppo(4, prompts_per_iteration=16, minibatch_size=16)
+    run.step({})
+    run.checkpoints.save(1)
+    run.save()
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    monkeypatch.setattr("alignkit.runs.checkpoints.code_hash", lambda: "another version")
+    with pytest.raises(RunError, match="code was"):
+        playground.continue_ppo(run.folder.name)
+    monkeypatch.undo()
+    assert playground.continue_ppo(run.folder.name).save() is None, "nothing was trained"
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+    for name in ("ppo-7", "../sft", "", "ppo-1/.."):
+        with pytest.raises(RunError, match="no unfinished run"):
+            playground.continue_ppo(name)
 
 
 @pytest.mark.slow
