@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import shutil
 import warnings
 from dataclasses import replace
@@ -327,6 +328,38 @@ def test_17_a_state_of_another_size_is_refused_before_anything_is_changed(desk):
     with pytest.raises(ValueError, match=r"a model of another size: .* is \("):
         state.load_state_dict(saved)
     assert fingerprint(state) == before
+
+
+# --- 21: the clock ----------------------------------------------------------------------------------------------------
+def test_21_the_newest_checkpoint_is_that_of_the_last_step_whatever_the_clock_says(desk, two, monkeypatch):
+    for name, when in (("00000001", 2e9), ("00000002", 1e9)):
+        os.utime(two / name, (when, when))
+    assert Checkpoints(two, start(desk), CONFIG).resume() == 2
+    now = iter(range(10**6, 0, -3600))  # every look at the clock is an hour earlier
+    monkeypatch.setattr("time.time", lambda: next(now))
+    state = start(desk)
+    checkpoints = Checkpoints(two, state, CONFIG, every=0)
+    checkpoints.resume()
+    cockpit = TrainingCockpit("PPO", [("KL", ["kl"])], 4, log=two.parent / "metrics.jsonl")
+    asyncio.run(cockpit.run(lambda _: {"kl": ppo_iteration(state, CONFIG).kl_to_ref}, checkpoints=checkpoints))
+    assert checkpoints.seconds >= 0 and cockpit.session.busy >= 0 and not checkpoints.due() < 0
+    assert Checkpoints(two, start(desk), CONFIG).resume() == 4
+
+
+# --- 30: responses that end at once -----------------------------------------------------------------------------------
+def test_30_a_policy_that_says_nothing_at_all_trains_and_stays_finite(desk):
+    state = start(desk)
+    end = desk["tokenizer"].eos_token_id
+    with torch.no_grad():
+        head = state.policy.get_output_embeddings()
+        state.ref_policy.get_output_embeddings().weight.mul_(0)
+        head.weight.mul_(0)
+    bias = torch.zeros(head.weight.shape[0])
+    bias[end] = 50.0
+    for model in (state.policy, state.ref_policy):
+        model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: output + bias)
+    stats = ppo_iteration(state, CONFIG)
+    assert stats.length == 1 and stats.eos_rate == 1 and all(math.isfinite(value) for value in stats.log().values())
 
 
 # --- 23, 24b, 25: what is not finite ----------------------------------------------------------------------------------
