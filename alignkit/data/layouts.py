@@ -41,6 +41,11 @@ class Layout(NamedTuple):
         return _places(self.columns)
 
     @property
+    def names(self) -> frozenset[str]:
+        """The fields."""
+        return frozenset(field for field, _, _, _ in self.places)
+
+    @property
     def needs(self) -> int:
         """How many columns must be there."""
         return sum(needed for _, _, needed, _ in self.places)
@@ -201,6 +206,8 @@ LAYOUTS = (
            better(first="1", second="0")),
     Layout("PKU-SafeRLHF", "pairs", "prompt first=response_0 second=response_1 better=better_response_id",
            better(first="0", second="1", tie="-1")),
+    Layout("first, second, better", "pairs", "prompt first second better system? history?",
+           better(first="first|a|A|model_a", second="second|b|B|model_b", tie="tie")),
     Layout("Chatbot Arena", "pairs", "first=conversation_a second=conversation_b better=winner", arena),
     Layout("Chatbot Arena, 55k", "pairs",
            "prompt first=response_a second=response_b a=winner_model_a b=winner_model_b winner_tie?", arena_lists),

@@ -264,6 +264,7 @@ class _Scan:
 
     def _fields(self, record: dict) -> dict:
         fields = self._layout.fields(record)
+        fields |= {name: record[name] for name in self._given if name in record and name in self._layout.names}
         return {name: value for name, value in fields.items() if self._given.get(name) != ""}
 
     def _together(self, numbered: Iterable[tuple[int, object]]) -> Iterator[tuple[int, object]]:
