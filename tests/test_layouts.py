@@ -1,6 +1,7 @@
 """Layouts of published data sets: from their columns to the normal rows, and what is refused with the flag that helps."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -228,8 +229,7 @@ def test_helpsteer_pairs_neighbours_and_leaves_ties_out(write):  # noqa: F811
 ])
 def test_a_bad_row_of_a_layout_is_named_by_its_own_columns(write, layout, change, reason):  # noqa: F811
     row = PAIRS[layout][0]
-    with pytest.raises(DataError, match=reason):
-        load_rows(write("a.jsonl", [row, row, row | change]))
+    assert re.search(reason, str(check(write("a.jsonl", [row, row, row | change]))))
 
 
 def test_ties_are_left_out_and_counted(write):  # noqa: F811
@@ -390,7 +390,7 @@ def test_a_thought_that_the_prompt_opens_is_not_lost(write, tokenizer, monkeypat
 
 # --- the command -----------------------------------------------------------------------------------------------------
 def test_check_takes_kind_split_and_columns(write, capsys):  # noqa: F811
-    row = {"q": "Hi?", "chosen": "Yes.", "rejected": "No.", "messages": [Q], "split": "a"}
+    row = {"q": "Hi?", "chosen": "Yes.", "rejected": "No.", "split": "a"}
     path = str(write("a.jsonl", [row, row | {"split": "b"}]))
     assert cli.main(["check", path]) == 1
     assert cli.main(["check", path, "--columns", "prompt=q", "--kind", "pairs", "--split", "b"]) == 0
@@ -418,7 +418,7 @@ def test_course_and_run_hand_them_to_the_notebooks(write, tmp_path, monkeypatch,
         pass  # `run` shows the path of a notebook that was not made
     assert jobs
     for job in jobs:
-        known = {"kind", "split", "columns"} & set(job.known)
+        known = {"kind", "split", "columns"} & set(job.parameters)
         assert known == {"kind", "split", "columns"} or job.name in ("00_the_world", "06_best_of_both_worlds")
         assert all(job.values[name] == value for name, value in
                    zip(("kind", "split", "columns"), reading[1::2], strict=True) if name in known)

@@ -69,7 +69,7 @@ def as_messages(value: object, field: str, tags: dict[str, str] | None = None) -
         inner = next((value[name] for name in ("messages", "conversations") if isinstance(value.get(name), list)), None)
         if inner is not None:
             return as_messages(inner, field, tags)
-        return as_messages([value], field, tags) if _keys(value) else value
+        return as_messages([value], field, tags) if _keys({(tags or {}).get(name, name): 0 for name in value}) else value
     if not _is_chat(value):
         return value
     messages = [_message(message, tags or {}) for message in value]
@@ -98,7 +98,7 @@ def _message(message: dict, tags: dict[str, str]) -> dict:
             isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
             for part in content):
         content = "".join(part["text"] for part in content)
-    rest = {name: value for name, value in message.items() if name not in keys}
+    rest = {name: value for name, value in message.items() if name not in keys and value is not None}
     return {"role": role, "content": content, **rest}
 
 

@@ -381,7 +381,7 @@ _CARRIED = (  # what it is, the words of a name that say so, the types of its va
                 "conversations dialogue dialog", (str, list, dict)),
 )
 _ABOUT = frozenset("""
-    id ids uid uuid score scores rating ratings model models source sources sha256 md5 hash length len tokens count num
+    id ids uid uuid score scores rating ratings model models source sources sha md hash length len tokens count num
     n type types category categories language lang time timestamp date url name version dataset subset split severity
     level logp logps logprob logprobs probability reason reasons metadata meta annotator annotators worker
 """.split())
@@ -392,7 +392,6 @@ def carries(name: str, value: object) -> str:
     if is_empty(value):
         return ""
     words = re.findall("[a-z]+|[0-9]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower())
-    words = ["md5" if word == "md" else word for word in words]
     for what, marks, types in _CARRIED:
         if not set(words) & set(marks.split()) or not isinstance(value, types):
             continue

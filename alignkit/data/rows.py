@@ -27,6 +27,7 @@ from typing import NamedTuple
 from alignkit.data.chat import chat_template_of
 from alignkit.data.encoding import ChatText, encode_text
 from alignkit.data.fields import (
+    REPLIES,
     _came,
     _check_special,
     _check_text,
@@ -63,6 +64,7 @@ ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 2**20  # conversations that wait for the 
 ROW_KINDS = ("pairs", "demonstrations", "prompts")
 MOST_TOGETHER = 64  # rows that are read as answers to one prompt
 _NAMES = {"pairs": ("chosen", "rejected"), "demonstrations": ("completion",), "prompts": ()}
+_FIELDS = ("prompt", "messages", "text", *REPLIES)  # in this order: chosen is the first reply
 _MARKS = {"pairs": {"chosen", "rejected"}, "demonstrations": {"completion", "messages", "text"}}  # they tell the kind
 
 
@@ -152,6 +154,7 @@ class _Scan:
         self._columns = {**described_columns, **self._given}
         self._unit, self._records = records(source, split)
         self._records = ((line, self._renamed(record)) for line, record in self._records)
+        self._met: set[str] = set()  # fields for which a column was there
         self._layout: Layout | None = None
         self._conversational = False  # whether the first rows have a system prompt or a history
         self._common: set[str] = set()  # columns that most of the first rows have
@@ -209,6 +212,7 @@ class _Scan:
         if not isinstance(record, dict) or not (self._columns or self._tags):
             return record
         moved = {field: column for field, column in self._columns.items() if column and there(record, column)}
+        self._met |= moved.keys()
         gone = {field for field, column in self._columns.items() if not column}
         gone |= {column if column in record else column.split(".")[0] for column in moved.values()}
         kept = {name: value for name, value in record.items() if name not in gone}
@@ -223,7 +227,7 @@ class _Scan:
         filled = {name for record in head for name, value in record.items() if value is not None}
         names = ", ".join(sorted(map(repr, set().union(*head))))[:1000]
         for field, column in self._given.items():
-            if column and not any(field in record for record in head):
+            if column and field not in self._met:
                 raise Fault(f"there is no column {column!r} (--columns {field}={column}); the columns are {names}")
         # a table has every column in every row, so there a column of nulls is no column
         heads = [{name: record[name] for name in record if self._unit == "line" or name in filled} for record in head]
@@ -334,7 +338,7 @@ class _Scan:
             expected = f"an object with {', '.join(columns)}" if columns else "an object"
             return None, [Fault(f"is {_came(record)}, expected {expected}")]
         used = {column if column in record else column.split(".")[0] for _, column, _, _ in self._layout.places}
-        unused = sorted(record.keys() - used)
+        unused = sorted(record.keys() - used - (self._given.keys() & self._layout.names))
         if "prompt" in unused and self._layout.columns.startswith("chosen") and not is_empty(record["prompt"]):
             return None, [Fault("this row has a prompt, others have none", "prompt")]
         fields = self._fields(record)
@@ -363,8 +367,7 @@ class _Scan:
         if not is_empty(fields.get("tools")):
             raise Fault("tools are not read (left out on purpose); --columns tools= trains without them", "tools")
         before = messages_before(fields.get("system"), fields.get("history"))
-        values = {name: as_messages(value, name, self._tags) for name, value in fields.items()
-                  if name not in ("system", "history", "input", "tools")}
+        values = {name: as_messages(fields[name], name, self._tags) for name in _FIELDS if name in fields}
         if not is_empty(more := fields.get("input")):
             if not isinstance(values.get("prompt"), str):
                 raise Fault("stands beside messages; --columns input= leaves it out", "input")
