@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = add("compare", _compare, "evaluate checkpoints side by side on the frozen evaluation set")
     compare.add_argument("checkpoints", nargs="+", type=folder, metavar="DIR")
     add_data(compare)
+    add_reading(compare)
     add_out(compare)
 
     for verb in importlib.metadata.entry_points(group="alignkit.commands"):  # those of other packages, such as `app`
@@ -180,7 +181,8 @@ def _compare(options: argparse.Namespace) -> None:
     from alignkit.jobs.notebooks import absolute
     from alignkit.safe_text import visible
 
-    comparison = compare_directories(options.checkpoints, absolute("data", options.data), options.out)
+    comparison = compare_directories(options.checkpoints, absolute("data", options.data), options.out,
+                                     **_reading(options))
     print(visible(comparison, limit=10**6))
     print(f"\npage: {_shown(options.out / 'compare.html')}; also compare.md, .csv, .json and pictures")
 
@@ -255,13 +257,16 @@ def _parameters(options: argparse.Namespace) -> dict[str, str]:
         if name in given:
             raise ParameterError(f"{name} is given twice, as {given[name]!r} and as {value!r}")
         given[name] = value
-    for name in ("kind", "split", "columns"):
-        value = getattr(options, name)
-        if value is not None and name in given:
+    for name, value in _reading(options).items():
+        if name in given:
             raise ParameterError(f"{name} is given twice, as --{name} and as -p {name}")
-        if value is not None:
-            given[name] = value
+        given[name] = value
     return given
+
+
+def _reading(options: argparse.Namespace) -> dict[str, str]:
+    """How the data is to be read, as far as it was said."""
+    return {name: getattr(options, name) for name in ("kind", "split", "columns") if getattr(options, name) is not None}
 
 
 # --- small things ----------------------------------------------------------------------------------------------------
