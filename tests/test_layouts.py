@@ -126,6 +126,8 @@ PAIRS = {  # layout -> a row with the published columns, and what it says: promp
     "axolotl argilla": ({"system": "Be kind.", "instruction": "Hi?", "chosen_response": "Yes.",
                          "rejected_response": "No."}, BE_KIND),
     "ms-swift": ({"messages": [Q, YES], "rejected_response": "No."}, CHAT),
+    "ms-swift, query": ({"system": "Be kind.", "query": "Hi?", "response": "Yes.", "rejected_response": "No."}, BE_KIND),
+    "rejected first": ({"rejected": "No.", "chosen": "Yes.", "prompt": "Hi?"}, TEXT),
     "ms-swift, lists": ({"messages": [*TURNS, bot("4")], "rejected_messages": [*TURNS, bot("5")]}, LONG),
     "PRM800K": (
         {"labeler": "x", "timestamp": "t", "question": {"problem": "1+1+1?", "ground_truth_answer": "3"}, "label": {
@@ -165,6 +167,7 @@ DEMONSTRATIONS = {
     "tulu-3-sft-mixture": ({"id": "x", "messages": [system("Be kind."), Q, YES], "source": "y"},
                            ([system("Be kind."), Q], "Yes.")),
     "no_robots": ({"prompt": "Hi?", "prompt_id": "x", "messages": [Q, YES], "category": "Chat"}, ([Q], "Yes.")),
+    "response and label": ({"prompt": "Hi?", "response": "Yes.", "label": 1.0}, ("Hi?", "Yes.")),
     "alpaca": ({"instruction": "Is it", "input": "so?", "output": "Yes.", "text": "### Is it\nso?\n### Yes."},
                ("Is it\nso?", "Yes.")),
     "dolly": ({"instruction": "Hi?", "context": "", "response": "Yes.", "category": "qa"}, ("Hi?", "Yes.")),
@@ -225,6 +228,7 @@ def test_helpsteer_pairs_neighbours_and_leaves_ties_out(write):  # noqa: F811
     ("Nectar", {"answers": [{"answer": "a"}]}, "answers: answer 1 has no text"),
     ("HuggingFaceH4/orca_dpo_pairs", {"prompt": "Bye?"}, "--columns prompt="),
     ("LLaMA-Factory alpaca, all", {"history": ["Hi?"]}, r"history: expected a list of \[question, answer\]"),
+    ("PRM800K", {"label": {"steps": [1]}}, "is not built as in PRM800K"),
     ("openbmb/UltraFeedback", {"completions": [{"response": "a", "fine-grained_score": "high"}]}, "expected a number"),
 ])
 def test_a_bad_row_of_a_layout_is_named_by_its_own_columns(write, layout, change, reason):  # noqa: F811
@@ -263,7 +267,9 @@ def test_only_good_replies_are_demonstrations_and_the_task_says_so(write, tokeni
     ({"messages": [Q, YES], "images": ["a.png"]}, "'images' seems to carry part of the prompt"),
     ({"chosen": [Q, YES], "rejected": [Q, NO], "rejected_2": [Q, bot("Never.")]}, "'rejected_2' seems to carry answers"),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "messages": [Q, YES]}, "mixed.*--kind pairs"),
-    ({"question": "a", "answer": "b"}, "the columns are 'answer', 'question'.*--columns prompt="),
+    ({"question": "a", "answer": "b"},
+     "the columns are 'answer', 'question'.*--columns prompt=question,completion=answer"),
+    ({"problem": "a", "reply_1": "b", "reply_2": "c"}, "--columns prompt=problem,chosen=reply_1,rejected=reply_2"),
 ])
 def test_a_column_that_matters_and_would_go_unused_is_a_fault_with_the_flag_that_helps(write, row, says):  # noqa: F811
     path = write("a.jsonl", [row] * 3)

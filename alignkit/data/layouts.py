@@ -59,6 +59,16 @@ class Layout(NamedTuple):
         """The fields of a record, by their names."""
         return {field: value_at(record, column) for field, column, _, _ in self.places if there(record, column)}
 
+    def row(self, fields: dict) -> dict:
+        """What `read` makes of the fields. Raises Fault for one that is built in another way, LeftOut for one that says
+        nothing."""
+        if self.read is None:
+            return fields
+        try:
+            return self.read(fields)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise Fault(f"is not built as in {self.name} ({type(error).__name__}: {error})"[:300]) from None
+
     def column(self, field: str) -> str:
         """The column of a field."""
         return next((column for name, column, _, _ in self.places if name == field), field)
@@ -218,9 +228,11 @@ LAYOUTS = (
     Layout("OpenAI preferences", "pairs",
            "prompt=input.messages chosen=preferred_output rejected=non_preferred_output tools=input.tools?"),
     Layout("ms-swift", "pairs", "messages[] rejected=rejected_response", last_is_chosen),
+    Layout("ms-swift, query", "pairs", "prompt=query chosen=response rejected=rejected_response system? history?"),
     Layout("ms-swift, messages", "pairs", "messages[] rejected=rejected_messages", last_is_chosen),
     Layout("PRM800K", "pairs", "prompt=question.problem steps=label.steps[]", first_fork),
     Layout("KTO", "demonstrations", "prompt completion label system?", only_good),
+    Layout("KTO, response", "demonstrations", "prompt completion=response label system?", only_good),
     Layout("KTO, messages", "demonstrations", "messages label system?", only_good),
     Layout("KTO, LLaMA-Factory", "demonstrations", "messages label=kto_tag system?", only_good),
     Layout("prompt, completion (TRL)", "demonstrations", "prompt completion input? system? history?"),
@@ -399,6 +411,17 @@ def carries(name: str, value: object) -> str:
         if not about:
             return what
     return "answers" if name == "text" and isinstance(value, str) else ""
+
+
+def guess(names: set[str]) -> str:
+    """What --columns might be for columns of these names."""
+    asked = sorted(name for name in names if carries(name, "text") == "part of the prompt")
+    replies = sorted(name for name in names if carries(name, "text") == "answers")
+    prompt = asked[0] if asked else "…"
+    if len(replies) == 1:
+        return f"prompt={prompt},completion={replies[0]}"
+    chosen, rejected = replies if len(replies) == 2 else ("…", "…")
+    return f"prompt={prompt},chosen={chosen},rejected={rejected}"
 
 
 def repeats(value: object, prompt: str | list[dict], replies: list) -> bool:

@@ -51,6 +51,7 @@ from alignkit.data.layouts import (
     carries,
     columns_of,
     described,
+    guess,
     is_empty,
     repeats,
     there,
@@ -256,8 +257,8 @@ class _Scan:
             votes = collections.Counter(filter(None, map(_marked_kinds, head))).most_common(1)
             if not votes:
                 raise Fault(f"the columns are {names}; expected prompt, chosen, rejected (preference pairs); prompt, "
-                            "completion, or messages, or text (demonstrations); or prompt alone. Say which is which: "
-                            "--columns prompt=…,chosen=…,rejected=… (columns=…)")
+                            "completion, or messages, or text (demonstrations); or prompt alone. Say which is which, "
+                            f"such as --columns {guess(set().union(*head))}")
             (kinds, _), = votes
             if len(kinds) > 1:
                 raise _mixed(names)
@@ -349,7 +350,7 @@ class _Scan:
             return None, faults + _text_faults({name: value for name, value in fields.items()
                                                 if value is not None and not isinstance(value, (list, dict))})
         try:
-            prompt, replies = self._normal(self._layout.read(fields) if self._layout.read else fields)
+            prompt, replies = self._normal(self._layout.row(fields))
             self._check_unused(line, record, unused, prompt, replies)
             replies = replies[:len(_NAMES[self.kind])]
             return (self._chat(prompt, replies) if isinstance(prompt, list) else (prompt, replies)), []
@@ -474,9 +475,10 @@ def _mixed(names: str) -> Fault:
 
 
 def _unused(name: str, what: str) -> str:
-    use = {"answers": f"chosen={name},rejected=… or completion={name}", "labels": f"label={name}",
-           "a system prompt": f"system={name}", "part of the prompt": f"prompt={name}"}.get(what)
-    how = f"say what it is, --columns {use}, or " if use else ""
+    use = {"answers": f"completion={name}, or chosen=…,rejected=…, or first=…,second=…,better=…",
+           "labels": f"label={name} (of a completion), or first=…,second=…,better={name} (of two replies)",
+           "a system prompt": f"system={name}", "part of the prompt": f"prompt={name}"}.get(what, "")
+    how = f"say what it is, --columns {use}, or " if use and not use.startswith(f"{name}=") else ""
     return f"the column {name!r} seems to carry {what} and would go unused: {how}leave it out, --columns {name}="
 
 
