@@ -1,4 +1,4 @@
-"""Layouts of published data sets: from their columns to the normal rows, and what is refused with the flag that helps."""
+"""Layouts of published data sets: from their columns to the normal rows; what is refused, with the flag that helps."""
 
 import json
 import re
@@ -69,7 +69,8 @@ PAIRS = {  # layout -> a row with the published columns, and what it says: promp
     "HelpSteer2-preference": (
         {"split": "train", "prompt": "Hi?", "response_1": "No.", "response_2": "Yes.", "preference_strength": 2,
          "preference_statement": "2 is better", "preference_elaboration": "it says yes",
-         "three_most_similar_preferences": [{"statement": "2"}], "all_preferences_unprocessed": [{"strength": 2}]}, TEXT),
+         "three_most_similar_preferences": [{"statement": "2"}], "all_preferences_unprocessed": [{"strength": 2}]},
+        TEXT),
     "HelpSteer3": ({"domain": "general", "language": "english", "context": TURNS, "response1": "4", "response2": "5",
                     "overall_preference": -1, "individual_preference": [{"score": -1}]}, LONG),
     "Nectar": ({"prompt": HH + " ", "answers": [{"answer": "b", "model": "m", "rank": 2.0},
@@ -101,7 +102,8 @@ PAIRS = {  # layout -> a row with the published columns, and what it says: promp
          "conversation_a": [Q, NO], "conversation_b": [Q, YES], "turn": 1, "anony": True, "language": "English",
          "tstamp": 1.0, "openai_moderation": {"flagged": False}, "toxic_chat_tag": {"t5": {}}}, CHAT),
     "lmsys-arena-human-preference-55k": (
-        {"id": 1, "model_a": "m", "model_b": "n", "prompt": '["Hi?"]', "response_a": '["Yes."]', "response_b": '["No."]',
+        {"id": 1, "model_a": "m", "model_b": "n", "prompt": '["Hi?"]', "response_a": '["Yes."]',
+         "response_b": '["No."]',
          "winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}, TEXT),
     "PKU-SafeRLHF": (
         {"prompt": "Hi?", "prompt_source": "x", "response_0_source": "m", "response_1_source": "n", "response_0": "No.",
@@ -121,12 +123,14 @@ PAIRS = {  # layout -> a row with the published columns, and what it says: promp
     "LLaMA-Factory alpaca, list": ({"instruction": "Hi?", "input": "", "output": ["Yes.", "No."]}, TEXT),
     "LLaMA-Factory sharegpt": ({"conversations": [human("Hi?")], "chosen": gpt("Yes."), "rejected": gpt("No.")}, CHAT),
     "LLaMA-Factory sharegpt, system": (
-        {"conversations": [human("Hi?")], "chosen": gpt("Yes."), "rejected": gpt("No."), "system": "Be kind."}, BE_KIND),
+        {"conversations": [human("Hi?")], "chosen": gpt("Yes."), "rejected": gpt("No."), "system": "Be kind."},
+        BE_KIND),
     "axolotl": ({"messages": [Q], "chosen": YES, "rejected": NO}, CHAT),
     "axolotl argilla": ({"system": "Be kind.", "instruction": "Hi?", "chosen_response": "Yes.",
                          "rejected_response": "No."}, BE_KIND),
     "ms-swift": ({"messages": [Q, YES], "rejected_response": "No."}, CHAT),
-    "ms-swift, query": ({"system": "Be kind.", "query": "Hi?", "response": "Yes.", "rejected_response": "No."}, BE_KIND),
+    "ms-swift, query": ({"system": "Be kind.", "query": "Hi?", "response": "Yes.", "rejected_response": "No."},
+                        BE_KIND),
     "rejected first": ({"rejected": "No.", "chosen": "Yes.", "prompt": "Hi?"}, TEXT),
     "ms-swift, lists": ({"messages": [*TURNS, bot("4")], "rejected_messages": [*TURNS, bot("5")]}, LONG),
     "PRM800K": (
@@ -141,12 +145,14 @@ PAIRS = {  # layout -> a row with the published columns, and what it says: promp
                 "answer_0": "No.", "tokens_0": {"prefix": [1]}, "score_0": -0.5, "quotes_1": {"title": ["t"]},
                 "answer_1": "Yes.", "tokens_1": {"prefix": [1]}, "score_1": 0.5}, TEXT),
     "summarize_from_feedback": ({"info": {"id": "x", "post": "Hi?", "title": "t"}, "summaries": [
-        {"text": "No.", "policy": "p"}, {"text": "Yes.", "policy": "q"}], "choice": 1, "worker": "w", "split": "t"}, TEXT),
+        {"text": "No.", "policy": "p"}, {"text": "Yes.", "policy": "q"}], "choice": 1, "worker": "w",
+        "split": "t"}, TEXT),
     "RewardBench": ({"prompt": "Hi?", "chosen": "Yes.", "chosen_model": "m", "rejected": "No.", "rejected_model": "n",
                      "subset": "s", "id": 3}, TEXT),
     "full-hh-rlhf": ({"prompt": "Hi?", "response": "Yes.", "chosen": "Yes.", "rejected": "No."}, TEXT),
     "empty system message": ({"prompt": [system(""), Q], "chosen": [YES], "rejected": [NO]}, CHAT),
-    "content in parts": ({"prompt": [user([{"type": "text", "text": "Hi?"}])], "chosen": [YES], "rejected": [NO]}, CHAT),
+    "content in parts": ({"prompt": [user([{"type": "text", "text": "Hi?"}])], "chosen": [YES], "rejected": [NO]},
+                         CHAT),
     "messages as JSON": ({"prompt": "Hi?", "chosen": json.dumps([Q, YES]), "rejected": json.dumps([Q, NO])}, CHAT),
     "messages as JSON in JSON": ({"chosen": json.dumps(json.dumps([Q, YES])),
                                   "rejected": json.dumps(json.dumps([Q, NO]))}, CHAT),
@@ -191,7 +197,8 @@ def test_a_published_layout_becomes_the_normal_form(write, row, expected):  # no
     assert normal(path) == [expected] * 3
 
 
-@pytest.mark.parametrize("name", ["ultrafeedback_binarized", "OpenAI", "stack-exchange-preferences", "axolotl", "SHP-2"])
+@pytest.mark.parametrize("name", ["ultrafeedback_binarized", "OpenAI", "stack-exchange-preferences", "axolotl",
+                                  "SHP-2"])
 def test_a_layout_is_the_same_in_parquet(tmp_path, name):
     import pyarrow
     from pyarrow import parquet
@@ -265,7 +272,8 @@ def test_only_good_replies_are_demonstrations_and_the_task_says_so(write, tokeni
     ({"prompt": "a", "response": "b", "is_safe": False}, "'is_safe' seems to carry labels.*--columns label=is_safe"),
     ({"prompt": "a", "completion": "b", "winner": "x"}, "'winner' seems to carry labels"),
     ({"messages": [Q, YES], "images": ["a.png"]}, "'images' seems to carry part of the prompt"),
-    ({"chosen": [Q, YES], "rejected": [Q, NO], "rejected_2": [Q, bot("Never.")]}, "'rejected_2' seems to carry answers"),
+    ({"chosen": [Q, YES], "rejected": [Q, NO], "rejected_2": [Q, bot("Never.")]},
+     "'rejected_2' seems to carry answers"),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "messages": [Q, YES]}, "mixed.*--kind pairs"),
     ({"question": "a", "answer": "b"},
      "the columns are 'answer', 'question'.*--columns prompt=question,completion=answer"),
@@ -304,7 +312,7 @@ def test_columns_that_cannot_be_meant_are_refused(write):  # noqa: F811
                           ("promt=a", "no field 'promt'; did you mean prompt")):
         with pytest.raises(ValueError, match=says):
             columns_of(columns)
-    with pytest.raises(DataError, match=r"no column 'question' \(--columns prompt=question\); the columns are 'chosen'"):
+    with pytest.raises(DataError, match=r"no column 'question' \(--columns prompt=question\); the columns are 'ch"):
         check(path, columns="prompt=question")
     report = check(write("b.jsonl", [{"q": "a", "good": "b", "bad": "c"}, {"q": "a", "good": None, "bad": "c"}]),
                    columns="prompt=q,chosen=good,rejected=bad")
@@ -351,7 +359,8 @@ def test_text_that_looks_like_messages_and_cannot_be_read_is_refused(write, text
     assert "chosen: looks like messages that were saved as text" in str(report)
 
 
-@pytest.mark.parametrize("text", ['{"from": "Rome", "to": "Oslo"}', '[1, 2, 3]', '{"role": "admin"}', "[role: content]"])
+@pytest.mark.parametrize("text", ['{"from": "Rome", "to": "Oslo"}', '[1, 2, 3]', '{"role": "admin"}',
+                                  "[role: content]"])
 def test_other_json_stays_text(write, text):  # noqa: F811
     assert normal(write("a.jsonl", [{"prompt": "a", "completion": text}])) == [("a", text)]
 
@@ -366,7 +375,7 @@ R1 = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ %s }}<|im_end|>\n{% e
 
 
 @pytest.mark.parametrize("written, chosen, says", [
-    ("m.content.split('</think>')[-1]", "<think>step by step</think>4", "leaves out part of the reply: '<think>step by"),
+    ("m.content.split('</think>')[-1]", "<think>step by step</think>4", "leaves out part of the reply: '<think>"),
     ("m.content[:9]", "a long answer that is cut", "leaves out part of the reply"),
     ("m.content if m.role != 'system' else ''", "fine", "leaves out the system message"),
     ("m.content", "fine", None),
@@ -374,8 +383,8 @@ R1 = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ %s }}<|im_end|>\n{% e
     ("m.content.split() | join(' ')", "two  spaces", "changes the spaces inside replies: 2 times"),
     ("m.content.split('<tool>')[0]", "call <tool>f</tool>", "leaves out part of the reply"),
 ])
-def test_what_was_in_the_reply_is_still_there_after_the_template(write, tokenizer, monkeypatch, written, chosen,  # noqa: F811
-                                                                 says):
+def test_what_was_in_the_reply_is_still_there_after_the_template(write, tokenizer, monkeypatch,  # noqa: F811
+                                                                 written, chosen, says):
     monkeypatch.setattr(tokenizer, "chat_template", R1.replace("%s", written))
     row = {"prompt": [system("Be nice"), Q], "chosen": [bot(chosen)], "rejected": [bot("short")]}
     path = write("a.jsonl", [row, row])

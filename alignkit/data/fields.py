@@ -69,7 +69,8 @@ def as_messages(value: object, field: str, tags: dict[str, str] | None = None) -
         inner = next((value[name] for name in ("messages", "conversations") if isinstance(value.get(name), list)), None)
         if inner is not None:
             return as_messages(inner, field, tags)
-        return as_messages([value], field, tags) if _keys({(tags or {}).get(name, name): 0 for name in value}) else value
+        alone = _keys({(tags or {}).get(name, name): None for name in value})
+        return as_messages([value], field, tags) if alone else value
     if not _is_chat(value):
         return value
     messages = [_message(message, tags or {}) for message in value]
@@ -121,7 +122,8 @@ def _written(text: str, field: str) -> list | dict | None:
         raise Fault("looks like messages that were saved as text, and is neither JSON nor Python; save them as a list "
                     "of {role, content}", field)
     items = value if isinstance(value, list) else [value]
-    if items and all(isinstance(item, dict) and (_keys(item) or "messages" in item or "conversations" in item) for item in items):
+    if items and all(isinstance(item, dict) and (_keys(item) or {"messages", "conversations"} & item.keys())
+                     for item in items):
         return value
     return None
 
@@ -277,8 +279,8 @@ def lost_in(message: dict, head: str, rendered: str) -> str:
         place = written.rfind(_squeezed(part))
         if place < 0 or place + len(_squeezed(part)) <= len(_squeezed(head[-OPENING:])):
             where = "" if name == "content" else f", its {name}"
-            raise Fault(f"the chat template leaves out part of the reply{where}: {part.strip()[:60]!r} is not in what it "
-                        "writes; use a template that keeps it (tokenizer.chat_template), or give the data as text")
+            raise Fault(f"the chat template leaves out part of the reply{where}: {part.strip()[:60]!r} is not in what "
+                        "it writes; use a template that keeps it (tokenizer.chat_template), or give the data as text")
         change = "ends" if part.strip() in rendered and change != "spaces" else "spaces"
     names = [str((call.get("function") or call).get("name")) for call in message.get("tool_calls") or ()
              if isinstance(call, dict)]

@@ -146,8 +146,9 @@ def last_is_chosen(fields: dict) -> dict:
 def arena(fields: dict) -> dict:
     """Chatbot Arena: conversations that share their questions, but only in the first turn all of what comes before."""
     read = better(first="model_a", second="model_b", tie="tie|tie (bothbad)|both_bad|bothbad")(fields)
-    if any(isinstance(read[name], list) and len([m for m in read[name] if isinstance(m, dict)
-           and m.get("role") == "assistant"]) > 1 for name in ("chosen", "rejected")):
+    replies = [[message for message in read[name] if isinstance(message, dict) and message.get("role") == "assistant"]
+               for name in ("chosen", "rejected") if isinstance(read[name], list)]
+    if any(len(each) > 1 for each in replies):
         raise LeftOut("the two conversations part before their last reply")
     return read
 
@@ -171,7 +172,7 @@ def arena_lists(fields: dict) -> dict:
 
 
 def first_fork(fields: dict) -> dict:
-    """PRM800K: the first step at which a right and a wrong step were rated; the steps before it belong to the prompt."""
+    """PRM800K: the first step that was rated right once and wrong once; the steps before it belong to the prompt."""
     before = []
     for step in fields["steps"] or ():
         rated = {each.get("rating"): each.get("text") for each in step.get("completions") or () if each}
@@ -189,7 +190,8 @@ def first_fork(fields: dict) -> dict:
 _TEXTS = ("answer", "text", "response", "content", "output")
 _SCORES = ("rank", "pm_score", "helpfulness", "fine-grained_score", "overall_score", "score", "rating")
 LAYOUTS = (
-    Layout("prompt, chosen, rejected (TRL, UltraFeedback, Tülu)", "pairs", "prompt chosen rejected input? system? history?"),
+    Layout("prompt, chosen, rejected (TRL, UltraFeedback, Tülu)", "pairs",
+           "prompt chosen rejected input? system? history?"),
     Layout("chosen, rejected (TRL, HH-RLHF)", "pairs", "chosen rejected system? history?"),
     Layout("axolotl", "pairs", "messages chosen rejected system?"),
     Layout("LLaMA-Factory sharegpt ranking", "pairs", "messages=conversations chosen rejected system? tools?"),
@@ -206,7 +208,8 @@ LAYOUTS = (
     Layout("stack-exchange-preferences", "pairs", "prompt=question answers[]", best_and_worst),
     Layout("Nectar", "pairs", "prompt answers[]", best_and_worst),
     Layout("UltraFeedback", "pairs", "prompt=instruction answers=completions[]", best_and_worst),
-    Layout("HelpSteer, HelpSteer2", "pairs", "prompt response helpfulness answers[]?", best_and_worst, together="prompt"),
+    Layout("HelpSteer, HelpSteer2", "pairs", "prompt response helpfulness answers[]?", best_and_worst,
+           together="prompt"),
     Layout("HelpSteer2-preference", "pairs",
            "prompt first=response_1 second=response_2 better=preference_strength",
            better(first="-3|-2|-1", tie="0", second="1|2|3")),
@@ -224,7 +227,8 @@ LAYOUTS = (
     Layout("WebGPT", "pairs", "prompt=question.full_text first=answer_0 second=answer_1 score_first=score_0 "
            "score_second=score_1", by_score),
     Layout("OpenAI summaries", "pairs",
-           "prompt=info.post first=summaries.0.text second=summaries.1.text better=choice", better(first="0", second="1")),
+           "prompt=info.post first=summaries.0.text second=summaries.1.text better=choice",
+           better(first="0", second="1")),
     Layout("OpenAI preferences", "pairs",
            "prompt=input.messages chosen=preferred_output rejected=non_preferred_output tools=input.tools?"),
     Layout("ms-swift", "pairs", "messages[] rejected=rejected_response", last_is_chosen),
@@ -385,12 +389,12 @@ _CARRIED = (  # what it is, the words of a name that say so, the types of its va
                "judgment rank ranking ranks safe unsafe kto thumbs", (bool, int, float, str, list)),
     ("a system prompt", "system persona", (str, list, dict)),
     ("tools", "tool tools function functions", (str, list, dict)),
-    ("part of the prompt", "history context trajectory prompt prompts question questions instruction instructions query "
-                           "input inputs problem post image images video videos audio document documents",
+    ("part of the prompt", "history context trajectory prompt prompts question questions instruction instructions "
+                           "query input inputs problem post image images video videos audio document documents",
      (str, list, dict, bytes)),
     ("answers", "answer answers response responses reply replies output outputs completion completions generation "
-                "generations chosen rejected preferred summary summaries solution solutions truth messages conversation "
-                "conversations dialogue dialog", (str, list, dict)),
+                "generations chosen rejected preferred summary summaries solution solutions truth messages "
+                "conversation conversations dialogue dialog", (str, list, dict)),
 )
 _ABOUT = frozenset("""
     id ids uid uuid score scores rating ratings model models source sources sha md hash length len tokens count num
