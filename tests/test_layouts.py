@@ -161,6 +161,10 @@ PAIRS = {  # layout -> a row with the published columns, and what it says: promp
                           CHAT),
     "sharegpt as JSON, other keys first": ({"chosen": json.dumps([human("Hi?"), {"weight": 1, **gpt("Yes.")}]),
                                             "rejected": json.dumps([human("Hi?"), {"weight": 0, **gpt("No.")}])}, CHAT),
+    "a developer's message": ({"input": {"messages": [{"role": "developer", "content": "Be kind."}, Q]},
+                               "preferred_output": [YES], "non_preferred_output": [NO]}, BE_KIND),
+    "system column and system message": ({"system": "Be kind.", "chosen": [system("Be kind."), Q, YES],
+                                          "rejected": [system("Be kind."), Q, NO]}, BE_KIND),
     "columns equal but for null keys": ({"prompt": [Q | {"tool_calls": None}], "chosen": [Q | {"name": None}, YES],
                                          "rejected": [Q, NO]}, CHAT),
 }
@@ -173,6 +177,8 @@ DEMONSTRATIONS = {
     "tulu-3-sft-mixture": ({"id": "x", "messages": [system("Be kind."), Q, YES], "source": "y"},
                            ([system("Be kind."), Q], "Yes.")),
     "no_robots": ({"prompt": "Hi?", "prompt_id": "x", "messages": [Q, YES], "category": "Chat"}, ([Q], "Yes.")),
+    "messages as JSON text": ({"messages": json.dumps([Q, YES])}, ([Q], "Yes.")),
+    "text that is JSON": ({"text": json.dumps({"messages": [Q, YES]})}, ([Q], "Yes.")),
     "response and label": ({"prompt": "Hi?", "response": "Yes.", "label": 1.0}, ("Hi?", "Yes.")),
     "alpaca": ({"instruction": "Is it", "input": "so?", "output": "Yes.", "text": "### Is it\nso?\n### Yes."},
                ("Is it\nso?", "Yes.")),
@@ -270,6 +276,7 @@ def test_only_good_replies_are_demonstrations_and_the_task_says_so(write, tokeni
     ({"prompt": "a", "completion": "b", "tools": [{"name": "f"}]}, "'tools' seems to carry tools.*--columns tools="),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "context": "d"}, "'context' seems to carry part of the prompt"),
     ({"prompt": "a", "response": "b", "is_safe": False}, "'is_safe' seems to carry labels.*--columns label=is_safe"),
+    ({"prompt": "a", "completion": "b", "is_correct": False}, "'is_correct' seems to carry marks.*--columns label="),
     ({"prompt": "a", "completion": "b", "winner": "x"}, "'winner' seems to carry labels"),
     ({"messages": [Q, YES], "images": ["a.png"]}, "'images' seems to carry part of the prompt"),
     ({"chosen": [Q, YES], "rejected": [Q, NO], "rejected_2": [Q, bot("Never.")]},
@@ -438,7 +445,18 @@ def test_course_and_run_hand_them_to_the_notebooks(write, tmp_path, monkeypatch,
         assert [job.values[name] for name in ("kind", "split", "columns")] == reading[1::2]
 
 
-def test_the_desk_world_has_no_columns(tokenizer):  # noqa: F811
+def test_a_system_prompt_after_many_rows_without_is_seen_in_time(write):  # noqa: F811
+    row = {"system": "", "prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}
+    path = write("a.jsonl", [row] * 100 + [row | {"system": "Be kind."}])
+    assert normal(path)[0] == CHAT and normal(path)[-1] == BE_KIND
+    assert normal(write("b.jsonl", [row] * 100)) == [TEXT] * 100
+    report = check(write("c.jsonl", [row] * 1000 + [row | {"system": "Be kind."}]))
+    assert report.bad_rows == 1 and "--columns system=" in str(report)
+
+
+def test_the_desk_world_has_no_columns(tokenizer, tmp_path, capsys):  # noqa: F811
+    assert cli.main(["course", "--out", str(tmp_path), "--columns", "prompt=a"]) == 1
+    assert "--columns says how to read a file" in capsys.readouterr().err
     with pytest.raises(DataError, match="columns is 'prompt=a', and data is 'desk'"):
         load_task("desk", tokenizer, columns="prompt=a")
 

@@ -16,7 +16,7 @@ REPLIES = ("chosen", "rejected", "completion")
 LONGEST_PYTHON = 2**20  # characters of a list of messages in Python's notation
 OPENING = 200  # characters at the end of a rendered prompt that may hold the beginning of a reply
 _ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant",
-          "model": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+          "model": "assistant", "developer": "system", "user": "user", "assistant": "assistant", "system": "system"}
 _KEY = re.compile(r"""["'](role|from|messages|conversations)["']\s*:""")
 _MESSAGES = re.compile(r"""[\[{]\s*\{?\s*["'](role|from|content|value|messages|conversations)["']\s*:""")
 

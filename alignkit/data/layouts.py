@@ -387,6 +387,7 @@ FIELDS = tuple(dict.fromkeys(
 _CARRIED = (  # what it is, the words of a name that say so, the types of its value
     ("labels", "label labels winner winners better safer preference preferences preferred choice verdict judgement "
                "judgment rank ranking ranks safe unsafe kto thumbs", (bool, int, float, str, list)),
+    ("marks", "correct accepted good bad harmful toxic desirable approved flagged", (bool,)),
     ("a system prompt", "system persona", (str, list, dict)),
     ("tools", "tool tools function functions", (str, list, dict)),
     ("part of the prompt", "history context trajectory prompt prompts question questions instruction instructions "

@@ -63,6 +63,7 @@ MOST_SKIPPED = 0.1  # share of the rows that skip_bad may leave out: more, and t
 PROBLEM_LIMIT = 100_000  # problems that are kept; the rest is counted
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 2**20  # conversations that wait for the chat template together
 ROW_KINDS = ("pairs", "demonstrations", "prompts")
+ROWS_AHEAD = 900  # rows that are looked at for a system prompt before the first is given out
 MOST_TOGETHER = 64  # rows that are read as answers to one prompt
 _NAMES = {"pairs": ("chosen", "rejected"), "demonstrations": ("completion",), "prompts": ()}
 _FIELDS = ("prompt", "messages", "text", *REPLIES)  # in this order: chosen is the first reply
@@ -166,6 +167,9 @@ class _Scan:
         try:
             head = list(self._head())
             self._detect([record for _, record in head if isinstance(record, dict)])
+            if self._may_converse(head):  # most rows of a set may have no system prompt, and all are read alike
+                head += self._head(ROWS_AHEAD)
+                self._conversational = any(self._begins(record) for _, record in head)
             waiting, characters = [], 0
             for line, record in self._together(itertools.chain(head, self._records)):
                 parts, faults = self._split(line, record)
@@ -198,14 +202,23 @@ class _Scan:
         if len(entry[1]) < 5:
             entry[1].append(line)
 
-    def _head(self) -> Iterator[tuple[int, object]]:
+    def _begins(self, record: object) -> bool:
+        """Whether a record has a system prompt or a history in a column of its own."""
+        fields = self._fields(record) if isinstance(record, dict) else {}
+        return any(not is_empty(fields.get(name)) for name in ("system", "history"))
+
+    def _may_converse(self, head: list[tuple[int, object]]) -> bool:
+        return bool(self._layout and not self._conversational and any(
+            {"system", "history"} & self._fields(record).keys() for _, record in head if isinstance(record, dict)))
+
+    def _head(self, most: int = 20) -> Iterator[tuple[int, object]]:
         objects, characters = 0, 0
         for line, record in itertools.islice(self._records, 1000):
             yield line, record
             if isinstance(record, dict):
                 objects += 1
                 characters += sum(len(value) for value in record.values() if isinstance(value, str))
-            if objects == 20 or characters > LINE_LIMIT:
+            if objects == most or characters > LINE_LIMIT:
                 return
 
     def _renamed(self, record: object) -> object:
@@ -235,8 +248,7 @@ class _Scan:
         full = [{name: record[name] for name in record if name in filled} for record in head]
         self._layout = self._fitting(full) or self._nearest(heads, names)
         self.kind = self.kind or self._layout.kind
-        self._conversational = any(not is_empty(self._fields(record).get(name)) for record in head
-                                   for name in ("system", "history"))
+        self._conversational = any(map(self._begins, head))
         self._common = {name for name in filled
                         if 2 * sum(not is_empty(record.get(name)) for record in head) >= len(head)}
 
@@ -389,7 +401,7 @@ class _Scan:
             what = carries(name, record[name])
             if what in ("answers", "labels") and (self._told or self._layout.kind == "pairs" and name in SPARE):
                 what = ""
-            if what == "part of the prompt" and self._layout.kind == "pairs" and name in SPARE:
+            if self._layout.kind == "pairs" and (what == "marks" or what == "part of the prompt" and name in SPARE):
                 what = ""
             if not what and not (self._layout.together and name == "answers"):
                 self._note(f"the column {name!r} is not used", line)
@@ -477,7 +489,8 @@ def _mixed(names: str) -> Fault:
 def _unused(name: str, what: str) -> str:
     use = {"answers": f"completion={name}, or chosen=…,rejected=…, or first=…,second=…,better=…",
            "labels": f"label={name} (of a completion), or first=…,second=…,better={name} (of two replies)",
-           "a system prompt": f"system={name}", "part of the prompt": f"prompt={name}"}.get(what, "")
+           "marks": f"label={name} (of a completion)", "a system prompt": f"system={name}",
+           "part of the prompt": f"prompt={name}"}.get(what, "")
     how = f"say what it is, --columns {use}, or " if use and not use.startswith(f"{name}=") else ""
     return f"the column {name!r} seems to carry {what} and would go unused: {how}leave it out, --columns {name}="
 

@@ -136,6 +136,8 @@ def _course(options: argparse.Namespace) -> None:
     given = _parameters(options)
     for name in given.keys() & {"model", "data"}:
         raise ParameterError(f"{name}: give it as --{name}")
+    if options.data == "desk" and (reading := _reading(options)):
+        raise ParameterError(f"--{next(iter(reading))} says how to read a file or a data set; give one with --data")
     run = notebooks.course(options.out, options.model, options.data, given, timeout=options.timeout,
                            restart=options.restart)
     print(f"\n{overview(run)}")
