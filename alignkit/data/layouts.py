@@ -10,6 +10,7 @@ chosen, rejected, completion, messages, text.
 """
 
 import difflib
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -408,14 +409,18 @@ def carries(name: str, value: object) -> str:
     """What a column seems to carry, told by its name and its value: "answers", "labels", …, or ""."""
     if is_empty(value):
         return ""
-    words = re.findall("[a-z]+|[0-9]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower())
-    for what, marks, types in _CARRIED:
-        if not set(words) & set(marks.split()) or not isinstance(value, types):
-            continue
-        about = set(words) & _ABOUT - ({"id", "ids", "score"} if what == "labels" else set())
-        if not about:
+    for what, types in _told_by(name):
+        if isinstance(value, types):
             return what
     return "answers" if name == "text" and isinstance(value, str) else ""
+
+
+@functools.lru_cache(1024)
+def _told_by(name: str) -> tuple[tuple[str, tuple], ...]:
+    """What the words of a column's name say that it carries, each with the types that its values then have."""
+    words = set(re.findall("[a-z]+|[0-9]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower()))
+    return tuple((what, types) for what, marks, types in _CARRIED if words & set(marks.split())
+                 and not words & _ABOUT - ({"id", "ids", "score"} if what == "labels" else set()))
 
 
 def guess(names: set[str]) -> str:
