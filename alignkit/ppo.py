@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignkit.configs import PPOConfig
+from alignkit.data.ends import end_ids
 from alignkit.errors import NonFinite
 from alignkit.formulas.kl import k1, k3
 from alignkit.formulas.losses import adapt_kl_coef, clipped, gae, policy_loss, token_rewards, value_loss
@@ -501,7 +502,7 @@ def _sample(state: PPOState, config: PPOConfig) -> tuple[list[str], Rollout]:
     ids, mask = encode_prompts(state.tokenizer, texts)
     with autocast(state.policy.device, config.precision):
         return texts, sample(state.policy, ids, mask, max_new_tokens=config.max_new_tokens,
-                             eos_token_id=state.tokenizer.eos_token_id, pad_token_id=state.tokenizer.pad_token_id,
+                             eos_token_id=end_ids(state.tokenizer, state.policy), pad_token_id=state.tokenizer.pad_token_id,
                              generator=seeded(config.seed, state.iteration), temperature=config.temperature)
 
 

@@ -1,7 +1,7 @@
 """The reward model: a thin front on TRL's RewardTrainer, the scorer that all else uses, and its report.
 
-A response is always scored with EOS after it, as in training, so that a score is the same through the API and inside
-PPO.
+A response is always scored with its end (EOS, or the chat template's own) after it, as in training, so that a score is
+the same through the API and inside PPO.
 """
 
 import importlib
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from alignkit.configs import RewardConfig
 from alignkit.data.encoding import encode_pairs
+from alignkit.data.ends import end_after
 from alignkit.errors import ManifestError, NonFinite
 from alignkit.forward.precision import autocast
 from alignkit.forward.reading import token_values
@@ -60,7 +61,7 @@ def train_reward_model(
 class RewardScorer:
     """A reward model as a function: prompts, responses -> scores (N,), shifted by `mean` and scaled by `std`.
 
-    The reward is read at the EOS after the response, whatever the padding token is.
+    The reward is read at the end of the response, whatever the padding token is.
     """
 
     def __init__(self, model: nn.Module, tokenizer, mean: float = 0.0, std: float = 1.0):
@@ -153,6 +154,6 @@ def _import_from_here(module: str):
 
 
 def _ids(tokenizer, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt and response in a row, EOS after them."""
-    end = tokenizer.eos_token_id
-    return [[*prompt, *response, end] for prompt, response in encode_pairs(tokenizer, prompts, responses)[0]]
+    """Token ids of each prompt and response in a row, what ends a reply after them."""
+    ends, pairs = [end_after(tokenizer, prompt) for prompt in prompts], encode_pairs(tokenizer, prompts, responses)[0]
+    return [[*prompt, *response, end] for (prompt, response), end in zip(pairs, ends, strict=True)]

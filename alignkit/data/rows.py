@@ -198,7 +198,7 @@ class _Scan:
             row = None
             try:
                 if isinstance(parts, _Chat):
-                    parts = _rendered(self.tokenizer.eos_token, next(texts))
+                    parts = _rendered(self.tokenizer, next(texts))
                 row = self._finish(line, *parts) if parts else None
             except Fault as fault:
                 faults = [fault]
