@@ -21,6 +21,7 @@ from alignkit.errors import ManifestError, NonFinite
 from alignkit.forward.precision import autocast
 from alignkit.forward.reading import token_values
 from alignkit.forward.rollout import right_pad
+from alignkit.models.fitness import context_length
 from alignkit.models.gate import is_folder
 from alignkit.models.loading import load_reward_model, save_model
 from alignkit.runs.checkpoints import Checkpoints
@@ -42,11 +43,15 @@ def train_reward_model(
         raise ValueError("pairs is empty, expected at least one preference pair")
     prompts = [row["prompt"] for row in pairs]
     chosen, rejected = (_ids(tokenizer, prompts, [row[side] for row in pairs]) for side in ("chosen", "rejected"))
+    limit = min(config.max_length, context_length(model) or config.max_length)
     rows = [
         {"chosen_ids": c, "rejected_ids": r}
         for c, r in zip(chosen, rejected, strict=True)
-        if max(len(c), len(r)) <= config.max_length  # without its end a response has no score
+        if max(len(c), len(r)) <= limit  # without its end a response has no score
     ]
+    if not rows:
+        raise ValueError(f"all {len(pairs)} pairs have more than {limit} tokens (max_length, or the model's context); "
+                         f"shorten them (file_task does, with max_length={limit})")
 
     def batch(rows: list[dict]) -> dict[str, Tensor]:
         both = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
@@ -78,8 +83,11 @@ class RewardScorer:
     @torch.no_grad()
     def raw(self, prompts: Sequence[str], responses: Sequence[str], batch_size: int = 512) -> Tensor:
         """Scores (N,) as the model gives them. Raises NonFinite, with the prompt's number, on NaN or infinity."""
-        rows = _ids(self.tokenizer, prompts, responses)
-        scores = []
+        rows, limit, scores = self.ids(prompts, responses), context_length(self.model), []
+        longest = max(range(len(rows)), key=lambda row: len(rows[row]), default=0)
+        if limit and rows and len(rows[longest]) > limit:
+            raise ValueError(f"prompt {longest} and its response have {len(rows[longest])} tokens, the reward model's "
+                             f"context is {limit}; shorten them (file_task does, with max_length={limit})")
         for start in range(0, len(rows), batch_size):
             ids, mask = right_pad(rows[start : start + batch_size], self.tokenizer.pad_token_id)
             ids, mask = ids.to(self.model.device), mask.to(self.model.device)
@@ -93,6 +101,10 @@ class RewardScorer:
                             f"({int((~scores.isfinite()).sum())} of {len(scores)} scores are not finite): its training "
                             "diverged, go back to an earlier checkpoint")
         return scores
+
+    def ids(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+        """The token ids that are read of each prompt and response, as `train_reward_model` trains on them."""
+        return _ids(self.tokenizer, prompts, responses)
 
     def normalised(self, prompts: Sequence[str], responses: Sequence[str]) -> "RewardScorer":
         """The same scorer with mean 0 and standard deviation 1 on these responses (the reference policy's)."""

@@ -11,6 +11,7 @@ from alignkit.configs import SFTConfig
 from alignkit.data.encoding import encode_pairs
 from alignkit.data.ends import end_after
 from alignkit.forward.rollout import right_pad
+from alignkit.models.fitness import context_length
 from alignkit.runs.checkpoints import Checkpoints
 from alignkit.trainer import narrow_logits, run_trainer, trainer_arguments
 
@@ -31,13 +32,17 @@ def train_sft(
 
     if not rows:
         raise ValueError("rows is empty, expected at least one demonstration")
+    limit = min(config.max_length, context_length(policy) or config.max_length)
     encoded, prompts = [], [row["prompt"] for row in rows]
     pairs, _ = encode_pairs(tokenizer, prompts, [row["completion"] for row in rows])
     for text, (prompt, completion) in zip(prompts, pairs, strict=True):
         response = [*completion, end_after(tokenizer, text)]
         ids, labels = [*prompt, *response], [-100] * len(prompt) + response
-        if len(prompt) < config.max_length:  # or nothing of the response is left
-            encoded.append({"input_ids": ids[: config.max_length], "labels": labels[: config.max_length]})
+        if len(prompt) < limit:  # or nothing of the response is left
+            encoded.append({"input_ids": ids[:limit], "labels": labels[:limit]})
+    if not encoded:
+        raise ValueError(f"all {len(rows)} prompts have {limit} tokens or more (max_length, or the model's context), so "
+                         f"nothing is left to learn; shorten them (file_task does, with max_length={limit})")
 
     def batch(rows: list[dict]) -> dict[str, Tensor]:
         ids, mask = right_pad([row["input_ids"] for row in rows], tokenizer.pad_token_id)

@@ -24,6 +24,7 @@ from alignkit.forward.rollout import (
     encode_prompts,
     position_ids,
 )
+from alignkit.models.fitness import context_length, judged
 
 DIVERGED = "the policy's logits are NaN or infinite; its weights have diverged (lower the learning rate)"
 
@@ -38,7 +39,7 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
     device. On a GPU longer responses are drawn by `alignkit.forward.cuda_graph`, where it reads the policy.
     Raises ValueError if prompt and response do not fit the model's context, NonFinite on NaN logits.
     """
-    limit = getattr(policy.config, "max_position_embeddings", None)
+    limit = context_length(policy)
     if limit is not None and prompt_ids.shape[1] + max_new_tokens > limit:
         raise ValueError(
             f"prompts of {prompt_ids.shape[1]} tokens and max_new_tokens={max_new_tokens} do not fit the model's "
@@ -115,6 +116,7 @@ class _Decoder:
     """Any Hugging Face causal LM, a token at a time, with its own cache. logits: (B, V), of the next token."""
 
     def __init__(self, policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor):
+        judged(policy)
         self.policy, self.mask, self.positions, self.cache = policy, prompt_mask, position_ids(prompt_mask), None
         self.logits = self._read(prompt_ids)
 
