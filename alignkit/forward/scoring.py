@@ -1,13 +1,14 @@
 """Between a policy and its reward: what a reward can read, the ids that it reads, and what it may return."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from alignkit.data.encoding import ChatText, decode_reply, encode_texts, special_ids
-from alignkit.data.ends import end_after
+from alignkit.data.encoding import ChatText, encode_pairs, encode_texts, special_ids
+from alignkit.data.ends import end_after, end_ids
 from alignkit.errors import InvariantError
 from alignkit.forward.rollout import Rollout
 from alignkit.models.fitness import context_length
@@ -18,10 +19,11 @@ def as_scores(returned, number: int) -> Tensor:
     """What a reward returned as scores (number,), float32. Raises ValueError, saying what came, on anything else."""
     expected = f"expected {number} numbers, one score a response"
     values = returned
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Tensor | Iterable | int | float):
+    if isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Tensor | Iterable | int | float):
         raise ValueError(f"reward returned {_named(returned)}, {expected}")
     try:
-        if not isinstance(values, Tensor | Sequence | int | float) and getattr(values, "dtype", object) == object:
+        if not isinstance(values, Tensor | Sequence | int | float) and (
+                not isinstance(values, np.ndarray) or values.dtype == object):
             values = list(values)  # a generator, a column of a table
         scores = torch.as_tensor(values, dtype=torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -58,29 +60,27 @@ def check_reward_reads(reward, tokenizer, prompts: Sequence[str]) -> None:
 
 
 def check_reward_ids(rollout: Rollout, tokenizer, reward, prompts: Sequence[str], responses: Sequence[str]) -> None:
-    """Check that a reward model reads what the policy wrote: the same prompt, the same words, and one end behind them.
+    """Check that a reward model reads of each response the ids that the policy wrote, and one end of a reply.
 
-    Nothing is checked of a reward that has no tokenizer or one of another vocabulary. What a policy writes in unusual
-    pieces may be read in the usual ones, as in training. Raises InvariantError that shows both.
+    Nothing is checked of a reward without a tokenizer or with another vocabulary. What a policy writes in unusual
+    pieces, which no text is encoded to, is read as the text is, as in training. Raises InvariantError that shows both.
     """
     if not hasattr(reward, "ids") or not same_vocabulary(tokenizer, reward.tokenizer):
         return
-    special, own = special_ids(tokenizer), reward.tokenizer is tokenizer
-    columns = (rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, rollout.response_mask, rollout.finished)
-    rows = zip(*(column.tolist() for column in columns), reward.ids(prompts, responses), prompts, strict=True)
-    for number, (prompt_ids, prompt_mask, ids, mask, finished, read, prompt) in enumerate(rows):
-        head = [token for token, there in zip(prompt_ids, prompt_mask, strict=True) if there]
-        said = [token for token, there in zip(ids, mask, strict=True) if there][: -1 if finished else None]
-        if not special.isdisjoint(said):
-            continue  # it can be read as text alone
-        asked = len(head) if own else len(read) - len(said) - 1
-        answer = read[asked:-1]
-        text, seen = (decode_reply(tokenizer, head[-1], part) for part in (said, answer))
-        if (own and read[:asked] != head) or read[-1] != end_after(reward.tokenizer, prompt) or (
-                answer != said and text != seen and "\ufffd" not in text):
+    mask, finished = rollout.response_mask.bool(), rollout.finished.tolist()
+    said = [row[kept].tolist() for row, kept in zip(rollout.response_ids, mask, strict=True)]
+    said = [tuple(row[:-1] if ended else row) for row, ended in zip(said, finished, strict=True)]
+    plain = [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in said]
+    usual = [{tuple(ids) for _, ids in pair} for pair in zip(
+        *(encode_pairs(tokenizer, prompts, texts)[0] for texts in (plain, [f" {text}" for text in plain])), strict=True)]
+    heads, ends = encode_texts(reward.tokenizer, list(prompts)), end_ids(reward.tokenizer)
+    for number, (head, row, read) in enumerate(zip(heads, said, reward.ids(prompts, responses), strict=True)):
+        end = end_after(reward.tokenizer, prompts[number])
+        answer = tuple(read[len(head) : -1])
+        if (read[: len(head)] != head or read[-1] != end or not set(ends).isdisjoint(answer)
+                or (row in usual[number] and answer != row)):
             raise InvariantError(f"step 0: the reward model reads other tokens than the policy wrote in response "
-                                 f"{number}: {tokenizer.decode(read)!r}, expected "
-                                 f"{tokenizer.decode([*head, *said])!r} and one end of a reply")
+                                 f"{number}: {tokenizer.decode(read)!r}, expected {tokenizer.decode([*head, *row, end])!r}")
 
 
 def check_room(policy, tokenizer, prompts: Sequence[str], max_new_tokens: int) -> None:

@@ -223,7 +223,7 @@ def _merged_adapter(auto, folder: Path) -> tuple:
         raise ManifestError(f"model {str(folder)!r} is an adapter, not a whole reward model; merge it first (peft's "
                             "merge_and_unload, then save_pretrained)")
     adapted, tokenizer = adapted_policy(folder)
-    return merged(adapted).eval(), tokenizer
+    return merged(adapted).eval().requires_grad_(True), tokenizer
 
 
 def _check_hub_records(name: str) -> None:
