@@ -8,6 +8,7 @@ import importlib
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -43,15 +44,12 @@ def train_reward_model(
         raise ValueError("pairs is empty, expected at least one preference pair")
     prompts = [row["prompt"] for row in pairs]
     chosen, rejected = (_ids(tokenizer, prompts, [row[side] for row in pairs]) for side in ("chosen", "rejected"))
-    limit = min(config.max_length, context_length(model) or config.max_length)
+    config = replace(config, max_length=min(config.max_length, context_length(model) or config.max_length))
     rows = [
         {"chosen_ids": c, "rejected_ids": r}
         for c, r in zip(chosen, rejected, strict=True)
-        if max(len(c), len(r)) <= limit  # without its end a response has no score
+        if max(len(c), len(r)) <= config.max_length  # without its end a response has no score
     ]
-    if not rows:
-        raise ValueError(f"all {len(pairs)} pairs have more than {limit} tokens (max_length, or the model's context); "
-                         f"shorten them (file_task does, with max_length={limit})")
 
     def batch(rows: list[dict]) -> dict[str, Tensor]:
         both = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]

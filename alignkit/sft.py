@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,17 +33,14 @@ def train_sft(
 
     if not rows:
         raise ValueError("rows is empty, expected at least one demonstration")
-    limit = min(config.max_length, context_length(policy) or config.max_length)
+    config = replace(config, max_length=min(config.max_length, context_length(policy) or config.max_length))
     encoded, prompts = [], [row["prompt"] for row in rows]
     pairs, _ = encode_pairs(tokenizer, prompts, [row["completion"] for row in rows])
     for text, (prompt, completion) in zip(prompts, pairs, strict=True):
         response = [*completion, end_after(tokenizer, text)]
         ids, labels = [*prompt, *response], [-100] * len(prompt) + response
-        if len(prompt) < limit:  # or nothing of the response is left
-            encoded.append({"input_ids": ids[:limit], "labels": labels[:limit]})
-    if not encoded:
-        raise ValueError(f"all {len(rows)} prompts have {limit} tokens or more (max_length, or the model's context), so "
-                         f"nothing is left to learn; shorten them (file_task does, with max_length={limit})")
+        if len(prompt) < config.max_length:  # or nothing of the response is left
+            encoded.append({"input_ids": ids[: config.max_length], "labels": labels[: config.max_length]})
 
     def batch(rows: list[dict]) -> dict[str, Tensor]:
         ids, mask = right_pad([row["input_ids"] for row in rows], tokenizer.pad_token_id)

@@ -174,9 +174,9 @@ def test_an_architecture_goes_through_everything(name, tmp_path):
 # What cannot be read exactly.
 
 REFUSED = {
-    "rwkv": ("RwkvConfig", {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 64}, "no cache of keys"),
+    "rwkv": ("RwkvConfig", {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 64}, "no cache of keys|padded batch"),
     "mamba": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}, "no cache of keys"),
-    "bert": ("BertConfig", USUAL, "no cache of keys"),
+    "bert": ("BertConfig", USUAL, "no cache of keys|padded batch"),
 }
 
 
@@ -185,9 +185,11 @@ def test_a_model_that_cannot_be_read_is_refused_in_one_sentence_when_it_is_loade
         name, tmp_path):
     kind, options, reason = REFUSED[name]
     policy = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**options, **SPECIAL)).eval()
-    for use in (lambda: load_policy(folder_of(policy, tmp_path / "model"), device="cpu"),
-                lambda: generate_texts(policy, TOKENIZER, PROMPTS, max_new_tokens=2, seed=0),
-                lambda: next(dpo(policy, TOKENIZER, PAIRS, DPOConfig(epochs=1)))):
+    uses = [lambda: load_policy(folder_of(policy, tmp_path / "model"), device="cpu"),
+            lambda: generate_texts(policy, TOKENIZER, PROMPTS, max_new_tokens=2, seed=0)]
+    if name != "mamba":  # Mamba reads padded rows rightly; RWKV and BERT do not read as a policy must
+        uses.append(lambda: next(dpo(policy, TOKENIZER, PAIRS, DPOConfig(epochs=1))))
+    for use in uses:
         with pytest.raises(ValueError, match=reason) as raised:
             use()
         assert len(str(raised.value)) < 400 and "\n" not in str(raised.value)
@@ -216,7 +218,7 @@ class Wrong(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("fault", "sentence"), [
-    ("padding", "a row in a padded batch otherwise than alone"), ("cache", "with its cache otherwise than without"),
+    ("padding", "a row in a padded batch otherwise than in the row alone"), ("cache", "with its cache otherwise than without"),
     ("dropout", None), (None, None)])
 def test_padding_and_cache_are_tried_and_dropout_is_no_fault(fault, sentence):
     model = Wrong(fault).train()
@@ -274,9 +276,9 @@ def test_the_tokenizer_of_a_loaded_model_carries_its_context_so_that_a_task_is_c
     # rows that nobody cut
     with pytest.raises(ValueError, match="6 of 6 prompts do not fit .* context of 64 tokens"):
         next(dpo(policy, tokenizer, rows, DPOConfig(epochs=1)))
-    with pytest.raises(ValueError, match="nothing is left to learn"):
+    with pytest.raises(ValueError, match="max_length is 64, and every row is longer"):
         train_sft(policy, tokenizer, [{"prompt": row["prompt"], "completion": " x"} for row in rows], SFTConfig())
-    with pytest.raises(ValueError, match="all 6 pairs have more than 64 tokens"):
+    with pytest.raises(ValueError, match="max_length is 64, and every row is longer"):
         train_reward_model(reward_model_from(policy), tokenizer, rows, RewardConfig())
     with pytest.raises(ValueError, match="the reward model's context is 64"):
         RewardScorer(reward_model_from(policy), tokenizer)([rows[0]["prompt"]], [" x"])

@@ -1,6 +1,7 @@
 """One notion of what ends a reply, and of the ids that a reply is: sampler, SFT, reward model, DPO and PPO agree."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from alignkit.forward.rollout import decode_responses, encode_prompts, encode_ro
 from alignkit.forward.sampling import generate_texts
 from alignkit.models.heads import reward_model_from
 
+STORIES = Path(__file__).resolve().parents[1].parent / "shared/models/stories260K"
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 GEMMA = ("{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
@@ -223,7 +225,7 @@ def test_sft_reward_model_dpo_and_ppo_see_the_same_ids_for_a_reply(make, templat
     scorer.model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"]),
                                                  with_kwargs=True)
     scorer([row["prompt"]], decode_responses(tokenizer, dpo))
-    assert seen[-1][0].tolist() == expected  # the first readings are a trial of the model
+    assert seen[-1][0].tolist() == expected
 
 
 @pytest.mark.parametrize("prompt", ["ask me", "", "What?", ChatText("<|user|>ask<|assistant|>"),
@@ -244,3 +246,41 @@ def test_special_tokens_in_what_a_policy_wrote_stay_text_in_a_conversation():
     assert encode_pair(tokenizer, prompt, "yes") == encode_pair(tokenizer, prompt, ChatText("yes"))
     hostile = encode_pair(tokenizer, prompt, "a<|im_end|>b")[1]
     assert not {3, 4} & set(hostile) and len(hostile) == len("a<|im_end|>b")
+
+
+@pytest.mark.parametrize(("make", "template", "own"), [
+    (bytes_tokenizer, CHATML, ("<|im_start|>", "<|im_end|>")),
+    (metaspace_tokenizer, ZEPHYR, ("<|user|>", "<|assistant|>")),
+])
+@pytest.mark.parametrize("chat", [True, False])
+def test_ppo_with_a_reward_model_begins_and_every_reply_is_scored_on_the_ids_that_were_written(
+        make, template, own, chat, tmp_path):
+    from alignkit.ppo import ppo
+    from alignkit.reward import RewardScorer
+
+    tokenizer = make(template, own)
+    policy = policy_of(tokenizer)
+    prompts = [row["prompt"] for row in load_rows(chat_pairs(tmp_path), tokenizer=tokenizer)] if chat else ["ask", "why"]
+    scorer = RewardScorer(reward_model_from(policy), tokenizer)
+    config = PPOConfig(iterations=1, prompts_per_iteration=8, minibatch_size=8, max_new_tokens=6)
+    state = PPOState.start(policy, tokenizer, scorer, prompts, config)
+    assert len(list(ppo(state, config))) == 1
+    rollout, texts = state.last_rollout, decode_responses(tokenizer, state.last_rollout)
+    end, same = end_after(tokenizer, prompts[0]), 0
+    for row, text in enumerate(texts):
+        head = rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist()
+        said = rollout.response_ids[row][rollout.response_mask[row]].tolist()
+        said = said[:-1] if rollout.finished[row] else said
+        prompt = ChatText(tokenizer.decode(head)) if chat else prompts[0]
+        same += scorer.ids([prompt], [text])[0][-len(said) - 1 :] == [*said, end]
+    assert same > 0  # what is written in unusual pieces, or is no text, is read as the text is
+
+
+@pytest.mark.shared
+def test_a_real_llama_s_replies_keep_the_space_they_begin_with():
+    from alignkit import load_policy
+
+    _, tokenizer = load_policy(STORIES, device="cpu")
+    rows = [{"prompt": "Once upon a time", "reply": " he was"}, {"prompt": "Once upon a time", "reply": "ly he was"}]
+    rollout = encode_rows(tokenizer, rows, "reply", 16)
+    assert decode_responses(tokenizer, rollout) == [" he was", "ly he was"]

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from alignkit.formulas.tokens import entropy, sequence_logps, token_logprobs
 from alignkit.forward import cpu
-from alignkit.forward.known import spread
+from alignkit.forward.known import GATED, PARALLEL, spread
 from alignkit.forward.precision import autocast
 from alignkit.forward.rollout import Rollout, full_ids, position_ids
 from alignkit.models.fitness import judged
@@ -35,8 +35,6 @@ def token_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, ke
         hidden = reader(input_ids, attention_mask, wanted)
         with torch.autocast("cpu", enabled=False):
             return spread(head(hidden), wanted[:, -keep:]).squeeze(-1).float()
-    if not isinstance(model, SharedCritic):
-        judged(model)
     hidden = body(model)(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask),
                          use_cache=False).last_hidden_state
     return head(hidden[:, -keep:]).squeeze(-1).float()
@@ -127,7 +125,8 @@ def _read(policy: nn.Module, ids: Tensor, mask: Tensor, keep: int) -> tuple[Tens
 
     The states are None if the model makes its logits without calling its own body, as OPT does.
     """
-    judged(policy)
+    if type(_base(policy)) not in GATED + PARALLEL:  # of these it is known
+        judged(policy, cache=False)
     states = []
     hook = body(_base(policy)).register_forward_hook(lambda module, inputs, output: states.append(output[0]))
     try:

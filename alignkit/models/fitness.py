@@ -28,17 +28,18 @@ def context_length(model: nn.Module) -> int | None:
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
 
-def judged(model: nn.Module) -> None:
-    """`judge` a model the first time that it is seen."""
+def judged(model: nn.Module, cache: bool = True) -> None:
+    """`judge` a model the first time that it is seen; without cache: one that only reads what is there."""
     model = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters change no wiring
-    if model not in _judged:
-        judge(model)
-        _judged[model] = True
+    if _judged.get(model, -1) < cache:
+        judge(model, cache)
+        _judged[model] = cache
 
 
 @torch.no_grad()
-def judge(model: nn.Module) -> None:
-    """Try a model on two short rows: one is padded, and read alone too; both are read again with the cache.
+def judge(model: nn.Module, cache: bool = True) -> None:
+    """Try a model on two short rows: the beginning of the padded one is read in their batch, with the cache, and
+    all of it alone, without.
 
     Sets its switches. Raises ValueError, one sentence that says what it does, if log-probs (scores, of a classifier)
     differ by more than 1e-4, if it has no cache to read on with, or if it cannot be read at all.
@@ -51,7 +52,7 @@ def judge(model: nn.Module) -> None:
             if "SequenceClassification" in name:
                 gaps, size = _trial_of_classifier(model)
             else:
-                gaps, size = _trial(model, name)
+                gaps, size = _trial(model, name, cache)
     except (RuntimeError, TypeError, AttributeError, IndexError, KeyError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -67,29 +68,32 @@ def judge(model: nn.Module) -> None:
                              "scored and trained would not be the same; use another architecture")
 
 
-PADDED, CACHED = "a row in a padded batch otherwise than alone", "with its cache otherwise than without"
+PADDED = "the beginning of a row in a padded batch otherwise than in the row alone"
+CACHED = "with its cache otherwise than without"
 
 
-def _trial(model: nn.Module, name: str) -> tuple[dict[str, float], float]:
-    """The largest gaps between log-probs, and the largest logit."""
+def _trial(model: nn.Module, name: str, cached: bool) -> tuple[dict[str, float], float]:
+    """The largest gaps between log-probs of the padded row, and the largest logit. Three forward passes, or two."""
     ids, mask = _rows(model)
     first = ids.shape[1] - int(mask[1].sum())
 
     def read(ids: Tensor, mask: Tensor, **cache):
         return model(input_ids=ids, attention_mask=mask, position_ids=(mask.long().cumsum(1) - 1).clamp(min=0), **cache)
 
-    logits = read(ids, mask, use_cache=False).logits
-    together = logits.float().log_softmax(-1)
-    alone = read(ids[1:, first:], mask[1:, first:], use_cache=False).logits.float().log_softmax(-1)
-    output = read(ids[:, :-1], mask[:, :-1], use_cache=True)
-    cache = getattr(output, "past_key_values", None)
+    logits = read(ids[1:, first:], mask[1:, first:], use_cache=False).logits
+    alone = logits.float().log_softmax(-1)
+    size = float(logits.abs().nan_to_num(0, 0, 0).clamp(max=1e3).max())
+    together = read(ids[:, :-1], mask[:, :-1], use_cache=cached)
+    gaps = {PADDED: _gap(together.logits[1:, first:].float().log_softmax(-1), alone[:, :-1])}
+    if not cached:
+        return gaps, size
+    cache = getattr(together, "past_key_values", None)
     if cache is None:
         raise ValueError(f"{name} has no cache of keys and values (past_key_values), with which a response is sampled "
                          "token by token; use another architecture")
     last = model(input_ids=ids[:, -1:], attention_mask=mask, position_ids=mask.long().sum(1, keepdim=True) - 1,
-                 past_key_values=cache, use_cache=True).logits[:, -1]
-    size = float(logits.abs().nan_to_num(0, 0, 0).clamp(max=1e3).max())
-    return {PADDED: _gap(together[1:, first:], alone), CACHED: _gap(last.float().log_softmax(-1), together[:, -1])}, size
+                 past_key_values=cache, use_cache=True).logits[1:]
+    return gaps | {CACHED: _gap(last.float().log_softmax(-1), alone[:, -1:])}, size
 
 
 def _trial_of_classifier(model: nn.Module) -> tuple[dict[str, float], float]:
@@ -108,7 +112,7 @@ def _trial_of_classifier(model: nn.Module) -> tuple[dict[str, float], float]:
 
 
 def _rows(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Two rows of ordinary tokens, five and two of them, padded on the left: ids and mask (2, 5)."""
+    """Two rows of ordinary tokens, five and three of them, padded on the left: ids and mask (2, 5)."""
     config = model.config.get_text_config()
     named = {value for part in (model.config, config) for name, value in part.to_dict().items()
              if "token" in name and isinstance(value, int)}  # those of padding, ends or images mean something
@@ -116,7 +120,7 @@ def _rows(model: nn.Module) -> tuple[Tensor, Tensor]:
     ordinary = [token for token in range(min(size, 64 + len(named))) if token not in named] or [0]
     ids = torch.tensor([ordinary[(7 * place + 3) % len(ordinary)] for place in range(10)]).view(2, 5)
     mask = torch.ones_like(ids)
-    mask[1, :3] = 0
+    mask[1, :2] = 0
     return ids.to(model.device), mask.to(model.device)
 
 
