@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.configs import DPOConfig
+from alignkit.data.ends import list_ends
 from alignkit.errors import InvariantError, NonFinite
 from alignkit.formulas.losses import dpo_loss, implicit_reward
 from alignkit.formulas.randomness import seeded
@@ -187,6 +188,7 @@ class DPOState:
         """
         if not rows:
             raise ValueError("rows is empty, expected at least one preference pair")
+        list_ends(policy, tokenizer)
         from_reference = ref_policy is None
         ref_policy = reference_policy(policy) if ref_policy is None else ref_policy
         pairs = Pairs(

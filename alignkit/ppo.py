@@ -507,7 +507,8 @@ def _sample(state: PPOState, config: PPOConfig) -> tuple[list[str], Rollout]:
     ids, mask = encode_prompts(state.tokenizer, texts)
     with autocast(state.policy.device, config.precision):
         return texts, sample(state.policy, ids, mask, max_new_tokens=config.max_new_tokens,
-                             eos_token_id=end_ids(state.tokenizer, state.policy), pad_token_id=state.tokenizer.pad_token_id,
+                             eos_token_id=end_ids(state.tokenizer, state.policy),
+                             pad_token_id=state.tokenizer.pad_token_id,
                              generator=seeded(config.seed, state.iteration), temperature=config.temperature)
 
 

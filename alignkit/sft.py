@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from alignkit.configs import SFTConfig
 from alignkit.data.encoding import encode_pairs
-from alignkit.data.ends import end_after
+from alignkit.data.ends import end_after, list_ends
 from alignkit.forward.rollout import right_pad
 from alignkit.models.fitness import context_length
 from alignkit.runs.checkpoints import Checkpoints
@@ -34,6 +34,7 @@ def train_sft(
     if not rows:
         raise ValueError("rows is empty, expected at least one demonstration")
     config = replace(config, max_length=min(config.max_length, context_length(policy) or config.max_length))
+    list_ends(policy, tokenizer)
     encoded, prompts = [], [row["prompt"] for row in rows]
     pairs, _ = encode_pairs(tokenizer, prompts, [row["completion"] for row in rows])
     for text, (prompt, completion) in zip(prompts, pairs, strict=True):

@@ -174,7 +174,8 @@ def test_an_architecture_goes_through_everything(name, tmp_path):
 # What cannot be read exactly.
 
 REFUSED = {
-    "rwkv": ("RwkvConfig", {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 64}, "no cache of keys|padded batch"),
+    "rwkv": ("RwkvConfig", {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 64},
+             "no cache of keys|padded batch"),
     "mamba": ("MambaConfig", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}, "no cache of keys"),
     "bert": ("BertConfig", USUAL, "no cache of keys|padded batch"),
 }
@@ -218,7 +219,8 @@ class Wrong(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("fault", "sentence"), [
-    ("padding", "a row in a padded batch otherwise than in the row alone"), ("cache", "with its cache otherwise than without"),
+    ("padding", "a row in a padded batch otherwise than in the row alone"),
+    ("cache", "with its cache otherwise than without"),
     ("dropout", None), (None, None)])
 def test_padding_and_cache_are_tried_and_dropout_is_no_fault(fault, sentence):
     model = Wrong(fault).train()
@@ -408,7 +410,8 @@ def test_scores_of_every_sensible_type_are_taken(returned):
 
 @pytest.mark.parametrize("returned", [
     None, [1.0, None], ["good", "bad"], "good", {"a": 1.0, "b": 2.0}, object(), [[1.0], [2.0, 3.0]], 1.0,
-    np.array([1.0, None], dtype=object), torch.ones(2, 1), [1.0], lambda: 1, b"ab", (x for x in ("a", "b")), {1.0, 2.0}])
+    np.array([1.0, None], dtype=object), torch.ones(2, 1), [1.0], lambda: 1, b"ab",
+    (x for x in ("a", "b")), {1.0, 2.0}])
 def test_scores_of_any_other_are_one_error_that_names_the_reward(returned):
     with pytest.raises(ValueError, match=r"^reward returned .*expected .* one score a response") as raised:
         as_scores(returned, 2)

@@ -21,13 +21,15 @@ STORIES = Path(__file__).resolve().parents[1].parent / "shared/models/stories260
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 GEMMA = ("{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-         "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
+         "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+         "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
 ZEPHYR = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
           "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
 TWO_ENDS = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
             "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+NO_END = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+          "{% if add_generation_prompt %}assistant: {% endif %}")
 
 
 def bytes_tokenizer(template=None, own=("<|im_start|>", "<|im_end|>"), **options):
@@ -260,7 +262,8 @@ def test_ppo_with_a_reward_model_begins_and_every_reply_is_scored_on_the_ids_tha
 
     tokenizer = make(template, own)
     policy = policy_of(tokenizer)
-    prompts = [row["prompt"] for row in load_rows(chat_pairs(tmp_path), tokenizer=tokenizer)] if chat else ["ask", "why"]
+    rows = load_rows(chat_pairs(tmp_path), tokenizer=tokenizer)
+    prompts = [row["prompt"] for row in rows] if chat else ["ask", "why"]
     scorer = RewardScorer(reward_model_from(policy), tokenizer)
     config = PPOConfig(iterations=1, prompts_per_iteration=8, minibatch_size=8, max_new_tokens=6)
     state = PPOState.start(policy, tokenizer, scorer, prompts, config)
@@ -284,3 +287,22 @@ def test_a_real_llama_s_replies_keep_the_space_they_begin_with():
     rows = [{"prompt": "Once upon a time", "reply": " he was"}, {"prompt": "Once upon a time", "reply": "ly he was"}]
     rollout = encode_rows(tokenizer, rows, "reply", 16)
     assert decode_responses(tokenizer, rollout) == [" he was", "ly he was"]
+
+
+def test_a_trained_policy_that_is_saved_stops_at_all_its_ends_wherever_it_is_served(tmp_path, trained_ids):
+    from alignkit import load_policy
+    from alignkit.models.loading import save_model
+    from alignkit.sft import train_sft
+
+    tokenizer = bytes_tokenizer(CHATML)
+    four, end = (tokenizer.convert_tokens_to_ids(token) for token in ("4", "<|im_end|>"))
+    policy = saying(policy_of(tokenizer), [four, end, 10, 11])
+    train_sft(policy, tokenizer, [{"prompt": "a", "completion": "4"}], SFTConfig())
+    again, _ = load_policy(save_model(policy, tokenizer, tmp_path / "saved"), device="cpu")
+    assert set(again.generation_config.eos_token_id) == {end, tokenizer.eos_token_id}
+    made = again.generate(torch.tensor([[1, 50]]), attention_mask=torch.ones(1, 2), max_new_tokens=10, do_sample=False)
+    assert made[0, 2:].tolist() == [four, end]
+    plain = desk_tokenizer()
+    tiny = tiny_policy(plain)
+    train_sft(tiny, plain, [{"prompt": "a", "completion": "b"}], SFTConfig())
+    assert tiny.generation_config.eos_token_id == plain.eos_token_id

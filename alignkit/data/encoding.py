@@ -78,8 +78,9 @@ def _encode_alone(tokenizer, response: str) -> list[int]:
 def decode_reply(tokenizer, before: int, ids: Sequence[int]) -> str:
     """The text of a reply's ids, without special tokens, so that after the prompt's text it reads as these ids.
 
-    before: the last id of the prompt. Some tokenizers drop the space in front of whatever they decode first, which would
-    glue a reply to its prompt: it is decoded behind that id, and keeps it unless the tokenizer itself puts one there.
+    before: the last id of the prompt. Some tokenizers drop the space in front of whatever they decode first, which
+    would glue a reply to its prompt: it is decoded behind that id, and keeps it unless the tokenizer itself puts one
+    there.
     """
     ids = list(ids)
     alone = _decoded(tokenizer, ids)

@@ -24,13 +24,19 @@ def end_ids(tokenizer, policy=None) -> tuple[int, ...]:
     count. Without a policy: EOS and the template's end.
     """
     generation = getattr(policy, "generation_config", None)
-    listed = getattr(generation, "eos_token_id", None)
-    listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
+    listed = _listed(generation)
     if getattr(generation, "_from_model_config", False):
         known = special_ids(tokenizer)
         listed = [end for end in listed if end in known]
     ends = (tokenizer.eos_token_id, *listed, template_end(tokenizer))
     return tuple(dict.fromkeys(end for end in ends if end is not None))
+
+
+def list_ends(policy, tokenizer) -> None:
+    """Let the policy's generation config list all its ends, so that whoever serves the saved model stops there too."""
+    generation, ends = getattr(policy, "generation_config", None), end_ids(tokenizer, policy)
+    if generation is not None and not set(ends) <= set(_listed(generation)):
+        generation.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
 
 
 def end_after(tokenizer, prompt: str) -> int:
@@ -60,6 +66,11 @@ def without_end(tokenizer, reply: str) -> str:
     while end := next((end for end in ends if end and reply.rstrip().endswith(end)), None):
         reply = reply.rstrip().removesuffix(end)
     return reply
+
+
+def _listed(generation) -> list[int]:
+    ends = getattr(generation, "eos_token_id", None)
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def _written_end(tokenizer) -> int | None:

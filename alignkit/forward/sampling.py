@@ -31,7 +31,8 @@ DIVERGED = "the policy's logits are NaN or infinite; its weights have diverged (
 
 @torch.no_grad()
 def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_new_tokens: int,
-           eos_token_id: int | Collection[int], pad_token_id: int, generator: torch.Generator, temperature: float = 1.0) -> Rollout:
+           eos_token_id: int | Collection[int], pad_token_id: int, generator: torch.Generator,
+           temperature: float = 1.0) -> Rollout:
     """One response for each prompt row, sampled by inverse CDF from softmax(logits / temperature).
 
     eos_token_id: what ends a response, one id or several (`alignkit.data.ends.end_ids`).

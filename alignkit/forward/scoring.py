@@ -52,8 +52,8 @@ def check_reward_reads(reward, tokenizer, prompts: Sequence[str]) -> None:
     strange = [token for token in tokens if token not in known and any(token in prompt for prompt in chats[:100])]
     if strange:
         raise ValueError(f"the reward model's tokenizer does not know {strange[0]!r}, which the policy's chat template "
-                         "writes, and would read it as plain text; train a reward model with the policy's tokenizer, or "
-                         "give a function as the reward that renders the messages with the reward model's own template")
+                         "writes, and would read it as plain text; train a reward model with the policy's tokenizer, "
+                         "or give a function as the reward that renders the messages with that model's own template")
     if getattr(other, "chat_template", None) not in (None, tokenizer.chat_template):
         warnings.warn("the reward model has another chat template than the policy, whose conversations it will read as "
                       "the policy's template writes them", stacklevel=3)
@@ -71,8 +71,8 @@ def check_reward_ids(rollout: Rollout, tokenizer, reward, prompts: Sequence[str]
     said = [row[kept].tolist() for row, kept in zip(rollout.response_ids, mask, strict=True)]
     said = [tuple(row[:-1] if ended else row) for row, ended in zip(said, finished, strict=True)]
     plain = [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in said]
-    usual = [{tuple(ids) for _, ids in pair} for pair in zip(
-        *(encode_pairs(tokenizer, prompts, texts)[0] for texts in (plain, [f" {text}" for text in plain])), strict=True)]
+    encoded = [encode_pairs(tokenizer, prompts, texts)[0] for texts in (plain, [f" {text}" for text in plain])]
+    usual = [{tuple(ids) for _, ids in pair} for pair in zip(*encoded, strict=True)]
     heads, ends = encode_texts(reward.tokenizer, list(prompts)), end_ids(reward.tokenizer)
     for number, (head, row, read) in enumerate(zip(heads, said, reward.ids(prompts, responses), strict=True)):
         end = end_after(reward.tokenizer, prompts[number])
@@ -80,7 +80,8 @@ def check_reward_ids(rollout: Rollout, tokenizer, reward, prompts: Sequence[str]
         if (read[: len(head)] != head or read[-1] != end or not set(ends).isdisjoint(answer)
                 or (row in usual[number] and answer != row)):
             raise InvariantError(f"step 0: the reward model reads other tokens than the policy wrote in response "
-                                 f"{number}: {tokenizer.decode(read)!r}, expected {tokenizer.decode([*head, *row, end])!r}")
+                                 f"{number}: {tokenizer.decode(read)!r}, expected "
+                                 f"{tokenizer.decode([*head, *row, end])!r}")
 
 
 def check_room(policy, tokenizer, prompts: Sequence[str], max_new_tokens: int) -> None:
@@ -95,8 +96,8 @@ def check_lengths(policy, lengths: Tensor) -> None:
     limit, longest = context_length(policy), int(lengths.max())
     if limit is not None and longest > limit:
         raise ValueError(f"{int((lengths > limit).sum())} of {len(lengths)} prompts do not fit with their response in "
-                         f"the model's context of {limit} tokens (the longest needs {longest}); shorten them (file_task "
-                         f"does, with max_length={limit})")
+                         f"the model's context of {limit} tokens (the longest needs {longest}); shorten them "
+                         f"(file_task does, with max_length={limit})")
 
 
 def _a_number(value) -> bool:
