@@ -9,6 +9,7 @@ import re
 
 from alignkit.data.chat import REASONING
 from alignkit.data.encoding import ChatText
+from alignkit.data.ends import without_end
 from alignkit.data.files import LINE_LIMIT, Fault
 from alignkit.data.layouts import is_empty
 
@@ -307,13 +308,12 @@ def _check_special(special: re.Pattern, messages: list[dict]) -> None:
             raise Fault(f"message {number} contains {token[0]!r}, which the chat template would make a real token")
 
 
-def _rendered(eos: str | None, texts: list[str] | Fault) -> tuple[ChatText, list[ChatText]]:
-    """Prompt and replies as a chat template wrote them, the replies without EOS."""
+def _rendered(tokenizer, texts: list[str] | Fault) -> tuple[ChatText, list[ChatText]]:
+    """Prompt and replies as a chat template wrote them, the replies without what ends them."""
     if isinstance(texts, Fault):
         raise texts
     head, *endings = map(_check_rendered, texts)
-    endings = [text.rstrip() for text in endings]
-    return ChatText(head), [ChatText(ending.removesuffix(eos) if eos else ending) for ending in endings]
+    return ChatText(head), [ChatText(without_end(tokenizer, ending)) for ending in endings]
 
 
 def _check_rendered(text: str) -> str:
