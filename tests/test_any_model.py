@@ -19,11 +19,11 @@ from alignkit import DPOConfig, PPOConfig, PPOState, RewardConfig, SFTConfig, ad
 from alignkit.data.encoding import ChatText
 from alignkit.dpo import dpo
 from alignkit.errors import AlignkitError, InvariantError
+from alignkit.formulas.randomness import seeded
 from alignkit.forward.reading import response_logprobs
 from alignkit.forward.rollout import encode_prompts, full_ids, to_device
 from alignkit.forward.sampling import generate_texts, sample
 from alignkit.forward.scoring import as_scores, check_reward_ids, check_reward_reads
-from alignkit.formulas.randomness import seeded
 from alignkit.models.fitness import context_length, judge
 from alignkit.models.heads import reward_model_from
 from alignkit.models.loading import load_reward_model, save_model
@@ -118,7 +118,7 @@ def plain_logprobs(policy, prompt: list[int], response: list[int]) -> torch.Tens
 
 
 def check_logprobs(policy):
-    ids, mask = encode_prompts(TOKENIZER, PROMPTS + [PROMPTS[0][:8]])
+    ids, mask = encode_prompts(TOKENIZER, [*PROMPTS, PROMPTS[0][:8]])
     rollout = sample(policy, ids, mask, max_new_tokens=6, eos_token_id=2, pad_token_id=0, generator=seeded(0))
     assert torch.allclose(response_logprobs(policy, rollout), rollout.logprobs, atol=1e-5)
     for row in range(len(rollout)):

@@ -399,9 +399,9 @@ class _Scan:
         """Fault if a column that seems to matter is not used, and does not say what prompt and replies say."""
         for name in unused:
             what = carries(name, record[name])
-            if what in ("answers", "labels") and (self._told or self._layout.kind == "pairs" and name in SPARE):
+            if what in ("answers", "labels") and (self._told or (self._layout.kind == "pairs" and name in SPARE)):
                 what = ""
-            if self._layout.kind == "pairs" and (what == "marks" or what == "part of the prompt" and name in SPARE):
+            if self._layout.kind == "pairs" and (what == "marks" or (what == "part of the prompt" and name in SPARE)):
                 what = ""
             if not what and not (self._layout.together and name == "answers"):
                 self._note(f"the column {name!r} is not used", line)

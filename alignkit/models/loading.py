@@ -24,7 +24,6 @@ from alignkit.models.fitness import context_length, judged, set_switches
 from alignkit.models.heads import score_head
 from alignkit.storage import read_json, write_json
 
-
 _KINDS = {AutoModelForCausalLM: "class that continues a text (…ForCausalLM)",
           AutoModelForSequenceClassification: "class that scores a text (…ForSequenceClassification)"}
 
