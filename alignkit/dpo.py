@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.configs import DPOConfig
+from alignkit.data.ends import list_ends
 from alignkit.errors import InvariantError, NonFinite
 from alignkit.formulas.losses import dpo_loss, implicit_reward
 from alignkit.formulas.randomness import seeded
 from alignkit.forward.precision import autocast, checkpointed
 from alignkit.forward.reading import response_logps
 from alignkit.forward.rollout import Rollout, encode_rows, full_ids, groups, passes, to_device, token_ids, trimmed
+from alignkit.forward.scoring import check_lengths
 from alignkit.killpoints import reached
 from alignkit.metrics import stat
 from alignkit.models.adapters import reference_policy
@@ -182,10 +184,12 @@ class DPOState:
               ref_policy: nn.Module | None = None) -> "DPOState":
         """A run's state before its first step, on rows prompt / chosen / rejected (texts).
 
-        ref_policy: by default the policy as it is now. Raises ValueError if there are no rows.
+        ref_policy: by default the policy as it is now. Raises ValueError if there are no rows, or one is longer than
+        the model's context.
         """
         if not rows:
             raise ValueError("rows is empty, expected at least one preference pair")
+        list_ends(policy, tokenizer)
         from_reference = ref_policy is None
         ref_policy = reference_policy(policy) if ref_policy is None else ref_policy
         pairs = Pairs(
@@ -194,6 +198,8 @@ class DPOState:
                 for side in ("chosen", "rejected")
             )
         )
+        for side in (pairs.chosen, pairs.rejected):
+            check_lengths(policy, side.prompt_mask.sum(1) + side.response_mask.sum(1))
         if config.precompute_reference:
             pairs = with_reference(ref_policy, pairs, batch_size=2 * config.batch_size, precision=config.precision,
                                    tokens_per_pass=config.tokens_per_pass)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alignkit.configs import PPOConfig
+from alignkit.data.ends import end_ids
 from alignkit.errors import NonFinite
 from alignkit.formulas.kl import k1, k3
 from alignkit.formulas.losses import adapt_kl_coef, clipped, gae, policy_loss, token_rewards, value_loss
@@ -34,6 +35,7 @@ from alignkit.forward.rollout import (
     token_ids,
 )
 from alignkit.forward.sampling import sample
+from alignkit.forward.scoring import as_scores, check_reward_ids, check_reward_reads, check_room
 from alignkit.killpoints import reached
 from alignkit.metrics import stat
 from alignkit.models.adapters import reference_policy
@@ -140,7 +142,8 @@ class PPOState:
         prompts: texts, or lists of texts (strata, drawn evenly). critic: by default a copy of the reward model if it
         reads the policy's tokens, otherwise the policy's body with a head that is 0; with shared_trunk a head on the
         policy's own body. ref_policy: by default the policy as it is now.
-        Raises ValueError if there are no prompts, ptx_coef > 0 without demonstrations, or a critic with shared_trunk.
+        Raises ValueError if there are no prompts or one is too long, ptx_coef > 0 without demonstrations, a critic with
+        shared_trunk, or a reward model that cannot read the prompts.
         """
         # Prompts: one stratum, or several that are drawn evenly.
         strata = [list(s) for s in prompts] if prompts and not isinstance(prompts[0], str) else [list(prompts)]
@@ -149,6 +152,9 @@ class PPOState:
             raise ValueError("prompts is empty, expected at least one prompt")
         if config.ptx_coef > 0 and not demonstrations:
             raise ValueError(f"ptx_coef is {config.ptx_coef} but there are no demonstrations to mix in")
+        texts = [prompt for stratum in strata for prompt in stratum]
+        check_reward_reads(reward, tokenizer, texts)
+        check_room(policy, tokenizer, texts, config.max_new_tokens)
         # Critic: with a shared trunk a head on the policy; otherwise a model of its own.
         if config.shared_trunk:
             if critic is not None:
@@ -499,21 +505,22 @@ def _sample(state: PPOState, config: PPOConfig) -> tuple[list[str], Rollout]:
     ids, mask = encode_prompts(state.tokenizer, texts)
     with autocast(state.policy.device, config.precision):
         return texts, sample(state.policy, ids, mask, max_new_tokens=config.max_new_tokens,
-                             eos_token_id=state.tokenizer.eos_token_id, pad_token_id=state.tokenizer.pad_token_id,
+                             eos_token_id=end_ids(state.tokenizer, state.policy),
+                             pad_token_id=state.tokenizer.pad_token_id,
                              generator=seeded(config.seed, state.iteration), temperature=config.temperature)
 
 
 def _scores(state: PPOState, texts: list[str], rollout: Rollout) -> Tensor:
     """Ask the reward for the score of each response: (B,), checked for shape and finite numbers."""
-    scores = torch.as_tensor(state.reward(texts, decode_responses(state.tokenizer, rollout)), dtype=torch.float32)
-    scores = scores.to(rollout.prompt_ids.device)
-    if scores.shape != (len(texts),):
-        raise ValueError(f"reward returned shape {tuple(scores.shape)}, expected ({len(texts)},): one score a response")
+    responses = decode_responses(state.tokenizer, rollout)
+    if state.iteration == 1:
+        check_reward_ids(rollout, state.tokenizer, state.reward, texts, responses)
+    scores = as_scores(state.reward(texts, responses), len(texts)).to(rollout.prompt_ids.device)
     if not torch.isfinite(scores).all():
         row = int((~torch.isfinite(scores)).nonzero()[0])
         raise NonFinite(
             f"reward returned {float(scores[row])} for response {row} of iteration {state.iteration}; nothing was "
-            "changed", state.iteration, {"prompts": texts, "responses": decode_responses(state.tokenizer, rollout)}
+            "changed", state.iteration, {"prompts": texts, "responses": responses}
         )
     return scores
 

@@ -1,13 +1,14 @@
 """The reward model: a thin front on TRL's RewardTrainer, the scorer that all else uses, and its report.
 
-A response is always scored with EOS after it, as in training, so that a score is the same through the API and inside
-PPO.
+A response is always scored with its end (EOS, or the chat template's own) after it, as in training, so that a score is
+the same through the API and inside PPO.
 """
 
 import importlib
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 
 from alignkit.configs import RewardConfig
 from alignkit.data.encoding import encode_pairs
+from alignkit.data.ends import end_after
 from alignkit.errors import ManifestError, NonFinite
 from alignkit.forward.precision import autocast
 from alignkit.forward.reading import token_values
 from alignkit.forward.rollout import right_pad
+from alignkit.models.fitness import context_length
 from alignkit.models.gate import is_folder
 from alignkit.models.loading import load_reward_model, save_model
 from alignkit.runs.checkpoints import Checkpoints
@@ -41,6 +44,7 @@ def train_reward_model(
         raise ValueError("pairs is empty, expected at least one preference pair")
     prompts = [row["prompt"] for row in pairs]
     chosen, rejected = (_ids(tokenizer, prompts, [row[side] for row in pairs]) for side in ("chosen", "rejected"))
+    config = replace(config, max_length=min(config.max_length, context_length(model) or config.max_length))
     rows = [
         {"chosen_ids": c, "rejected_ids": r}
         for c, r in zip(chosen, rejected, strict=True)
@@ -60,7 +64,7 @@ def train_reward_model(
 class RewardScorer:
     """A reward model as a function: prompts, responses -> scores (N,), shifted by `mean` and scaled by `std`.
 
-    The reward is read at the EOS after the response, whatever the padding token is.
+    The reward is read at the end of the response, whatever the padding token is.
     """
 
     def __init__(self, model: nn.Module, tokenizer, mean: float = 0.0, std: float = 1.0):
@@ -77,8 +81,11 @@ class RewardScorer:
     @torch.no_grad()
     def raw(self, prompts: Sequence[str], responses: Sequence[str], batch_size: int = 512) -> Tensor:
         """Scores (N,) as the model gives them. Raises NonFinite, with the prompt's number, on NaN or infinity."""
-        rows = _ids(self.tokenizer, prompts, responses)
-        scores = []
+        rows, limit, scores = self.ids(prompts, responses), context_length(self.model), []
+        longest = max(range(len(rows)), key=lambda row: len(rows[row]), default=0)
+        if limit and rows and len(rows[longest]) > limit:
+            raise ValueError(f"prompt {longest} and its response have {len(rows[longest])} tokens, the reward model's "
+                             f"context is {limit}; shorten them (file_task does, with max_length={limit})")
         for start in range(0, len(rows), batch_size):
             ids, mask = right_pad(rows[start : start + batch_size], self.tokenizer.pad_token_id)
             ids, mask = ids.to(self.model.device), mask.to(self.model.device)
@@ -92,6 +99,10 @@ class RewardScorer:
                             f"({int((~scores.isfinite()).sum())} of {len(scores)} scores are not finite): its training "
                             "diverged, go back to an earlier checkpoint")
         return scores
+
+    def ids(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
+        """The token ids that are read of each prompt and response, as `train_reward_model` trains on them."""
+        return _ids(self.tokenizer, prompts, responses)
 
     def normalised(self, prompts: Sequence[str], responses: Sequence[str]) -> "RewardScorer":
         """The same scorer with mean 0 and standard deviation 1 on these responses (the reference policy's)."""
@@ -153,6 +164,6 @@ def _import_from_here(module: str):
 
 
 def _ids(tokenizer, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt and response in a row, EOS after them."""
-    end = tokenizer.eos_token_id
-    return [[*prompt, *response, end] for prompt, response in encode_pairs(tokenizer, prompts, responses)[0]]
+    """Token ids of each prompt and response in a row, what ends a reply after them."""
+    ends, pairs = [end_after(tokenizer, prompt) for prompt in prompts], encode_pairs(tokenizer, prompts, responses)[0]
+    return [[*prompt, *response, end] for (prompt, response), end in zip(pairs, ends, strict=True)]

@@ -1,7 +1,8 @@
-"""Supervised fine-tuning: a thin front on TRL's SFTTrainer, which sees only the response (and its EOS) as labels."""
+"""Supervised fine-tuning: a thin front on TRL's SFTTrainer, which sees only the response (and its end) as labels."""
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 
 from alignkit.configs import SFTConfig
 from alignkit.data.encoding import encode_pairs
+from alignkit.data.ends import end_after, list_ends
 from alignkit.forward.rollout import right_pad
+from alignkit.models.fitness import context_length
 from alignkit.runs.checkpoints import Checkpoints
 from alignkit.trainer import narrow_logits, run_trainer, trainer_arguments
 
@@ -30,11 +33,12 @@ def train_sft(
 
     if not rows:
         raise ValueError("rows is empty, expected at least one demonstration")
-    encoded, end = [], tokenizer.eos_token_id
-    for prompt, completion in encode_pairs(
-        tokenizer, [row["prompt"] for row in rows], [row["completion"] for row in rows]
-    )[0]:
-        response = [*completion, end]
+    config = replace(config, max_length=min(config.max_length, context_length(policy) or config.max_length))
+    list_ends(policy, tokenizer)
+    encoded, prompts = [], [row["prompt"] for row in rows]
+    pairs, _ = encode_pairs(tokenizer, prompts, [row["completion"] for row in rows])
+    for text, (prompt, completion) in zip(prompts, pairs, strict=True):
+        response = [*completion, end_after(tokenizer, text)]
         ids, labels = [*prompt, *response], [-100] * len(prompt) + response
         if len(prompt) < config.max_length:  # or nothing of the response is left
             encoded.append({"input_ids": ids[: config.max_length], "labels": labels[: config.max_length]})

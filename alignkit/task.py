@@ -12,6 +12,7 @@ by a seeded hash of their normalised text, so equal prompts stay together in wha
 import hashlib
 import os
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -123,13 +124,19 @@ class FileTask(Task):
 
 
 def load_task(data: str | os.PathLike, tokenizer, seed: int = 0, *, skip_bad: bool = False,
-              max_new_tokens: int | None = None, max_length: int = 512, heldout_share: float = 0.1) -> Task:
+              max_new_tokens: int | None = None, max_length: int = 512, heldout_share: float = 0.1,
+              kind: str | None = None, split: str | None = None,
+              columns: str | Mapping[str, str] | None = None) -> Task:
     """The desk world for "desk", else the `file_task` of a file, a saved data set or a Hub id.
 
-    max_new_tokens: None is 4 for the desk, 32 for files. The other options are for files alone.
+    max_new_tokens: None is 4 for the desk, 32 for files. The other options are for files alone; kind, split and columns
+    say how to read them, as in `load_rows`.
     Raises DataError on bad rows, unless skip_bad, and ValueError if the desk world meets another model's tokenizer.
     """
     if str(data) == "desk":
+        for name, value in {"kind": kind, "split": split, "columns": columns}.items():
+            if value:
+                raise DataError(f"{name} is {value!r}, and data is 'desk': {name} says how to read a file or data set")
         try:
             phrase_ids(tokenizer)
         except ValueError as error:
@@ -139,7 +146,7 @@ def load_task(data: str | os.PathLike, tokenizer, seed: int = 0, *, skip_bad: bo
             ) from error
         return desk_task(seed, max_new_tokens=max_new_tokens or MAX_PHRASES)
     return file_task(data, tokenizer, seed, skip_bad=skip_bad, max_new_tokens=max_new_tokens or 32,
-                     max_length=max_length, heldout_share=heldout_share)
+                     max_length=max_length, heldout_share=heldout_share, kind=kind, split=split, columns=columns)
 
 
 def desk_task(seed: int = 0, *, messiness: float = 0.7, max_new_tokens: int = MAX_PHRASES) -> DeskTask:
@@ -157,12 +164,14 @@ def desk_task(seed: int = 0, *, messiness: float = 0.7, max_new_tokens: int = MA
 
 def file_task(source: str | os.PathLike, tokenizer, seed: int = 0, *, kind: str | None = None,
               heldout_share: float = 0.1, max_length: int = 512, max_new_tokens: int = 32,
-              skip_bad: bool = False) -> FileTask:
+              skip_bad: bool = False, split: str | None = None,
+              columns: str | Mapping[str, str] | None = None) -> FileTask:
     """Rows of a source, shortened to the model's context and divided in two parts by prompt.
 
     max_length: the context in tokens (the tokenizer's own limit, if lower, holds). A prompt longer than max_length −
     max_new_tokens loses its beginning, a response that does not fit behind its prompt loses its end, both at the border
     of a token; `notes` counts them. Prompts are divided after that, as the model will see them.
+    kind, split, columns: how to read the source, as in `load_rows`.
     Raises DataError as `load_rows` does, and if there are fewer than two different prompts.
     """
     limit = min(max_length, tokenizer.model_max_length)
@@ -170,7 +179,7 @@ def file_task(source: str | os.PathLike, tokenizer, seed: int = 0, *, kind: str 
         raise ValueError(f"max_new_tokens is {max_new_tokens}, expected 1 to {limit - 2} (max_length is {limit})")
     if not 0 < heldout_share < 1:
         raise ValueError(f"heldout_share is {heldout_share}, expected a share between 0 and 1")
-    loaded = load_rows(source, kind, tokenizer=tokenizer, skip_bad=skip_bad)
+    loaded = load_rows(source, kind, tokenizer=tokenizer, skip_bad=skip_bad, split=split, columns=columns)
     rows, notes = fit_rows(loaded, tokenizer, limit, max_new_tokens)
     prompts = {}  # normalised -> as first written
     for row in rows:

@@ -1,4 +1,7 @@
-"""Texts and preference pairs as token ids; a response's ids do not depend on how its prompt ends."""
+"""Texts and preference pairs as token ids, and back; a response's ids do not depend on how its prompt ends."""
+
+import weakref
+from collections.abc import Sequence
 
 
 class ChatText(str):
@@ -48,13 +51,15 @@ def encode_pair(tokenizer, prompt: str, response: str) -> tuple[list[int], list[
 def encode_pairs(tokenizer, prompts: list[str], responses: list[str]) -> tuple[list[tuple[list[int], list[int]]], int]:
     """`encode_pair` of each prompt and response, and how many of them had to be tokenised apart."""
     heads = encode_texts(tokenizer, prompts)
-    alike = [isinstance(prompt, ChatText) == isinstance(response, ChatText)
-             for prompt, response in zip(prompts, responses, strict=True)]
-    joints = encode_texts(tokenizer, [type(prompt)(prompt + response) if same else ""
-                                      for prompt, response, same in zip(prompts, responses, alike, strict=True)])
+    joints = encode_texts(tokenizer, [type(prompt)(prompt + response)
+                                      for prompt, response in zip(prompts, responses, strict=True)])
+    chats = [isinstance(prompt, ChatText) for prompt in prompts]
+    special = special_ids(tokenizer) if any(chats) else set()
     pairs, apart = [], 0
-    for head, joint, response, same in zip(heads, joints, responses, alike, strict=True):
-        whole = same and joint[:len(head)] == head
+    for head, joint, response, chat in zip(heads, joints, responses, chats, strict=True):
+        whole = joint[:len(head)] == head
+        if chat != isinstance(response, ChatText):  # special tokens in what a policy wrote are text, in a template not
+            whole = whole and chat and special.isdisjoint(joint[len(head):])
         apart += not whole
         pairs.append((head, joint[len(head):] if whole else _encode_alone(tokenizer, response)))
     return pairs, apart
@@ -68,3 +73,46 @@ def _encode_alone(tokenizer, response: str) -> list[int]:
         if front and both[:len(front)] == front:
             return both[len(front):]
     return encode_text(tokenizer, response, add_special_tokens=False)
+
+
+def decode_reply(tokenizer, before: int, ids: Sequence[int]) -> str:
+    """The text of a reply's ids, without special tokens, so that after the prompt's text it reads as these ids.
+
+    before: the last id of the prompt. Some tokenizers drop the space in front of whatever they decode first, which
+    would glue a reply to its prompt: it is decoded behind that id, and keeps it unless the tokenizer itself puts one
+    there.
+    """
+    ids = list(ids)
+    alone = _decoded(tokenizer, ids)
+    if before not in special_ids(tokenizer):
+        front, both = _decoded(tokenizer, [before]), _decoded(tokenizer, [before, *ids])
+        return both[len(front):] if both.startswith(front) else alone
+    if before == tokenizer.bos_token_id:
+        return alone
+    anchor = encode_text(tokenizer, "x", add_special_tokens=False)[-1:]
+    front, both = _decoded(tokenizer, anchor), _decoded(tokenizer, [*anchor, *ids])
+    spaced = both[len(front):] if both.startswith(front) else alone
+    return alone if spaced == alone or _puts_space(tokenizer, before, anchor) else spaced
+
+
+def special_ids(tokenizer) -> set[int]:
+    """The ids of all special tokens, also of those that have no name such as EOS."""
+    key = len(tokenizer), tuple(tokenizer.all_special_ids)
+    if tokenizer not in _special or _special[tokenizer][0] != key:
+        added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        _special[tokenizer] = key, added | set(tokenizer.all_special_ids)
+    return _special[tokenizer][1]
+
+
+_special: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _decoded(tokenizer, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _puts_space(tokenizer, before: int, anchor: list[int]) -> bool:
+    """Whether the tokenizer puts a space of its own in front of text that follows this special token."""
+    text = ChatText(tokenizer.convert_ids_to_tokens(before) + "x")
+    behind = encode_text(tokenizer, text, add_special_tokens=False)[1:]
+    return _decoded(tokenizer, [*anchor, *behind])[len(_decoded(tokenizer, anchor)):].startswith(" ")

@@ -85,9 +85,10 @@ def _is_inflated(stream: io.BufferedIOBase) -> bool:
     return isinstance(getattr(stream, "raw", None), _Inflated)
 
 
-def records(source: str | os.PathLike) -> tuple[str, Iterator[tuple[int, object]]]:
+def records(source: str | os.PathLike, split: str | None = None) -> tuple[str, Iterator[tuple[int, object]]]:
     """("line" or "row", the records of a source): pairs of a number, from 1, and a JSON value or a Fault.
 
+    split: of a saved or a Hub data set; in a file, the rows whose column `split` says so.
     Raises DataError when there is no such source; the iterator raises Fault for what is wrong with all of it.
     """
     name, path = str(source), Path(source).expanduser()
@@ -95,12 +96,12 @@ def records(source: str | os.PathLike) -> tuple[str, Iterator[tuple[int, object]
     if path.is_dir():
         if not any((path / part).is_file() for part in ("state.json", "dataset_dict.json")):
             raise DataError(f"{name}: is a folder; expected a file, or a folder written by datasets.save_to_disk")
-        return "row", _dataset_records(str(path))
+        return "row", _dataset_records(str(path), split)
     if not path.exists():
         hub_id = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
         if suffix in SUFFIXES or not hub_id:
             raise DataError(f"{name}: there is no such file")
-        return "row", _dataset_records(name)
+        return "row", _dataset_records(name, split)
     if suffix not in SUFFIXES or not path.is_file():
         raise DataError(f"{name}: unknown kind of file {suffix!r}; expected {', '.join(SUFFIXES)}, each also with .gz")
     reader = {".csv": _csv_records, ".parquet": _parquet_records}.get(suffix, _jsonl_records)
@@ -113,7 +114,7 @@ def records(source: str | os.PathLike) -> tuple[str, Iterator[tuple[int, object]
         with _open(path) as stream:
             if _is_inflated(stream):
                 _read_through(path)
-            yield from reader(stream)
+            yield from reader(stream) if split is None else _of_split(reader(stream), split)
 
     return ("row" if reader in (_array_records, _parquet_records) else "line"), read()
 
@@ -321,8 +322,8 @@ def _inflated(facts) -> int:
     return sum(facts.row_group(number).total_byte_size for number in range(facts.num_row_groups))
 
 
-def _dataset_records(source: str) -> Iterator[tuple[int, object]]:
-    """The split "train", or the only one, of a saved or a Hub data set. No code of its repository runs."""
+def _dataset_records(source: str, split: str | None = None) -> Iterator[tuple[int, object]]:
+    """A split of a saved or a Hub data set, by default "train" or the only one. No code of its repository runs."""
     try:
         import datasets
     except ImportError:
@@ -334,8 +335,28 @@ def _dataset_records(source: str) -> Iterator[tuple[int, object]]:
         raise Fault(f"cannot load this as a Hub data set ({type(error).__name__}: {reason}). "
                      "Offline, or the name is wrong? Download the data and give a local file "
                      f"({', '.join(SUFFIXES)}, each also .gz)") from error
-    if isinstance(data, dict):
-        if "train" not in data and len(data) != 1:
-            raise Fault(f"it has the splits {', '.join(data)}, none is called train; save the one you want as a file")
-        data = data["train"] if "train" in data else next(iter(data.values()))
-    yield from enumerate(data, 1)
+    if not isinstance(data, dict):
+        rows = enumerate(data, 1)
+        yield from rows if split in (None, str(getattr(data, "split", None))) else _of_split(rows, split)
+        return
+    names = ", ".join(data)
+    if split is not None and split not in data:
+        raise Fault(f"it has no split {split!r}; its splits are {names}")
+    if split is None and "train" not in data and len(data) != 1:
+        raise Fault(f"it has the splits {names}, none is called train; say which: --split NAME (split=…)")
+    yield from enumerate(data[split] if split else data["train"] if "train" in data else next(iter(data.values())), 1)
+
+
+def _of_split(rows: Iterator[tuple[int, object]], split: str) -> Iterator[tuple[int, object]]:
+    """The rows whose column `split` is `split`."""
+    count, others = 0, {}
+    for number, record in rows:
+        if isinstance(record, dict) and "split" not in record:
+            raise Fault(f"split is {split!r}, and this is one file without a column 'split'; leave --split out")
+        if isinstance(record, dict) and record["split"] != split:
+            others[str(record["split"])[:40]] = None
+            continue
+        count += 1
+        yield number, record
+    if not count and others:
+        raise Fault(f"no row has the split {split!r}; there are {', '.join(list(others)[:20])}")

@@ -3,10 +3,13 @@
 A source is a local file (JSON lines, a JSON array, CSV or Parquet, each also gzipped), a folder written by
 `datasets.save_to_disk`, or the id of a Hugging Face Hub data set. What comes out is plain text rows:
 
-    pairs            {"prompt", "chosen", "rejected"}   from these, or from chosen and rejected that begin alike
-    demonstrations   {"prompt", "completion"}           from these, or from messages, or from text (prompt is "" then)
+    pairs            {"prompt", "chosen", "rejected"}
+    demonstrations   {"prompt", "completion"}           (of plain text the prompt is "")
     prompts          {"prompt"}
 
+`data.layouts` knows the columns of well-known data sets; whatever they are, a record first becomes a prompt and its
+replies, as texts or as messages (`data.fields`), and only then are templates applied, tokens counted and rows checked.
+A column that seems to carry an answer, a label, a system prompt or a history and would go unused is a fault.
 Conversations (lists of {role, content}) are rendered with the tokenizer's chat template and come out as `ChatText`.
 A check of a gigabyte needs the memory of one row and of an eight-byte hash of each (`data.files` reads in pieces).
 Left out on purpose: already tokenised data, tool calls, images, and any code that comes with a data set.
@@ -17,31 +20,54 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from alignkit.data.chat import chat_template_of
 from alignkit.data.encoding import ChatText, encode_text
 from alignkit.data.fields import (
-    _FORMS,
+    REPLIES,
     _came,
     _check_special,
     _check_text,
     _is_chat,
-    _kinds,
     _rendered,
     _special_pattern,
     _split_chat,
     _split_texts,
+    as_messages,
+    left_out_of,
+    lost_in,
+    messages_before,
 )
 from alignkit.data.files import LINE_LIMIT, Fault, records
+from alignkit.data.layouts import (
+    LAYOUTS,
+    PLAIN,
+    SPARE,
+    Layout,
+    LeftOut,
+    carries,
+    columns_of,
+    described,
+    guess,
+    is_empty,
+    repeats,
+    there,
+    value_at,
+)
 from alignkit.errors import DataError
 
 MOST_SKIPPED = 0.1  # share of the rows that skip_bad may leave out: more, and the file is another than was meant
 PROBLEM_LIMIT = 100_000  # problems that are kept; the rest is counted
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 2**20  # conversations that wait for the chat template together
 ROW_KINDS = ("pairs", "demonstrations", "prompts")
+ROWS_AHEAD = 900  # rows that are looked at for a system prompt before the first is given out
+MOST_TOGETHER = 64  # rows that are read as answers to one prompt
+_NAMES = {"pairs": ("chosen", "rejected"), "demonstrations": ("completion",), "prompts": ()}
+_FIELDS = ("prompt", "messages", "text", *REPLIES)  # in this order: chosen is the first reply
+_MARKS = {"pairs": {"chosen", "rejected"}, "demonstrations": {"completion", "messages", "text"}}  # they tell the kind
 
 
 @dataclass(frozen=True)
@@ -63,12 +89,12 @@ class Rows(list):
     """A list of rows (dicts of text) with what was seen on the way.
 
     kind: "pairs", "demonstrations" or "prompts"; source: str; skipped: bad rows left out; problems: the reasons;
-    warnings: sentences about good rows that deserve a look.
+    warnings: sentences about good rows that deserve a look; left_out: rows that say nothing, such as ties.
     """
 
-    def __init__(self, rows: Iterable[dict], kind: str, source: str, skipped=0, problems=(), warnings=()):
+    def __init__(self, rows: Iterable[dict], kind: str, source: str, skipped=0, problems=(), warnings=(), left_out=0):
         super().__init__(rows)
-        self.kind, self.source, self.skipped = kind, source, skipped
+        self.kind, self.source, self.skipped, self.left_out = kind, source, skipped, left_out
         self.problems, self.warnings = tuple(problems), tuple(warnings)
 
 
@@ -77,7 +103,8 @@ class Report:
     """What `check` found in a source.
 
     kind: "pairs" | "demonstrations" | "prompts", None when no row could be read; rows: rows seen; bad_rows: rows with
-    a problem; problems: the reasons in file order (at most PROBLEM_LIMIT); warnings: sentences.
+    a problem; problems: the reasons in file order (at most PROBLEM_LIMIT); warnings: sentences; left_out: rows that say
+    nothing, such as ties and replies labelled as bad.
     """
 
     source: str
@@ -86,15 +113,18 @@ class Report:
     bad_rows: int
     problems: tuple[Problem, ...]
     warnings: tuple[str, ...]
+    left_out: int = 0
 
     @property
     def ok(self) -> bool:
         """True when every row can be used and there is at least one."""
-        return self.rows > 0 and self.bad_rows == 0
+        return self.rows > self.left_out and self.bad_rows == 0
 
     def __str__(self) -> str:
         what = {"pairs": "preference pairs", None: "no readable rows"}.get(self.kind, self.kind)
-        counts = f"{self.rows:,} row{'s' * (self.rows != 1)}, {self.rows - self.bad_rows:,} good, {self.bad_rows:,} bad"
+        good = self.rows - self.bad_rows - self.left_out
+        counts = f"{self.rows:,} row{'s' * (self.rows != 1)}, {good:,} good, {self.bad_rows:,} bad"
+        counts += f", {self.left_out:,} left out" if self.left_out else ""
         more = [f"... and more: only the first {PROBLEM_LIMIT:,} problems are listed"]
         return "\n".join([*map(str, self.problems), *(more if len(self.problems) >= PROBLEM_LIMIT else []),
                           *(f"{self.source}: warning: {warning}" for warning in self.warnings),
@@ -111,17 +141,25 @@ class _Chat(NamedTuple):
 class _Scan:
     """One pass over a source: iterate (row or None, problems); afterwards `warnings()` and the counts are there."""
 
-    def __init__(self, source, kind: str | None, tokenizer, max_length: int | None, render: bool):
+    def __init__(self, source, kind: str | None, tokenizer, max_length: int | None, render: bool,
+                 split: str | None = None, columns: str | Mapping[str, str] | None = None):
         if kind is not None and kind not in ROW_KINDS:
             raise ValueError(f"kind is {kind!r}, expected one of {', '.join(ROW_KINDS)}")
         if max_length is not None and tokenizer is None:
             raise ValueError(f"max_length is {max_length}, which is counted in tokens; give the tokenizer too")
         self.name, self.kind, self.tokenizer, self.max_length = str(source), kind, tokenizer, max_length
-        self._render = render
-        self.fields: tuple[str, ...] = ()
-        self.rows = self.bad_rows = 0
+        self._render, self._told = render, kind is not None
+        self.rows = self.bad_rows = self.left_out = 0
         self._special = _special_pattern(tokenizer) if tokenizer is not None else None
-        self._unit, self._records = records(source)
+        self._given = columns_of(columns)
+        described_columns, self._tags = described(source)
+        self._columns = {**described_columns, **self._given}
+        self._unit, self._records = records(source, split)
+        self._records = ((line, self._renamed(record)) for line, record in self._records)
+        self._met: set[str] = set()  # fields for which a column was there
+        self._layout: Layout | None = None
+        self._conversational = False  # whether the first rows have a system prompt or a history
+        self._common: set[str] = set()  # columns that most of the first rows have
         self._seen: set[bytes] = set()
         self._noted: dict[str, list] = {}  # note -> [count, first lines]
 
@@ -129,8 +167,11 @@ class _Scan:
         try:
             head = list(self._head())
             self._detect([record for _, record in head if isinstance(record, dict)])
+            if self._may_converse(head):  # most rows of a set may have no system prompt, and all are read alike
+                head += self._head(ROWS_AHEAD)
+                self._conversational = any(self._begins(record) for _, record in head)
             waiting, characters = [], 0
-            for line, record in itertools.chain(head, self._records):
+            for line, record in self._together(itertools.chain(head, self._records)):
                 parts, faults = self._split(line, record)
                 waiting.append((line, parts, faults))
                 if isinstance(parts, _Chat):
@@ -145,6 +186,8 @@ class _Scan:
             raise DataError(f"{self.name}: cannot be read: {error}") from error
         if self.rows == 0:
             yield None, [Problem(self.name, 1, "", "there are no rows in it; the file is empty")]
+        elif self.left_out == self.rows:
+            yield None, [Problem(self.name, 1, "", "every row was left out: " + "; ".join(self.warnings()))]
 
     def warnings(self) -> tuple[str, ...]:
         """Sentences about what is allowed and yet deserves a look, with counts and the first places."""
@@ -159,36 +202,106 @@ class _Scan:
         if len(entry[1]) < 5:
             entry[1].append(line)
 
-    def _head(self) -> Iterator[tuple[int, object]]:
+    def _begins(self, record: object) -> bool:
+        """Whether a record has a system prompt or a history in a column of its own."""
+        fields = self._fields(record) if isinstance(record, dict) else {}
+        return any(not is_empty(fields.get(name)) for name in ("system", "history"))
+
+    def _may_converse(self, head: list[tuple[int, object]]) -> bool:
+        return bool(self._layout and not self._conversational and any(
+            {"system", "history"} & self._fields(record).keys() for _, record in head if isinstance(record, dict)))
+
+    def _head(self, most: int = 20) -> Iterator[tuple[int, object]]:
         objects, characters = 0, 0
         for line, record in itertools.islice(self._records, 1000):
             yield line, record
             if isinstance(record, dict):
                 objects += 1
                 characters += sum(len(value) for value in record.values() if isinstance(value, str))
-            if objects == 20 or characters > LINE_LIMIT:
+            if objects == most or characters > LINE_LIMIT:
                 return
 
+    def _renamed(self, record: object) -> object:
+        """A record with the columns that the user, or a dataset_info.json, gave other names; without those left out."""
+        if not isinstance(record, dict) or not (self._columns or self._tags):
+            return record
+        moved = {field: column for field, column in self._columns.items() if column and there(record, column)}
+        self._met |= moved.keys()
+        gone = {field for field, column in self._columns.items() if not column}
+        gone |= {column if column in record else column.split(".")[0] for column in moved.values()}
+        kept = {name: value for name, value in record.items() if name not in gone}
+        kept |= {field: value_at(record, column) for field, column in moved.items()}
+        return {name: as_messages(value, name, self._tags) if self._tags and not isinstance(value, str) else value
+                for name, value in kept.items()}
+
     def _detect(self, head: list[dict]) -> None:
-        """Decide kind and columns by the majority of the first rows."""
+        """Decide kind and layout by the majority of the first rows."""
         if not head:
             return
         filled = {name for record in head for name, value in record.items() if value is not None}
-        if self.kind is None:
-            votes = collections.Counter(filter(None, map(_kinds, head))).most_common(1)
-            names = ", ".join(sorted(map(repr, set().union(*head))))[:1000]
+        names = ", ".join(sorted(map(repr, set().union(*head))))[:1000]
+        for field, column in self._given.items():
+            if column and field not in self._met:
+                raise Fault(f"there is no column {column!r} (--columns {field}={column}); the columns are {names}")
+        # a table has every column in every row, so there a column of nulls is no column
+        heads = [{name: record[name] for name in record if self._unit == "line" or name in filled} for record in head]
+        full = [{name: record[name] for name in record if name in filled} for record in head]
+        self._layout = self._fitting(full) or self._nearest(heads, names)
+        self.kind = self.kind or self._layout.kind
+        self._conversational = any(map(self._begins, head))
+        self._common = {name for name in filled
+                        if 2 * sum(not is_empty(record.get(name)) for record in head) >= len(head)}
+
+    def _fitting(self, head: list[dict]) -> Layout | None:
+        """The layout that most of the first rows have, with the most columns; of the kind asked for or one above it."""
+        kinds = ROW_KINDS[: ROW_KINDS.index(self.kind) + 1] if self.kind else ("pairs", "demonstrations")
+
+        def rank(layout: Layout) -> tuple[int, bool, int]:
+            return sum(map(layout.fits, head)), layout.kind == self.kind, layout.needs
+
+        best = max((layout for layout in LAYOUTS if layout.kind in kinds), key=rank)
+        return best if 2 * rank(best)[0] >= len(head) else None
+
+    def _nearest(self, head: list[dict], names: str) -> Layout:
+        """Where none fits: the plain layout that the first rows have most of, told by the columns that mark a kind."""
+        kind = self.kind
+        if kind is None:
+            votes = collections.Counter(filter(None, map(_marked_kinds, head))).most_common(1)
             if not votes:
                 raise Fault(f"the columns are {names}; expected prompt, chosen, rejected (preference pairs); prompt, "
-                            "completion, or messages, or text (demonstrations); or prompt alone")
+                            "completion, or messages, or text (demonstrations); or prompt alone. Say which is which, "
+                            f"such as --columns {guess(set().union(*head))}")
             (kinds, _), = votes
             if len(kinds) > 1:
-                raise Fault(f"the columns are {names}, which is mixed: preference pairs (chosen, rejected) and "
-                            "demonstrations (completion, messages, text); say which, kind='pairs' or 'demonstrations'")
-            self.kind = kinds[0]
-        # a table has every column in every row, so there a column of nulls is no column
-        there = [record.keys() & filled if self._unit == "row" else record.keys() for record in head]
-        share = {form: sum(len(names & set(form)) for names in there) / len(form) for form in _FORMS[self.kind]}
-        self.fields = max(share, key=share.get)
+                raise _mixed(names)
+            kind = kinds[0]
+        layouts = [Layout("", kind, columns) for columns in PLAIN[kind]]
+        return max(layouts, key=lambda layout: sum(
+            column in record for record in head for _, column, needed, _ in layout.places if needed) / layout.needs)
+
+    def _fields(self, record: dict) -> dict:
+        fields = self._layout.fields(record)
+        fields |= {name: record[name] for name in self._given if name in record and name in self._layout.names}
+        return {name: value for name, value in fields.items() if self._given.get(name) != ""}
+
+    def _together(self, numbered: Iterable[tuple[int, object]]) -> Iterator[tuple[int, object]]:
+        """The records, those that are answers to one prompt put together if the layout says so."""
+        column = self._layout.together if self._layout else ""
+        if not column:
+            yield from numbered
+            return
+        line, group = 0, []
+        for number, record in numbered:
+            whole = isinstance(record, dict) and isinstance(record.get(column), str)
+            if group and (not whole or record[column] != group[0][column] or len(group) == MOST_TOGETHER):
+                yield line, {**group[0], "answers": group}
+                group = []
+            if whole:
+                line, group = line if group else number, [*group, record]
+            else:
+                yield number, record
+        if group:
+            yield line, {**group[0], "answers": group}
 
     def _finished(self, waiting: list[tuple]) -> Iterator[tuple[dict | None, list[Problem]]]:
         """The rows of records that were split, the conversations among them rendered together: (row, problems)."""
@@ -198,44 +311,111 @@ class _Scan:
             row = None
             try:
                 if isinstance(parts, _Chat):
-                    parts = _rendered(self.tokenizer.eos_token, next(texts))
+                    chat, parts = parts, _rendered(self.tokenizer, next(texts))
+                    self._check_kept(line, chat, *parts)
                 row = self._finish(line, *parts) if parts else None
             except Fault as fault:
                 faults = [fault]
             self.rows, self.bad_rows = self.rows + 1, self.bad_rows + bool(faults)
-            yield row, [Problem(self.name, line, fault.field, fault.reason, self._unit) for fault in faults]
+            yield row, [Problem(self.name, line, self._column(fault.field), fault.reason, self._unit)
+                        for fault in faults]
+
+    def _column(self, field: str) -> str:
+        """The name in the file of what a fault is about."""
+        name, colon, more = field.partition(":")
+        column = self._layout.column(name) if self._layout else name
+        return (self._columns.get(column) or column) + colon + more
+
+    def _check_kept(self, line: int, chat: _Chat, head: str, replies: list[str]) -> None:
+        """Fault if the chat template does not write what it was given; a note if it takes spaces away."""
+        if role := left_out_of(chat.prompt, head):
+            raise Fault(f"the chat template leaves out the {role} message; use a template that writes it "
+                        "(tokenizer.chat_template)", "prompt")
+        for name, message, text in zip(_NAMES[self.kind], chat.replies, replies, strict=True):
+            try:
+                change = lost_in(message, head, text)
+            except Fault as fault:
+                raise Fault(fault.reason, name) from None
+            if change:
+                where = "at the ends of" if change == "ends" else "inside"
+                self._note(f"the chat template changes the spaces {where} replies", line)
 
     def _split(self, line: int, record: object) -> tuple["tuple[str, list[str]] | _Chat | None", list[Fault]]:
         """Prompt and responses of a record, as texts or as the messages of a `_Chat`; or why it has none."""
         if isinstance(record, Fault):
             return None, [record]
+        if isinstance(record, dict) and self._layout is None:
+            self._detect([record])
+        columns = [column for _, column, needed, _ in self._layout.places if needed] if self._layout else []
         if not isinstance(record, dict):
-            expected = f"an object with {', '.join(self.fields)}" if self.fields else "an object"
+            expected = f"an object with {', '.join(columns)}" if columns else "an object"
             return None, [Fault(f"is {_came(record)}, expected {expected}")]
-        for name in sorted(record.keys() - set(self.fields)):
-            if name == "prompt" and self.kind == "pairs" and record[name] is not None:
-                return None, [Fault("this row has a prompt, others have none", name)]
-            self._note(f"the column {name!r} is not used", line)
-        values = {name: record[name] for name in self.fields if name in record}
-        faults = [Fault("is missing", name) for name in self.fields if name not in record]
-        faults += [Fault("is null, expected text", name) for name, value in values.items() if value is None]
-        chat = any(_is_chat(value) for value in values.values())
-        if not chat:
-            for name, value in values.items():
-                try:
-                    if value is not None:
-                        _check_text(value, name, "text, or a list of {role, content} messages")
-                except Fault as fault:
-                    faults.append(fault)
+        used = {column if column in record else column.split(".")[0] for _, column, _, _ in self._layout.places}
+        unused = sorted(record.keys() - used - (self._given.keys() & self._layout.names))
+        if "prompt" in unused and self._layout.columns.startswith("chosen") and not is_empty(record["prompt"]):
+            return None, [Fault("this row has a prompt, others have none", "prompt")]
+        fields = self._fields(record)
+        faults = [Fault("is missing", column) for column in columns if not there(record, column)]
+        faults += [Fault("is null, expected text", column) for column in columns
+                   if there(record, column) and value_at(record, column) is None]
         if faults:
-            return None, faults
+            return None, faults + _text_faults({name: value for name, value in fields.items()
+                                                if value is not None and not isinstance(value, (list, dict))})
         try:
-            return (self._chat(values) if chat else _split_texts(values)), []
+            prompt, replies = self._normal(self._layout.row(fields))
+            self._check_unused(line, record, unused, prompt, replies)
+            replies = replies[:len(_NAMES[self.kind])]
+            return (self._chat(prompt, replies) if isinstance(prompt, list) else (prompt, replies)), []
+        except LeftOut as reason:
+            self.left_out += 1
+            self._note(f"left out, {reason}", line)
+            return None, []
+        except _Faults as several:
+            return None, several.faults
         except Fault as fault:
             return None, [fault]
 
-    def _chat(self, values: dict) -> "tuple[str, list[str]] | _Chat":
-        prompt, replies = _split_chat(values)
+    def _normal(self, fields: dict) -> tuple["str | list[dict]", list]:
+        """The normal form of a record's fields: prompt and replies, all texts or all messages."""
+        if not is_empty(fields.get("tools")):
+            raise Fault("tools are not read (left out on purpose); --columns tools= trains without them", "tools")
+        before = messages_before(fields.get("system"), fields.get("history"))
+        values = {name: as_messages(fields[name], name, self._tags) for name in _FIELDS if name in fields}
+        if not is_empty(more := fields.get("input")):
+            if not isinstance(values.get("prompt"), str):
+                raise Fault("stands beside messages; --columns input= leaves it out", "input")
+            _check_text(more, "input")
+            values["prompt"] = f"{values['prompt']}\n{more}" if values["prompt"].strip() else more
+        if any(map(_is_chat, values.values())) or (self._conversational and "text" not in values):
+            return _split_chat(values, before)
+        if before:
+            raise Fault("a system prompt or a history: the first rows have none and were read as text; put a row that "
+                        "has one first, or leave it out (--columns system=,history=)")
+        if faults := _text_faults(values):
+            raise _Faults(faults)
+        return _split_texts(values)
+
+    def _check_unused(self, line: int, record: dict, unused: list[str], prompt, replies: list) -> None:
+        """Fault if a column that seems to matter is not used, and does not say what prompt and replies say."""
+        for name in unused:
+            what = carries(name, record[name])
+            if what in ("answers", "labels") and (self._told or (self._layout.kind == "pairs" and name in SPARE)):
+                what = ""
+            if self._layout.kind == "pairs" and (what == "marks" or (what == "part of the prompt" and name in SPARE)):
+                what = ""
+            if not what and not (self._layout.together and name == "answers"):
+                self._note(f"the column {name!r} is not used", line)
+            elif what and repeats(as_messages(record[name], name, self._tags), prompt, replies):
+                self._note(f"the column {name!r} is not used: it repeats what is read", line)
+            elif what:
+                fault = Fault(_unused(name, what), name)
+                if name not in self._common:
+                    raise fault
+                names = ", ".join(sorted(map(repr, record)))[:1000]
+                mixed = {*_MARKS["pairs"], *_MARKS["demonstrations"]}
+                raise DataError(f"{self.name}: {(_mixed(names) if name in mixed else fault).reason}")
+
+    def _chat(self, prompt: list[dict], replies: list[dict]) -> "tuple[str, list[str]] | _Chat":
         if self.tokenizer is None and self._render:
             raise DataError(f"{self.name}: the rows are conversations; give tokenizer=, whose template renders them")
         if self.tokenizer is None:
@@ -248,12 +428,12 @@ class _Scan:
 
     def _finish(self, line: int, prompt: str, responses: list[str]) -> dict:
         """The row, after the checks that need prompt and responses apart."""
-        names = {"pairs": ("chosen", "rejected"), "demonstrations": ("completion",), "prompts": ()}[self.kind]
+        names = _NAMES[self.kind]
         blank = [name for name, response in zip(names, responses, strict=True) if not response.strip()]
         if self.kind == "pairs" and responses[0].strip() == responses[1].strip():
             raise Fault("is identical to chosen" + " but for spaces" * (responses[0] != responses[1]), "rejected")
         if blank and self.kind == "demonstrations":
-            raise Fault("the reply is blank", self.fields[-1])
+            raise Fault("the reply is blank", "completion")
         if blank:
             self._note(f"{blank[0]} is a blank reply (kept: it stands for saying nothing)", line)
         elif self.kind == "pairs" and responses[1].startswith(responses[0]):
@@ -273,20 +453,64 @@ class _Scan:
         return {"prompt": prompt, **dict(zip(names, responses, strict=True))}
 
 
+class _Faults(Exception):
+    """Several faults of one record."""
+
+    def __init__(self, faults: list[Fault]):
+        super().__init__(str(faults))
+        self.faults = faults
+
+
+def _text_faults(values: dict) -> list[Fault]:
+    faults = []
+    for name, value in values.items():
+        try:
+            _check_text(value, name, "text, or a list of {role, content} messages")
+        except Fault as fault:
+            faults.append(fault)
+    return faults
+
+
+def _marked_kinds(record: dict) -> tuple[str, ...]:
+    """The kinds whose columns a record has; null columns count only where that leaves one kind."""
+    for names in (record.keys(), {name for name, value in record.items() if value is not None}):
+        kinds = tuple(kind for kind, marks in _MARKS.items() if names & marks)
+        if len(kinds) <= 1:
+            break
+    return kinds or (("prompts",) if "prompt" in record else ())
+
+
+def _mixed(names: str) -> Fault:
+    return Fault(f"the columns are {names}, which is mixed: preference pairs (chosen, rejected) and demonstrations "
+                 "(completion, messages, text); say which, --kind pairs or --kind demonstrations (in Python "
+                 "kind='pairs' or 'demonstrations')")
+
+
+def _unused(name: str, what: str) -> str:
+    use = {"answers": f"completion={name}, or chosen=…,rejected=…, or first=…,second=…,better=…",
+           "labels": f"label={name} (of a completion), or first=…,second=…,better={name} (of two replies)",
+           "marks": f"label={name} (of a completion)", "a system prompt": f"system={name}",
+           "part of the prompt": f"prompt={name}"}.get(what, "")
+    how = f"say what it is, --columns {use}, or " if use and not use.startswith(f"{name}=") else ""
+    return f"the column {name!r} seems to carry {what} and would go unused: {how}leave it out, --columns {name}="
+
+
 # --- the public functions --------------------------------------------------------------------------------------------
 def load_rows(source: str | os.PathLike, kind: str | None = None, *, tokenizer=None, max_length: int | None = None,
-              skip_bad: bool = False) -> Rows:
+              skip_bad: bool = False, split: str | None = None,
+              columns: str | Mapping[str, str] | None = None) -> Rows:
     """Rows of text from a file, a saved data set or a Hub id, every one of them valid.
 
     kind: "pairs", "demonstrations" or "prompts"; None means what the columns say. tokenizer: renders conversations, and
     with max_length (tokens) refuses longer prompts. skip_bad: leave bad rows out and count them in `.skipped`, but at
-    most MOST_SKIPPED of all rows (one bad row always may be left out).
+    most MOST_SKIPPED of all rows (one bad row always may be left out). split: of a data set that has several. columns:
+    "prompt=question,chosen=good", or a mapping, says which column is what; "system=" leaves that column out.
     Raises DataError with the first ten reasons, FILE:LINE each, if more rows are bad than that, or none is good.
 
     >>> load_rows("pairs.jsonl")[0]                                                          # doctest: +SKIP
     {'prompt': 'How do I …', 'chosen': ' Happy to help!', 'rejected': ' No.'}
     """
-    scan, rows, problems = _Scan(source, kind, tokenizer, max_length, render=True), [], []
+    scan, rows, problems = _Scan(source, kind, tokenizer, max_length, True, split, columns), [], []
     for row, faults in scan:
         problems += faults[: PROBLEM_LIMIT - len(problems)]
         if row is not None:
@@ -301,16 +525,18 @@ def load_rows(source: str | os.PathLike, kind: str | None = None, *, tokenizer=N
                       "file and kind of data?")
         raise DataError(f"{scan.name}: {scan.bad_rows:,} of {scan.rows:,} rows cannot be used:\n{listed}{more}\n"
                         + (advice if rows else "No good row is left."))
-    return Rows(rows, scan.kind, scan.name, scan.bad_rows, problems, scan.warnings())
+    return Rows(rows, scan.kind, scan.name, scan.bad_rows, problems, scan.warnings(), scan.left_out)
 
 
 def check(source: str | os.PathLike, kind: str | None = None, *, tokenizer=None,
-          max_length: int | None = None) -> Report:
+          max_length: int | None = None, split: str | None = None,
+          columns: str | Mapping[str, str] | None = None) -> Report:
     """Validate a source without keeping its rows: a `Report`, whose str is for people. Arguments as for `load_rows`.
 
     Raises DataError if the source as a whole cannot be read: no such file, unknown or contradictory columns.
     """
-    scan, problems = _Scan(source, kind, tokenizer, max_length, render=False), []
+    scan, problems = _Scan(source, kind, tokenizer, max_length, False, split, columns), []
     for _, faults in scan:
         problems += faults[: PROBLEM_LIMIT - len(problems)]
-    return Report(scan.name, scan.kind, scan.rows, scan.bad_rows, tuple(problems), scan.warnings())
+    return Report(scan.name, scan.kind, scan.rows, scan.bad_rows, tuple(problems), scan.warnings(),
+                  scan.left_out)

@@ -188,12 +188,14 @@ def compare(evaluations: Mapping[str, Evaluation], notes: Sequence[str] = ()) ->
 
 def compare_directories(directories: Sequence[str | Path], data: str = "desk", out: str | Path | None = None, *,
                         reward=None, seed: int | None = None, prompts: int = 192, samples: int = 8,
-                        batch_size: int = 512) -> Comparison:
+                        batch_size: int = 512, kind: str | None = None, split: str | None = None,
+                        columns: str | None = None) -> Comparison:
     """Evaluate checkpoint folders on one evaluation set; write table, pictures, page and JSON to `out`.
 
     A folder with a manifest is verified first: ManifestError if a byte differs. KL is measured, and gold scaled, by the
     first folder. If that lies in a run of the same data, the run's evaluation_set.json, seed and reward model are used;
     otherwise `prompts` held-out prompts of `data` (seed 0 by default). reward: a callable prompts, responses -> scores.
+    kind, split, columns: how to read `data`, as in `load_task`.
     Writes compare.md, compare.csv, compare.json, compare.html and PNG files.
     """
     directories = [Path(directory) for directory in directories]
@@ -202,7 +204,8 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
     run = directories[0].parent
     facts = run_facts(run)
     of_run = facts.get("data") == str(data)
-    task = load_task(data, tokenizer, seed=seed if seed is not None else facts.get("seed", 0) if of_run else 0)
+    task = load_task(data, tokenizer, seed=seed if seed is not None else facts.get("seed", 0) if of_run else 0,
+                     kind=kind, split=split, columns=columns)
     if of_run and seed is None and (run / "evaluation_set.json").exists():
         evalset = EvaluationSet.load(run / "evaluation_set.json")
     else:

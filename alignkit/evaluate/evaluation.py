@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from alignkit.data.encoding import ChatText
+from alignkit.data.ends import end_ids
 from alignkit.desk.world import BEHAVIOURS, phrase_counts
 from alignkit.errors import RunError
 from alignkit.formulas.intervals import Bootstrap, Estimate, wilson
@@ -137,7 +138,7 @@ def evaluate(policy, tokenizer, evalset: EvaluationSet, *, ref_policy=None, rewa
         width = int(lengths[order[start]])
         batch = order[start : start + max(1, min(batch_size, TOKENS // (width + evalset.max_new_tokens)))]
         rollout = sample(policy, ids[batch, -width:], mask[batch, -width:], max_new_tokens=evalset.max_new_tokens,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                         eos_token_id=end_ids(tokenizer, policy), pad_token_id=tokenizer.pad_token_id,
                          generator=seeded(evalset.seed, start, 11))
         responses += decode_responses(tokenizer, rollout)
         rows = max(1, LOGITS // (rollout.response_ids.shape[1] * len(tokenizer)))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from alignkit.data.ends import end_ids
 from alignkit.formulas.kl import exact_kl
 from alignkit.formulas.randomness import seeded
 from alignkit.formulas.tokens import masked_mean
@@ -48,7 +49,7 @@ def measure_shift(checkpoints: Sequence[tuple[str, torch.nn.Module]], tokenizer,
     ids, mask = encode_prompts(tokenizer, [prompt for prompt in prompts for _ in range(samples)])
     first, likely, kl, responses = checkpoints[0][1], [], [], []
     for _, policy in checkpoints:
-        rollout = sample(policy, ids, mask, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+        rollout = sample(policy, ids, mask, max_new_tokens=max_new_tokens, eos_token_id=end_ids(tokenizer, policy),
                          pad_token_id=tokenizer.pad_token_id, generator=seeded(seed, 9))
         logits, ref_logits = response_logits(policy, rollout), response_logits(first, rollout)
         likely.append(logits[::samples, 0].float().softmax(-1))  # after the prompt alone: the same for all its samples

@@ -10,6 +10,7 @@ For Llama, Qwen2 and Phi on a GPU, if a small batch gives what the model itself 
 
 import warnings
 import weakref
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from alignkit.formulas.randomness import inverse_cdf
 from alignkit.forward import cpu
 from alignkit.forward.known import as_complex, product_dtype, readable, rotation_order
 from alignkit.forward.precision import autocast
-from alignkit.forward.rollout import distinct_prompts, position_ids
+from alignkit.forward.rollout import distinct_prompts, each_end, position_ids
 
 DEVICE = "cuda"
 SHORTEST = 16  # tokens: to capture the step for fewer costs more than it saves
@@ -62,10 +63,10 @@ class Decoder:
     """
 
     @torch.no_grad()
-    def __init__(self, policy: nn.Module, rows: int, width: int, room: int, *, eos_token_id: int, pad_token_id: int,
-                 temperature: float = 1.0):
+    def __init__(self, policy: nn.Module, rows: int, width: int, room: int, *, eos_token_id: int | Collection[int],
+                 pad_token_id: int, temperature: float = 1.0):
         self.policy, self.width, self.rows = policy, width, rows
-        self.eos_token_id, self.pad_token_id, self.temperature = eos_token_id, pad_token_id, temperature
+        self.ends, self.pad_token_id, self.temperature = each_end(eos_token_id), pad_token_id, temperature
         self.reader = reader = cpu.Reader(policy)
         dtype, device, length = _precision(policy), policy.device, -(-(width + room) // 8) * 8  # as attention aligns it
         unchanged = torch.arange(len(reader.order), (reader.heads + 2 * reader.groups) * reader.width, device=device)
@@ -141,7 +142,8 @@ class Decoder:
         self.real.index_copy_(1, self.turn, self.alive.unsqueeze(1))
         seen = torch.zeros_like(ended, dtype=self.mask.dtype).masked_fill_(ended, -torch.inf)
         self.mask.index_copy_(3, self.place, seen.view(-1, 1, 1, 1))
-        self.alive.logical_and_(token != self.eos_token_id)
+        for end in self.ends:
+            self.alive.logical_and_(token != end)
         return token
 
     def _read(self, token: Tensor) -> None:

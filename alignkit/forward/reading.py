@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from alignkit.formulas.tokens import entropy, sequence_logps, token_logprobs
 from alignkit.forward import cpu
-from alignkit.forward.known import spread
+from alignkit.forward.known import GATED, PARALLEL, spread
 from alignkit.forward.precision import autocast
 from alignkit.forward.rollout import Rollout, full_ids, position_ids
+from alignkit.models.fitness import judged
 from alignkit.models.heads import SharedCritic, body, score_head
 
 
@@ -124,6 +125,8 @@ def _read(policy: nn.Module, ids: Tensor, mask: Tensor, keep: int) -> tuple[Tens
 
     The states are None if the model makes its logits without calling its own body, as OPT does.
     """
+    if type(_base(policy)) not in GATED + PARALLEL:  # of these it is known
+        judged(policy, cache=False)
     states = []
     hook = body(_base(policy)).register_forward_hook(lambda module, inputs, output: states.append(output[0]))
     try:

@@ -1,12 +1,14 @@
 """B prompts with a response each, as padded tensors; made from texts or ids, cut into parts, decoded."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import compress
 
 import torch
 from torch import Tensor
 
-from alignkit.data.encoding import encode_pairs, encode_texts
+from alignkit.data.encoding import decode_reply, encode_pairs, encode_texts
+from alignkit.data.ends import end_after
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
@@ -27,7 +29,7 @@ class Rollout:
 
     prompt_ids (B, P): left-padded. prompt_mask (B, P): True at real tokens. response_ids (B, T): right-padded, EOS
     included. response_mask (B, T): True at response tokens. logprobs (B, T): the sampler's, nats, 0 outside the mask.
-    finished (B,): True where the response ended with EOS rather than at the limit.
+    finished (B,): True where the response ended with EOS, or another of its ends, rather than at the limit.
     """
 
     prompt_ids: Tensor
@@ -79,26 +81,35 @@ def full_ids(rollout: Rollout) -> tuple[Tensor, Tensor]:
             torch.cat([rollout.prompt_mask, rollout.response_mask[:, :-1]], 1))
 
 
-def rollout_from_ids(prompts: list[list[int]], responses: list[list[int]], *, eos_token_id: int, pad_token_id: int,
-                     device="cpu") -> Rollout:
-    """A Rollout of given token ids (EOS is theirs to contain), with logprobs 0: to score text that was not sampled."""
+def rollout_from_ids(prompts: list[list[int]], responses: list[list[int]], *, eos_token_id: int | Collection[int],
+                     pad_token_id: int, device="cpu") -> Rollout:
+    """A Rollout of given token ids (EOS is theirs to contain), with logprobs 0: to score text that was not sampled.
+
+    eos_token_id: the id that ends a response, or several (`end_ids`).
+    """
+    ends = each_end(eos_token_id)
     prompt_ids, prompt_mask = left_pad(prompts, pad_token_id)
     response_ids, response_mask = right_pad(responses, pad_token_id)
-    finished = torch.tensor([bool(row) and row[-1] == eos_token_id for row in responses])
+    finished = torch.tensor([bool(row) and row[-1] in ends for row in responses])
     rollout = Rollout(prompt_ids, prompt_mask, response_ids, response_mask, torch.zeros(response_ids.shape), finished)
     return to_device(rollout, device)
 
 
 def encode_rows(tokenizer, rows: list[dict], column: str, max_new_tokens: int) -> Rollout:
-    """Rows with `prompt` and `column` (texts) as a Rollout; EOS follows a response if max_new_tokens leave room."""
+    """Rows with `prompt` and `column` (texts) as a Rollout; its end (`end_after`) follows a response if max_new_tokens
+    leave room."""
     pairs = encode_pairs(tokenizer, [row["prompt"] for row in rows], [row[column] for row in rows])[0]
-    prompts, responses = (
-        [prompt for prompt, _ in pairs],
-        [[*ids, tokenizer.eos_token_id][:max_new_tokens] for _, ids in pairs],
-    )
-    return rollout_from_ids(
-        prompts, responses, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    ends = [end_after(tokenizer, row["prompt"]) for row in rows]
+    prompts = [prompt for prompt, _ in pairs]
+    responses = [[*ids, end][:max_new_tokens] for (_, ids), end in zip(pairs, ends, strict=True)]
+    return rollout_from_ids(prompts, responses, eos_token_id=set(ends), pad_token_id=tokenizer.pad_token_id)
+
+
+def each_end(eos_token_id: int | Collection[int] | None) -> tuple[int, ...]:
+    """The ids that end a response, given one, several or none."""
+    if eos_token_id is None:
+        return ()
+    return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id)
 
 
 def passes(rollout: Rollout, most: int | None, rows: int) -> list[tuple[slice | Tensor, Rollout]]:
@@ -155,9 +166,12 @@ def token_ids(rollout: Rollout) -> dict[str, list[list[int]]]:
 
 
 def decode_responses(tokenizer, rollout: Rollout) -> list[str]:
-    """The response texts, without EOS and padding."""
-    both = zip(rollout.response_ids.tolist(), rollout.response_mask.tolist(), strict=True)  # read from the device once
-    rows = [tuple(compress(ids, mask)) for ids, mask in both]
-    texts = {row: tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-             for row in set(rows)}
+    """The response texts, without their ends and padding: `encode_pair` of prompt and text gives the same ids, where
+    they are what the tokenizer makes of that text."""
+    columns = (rollout.prompt_ids[:, -1], rollout.response_ids, rollout.response_mask, rollout.finished)
+    rows = []
+    for before, ids, mask, finished in zip(*(column.tolist() for column in columns), strict=True):
+        kept = tuple(compress(ids, mask))
+        rows.append((before, kept[:-1] if finished else kept))
+    texts = {row: decode_reply(tokenizer, *row) for row in set(rows)}
     return [texts[row] for row in rows]

@@ -4,30 +4,43 @@ This is the one door for randomness: what is sampled comes from the generator th
 softmax at `temperature`. There is no top-k or top-p, so that what is sampled is what is scored.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from alignkit.data.ends import end_ids
 from alignkit.errors import NonFinite
 from alignkit.formulas.randomness import inverse_cdf, seeded
 from alignkit.forward import cpu, cuda_graph
 from alignkit.forward.precision import autocast
 from alignkit.forward.reading import last_logits
-from alignkit.forward.rollout import Rollout, decode_responses, distinct_prompts, encode_prompts, position_ids
+from alignkit.forward.rollout import (
+    Rollout,
+    decode_responses,
+    distinct_prompts,
+    each_end,
+    encode_prompts,
+    position_ids,
+)
+from alignkit.models.fitness import context_length, judged
 
 DIVERGED = "the policy's logits are NaN or infinite; its weights have diverged (lower the learning rate)"
 
 
 @torch.no_grad()
-def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_new_tokens: int, eos_token_id: int,
-           pad_token_id: int, generator: torch.Generator, temperature: float = 1.0) -> Rollout:
+def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_new_tokens: int,
+           eos_token_id: int | Collection[int], pad_token_id: int, generator: torch.Generator,
+           temperature: float = 1.0) -> Rollout:
     """One response for each prompt row, sampled by inverse CDF from softmax(logits / temperature).
 
+    eos_token_id: what ends a response, one id or several (`alignkit.data.ends.end_ids`).
     generator: on the CPU; one uniform number a row and a position is drawn from it, so results do not depend on the
     device. On a GPU longer responses are drawn by `alignkit.forward.cuda_graph`, where it reads the policy.
     Raises ValueError if prompt and response do not fit the model's context, NonFinite on NaN logits.
     """
-    limit = getattr(policy.config, "max_position_embeddings", None)
+    limit = context_length(policy)
     if limit is not None and prompt_ids.shape[1] + max_new_tokens > limit:
         raise ValueError(
             f"prompts of {prompt_ids.shape[1]} tokens and max_new_tokens={max_new_tokens} do not fit the model's "
@@ -35,10 +48,10 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
         )
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}, expected a positive number")
-    device = policy.device
+    device, ends = policy.device, each_end(eos_token_id)
     prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
     if cuda_graph.usable(policy, max_new_tokens):
-        return _sample_by_graph(policy, prompt_ids, prompt_mask, max_new_tokens, generator, eos_token_id=eos_token_id,
+        return _sample_by_graph(policy, prompt_ids, prompt_mask, max_new_tokens, generator, eos_token_id=ends,
                                 pad_token_id=pad_token_id, temperature=temperature)
     decoder, logits = decoder_after_prompts(policy, prompt_ids, prompt_mask, max_new_tokens - 1)
     alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
@@ -52,7 +65,8 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
         tokens.append(torch.where(alive, padding.scatter(0, rows, token), pad_token_id))
         logprobs.append(torch.where(alive, nothing.scatter(0, rows, logprob), 0.0))
         masks.append(alive)
-        alive = alive & (tokens[-1] != eos_token_id)
+        for end in ends:
+            alive = alive & (tokens[-1] != end)
         if len(tokens) == max_new_tokens or not alive.any():
             break
         going = alive[rows]
@@ -103,6 +117,7 @@ class _Decoder:
     """Any Hugging Face causal LM, a token at a time, with its own cache. logits: (B, V), of the next token."""
 
     def __init__(self, policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor):
+        judged(policy)
         self.policy, self.mask, self.positions, self.cache = policy, prompt_mask, position_ids(prompt_mask), None
         self.logits = self._read(prompt_ids)
 
@@ -145,7 +160,7 @@ def generate_texts(
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     for start in range(0, len(repeated), batch_size):
         ids, mask = encode_prompts(tokenizer, repeated[start : start + batch_size])
-        rollout = sample(policy, ids, mask, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+        rollout = sample(policy, ids, mask, max_new_tokens=max_new_tokens, eos_token_id=end_ids(tokenizer, policy),
                          pad_token_id=tokenizer.pad_token_id, temperature=temperature, generator=seeded(seed, start))
         texts += decode_responses(tokenizer, rollout)
     return [texts[start : start + samples] for start in range(0, len(texts), samples)]

@@ -69,6 +69,13 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="give a notebook up after so long")
 
+    def add_reading(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--kind", choices=("pairs", "demonstrations", "prompts"),
+                             help="what the data is (default: what its columns say)")
+        command.add_argument("--split", metavar="S", help="which split of a data set (default: train, or the only one)")
+        command.add_argument("--columns", type=_columns, metavar="FIELD=COLUMN,…",
+                             help="which column is what: prompt=question,chosen=good; system= leaves a column out")
+
     def add_restart(command: argparse.ArgumentParser) -> None:
         command.add_argument("--restart", action="store_true", help="begin anew, instead of going on from the last "
                              "checkpoint; what is there is set aside")
@@ -76,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     course = add("course", _course, "run the series of notebooks as one job; run again, it resumes")
     course.add_argument("--model", default="tiny", metavar="M", help="`tiny`, a folder or a Hub id (default: tiny)")
     add_data(course)
+    add_reading(course)
     add_job(course)
     add_restart(course)
 
@@ -83,12 +91,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "notebook", metavar="NOTEBOOK", help="a path, or the name or number of one of alignkit's notebooks"
     )
+    add_reading(run)
     add_job(run)
     add_restart(run)
     run.add_argument("--force", action="store_true", help="run it even if it was done already")
 
     check = add("check", _check, "validate prompts, demonstrations or preference data: exit 1 if a row is bad")
     check.add_argument("source", metavar="FILE", help="a file, a folder or a Hub id")
+    add_reading(check)
 
     freeze = add("freeze", _freeze, "make a frozen checkpoint: weights, tokenizer, lineage and a SHA-256 manifest")
     freeze.add_argument("checkpoint", type=folder, metavar="DIR")
@@ -100,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = add("compare", _compare, "evaluate checkpoints side by side on the frozen evaluation set")
     compare.add_argument("checkpoints", nargs="+", type=folder, metavar="DIR")
     add_data(compare)
+    add_reading(compare)
     add_out(compare)
 
     for verb in importlib.metadata.entry_points(group="alignkit.commands"):  # those of other packages, such as `app`
@@ -125,6 +136,8 @@ def _course(options: argparse.Namespace) -> None:
     given = _parameters(options)
     for name in given.keys() & {"model", "data"}:
         raise ParameterError(f"{name}: give it as --{name}")
+    if options.data == "desk" and (reading := _reading(options)):
+        raise ParameterError(f"--{next(iter(reading))} says how to read a file or a data set; give one with --data")
     run = notebooks.course(options.out, options.model, options.data, given, timeout=options.timeout,
                            restart=options.restart)
     print(f"\n{overview(run)}")
@@ -144,7 +157,7 @@ def _check(options: argparse.Namespace) -> int:
     from alignkit.data.rows import check
     from alignkit.safe_text import visible
 
-    report = check(options.source)
+    report = check(options.source, options.kind, split=options.split, columns=options.columns)
     print(visible(report, limit=10**9))
     return 0 if report.ok else 1
 
@@ -170,7 +183,8 @@ def _compare(options: argparse.Namespace) -> None:
     from alignkit.jobs.notebooks import absolute
     from alignkit.safe_text import visible
 
-    comparison = compare_directories(options.checkpoints, absolute("data", options.data), options.out)
+    comparison = compare_directories(options.checkpoints, absolute("data", options.data), options.out,
+                                     **_reading(options))
     print(visible(comparison, limit=10**6))
     print(f"\npage: {_shown(options.out / 'compare.html')}; also compare.md, .csv, .json and pictures")
 
@@ -207,6 +221,17 @@ def _assignment(text: str) -> tuple[str, str]:
     return name, value
 
 
+def _columns(text: str) -> str:
+    """FIELD=COLUMN,…, checked, as it was written."""
+    from alignkit.data.layouts import columns_of
+
+    try:
+        columns_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def folder(text: str) -> Path:
     """A folder named on the command line; it need not be there."""
     if not text.strip():
@@ -237,7 +262,16 @@ def _parameters(options: argparse.Namespace) -> dict[str, str]:
         if name in given:
             raise ParameterError(f"{name} is given twice, as {given[name]!r} and as {value!r}")
         given[name] = value
+    for name, value in _reading(options).items():
+        if name in given:
+            raise ParameterError(f"{name} is given twice, as --{name} and as -p {name}")
+        given[name] = value
     return given
+
+
+def _reading(options: argparse.Namespace) -> dict[str, str]:
+    """How the data is to be read, as far as it was said."""
+    return {name: getattr(options, name) for name in ("kind", "split", "columns") if getattr(options, name) is not None}
 
 
 # --- small things ----------------------------------------------------------------------------------------------------

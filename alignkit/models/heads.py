@@ -17,6 +17,10 @@ def reward_model_from(policy: nn.Module, seed: int = 0) -> nn.Module:
     policy = merged(policy)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise ValueError(f"{config.model_type} models have no class that scores a text (…ForSequenceClassification) in "
+                         "transformers, so this policy's body cannot be a reward model or a critic of its own; use "
+                         "another architecture for it, shared_trunk=True for PPO's critic, or DPO, which needs neither")
     with seeded_weights(seed):
         reward_model = AutoModelForSequenceClassification.from_config(config, dtype=policy.dtype)
     body(reward_model).load_state_dict(body(policy).state_dict())

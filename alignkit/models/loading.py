@@ -20,8 +20,12 @@ from alignkit.errors import AlignkitError, ManifestError, NonFinite
 from alignkit.folders import recover, replacing
 from alignkit.models import gate
 from alignkit.models.adapters import merged, with_adapter
+from alignkit.models.fitness import context_length, judged, set_switches
 from alignkit.models.heads import score_head
 from alignkit.storage import read_json, write_json
+
+_KINDS = {AutoModelForCausalLM: "class that continues a text (…ForCausalLM)",
+          AutoModelForSequenceClassification: "class that scores a text (…ForSequenceClassification)"}
 
 
 def pick_device(device: str = "auto") -> torch.device:
@@ -119,6 +123,8 @@ def _load(auto, model, **config_options):
         recover(path)
         if path.exists():
             if not (path / "config.json").exists() and not (path / "config.json").is_symlink():
+                if (path / gate.ADAPTER).exists():
+                    return _merged_adapter(auto, path)
                 raise ManifestError(f"model {name!r} has no config.json; expected a Hugging Face model folder, a Hub "
                                     "id or 'tiny'")
             contents = gate.check_model_folder(path)
@@ -140,6 +146,13 @@ def _load(auto, model, **config_options):
                 "transformers has"
             ) from error
         raise ValueError(f"model {name!r} could not be read: {gate.reason(error)} ({expected})") from error
+    labels = {key: shape for key, shape, _ in report["mismatched_keys"] if key == "score.weight" and shape[0] > 1}
+    if labels and config_options:
+        count, names = labels["score.weight"][0], contents.records["config.json"].get("id2label") if contents else None
+        names = f" ({', '.join(map(str, names.values()))[:200]})" if isinstance(names, dict) else ""
+        raise ValueError(f"model {name!r} has {count} labels{names}, a reward model says one number: keep one label's "
+                         "row of score.weight and save it with num_labels=1, or give a function as the reward that "
+                         "weighs the labels")
     lacking = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if lacking:  # transformers would fill them with random numbers
         raise ValueError(
@@ -167,15 +180,28 @@ def _load(auto, model, **config_options):
     if empty:
         raise ValueError(f"model {name!r} has no tokenizer files beside its weights; save its tokenizer to the same "
                          "folder")
+    limit = context_length(loaded)
+    if limit is not None:  # the tokenizer carries the model's context to where texts are cut
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     for module in loaded.modules():  # dropout off: the policy that is scored must be the policy that sampled
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return loaded.eval(), tokenizer
+    loaded.eval()
+    if auto is AutoModelForCausalLM or hasattr(loaded, "score"):
+        try:
+            judged(loaded)
+        except ValueError as error:
+            raise ValueError(f"model {name!r} cannot be used: {error}") from error
+    set_switches(loaded.config)
+    return loaded, tokenizer
 
 
 def _open(auto, name: str, config_options: dict) -> tuple:
     """What transformers makes of a name that passed the gate: model, tokenizer, and a report of what was lacking."""
     config = AutoConfig.from_pretrained(name, trust_remote_code=False, **config_options)
+    if type(config) not in auto._model_mapping:
+        raise ValueError(f"{config.model_type} models have no {_KINDS[auto]} in transformers; expected another "
+                         "architecture" + ("" if auto is AutoModelForCausalLM else ", or a function as the reward"))
     gate.drop_attention(config)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     loaded, report = auto.from_pretrained(
@@ -188,6 +214,15 @@ def _open(auto, name: str, config_options: dict) -> tuple:
         ignore_mismatched_sizes=True,
     )
     return loaded, tokenizer, report
+
+
+def _merged_adapter(auto, folder: Path) -> tuple:
+    """The base that an adapter names, with the adapter merged in, and its tokenizer: of a policy alone."""
+    if auto is not AutoModelForCausalLM:
+        raise ManifestError(f"model {str(folder)!r} is an adapter, not a whole reward model; merge it first (peft's "
+                            "merge_and_unload, then save_pretrained)")
+    adapted, tokenizer = adapted_policy(folder)
+    return merged(adapted).eval().requires_grad_(True), tokenizer
 
 
 def _check_hub_records(name: str) -> None:

@@ -1,0 +1,451 @@
+"""The layouts of published data sets: which column is the prompt, which the reply, and which reply is better.
+
+LAYOUTS is a table; to read another layout, add a line to it. `columns` names the fields of a row and, where it has
+another name, the column of each: `prompt=question`, `prompt=input.messages` (inside an object), `system?` (may be
+missing), `answers[]` (its value is a list). `read`, where it is given, makes prompt, chosen and rejected, or prompt and
+completion, of other fields. Of several layouts that fit, the one with the most columns is taken, then the first.
+
+The fields: prompt, input (goes behind the prompt), system, history (pairs of question and answer, or messages), tools,
+chosen, rejected, completion, messages, text.
+"""
+
+import difflib
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from alignkit.data.files import Fault
+from alignkit.errors import DataError
+from alignkit.storage import read_json
+
+
+class LeftOut(Exception):
+    """Why a record that has nothing wrong gives no row: a tie, an answer that is labelled as bad."""
+
+
+class Layout(NamedTuple):
+    """One way to write rows. columns: see above; read: of fields (a dict) makes fields; together: rows that follow each
+    other and have the same value in this column are one record, its `answers` their fields."""
+
+    name: str
+    kind: str
+    columns: str
+    read: Callable[[dict], dict] | None = None
+    together: str = ""
+
+    @property
+    def places(self) -> tuple[tuple[str, str, bool, bool], ...]:
+        """(field, column, whether it must be there, whether it must be a list) of each."""
+        return _places(self.columns)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The fields."""
+        return frozenset(field for field, _, _, _ in self.places)
+
+    @property
+    def needs(self) -> int:
+        """How many columns must be there."""
+        return sum(needed for _, _, needed, _ in self.places)
+
+    def fits(self, record: Mapping, ignored: frozenset = frozenset()) -> bool:
+        """Whether a record has all the columns that it must have."""
+        return all(there(record, column) and column not in ignored and not (listed and not _is_list(record, column))
+                   for _, column, needed, listed in self.places if needed)
+
+    def fields(self, record: Mapping) -> dict:
+        """The fields of a record, by their names."""
+        return {field: value_at(record, column) for field, column, _, _ in self.places if there(record, column)}
+
+    def row(self, fields: dict) -> dict:
+        """What `read` makes of the fields. Raises Fault for one that is built in another way, LeftOut for one that says
+        nothing."""
+        if self.read is None:
+            return fields
+        try:
+            return self.read(fields)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise Fault(f"is not built as in {self.name} ({type(error).__name__}: {error})"[:300]) from None
+
+    def column(self, field: str) -> str:
+        """The column of a field."""
+        return next((column for name, column, _, _ in self.places if name == field), field)
+
+
+# --- of fields, other fields -----------------------------------------------------------------------------------------
+def better(**which: str):
+    """A reader of pairs `first`, `second`, where `better` says which one is: first="…", second="…", tie="…", the values
+    that mean it, divided by |."""
+    meaning = {value: side for side, values in which.items() for value in values.split("|")}
+
+    def read(fields: dict) -> dict:
+        side = meaning.get(plain(fields["better"]))
+        if side is None:
+            raise Fault(f"is {fields['better']!r}, expected one of {', '.join(meaning)}", "better")
+        if side == "tie":
+            raise LeftOut("neither reply is better")
+        return _pair(fields, *(("first", "second") if side == "first" else ("second", "first")))
+
+    return read
+
+
+def by_score(fields: dict) -> dict:
+    """The one of `first`, `second` with the higher score, in score_first and score_second, is chosen."""
+    scores = [_number(fields, name) for name in ("score_first", "score_second")]
+    if scores[0] == scores[1]:
+        raise LeftOut("neither reply is better")
+    return _pair(fields, *(("first", "second") if scores[0] > scores[1] else ("second", "first")))
+
+
+def best_and_worst(fields: dict) -> dict:
+    """Of `answers`, objects with a text and a rank or a score, the best is chosen and the worst rejected."""
+    marked = []
+    for number, answer in enumerate(fields["answers"], 1):
+        text = next((answer[name] for name in _TEXTS if name in answer), None) if isinstance(answer, dict) else None
+        rank = next((answer[name] for name in _SCORES if answer.get(name) is not None), None) if text else None
+        if rank is None:
+            raise Fault(f"answer {number} has no text ({', '.join(_TEXTS)}) and mark ({', '.join(_SCORES)})", "answers")
+        name = next(name for name in _SCORES if answer.get(name) is not None)
+        marked.append((_number({name: rank}, name) * (-1 if name == "rank" else 1), text))
+    if len({mark for mark, _ in marked}) < 2:
+        raise LeftOut("fewer than two answers, or none is better")
+    marks = [mark for mark, _ in marked]
+    chosen, rejected = (marked[marks.index(pick(marks))][1] for pick in (max, min))
+    return _pair({**fields, "first": chosen, "second": rejected}, "first", "second")
+
+
+def only_good(fields: dict) -> dict:
+    """A completion whose `label` says that it is good; the others are left out."""
+    good = {"true": True, "1": True, "false": False, "0": False}.get(plain(fields["label"]))
+    if good is None:
+        raise Fault(f"is {fields['label']!r}, expected true or false", "label")
+    if not good:
+        raise LeftOut("its label is false: only good replies are demonstrations")
+    return _without(fields, "label")
+
+
+def chosen_then_rejected(fields: dict) -> dict:
+    """`both` is a list of two texts, the better one first."""
+    both = fields["both"]
+    if len(both) != 2:
+        raise Fault(f"is a list of {len(both)}, expected the better and the worse reply", "both")
+    return {**_without(fields, "both"), "chosen": both[0], "rejected": both[1]}
+
+
+def last_is_chosen(fields: dict) -> dict:
+    """The last of `messages` is chosen; `rejected` is a text."""
+    messages = fields["messages"]
+    if not messages or not isinstance(fields["rejected"], str):
+        return {**_without(fields, "messages"), "chosen": messages, "rejected": fields["rejected"]}
+    last = {"role": "assistant", "content": fields["rejected"]}
+    return {**_without(fields, "messages"), "chosen": messages, "rejected": [*messages[:-1], last]}
+
+
+def arena(fields: dict) -> dict:
+    """Chatbot Arena: conversations that share their questions, but only in the first turn all of what comes before."""
+    read = better(first="model_a", second="model_b", tie="tie|tie (bothbad)|both_bad|bothbad")(fields)
+    replies = [[message for message in read[name] if isinstance(message, dict) and message.get("role") == "assistant"]
+               for name in ("chosen", "rejected") if isinstance(read[name], list)]
+    if any(len(each) > 1 for each in replies):
+        raise LeftOut("the two conversations part before their last reply")
+    return read
+
+
+def arena_lists(fields: dict) -> dict:
+    """Chatbot Arena's 55k file: questions and replies are texts of JSON lists, the winner one of three columns."""
+    texts = {}
+    for name in ("prompt", "first", "second"):
+        try:
+            texts[name] = json.loads(fields[name]) if isinstance(fields[name], str) else fields[name]
+        except (ValueError, RecursionError):
+            raise Fault("is no JSON list of texts", name) from None
+        if not isinstance(texts[name], list) or not texts[name]:
+            raise Fault("is no JSON list of texts", name)
+    if len(texts["prompt"]) > 1:
+        raise LeftOut("the two conversations part before their last reply")
+    if plain(fields["a"]) == plain(fields["b"]):
+        raise LeftOut("neither reply is better")
+    sides = ("first", "second") if plain(fields["a"]) == "1" else ("second", "first")
+    return _pair({name: value[0] for name, value in texts.items()}, *sides)
+
+
+def first_fork(fields: dict) -> dict:
+    """PRM800K: the first step that was rated right once and wrong once; the steps before it belong to the prompt."""
+    before = []
+    for step in fields["steps"] or ():
+        rated = {each.get("rating"): each.get("text") for each in step.get("completions") or () if each}
+        if rated.get(1) and rated.get(-1):
+            prompt = "\n".join([fields["prompt"], *before]) + "\n"
+            return {"prompt": prompt, "chosen": rated[1], "rejected": rated[-1]}
+        number = step.get("chosen_completion")
+        taken = step["completions"][number] if number is not None else step.get("human_completion")
+        if not taken:
+            break
+        before.append(taken["text"])
+    raise LeftOut("no step has both a right and a wrong continuation")
+
+
+_TEXTS = ("answer", "text", "response", "content", "output")
+_SCORES = ("rank", "pm_score", "helpfulness", "fine-grained_score", "overall_score", "score", "rating")
+LAYOUTS = (
+    Layout("prompt, chosen, rejected (TRL, UltraFeedback, Tülu)", "pairs",
+           "prompt chosen rejected input? system? history?"),
+    Layout("chosen, rejected (TRL, HH-RLHF)", "pairs", "chosen rejected system? history?"),
+    Layout("axolotl", "pairs", "messages chosen rejected system?"),
+    Layout("LLaMA-Factory sharegpt ranking", "pairs", "messages=conversations chosen rejected system? tools?"),
+    Layout("LLaMA-Factory alpaca ranking", "pairs", "prompt=instruction input? chosen rejected system? history?"),
+    Layout("LLaMA-Factory alpaca ranking, lists", "pairs", "prompt=instruction input? both=output[] system? history?",
+           chosen_then_rejected),
+    Layout("Intel Orca", "pairs", "prompt=question chosen rejected system?"),
+    Layout("argilla Orca", "pairs", "prompt=input chosen rejected system?"),
+    Layout("argilla UltraFeedback", "pairs",
+           "prompt=instruction chosen=chosen_response rejected=rejected_response system?"),
+    Layout("prompt, chosen_response, rejected_response", "pairs",
+           "prompt chosen=chosen_response rejected=rejected_response system?"),
+    Layout("stack-exchange-paired", "pairs", "prompt=question chosen=response_j rejected=response_k"),
+    Layout("stack-exchange-preferences", "pairs", "prompt=question answers[]", best_and_worst),
+    Layout("Nectar", "pairs", "prompt answers[]", best_and_worst),
+    Layout("UltraFeedback", "pairs", "prompt=instruction answers=completions[]", best_and_worst),
+    Layout("HelpSteer, HelpSteer2", "pairs", "prompt response helpfulness answers[]?", best_and_worst,
+           together="prompt"),
+    Layout("HelpSteer2-preference", "pairs",
+           "prompt first=response_1 second=response_2 better=preference_strength",
+           better(first="-3|-2|-1", tie="0", second="1|2|3")),
+    Layout("HelpSteer3", "pairs", "prompt=context first=response1 second=response2 better=overall_preference",
+           better(first="-3|-2|-1", tie="0", second="1|2|3")),
+    Layout("SHP-2", "pairs", "prompt=history first=human_ref_A second=human_ref_B better=labels",
+           better(first="1", second="0")),
+    Layout("PKU-SafeRLHF", "pairs", "prompt first=response_0 second=response_1 better=better_response_id",
+           better(first="0", second="1", tie="-1")),
+    Layout("first, second, better", "pairs", "prompt first second better system? history?",
+           better(first="first|a|A|model_a", second="second|b|B|model_b", tie="tie")),
+    Layout("Chatbot Arena", "pairs", "first=conversation_a second=conversation_b better=winner", arena),
+    Layout("Chatbot Arena, 55k", "pairs",
+           "prompt first=response_a second=response_b a=winner_model_a b=winner_model_b winner_tie?", arena_lists),
+    Layout("WebGPT", "pairs", "prompt=question.full_text first=answer_0 second=answer_1 score_first=score_0 "
+           "score_second=score_1", by_score),
+    Layout("OpenAI summaries", "pairs",
+           "prompt=info.post first=summaries.0.text second=summaries.1.text better=choice",
+           better(first="0", second="1")),
+    Layout("OpenAI preferences", "pairs",
+           "prompt=input.messages chosen=preferred_output rejected=non_preferred_output tools=input.tools?"),
+    Layout("ms-swift", "pairs", "messages[] rejected=rejected_response", last_is_chosen),
+    Layout("ms-swift, query", "pairs", "prompt=query chosen=response rejected=rejected_response system? history?"),
+    Layout("ms-swift, messages", "pairs", "messages[] rejected=rejected_messages", last_is_chosen),
+    Layout("PRM800K", "pairs", "prompt=question.problem steps=label.steps[]", first_fork),
+    Layout("KTO", "demonstrations", "prompt completion label system?", only_good),
+    Layout("KTO, response", "demonstrations", "prompt completion=response label system?", only_good),
+    Layout("KTO, messages", "demonstrations", "messages label system?", only_good),
+    Layout("KTO, LLaMA-Factory", "demonstrations", "messages label=kto_tag system?", only_good),
+    Layout("prompt, completion (TRL)", "demonstrations", "prompt completion input? system? history?"),
+    Layout("prompt, response", "demonstrations", "prompt completion=response system? history?"),
+    Layout("alpaca", "demonstrations", "prompt=instruction input? completion=output system? history?"),
+    Layout("dolly", "demonstrations", "prompt=instruction input=context completion=response"),
+    Layout("messages", "demonstrations", "messages system? tools?"),
+    Layout("sharegpt", "demonstrations", "messages=conversations system? tools?"),
+    Layout("text", "demonstrations", "text"),
+    Layout("prompt", "prompts", "prompt system? history?"),
+)
+PLAIN = {  # kind -> the layouts that a file of this kind is measured by where none fits
+    "pairs": ("prompt chosen rejected input? system? history?", "chosen rejected system? history?"),
+    "demonstrations": ("prompt completion input? system? history?", "messages system? tools?", "text"),
+    "prompts": ("prompt system? history?",),
+}
+# Columns of published data sets of pairs that repeat or explain what is read: no loss if they are not used.
+SPARE = frozenset(["conversation", "original_response", "generation_prompt", "raw_generation_responses", "new_generations", "generations", "order", "labelling_prompt", "raw_labelling_response", "rating", "rationale", "status", "original_chosen", "original_rejected", "preference_statement", "preference_elaboration", "three_most_similar_preferences", "all_preferences_unprocessed", "individual_preference", "is_response_0_safe", "is_response_1_safe", "safer_response_id", "response_0_harm_category", "response_1_harm_category", "turn", "turns", "correct_answers", "incorrect_answers", "quotes_0", "quotes_1", "tokens_0", "tokens_1", "initial_reason_steps", "full_chosen", "full_rejected"])
+
+
+def _pair(fields: dict, chosen: str, rejected: str) -> dict:
+    read = {name: value for name, value in fields.items() if name in ("prompt", "system", "history", "input")}
+    return {**read, "chosen": fields[chosen], "rejected": fields[rejected]}
+
+
+def _without(fields: dict, name: str) -> dict:
+    return {field: value for field, value in fields.items() if field != name}
+
+
+def plain(value: object) -> str:
+    """A label as text, so that 1, 1.0, true and "1" or "True" of a CSV file are told alike where they are."""
+    if isinstance(value, str):
+        value = value.strip()
+        number = re.fullmatch(r"([+-]?\d+)(\.0*)?", value)
+        return number[1].lstrip("+") if number else value.lower() if value.lower() in ("true", "false") else value
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _number(fields: dict, name: str) -> float:
+    try:
+        return float(fields[name])
+    except (TypeError, ValueError):
+        raise Fault(f"is {str(fields[name])[:80]!r}, expected a number", name) from None
+
+
+# --- columns ---------------------------------------------------------------------------------------------------------
+_cache: dict[str, tuple] = {}
+
+
+def _places(columns: str) -> tuple[tuple[str, str, bool, bool], ...]:
+    if columns not in _cache:
+        places = []
+        for each in columns.split():
+            field, _, column = each.rstrip("?[]").partition("=")
+            places.append((field, column or field, not each.endswith("?"), "[]" in each))
+        _cache[columns] = tuple(places)
+    return _cache[columns]
+
+
+def value_at(record: Mapping, column: str) -> object:
+    """The value of a column, or of NAME.NAME or NAME.0 inside one; None if it is not there."""
+    if column in record:
+        return record[column]
+    value: object = record
+    for part in column.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
+
+
+def there(record: Mapping, column: str) -> bool:
+    """Whether a record has a column, or NAME.NAME inside one, even if it is null."""
+    if "." not in column:
+        return column in record
+    return column in record or value_at(record, column) is not None
+
+
+def _is_list(record: Mapping, column: str) -> bool:
+    value = value_at(record, column)
+    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
+
+
+def is_empty(value: object) -> bool:
+    """Whether a column's value says nothing: null, blank, an empty list or object."""
+    return value is None or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null", "None")) or (
+        isinstance(value, (list, dict)) and not value)
+
+
+def columns_of(given: str | Mapping[str, str] | None) -> dict[str, str]:
+    """Field -> column from "prompt=question,chosen=…" or a mapping; an empty column (`system=`) is left out.
+
+    Raises ValueError that names what is no FIELD=COLUMN.
+    """
+    if given is None or isinstance(given, Mapping):
+        return dict(given or {})
+    read: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in str(given).split(","))):
+        field, equals, column = (piece.strip() for piece in part.partition("="))
+        if not equals or not field:
+            raise ValueError(f"columns is {given!r}, expected FIELD=COLUMN,FIELD=COLUMN such as prompt=question,"
+                             "chosen=good,rejected=bad; FIELD= leaves a column out")
+        if field in read:
+            raise ValueError(f"columns is {given!r}, which has {field} twice")
+        if column and field not in FIELDS:
+            near = difflib.get_close_matches(field, FIELDS, 1)
+            raise ValueError(f"columns is {given!r}: there is no field {field!r}"
+                             + (f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(FIELDS)}"))
+        read[field] = column
+    return read
+
+
+def described(source: object) -> tuple[dict[str, str], dict[str, str]]:
+    """Columns and tags that a LLaMA-Factory dataset_info.json beside a file gives for it; two empty ones otherwise."""
+    path = Path(str(source)).expanduser()
+    beside = path.with_name("dataset_info.json") if path.name else path
+    if not path.is_file() or not beside.is_file() or beside == path:
+        return {}, {}
+    entries = read_json(beside, error=DataError)
+    entry = next((each for each in entries.values() if isinstance(each, dict) and each.get("file_name") == path.name),
+                 {})
+    columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
+    if not all(isinstance(each, dict) and all(isinstance(value, str) for value in each.values())
+               for each in (columns, tags)):
+        raise DataError(f"{beside}: columns and tags of {path.name} are no mappings of names")
+    fields = {_FACTORY.get(name, name): column for name, column in columns.items() if column}
+    return fields, {tag: _FACTORY_TAGS[name] for name, tag in tags.items() if name in _FACTORY_TAGS}
+
+
+_FACTORY = {"query": "input", "response": "completion", "kto_tag": "label"}
+_FACTORY_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
+                 "system_tag": "system"}
+FIELDS = tuple(dict.fromkeys(
+    name for layout in LAYOUTS for field, column, _, _ in layout.places for name in (field, column) if "." not in name))
+
+
+# --- what a column seems to carry ------------------------------------------------------------------------------------
+_CARRIED = (  # what it is, the words of a name that say so, the types of its value
+    ("labels", "label labels winner winners better safer preference preferences preferred choice verdict judgement "
+               "judgment rank ranking ranks safe unsafe kto thumbs", (bool, int, float, str, list)),
+    ("marks", "correct accepted good bad harmful toxic desirable approved flagged", (bool,)),
+    ("a system prompt", "system persona", (str, list, dict)),
+    ("tools", "tool tools function functions", (str, list, dict)),
+    ("part of the prompt", "history context trajectory prompt prompts question questions instruction instructions "
+                           "query input inputs problem post image images video videos audio document documents",
+     (str, list, dict, bytes)),
+    ("answers", "answer answers response responses reply replies output outputs completion completions generation "
+                "generations chosen rejected preferred summary summaries solution solutions truth messages "
+                "conversation conversations dialogue dialog", (str, list, dict)),
+)
+_ABOUT = frozenset(["id", "ids", "uid", "uuid", "score", "scores", "rating", "ratings", "model", "models", "source", "sources", "sha", "md", "hash", "length", "len", "tokens", "count", "num", "n", "type", "types", "category", "categories", "language", "lang", "time", "timestamp", "date", "url", "name", "version", "dataset", "subset", "split", "severity", "level", "logp", "logps", "logprob", "logprobs", "probability", "reason", "reasons", "metadata", "meta", "annotator", "annotators", "worker"])
+
+
+def carries(name: str, value: object) -> str:
+    """What a column seems to carry, told by its name and its value: "answers", "labels", …, or ""."""
+    if is_empty(value):
+        return ""
+    for what, types in _told_by(name):
+        if isinstance(value, types):
+            return what
+    return "answers" if name == "text" and isinstance(value, str) else ""
+
+
+@functools.lru_cache(1024)
+def _told_by(name: str) -> tuple[tuple[str, tuple], ...]:
+    """What the words of a column's name say that it carries, each with the types that its values then have."""
+    words = set(re.findall("[a-z]+|[0-9]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower()))
+    return tuple((what, types) for what, marks, types in _CARRIED if words & set(marks.split())
+                 and not words & _ABOUT - ({"id", "ids", "score"} if what == "labels" else set()))
+
+
+def guess(names: set[str]) -> str:
+    """What --columns might be for columns of these names."""
+    asked = sorted(name for name in names if carries(name, "text") == "part of the prompt")
+    replies = sorted(name for name in names if carries(name, "text") == "answers")
+    prompt = asked[0] if asked else "…"
+    if len(replies) == 1:
+        return f"prompt={prompt},completion={replies[0]}"
+    chosen, rejected = replies if len(replies) == 2 else ("…", "…")
+    return f"prompt={prompt},chosen={chosen},rejected={rejected}"
+
+
+def repeats(value: object, prompt: str | list[dict], replies: list) -> bool:
+    """Whether a column says nothing that prompt and replies do not say: its texts are theirs, or are made of them."""
+    def texts(part: str | dict | list[dict]) -> list[str]:
+        each = part if isinstance(part, list) else [part]
+        return [str(one.get("content") if isinstance(one, dict) else one).strip() for one in each]
+
+    heads, ends = texts(prompt), [end for reply in replies for end in texts(reply)]
+    return all(text in heads or text in ends  # or it is the whole of prompt and reply, as one text
+               or (any(end and end in text for end in ends) and all(head in text for head in heads))
+               for text in _leaves(value))
+
+
+def _leaves(value: object) -> list[str]:
+    """The texts in a value, however deep, but for the roles of messages."""
+    texts, level = [], [value]
+    while level:
+        below = []
+        for each in level:
+            if isinstance(each, dict):
+                below += [inner for name, inner in each.items() if name not in ("role", "from")]
+            elif isinstance(each, list):
+                below += each
+            elif each is not None:
+                texts.append(str(each).strip())
+        level = below
+    return texts
