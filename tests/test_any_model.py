@@ -441,7 +441,7 @@ def test_a_reward_model_that_does_not_know_the_policy_s_turns_is_refused_and_ano
         check_reward_reads(len, policy_s, prompts)
 
 
-def test_ppo_stops_at_its_start_if_the_reward_model_reads_other_tokens_than_the_policy_wrote():
+def test_ppo_stops_at_its_start_if_the_reward_model_reads_other_tokens():
     policy = made("llama").eval()
 
     class Forgetful(RewardScorer):
