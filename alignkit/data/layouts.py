@@ -255,7 +255,15 @@ PLAIN = {  # kind -> the layouts that a file of this kind is measured by where n
     "prompts": ("prompt system? history?",),
 }
 # Columns of published data sets of pairs that repeat or explain what is read: no loss if they are not used.
-SPARE = frozenset(["conversation", "original_response", "generation_prompt", "raw_generation_responses", "new_generations", "generations", "order", "labelling_prompt", "raw_labelling_response", "rating", "rationale", "status", "original_chosen", "original_rejected", "preference_statement", "preference_elaboration", "three_most_similar_preferences", "all_preferences_unprocessed", "individual_preference", "is_response_0_safe", "is_response_1_safe", "safer_response_id", "response_0_harm_category", "response_1_harm_category", "turn", "turns", "correct_answers", "incorrect_answers", "quotes_0", "quotes_1", "tokens_0", "tokens_1", "initial_reason_steps", "full_chosen", "full_rejected"])
+SPARE = frozenset([
+    "conversation", "original_response", "generation_prompt", "raw_generation_responses", "new_generations",
+    "generations", "order", "labelling_prompt", "raw_labelling_response", "rating", "rationale", "status",
+    "original_chosen", "original_rejected", "preference_statement", "preference_elaboration",
+    "three_most_similar_preferences", "all_preferences_unprocessed", "individual_preference", "is_response_0_safe",
+    "is_response_1_safe", "safer_response_id", "response_0_harm_category", "response_1_harm_category", "turn",
+    "turns", "correct_answers", "incorrect_answers", "quotes_0", "quotes_1", "tokens_0", "tokens_1",
+    "initial_reason_steps", "full_chosen", "full_rejected",
+])
 
 
 def _pair(fields: dict, chosen: str, rejected: str) -> dict:
@@ -391,7 +399,13 @@ _CARRIED = (  # what it is, the words of a name that say so, the types of its va
                 "generations chosen rejected preferred summary summaries solution solutions truth messages "
                 "conversation conversations dialogue dialog", (str, list, dict)),
 )
-_ABOUT = frozenset(["id", "ids", "uid", "uuid", "score", "scores", "rating", "ratings", "model", "models", "source", "sources", "sha", "md", "hash", "length", "len", "tokens", "count", "num", "n", "type", "types", "category", "categories", "language", "lang", "time", "timestamp", "date", "url", "name", "version", "dataset", "subset", "split", "severity", "level", "logp", "logps", "logprob", "logprobs", "probability", "reason", "reasons", "metadata", "meta", "annotator", "annotators", "worker"])
+_ABOUT = frozenset([
+    "id", "ids", "uid", "uuid", "score", "scores", "rating", "ratings", "model", "models", "source", "sources",
+    "sha", "md", "hash", "length", "len", "tokens", "count", "num", "n", "type", "types", "category", "categories",
+    "language", "lang", "time", "timestamp", "date", "url", "name", "version", "dataset", "subset", "split",
+    "severity", "level", "logp", "logps", "logprob", "logprobs", "probability", "reason", "reasons", "metadata",
+    "meta", "annotator", "annotators", "worker",
+])
 
 
 def carries(name: str, value: object) -> str:
