@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -92,8 +93,9 @@ def test_ppo_is_paused_its_kl_coefficient_doubled_resumed_and_stopped_while_the_
     open_notebook, course, tmp_path
 ):
     course.before("03_ppo")
+    for folder in ("ppo", "ppo.new"):  # a finished stage would stay, and this run be built beside it
+        shutil.rmtree(course.run / folder, ignore_errors=True)
     log = course.run / "ppo" / "metrics.jsonl"
-    log.unlink(missing_ok=True)
     path = course.with_parameters("03_ppo", tmp_path, iterations=400, overoptimise=False)
     notebook = open_notebook(path, size=(1280, 1600))
     page, panel = notebook.page, notebook.page.locator(".akc")
@@ -127,8 +129,9 @@ def test_ppo_is_paused_its_kl_coefficient_doubled_resumed_and_stopped_while_the_
 
 def test_ppo_is_rewound_and_trained_again_at_twice_the_price_of_kl(open_notebook, course, tmp_path):
     course.before("03_ppo")
+    for folder in ("ppo", "ppo.new"):  # a finished stage would stay, and this run be built beside it
+        shutil.rmtree(course.run / folder, ignore_errors=True)
     log = course.run / "ppo" / "metrics.jsonl"
-    log.unlink(missing_ok=True)
     notebook = open_notebook(course.with_parameters("03_ppo", tmp_path, iterations=16, overoptimise=False))
     page, panel = notebook.page, notebook.page.locator(".akc")
     notebook.start()
