@@ -25,7 +25,15 @@ from alignkit.killpoints import reached
 from alignkit.metrics import stat
 from alignkit.models.adapters import reference_policy
 from alignkit.models.identity import tensors_hash, weights_hash
-from alignkit.optim import adamw, all_or_nothing, load_weights, set_learning_rate, within_memory
+from alignkit.optim import (
+    adamw,
+    all_or_nothing,
+    check_weights,
+    copy_weights,
+    set_learning_rate,
+    trained_weights,
+    within_memory,
+)
 from alignkit.storage import data_hash
 
 
@@ -225,12 +233,13 @@ class DPOState:
 
     def state_dict(self) -> dict:
         """All that training changes: trained weights, optimizer, steps. Not copied."""
-        weights = {name: weight for name, weight in self.policy.named_parameters() if weight.requires_grad}
-        return {"policy": weights, "optimizer": self.optimizer.state_dict(), "done": self.done}
+        return {"policy": trained_weights(self.policy), "optimizer": self.optimizer.state_dict(), "done": self.done}
 
     def load_state_dict(self, saved: Mapping) -> None:
         """Go on from what `state_dict` said. Raises ValueError, and changes nothing, if the weights do not fit."""
-        load_weights(self.state_dict()["policy"], saved["policy"], "saved['policy']")
+        weights = trained_weights(self.policy)
+        check_weights(weights, saved["policy"], "saved['policy']")
+        copy_weights(weights, saved["policy"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.done, self.whole = saved["done"], True
 

@@ -1,6 +1,11 @@
 """The errors that alignkit raises on purpose. The message says what is wrong and what to do."""
 
+import re
 from collections.abc import Iterable
+
+_OUT_OF_MEMORY = re.compile(
+    r"^(\w+\.)*(MemoryError|OutOfMemoryError|_ArrayMemoryError)\b|out of memory|can't allocate memory|"
+    r"cannot allocate memory|Unable to allocate|bad_alloc|bad allocation", re.IGNORECASE)
 
 
 class AlignkitError(Exception):
@@ -54,3 +59,8 @@ class NotebookFailed(AlignkitError, RuntimeError):
 
 class ParameterError(AlignkitError, ValueError):
     """A parameter that the notebook does not have, or a value that is not of its type."""
+
+
+def is_out_of_memory(error: BaseException | str) -> bool:
+    """Whether an error, or its text "Name: message", says that memory ran out: Python's, numpy's or torch's."""
+    return bool(_OUT_OF_MEMORY.search(error if isinstance(error, str) else f"{type(error).__name__}: {error}"))

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from alignkit.errors import OutOfMemory
+from alignkit.errors import OutOfMemory, is_out_of_memory
 
 
 def adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
@@ -89,10 +89,13 @@ def all_or_nothing(state) -> Iterator[None]:
         raise
 
 
-@torch.no_grad()
-def load_weights(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str, *, check_only: bool = False
-                 ) -> None:
-    """Copy saved weights into a model's, by name. Raises ValueError, and copies nothing, if they do not fit."""
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that training changes, by name."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def check_weights(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
+    """Raise ValueError if saved weights do not fit a model's, by name and shape; `where` names them."""
     differing = sorted(weights.keys() ^ saved.keys())
     if differing:
         raise ValueError(f"{where} is of another model; one of the two has no {', '.join(differing[:3])}")
@@ -100,9 +103,13 @@ def load_weights(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor], whe
         if weight.shape != saved[name].shape:
             raise ValueError(f"{where} is of a model of another size: {name} is {tuple(saved[name].shape)} there, "
                              f"{tuple(weight.shape)} here")
-    if not check_only:
-        for name, weight in weights.items():
-            weight.copy_(saved[name])
+
+
+@torch.no_grad()
+def copy_weights(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy saved weights, which `check_weights` let pass, into a model's."""
+    for name, weight in weights.items():
+        weight.copy_(saved[name])
 
 
 def copied(value: object, device: torch.device | None = None) -> object:
@@ -141,7 +148,7 @@ def within_memory(attempt: Callable[[object], A], state, config, whole: Callable
         try:
             return attempt(config)
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             most, longest = whole()
             half = (config.tokens_per_pass or most) // 2
@@ -152,11 +159,6 @@ def within_memory(attempt: Callable[[object], A], state, config, whole: Callable
                                   f"({str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no more'})"
                                   ) from error
             state.pass_limit, config = half, replace(config, tokens_per_pass=half)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: Python's, CUDA's, or that of torch's allocator on a CPU."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _fits_twice(value: object) -> bool:

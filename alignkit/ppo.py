@@ -45,9 +45,11 @@ from alignkit.models.loading import same_vocabulary
 from alignkit.optim import (
     adamw,
     all_or_nothing,
-    load_weights,
+    check_weights,
+    copy_weights,
     set_learning_rate,
     side_by_side,
+    trained_weights,
     within_memory,
 )
 from alignkit.storage import data_hash
@@ -193,8 +195,8 @@ class PPOState:
 
         The next iteration depends on nothing else, since its random numbers come from (seed, iteration).
         """
-        return {"policy": _trained(self.policy), "policy_optimizer": self.policy_optimizer.state_dict(),
-                "critic": _trained(self.critic), "critic_optimizer": self.critic_optimizer.state_dict(),
+        return {"policy": trained_weights(self.policy), "policy_optimizer": self.policy_optimizer.state_dict(),
+                "critic": trained_weights(self.critic), "critic_optimizer": self.critic_optimizer.state_dict(),
                 "iteration": self.iteration, "kl_coef": self.kl_coef}
 
     @torch.no_grad()
@@ -203,10 +205,11 @@ class PPOState:
 
         Raises ValueError, and changes nothing, if the weights have other names or shapes.
         """
-        for name in ("policy", "critic"):
-            load_weights(_trained(getattr(self, name)), saved[name], f"saved[{name!r}]", check_only=True)
-        for name in ("policy", "critic"):
-            load_weights(_trained(getattr(self, name)), saved[name], f"saved[{name!r}]")
+        weights = {"policy": trained_weights(self.policy), "critic": trained_weights(self.critic)}
+        for name in weights:
+            check_weights(weights[name], saved[name], f"saved[{name!r}]")
+        for name in weights:
+            copy_weights(weights[name], saved[name])
         self.policy_optimizer.load_state_dict(saved["policy_optimizer"])
         self.critic_optimizer.load_state_dict(saved["critic_optimizer"])
         self.iteration, self.kl_coef = saved["iteration"], saved["kl_coef"]
@@ -584,11 +587,6 @@ def _demonstrations(state: PPOState, config: PPOConfig, step: int) -> Rollout | 
     )
     rows = [state.demonstrations[i] for i in picks.tolist()]
     return to_device(encode_rows(state.tokenizer, rows, "completion", config.max_new_tokens), state.policy.device)
-
-
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that training changes, by name."""
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def _variance(values: Tensor, mask: Tensor) -> Tensor:

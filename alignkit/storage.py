@@ -106,6 +106,12 @@ def content_hash(value) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def file_hash(path: str | Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def config_hash(config) -> str:
     """SHA-256 (hex) of a config: a dataclass or a mapping. The order of the fields does not matter."""
     return content_hash(settings(config))

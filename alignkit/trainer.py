@@ -16,6 +16,7 @@ from torch import nn
 from alignkit.errors import NonFinite
 from alignkit.killpoints import reached
 from alignkit.models.identity import weights_hash
+from alignkit.optim import check_weights, copy_weights, trained_weights
 from alignkit.storage import data_hash
 
 TOKENS = "_total_train_tokens"  # TRL's count of the tokens trained on, which it logs
@@ -128,19 +129,18 @@ class TrainerState:
         if torch.cuda.is_available():
             generators["cuda"] = torch.cuda.get_rng_state_all()
         place = {**dataclasses.asdict(trainer.state), "stateful_callbacks": {}}
-        return {"weights": {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad},
+        return {"weights": trained_weights(trainer.model),
                 "optimizer": trainer.optimizer.state_dict(), "schedule": trainer.lr_scheduler.state_dict(),
                 "generators": generators, "place": json.dumps(place),
                 "tokens": getattr(trainer, TOKENS, 0)}
 
     def load_state_dict(self, saved: Mapping) -> None:
         """Bring the weights back now; the trainer asks for all else when it begins."""
+        weights = trained_weights(self.trainer.model)
+        check_weights(weights, saved["weights"], "saved['weights']")
+        copy_weights(weights, saved["weights"])
         self.trainer.saved = saved
         setattr(self.trainer, TOKENS, saved["tokens"])
-        with torch.no_grad():
-            for name, weight in self.trainer.model.named_parameters():
-                if weight.requires_grad:
-                    weight.copy_(saved["weights"][name])
 
 
 def _train_on(trainer, checkpoints) -> None:

@@ -482,8 +482,6 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_the_files_of_real_layouts(shared, tokenizer, name):  # noqa: F811
     path = shared / "data" / "real_layouts" / name
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
     assert normal(path)[0] == FILES[name] and check(path, tokenizer=tokenizer).ok
     rows = load_rows(path, tokenizer=tokenizer)
     assert rows[0]["chosen" if rows.kind == "pairs" else "completion"] == FILES[name][1]

@@ -11,7 +11,7 @@ from alignkit.jobs.parameters import Parameter
 from alignkit.runs.records import code_hash
 from alignkit.runs.stage_folders import CHECKPOINTS
 from alignkit.stages import CHAIN, RUN_FILES
-from alignkit.storage import content_hash, plain
+from alignkit.storage import content_hash, file_hash, plain
 
 
 @dataclass(frozen=True)
@@ -131,5 +131,4 @@ def _digest(path: Path) -> str:
                 if file.is_file()
             ]
         )
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_hash(path)

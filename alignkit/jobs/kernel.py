@@ -20,8 +20,8 @@ from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-from alignkit.errors import NotebookFailed
-from alignkit.jobs.memory import is_out_of_memory, memory_advice
+from alignkit.errors import NotebookFailed, is_out_of_memory
+from alignkit.jobs.memory import memory_advice
 from alignkit.jobs.spare_kernel import JobKernel, Spare, start_options
 
 ENGINE = "alignkit"

@@ -1,6 +1,5 @@
 """What to lower when memory ran out: the job's own parameters, with the values that they have."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,14 +11,6 @@ from alignkit.jobs.parameters import notebook_parameters
 LOWER = ("minibatch_size", "batch_size", "tokens_per_pass", "prompts_per_iteration", "max_new_tokens", "max_length",
          "pairs", "demonstrations")
 CONFIGS = {"01_sft": SFTConfig, "02_reward_model": RewardConfig, "03_ppo": PPOConfig, "05_dpo": DPOConfig}
-_OUT_OF_MEMORY = re.compile(
-    r"^(\w+\.)*(MemoryError|OutOfMemoryError|_ArrayMemoryError)\b|out of memory|can't allocate memory|"
-    r"cannot allocate memory|Unable to allocate|bad_alloc|bad allocation", re.IGNORECASE)
-
-
-def is_out_of_memory(error: str) -> bool:
-    """Does this error, "Name: message", say that memory ran out?"""
-    return bool(_OUT_OF_MEMORY.search(error))
 
 
 def memory_advice(notebook: Path, given: Mapping[str, object], error: str = "") -> str:

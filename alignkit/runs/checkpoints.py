@@ -7,7 +7,6 @@ and the step, so no generator has to be stored; TRL's trainers, which use torch'
 """
 
 import contextlib
-import hashlib
 import math
 import shutil
 import time
@@ -25,7 +24,7 @@ from alignkit.errors import NonFinite, RunError
 from alignkit.folders import discard, recover, replacing
 from alignkit.killpoints import reached
 from alignkit.runs.records import code_hash, versions
-from alignkit.storage import plain, read_json, settings, write_json
+from alignkit.storage import file_hash, plain, read_json, settings, write_json
 
 TENSORS, STATE, FILES = "tensors.safetensors", "state.json", "files.json"  # of a checkpoint
 ENDED = "ended.json"  # of the run: that it ended by itself
@@ -111,7 +110,7 @@ class Checkpoints:
             reached("checkpoint.weights")
             write_json(new / STATE, {"step": step, "facts": self.facts, "threads": torch.get_num_threads(),
                                      "versions": versions(), "saved": tree})
-            write_json(new / FILES, {name: _sha256(new / name) for name in (TENSORS, STATE)})
+            write_json(new / FILES, {name: file_hash(new / name) for name in (TENSORS, STATE)})
         reached("checkpoint.prune")
         for older in self._folders()[KEPT:]:
             shutil.rmtree(older, ignore_errors=True)
@@ -183,7 +182,7 @@ def _checked(folder: Path) -> dict:
     try:
         written = read_json(folder / FILES, error=_Torn)
         for name in (TENSORS, STATE):
-            if written.get(name) != _sha256(folder / name):
+            if written.get(name) != file_hash(folder / name):
                 raise _Torn(f"{name} has other bytes than were written")
         record = read_json(folder / STATE, error=_Torn)
     except OSError as problem:
@@ -249,8 +248,3 @@ def _flat(facts: Mapping, before: str = "") -> dict[str, object]:
 def _short(value: object) -> str:
     text = "absent" if value is None else repr(value)
     return text if len(text) <= 40 else f"{text[:12]}…"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

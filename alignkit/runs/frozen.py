@@ -5,7 +5,6 @@ writes a pickle. What is frozen has been opened. It is written under another nam
 process leaves a whole one or none.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from alignkit.models import gate
 from alignkit.models.loading import adapted_policy, load_policy, save_model
 from alignkit.runs.records import versions
 from alignkit.stages import RUN_FILES
-from alignkit.storage import config_hash, content_hash, parse_json, read_json, settings
+from alignkit.storage import config_hash, content_hash, file_hash, parse_json, read_json, settings
 
 MANIFEST = "manifest.json"
 LINEAGE = "lineage.json"
@@ -144,7 +143,7 @@ def _difference(path: Path | None, expected: dict) -> str | None:
         return "is no ordinary file"
     if path.stat().st_size != expected["size"]:
         return f"has {path.stat().st_size} bytes, expected {expected['size']}"
-    if _sha256(path) != expected["sha256"]:
+    if file_hash(path) != expected["sha256"]:
         return "has other bytes than when it was frozen (SHA-256 differs)"
     return None
 
@@ -259,9 +258,4 @@ def _refuse_unless_same(out: Path, manifest: Manifest, record: dict) -> None:
 
 
 def _fingerprint(path: Path) -> dict:
-    return {"sha256": _sha256(path), "size": path.stat().st_size}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": file_hash(path), "size": path.stat().st_size}

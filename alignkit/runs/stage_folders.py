@@ -54,7 +54,7 @@ def is_finished(folder: Path) -> bool:
 def checkpoint_folders(folder: Path) -> list[Path]:
     """The folders of checkpoints at any depth of a stage; not a folder or link of that name that holds anything else.
     """
-    ours = re.compile(rf"\d+|ended\.json|\..*{re.escape(MARK)}-.*")
+    ours = re.compile(rf"\d+|\.?ended\.json(\.\w+)?|\..*{re.escape(MARK)}-.*")
     return [path for path in sorted(folder.rglob(CHECKPOINTS)) if path.is_dir() and not path.is_symlink()
             and all(ours.fullmatch(each.name) for each in path.iterdir())]
 

@@ -15,10 +15,9 @@ import pytest
 import torch
 from alignkit_widgets import TrainingCockpit
 
-from alignkit import optim
 from alignkit.configs import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from alignkit.dpo import DPOState, dpo_iteration
-from alignkit.errors import InvariantError, NonFinite, OutOfMemory, RunError
+from alignkit.errors import InvariantError, NonFinite, OutOfMemory, RunError, is_out_of_memory
 from alignkit.models.heads import reward_model_from
 from alignkit.models.identity import function_hash, tensors_hash, weights_hash
 from alignkit.models.loading import load_policy
@@ -188,7 +187,7 @@ def test_08_halving_makes_the_same_iteration_in_smaller_passes(desk, monkeypatch
     (RuntimeError("shape mismatch"), False), (ValueError("memory"), False),
 ])
 def test_08_what_counts_as_out_of_memory(error, expected):
-    assert optim.out_of_memory(error) == expected
+    assert is_out_of_memory(error) == expected
 
 
 # --- 10, 11, 17: checkpoints that cannot be used ----------------------------------------------------------------------
