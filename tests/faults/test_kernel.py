@@ -20,12 +20,12 @@ import psutil
 import pytest
 from alignkit_widgets.app import playground, server
 
-from alignkit.errors import NotebookFailed, RunError, RunInUse
+from alignkit.errors import NotebookFailed, RunError, RunInUse, is_out_of_memory
 from alignkit.folders import replacing
 from alignkit.jobs import job as job_module
 from alignkit.jobs import kernel, spare_kernel
 from alignkit.jobs.cli import _one_interrupt, main
-from alignkit.jobs.memory import is_out_of_memory, memory_advice
+from alignkit.jobs.memory import memory_advice
 from alignkit.jobs.notebooks import course, run_notebook
 from alignkit.reward import load_reward
 from alignkit.runs.lock import lock_handles, run_lock
@@ -60,7 +60,7 @@ re.match('(a+)+$', 'a' * 60 + 'b')"""  # in C, with the GIL, for years
 
 @pytest.fixture(autouse=True)
 def _same_code(monkeypatch):
-    monkeypatch.setattr(job_module, "_code_hash", lambda: "code")
+    monkeypatch.setattr(job_module, "code_hash", lambda: "code")
 
 
 def notebook(path: Path, *cells: str, parameters: str = "run = ''") -> Path:
@@ -355,7 +355,7 @@ def test_14_a_directory_that_goes_away_or_cannot_be_made_is_named(tmp_path, capf
 def app(monkeypatch):
     """The app without models: an empty playground, and a note of the port it listens on."""
     listening = []
-    monkeypatch.setattr(playground, "open_playground", lambda run: SimpleNamespace(run=run, model="tiny"))
+    monkeypatch.setattr(playground, "open_playground", lambda run, **_: SimpleNamespace(run=run, model="tiny"))
     listen = server.Dashboard.listen
 
     def noted(self, port: int) -> str:
