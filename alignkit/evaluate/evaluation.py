@@ -5,9 +5,7 @@ behaviour classes exists only where there is a world that knows them; elsewhere 
 """
 
 import json
-import math
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import compress
@@ -20,6 +18,7 @@ from alignkit.data.encoding import ChatText
 from alignkit.data.ends import end_ids
 from alignkit.desk.world import BEHAVIOURS, phrase_counts
 from alignkit.errors import RunError
+from alignkit.evaluate.stored import OF_EVALUATION, OF_SET, check_columns, check_fields
 from alignkit.formulas.intervals import Bootstrap, Estimate, wilson
 from alignkit.formulas.kl import exact_kl, k3
 from alignkit.formulas.randomness import seeded
@@ -77,11 +76,8 @@ class EvaluationSet:
     @classmethod
     def _from(cls, stored: dict, path) -> "EvaluationSet":
         """The set that a record holds, each field checked: it may be a stranger's."""
-        lists = {"prompts": str, "keys": int, "kinds": str}
-        checks = {"hash": _is(str), "chat": _is(bool), "samples": _is(int), "seed": _is(int),
-                  "max_new_tokens": _is(int), **{name: _is_list(kind) for name, kind in lists.items()}}
-        _check(stored, checks, f"{path}: no evaluation set")
-        own = {name: stored[name] for name in checks if name not in ("hash", "chat")}
+        check_fields(stored, OF_SET, f"{path}: no evaluation set")
+        own = {name: stored[name] for name in OF_SET if name not in ("hash", "chat")}
         if stored["chat"]:
             own["prompts"] = tuple(map(ChatText, own["prompts"]))
         try:
@@ -262,22 +258,11 @@ class Evaluation:
     def load(cls, path: str | Path) -> "Evaluation":
         """Raises RunError, naming the field, if the file holds no evaluation, or one whose set was changed."""
         stored = read_json(path)
-        _check(stored, {"name": _is(str), "set": _is(dict), "columns": _is(dict), "gold_scale": _is_scale},
-               f"{path}: no evaluation")
-        evalset, columns = EvaluationSet._from(stored["set"], path), stored["columns"]
-        known, count = {**_MEASURED, **_OPTIONAL}, len(evalset.prompts) * evalset.samples
-        _check(columns, {name: known[name] for name in known if name in columns or name in _MEASURED},
-               f"{path}: no evaluation")
-        for name, column in columns.items():
-            if name not in known or len(column) != count:
-                raise RunError(f"{path}: no evaluation: column {name} is unknown, or has not {count} entries")
-        for together in (("ref_logp", "k3", "token_kl"), ("gold", "behaviour", "phrases")):
-            if len({name in columns for name in together}) > 1:
-                raise RunError(f"{path}: no evaluation: {', '.join(together)} must all be there, or none")
-        if "gold" in columns and stored["gold_scale"] is None:
-            raise RunError(f"{path}: no evaluation: gold_scale is missing")
+        check_fields(stored, OF_EVALUATION, f"{path}: no evaluation")
+        evalset = EvaluationSet._from(stored["set"], path)
+        check_columns(stored, len(evalset.prompts) * evalset.samples, f"{path}: no evaluation")
         scale = stored["gold_scale"] and tuple(stored["gold_scale"])
-        return cls(evalset, columns, scale, stored["name"])
+        return cls(evalset, stored["columns"], scale, stored["name"])
 
     @cached_property
     def _keys(self) -> tuple[np.ndarray, np.ndarray]:
@@ -381,43 +366,6 @@ def win_rate(a: Evaluation, b: Evaluation, score: str = "gold") -> Estimate:
     of_a, of_b = of_a[:, :, None], of_b[:, None, :]
     wins = (of_b > of_a).mean((1, 2)) + 0.5 * (of_b == of_a).mean((1, 2))
     return a._estimates({"win_rate": a._by_key(wins)})["win_rate"]
-
-
-def _is(kind: type):
-    def check(value: object) -> bool:
-        return type(value) is kind and (kind is not int or abs(value) < 2**63)
-    return check
-
-
-def _is_list(kind: type):
-    return lambda value: isinstance(value, list) and all(map(_is(kind), value))
-
-
-def _is_figure(value: object) -> bool:
-    """A finite number that a float can hold."""
-    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
-
-
-def _is_figures(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_figure, value))
-
-
-def _is_scale(value: object) -> bool:
-    return value is None or (_is_figures(value) and len(value) == 2 and value[1] > 0)
-
-
-def _check(record: Mapping, checks: Mapping, where: str) -> None:
-    """Raise RunError that names the first field of a record that is missing or not what it must be."""
-    for name, check in checks.items():
-        if name not in record or not check(record[name]):
-            raise RunError(f"{where}: {name} is {'not what it must be' if name in record else 'missing'}")
-
-
-_MEASURED = {"response": _is_list(str), "length": _is_list(int), "tokens": _is_list(int), "finished": _is_list(bool),
-             "logp": _is_figures, "entropy": _is_figures}
-_OPTIONAL = {"ref_logp": _is_figures, "k3": _is_figures, "proxy": _is_figures, "gold": _is_figures,
-             "token_kl": lambda rows: isinstance(rows, list) and all(map(_is_figures, rows)),
-             "behaviour": _is_list(str), "phrases": lambda rows: isinstance(rows, list) and all(map(_is_figures, rows))}
 
 
 def _same_set(a: Evaluation, b: Evaluation) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from jupyter_core.utils import run_sync
@@ -136,9 +136,17 @@ class _Client(PapermillNotebookClient):
             raise
 
     async def _cell(self, cell, index, **options):
-        self.task = asyncio.current_task()  # after Ctrl-C it goes on when the loop does, and collects the outputs
-        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody waits for it then
-        return await self.async_execute_cell(cell, index, **options)
+        """Raises KeyboardInterrupt beside the task that collects the outputs: it goes on when the loop does."""
+        self.task = asyncio.ensure_future(self.async_execute_cell(cell, index, **options))
+        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may wait for it
+        interrupt = asyncio.Event()
+        with _interrupts_set(interrupt):
+            waiting = asyncio.ensure_future(interrupt.wait())
+            await asyncio.wait((self.task, waiting), return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
+        if interrupt.is_set():
+            raise KeyboardInterrupt
+        return self.task.result()
 
     async def _async_poll_kernel_alive(self):
         with contextlib.suppress(AssertionError):  # an interrupted cell's, still here when its client is closed
@@ -177,6 +185,36 @@ class _Client(PapermillNotebookClient):
         finally:
             client.stop_channels()
             self.task.cancel()
+
+
+@contextlib.contextmanager
+def _interrupts_set(event: asyncio.Event) -> Iterator[None]:
+    """Have the signals that raise KeyboardInterrupt set `event` instead.
+
+    An exception out of a signal handler ends whichever task of the loop is at work at that moment, and with it, now and
+    then, the one that collects a cell's outputs.
+    """
+    loop, before = asyncio.get_running_loop(), {}
+
+    def handle(number, frame) -> None:
+        try:
+            before[number](number, frame)
+        except KeyboardInterrupt:
+            loop.call_soon_threadsafe(event.set)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and callable(handler := signal.getsignal(number)):
+            before[number] = handler
+            try:
+                signal.signal(number, handle)
+            except ValueError:  # not in the main thread
+                del before[number]
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Engine(NBClientEngine):

@@ -151,6 +151,29 @@ def test_03_one_interrupt_and_time_to_save(tmp_path, capfd, number):
     assert before == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
 
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_03_an_interrupt_ends_no_task_that_collects_outputs(number):
+    """The signal comes while the task itself is at work, not while the loop waits."""
+    ended = []
+
+    async def collect() -> None:
+        os.kill(os.getpid(), getattr(signal, number))
+        await asyncio.sleep(0.01)
+        ended.append(True)
+
+    async def cell() -> None:
+        event = asyncio.Event()
+        with kernel._interrupts_set(event):
+            await collect()
+        assert event.is_set()
+
+    with _one_interrupt():
+        before = signal.getsignal(signal.SIGINT)
+        asyncio.run(cell())
+        assert signal.getsignal(signal.SIGINT) is before
+    assert ended
+
+
 def test_03_a_second_ctrl_c_ends_the_wait(tmp_path, capfd):
     out, source = tmp_path / "run", notebook(tmp_path / "x.ipynb", SAVES.replace("sleep(2)", "sleep(9)"))
     begun = []
@@ -192,12 +215,13 @@ def test_03_what_nohup_ignores_stays_ignored():
 def test_03_an_interrupt_while_the_kernel_starts_leaves_none(tmp_path):
     """In Python too, where the process that started it lives on, and with it the lock that the kernel has."""
     out, source = tmp_path / "run", notebook(tmp_path / "x.ipynb", START)
+    before = set(psutil.Process().children())  # what earlier tests in this process have left
 
-    def starting() -> bool:
-        return bool(psutil.Process().children())
+    def kernels() -> bool:
+        return bool(set(psutil.Process().children()) - before)
 
-    assert signalled(["run", source, "--out", out], (starting, "SIGINT")) == 130
-    assert status(out)["status"] == "interrupted" and not psutil.Process().children()
+    assert signalled(["run", source, "--out", out], (kernels, "SIGINT")) == 130
+    assert status(out)["status"] == "interrupted" and not kernels()
     with run_lock(out):
         pass
 

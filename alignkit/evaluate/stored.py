@@ -1,0 +1,61 @@
+"""What the records of an evaluation must hold, field by field, since a file may be a stranger's."""
+
+import math
+from collections.abc import Mapping
+
+from alignkit.errors import RunError
+
+
+def _is(kind: type):
+    def check(value: object) -> bool:
+        return type(value) is kind and (kind is not int or abs(value) < 2**63)
+    return check
+
+
+def _is_list(kind: type):
+    return lambda value: isinstance(value, list) and all(map(_is(kind), value))
+
+
+def _is_figure(value: object) -> bool:
+    """A finite number that a float can hold."""
+    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
+
+
+def _is_figures(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_figure, value))
+
+
+def _is_scale(value: object) -> bool:
+    return value is None or (_is_figures(value) and len(value) == 2 and value[1] > 0)
+
+
+def check_fields(record: Mapping, checks: Mapping, where: str) -> None:
+    """Raise RunError that names the first field of a record that is missing or not what it must be."""
+    for name, check in checks.items():
+        if name not in record or not check(record[name]):
+            raise RunError(f"{where}: {name} is {'not what it must be' if name in record else 'missing'}")
+
+
+MEASURED = {"response": _is_list(str), "length": _is_list(int), "tokens": _is_list(int), "finished": _is_list(bool),
+             "logp": _is_figures, "entropy": _is_figures}
+OPTIONAL = {"ref_logp": _is_figures, "k3": _is_figures, "proxy": _is_figures, "gold": _is_figures,
+             "token_kl": lambda rows: isinstance(rows, list) and all(map(_is_figures, rows)),
+             "behaviour": _is_list(str), "phrases": lambda rows: isinstance(rows, list) and all(map(_is_figures, rows))}
+OF_SET = {"hash": _is(str), "chat": _is(bool), "samples": _is(int), "seed": _is(int), "max_new_tokens": _is(int),
+          "prompts": _is_list(str), "keys": _is_list(int), "kinds": _is_list(str)}
+OF_EVALUATION = {"name": _is(str), "set": _is(dict), "columns": _is(dict), "gold_scale": _is_scale}
+TOGETHER = (("ref_logp", "k3", "token_kl"), ("gold", "behaviour", "phrases"))  # all of them are there, or none
+
+
+def check_columns(stored: Mapping, count: int, where: str) -> None:
+    """Raise RunError if the columns of an evaluation are not those of `count` responses."""
+    columns, known = stored["columns"], {**MEASURED, **OPTIONAL}
+    check_fields(columns, {name: known[name] for name in known if name in columns or name in MEASURED}, where)
+    for name, column in columns.items():
+        if name not in known or len(column) != count:
+            raise RunError(f"{where}: column {name} is unknown, or has not {count} entries")
+    for together in TOGETHER:
+        if len({name in columns for name in together}) > 1:
+            raise RunError(f"{where}: {', '.join(together)} must all be there, or none")
+    if "gold" in columns and stored["gold_scale"] is None:
+        raise RunError(f"{where}: gold_scale is missing")
