@@ -23,7 +23,7 @@ _MODULES = {
         "AlignkitError", "DataError", "InvariantError", "ManifestError", "NonFinite", "NotebookFailed", "OutOfMemory",
         "ParameterError", "RunError", "RunInUse",
     ],
-    "evaluate.adviser": ["advice"],
+    "evaluate.adviser": ["advice", "chance_warning"],
     "evaluate.comparison": ["Comparison", "compare", "compare_directories"],
     "evaluate.evaluation": ["Evaluation", "EvaluationSet", "difference", "evaluation_set", "win_rate"],
     "evaluate.reward_model": ["retrain", "reward_report"],

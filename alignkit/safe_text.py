@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 import unicodedata
 
 _KEPT = {"\n", "\t", "\u200c", "\u200d"}  # line feed, tab, and the joiners that scripts and emoji need
@@ -42,6 +44,11 @@ def one_line(text: object, limit: int = 400) -> str:
     """As `visible`, and on one line: for names in messages and tables, where a line feed could forge a line."""
     shown = visible(text, limit).replace("\t", "␉")
     return shown.replace("\n", "␊")
+
+
+def in_red(text: str) -> str:
+    """`text` in red where standard output is a terminal and NO_COLOR is not set; elsewhere as it is."""
+    return f"\x1b[31m{text}\x1b[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
 
 
 def markdown_cell(text: object, limit: int = 400) -> str:

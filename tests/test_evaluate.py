@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from alignkit.forward.sampling import generate_texts
 from alignkit.models.loading import load_policy, save_model
 from alignkit.runs.frozen import freeze
 from alignkit.runs.records import start_run
+from alignkit.storage import write_json
 from alignkit.task import desk_task
 
 
@@ -474,6 +476,23 @@ def test_folders_are_compared_on_the_set_of_their_run(run, tmp_path):
     elsewhere = compare_directories([run / "sft", run / "ppo"], seed=1, prompts=16, samples=1)
     assert len(elsewhere.evaluations["sft"].set.prompts) == 16
     assert "proxy_mean" not in elsewhere.evaluations["sft"].metrics
+
+
+@pytest.mark.parametrize("low", [0.48, 0.52])
+def test_a_comparison_warns_of_a_reward_model_that_ranks_like_a_coin(run, tmp_path, capsys, low):
+    from alignkit.desk.tiny import tiny_reward_model
+    from alignkit.jobs.cli import main
+    from alignkit.reward import RewardScorer
+
+    run = shutil.copytree(run, tmp_path / "run")
+    tokenizer = load_policy(run / "sft")[1]
+    RewardScorer(tiny_reward_model(tokenizer), tokenizer).save(run / "reward")
+    write_json(run / "reward" / "results.json", {"accuracy_labels": 0.53, "accuracy_labels_ci95": [low, 0.6]})
+    assert main(["compare", str(run / "sft"), str(run / "ppo"), "--out", str(tmp_path / "out")]) == 0
+    line = "The reward model cannot be told from a coin: it ranks 53.0%"
+    page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    assert (line in capsys.readouterr().out) == ('class="alert"' in page) == (line in page) == (low < 0.5)
+    assert (line in (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")) == (low < 0.5)
 
 
 def test_a_frozen_checkpoint_with_a_changed_byte_is_refused(run, tmp_path):

@@ -125,6 +125,20 @@ def test_the_page_shows_the_chain_the_figures_the_tagged_charts_and_how_to_repea
     assert "Accuracy: 71.2%" in overview(run) and "report.html" in overview(run)
 
 
+@pytest.mark.parametrize("interval, warned", [([0.45, 0.59], True), ([0.5, 0.62], True), ([0.501, 0.62], False),
+                                              ("x", False), (None, False), ([None, 0.6], False)])
+def test_a_reward_model_that_ranks_like_a_coin_is_told_in_red(run, monkeypatch, interval, warned):
+    write_results(run, "reward", {"accuracy_labels": 0.52, "accuracy_labels_ci95": interval})
+    page = build_report(run).read_text(encoding="utf-8")
+    begins = "The reward model cannot be told from a coin: it ranks 52.0% of the held-out pairs"
+    assert (begins in page) == warned and page.count('class="alert"') == 1 + warned
+    assert (f"\n{begins}" in overview(run)) == warned and "\x1b" not in overview(run)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert (f"\x1b[31m{begins}" in overview(run)) == warned
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in overview(run)
+
+
 def test_every_table_has_a_caption_and_headings_and_every_picture_alt_text(run):
     source = build_report(run).read_text()
     seen = _Seen(source)

@@ -1,5 +1,8 @@
 """What the figures of an evaluation ask for next, in plain sentences."""
 
+from collections.abc import Mapping
+
+from alignkit.metrics import is_number
 
 RISKY_FAILURES = 0.06  # what a policy may fail on and be called safe enough for the next stage
 AGREEMENT = 0.6
@@ -77,6 +80,23 @@ def advice(evaluated) -> list[str]:
         best = max(names, key=lambda name: metrics[name][score].value) if score else last
         asks.append(f"Nothing here asks for more training: freeze {best}.")
     return asks
+
+
+def chance_warning(report: Mapping) -> str:
+    """What follows if a reward model cannot be told from a coin; "" if it can.
+
+    It cannot where the 95 % Wilson interval of its accuracy on held-out pairs reaches ½. report: of `reward_report`, or
+    what RUN/reward/results.json holds; "" too if the figures are not there.
+    """
+    accuracy, interval = report.get("accuracy_labels"), report.get("accuracy_labels_ci95")
+    if not (isinstance(interval, list) and len(interval) == 2 and all(map(is_number, (accuracy, *interval)))):
+        return ""
+    low, high = interval
+    if low > 0.5:
+        return ""
+    return (f"The reward model cannot be told from a coin: it ranks {accuracy:.1%} of the held-out pairs as their "
+            f"labels do (95 % interval {low:.1%} to {high:.1%}). What is trained against it, and every proxy score, "
+            "means nothing. Bring more pairs or clearer labels, train it longer, or begin with a larger model.")
 
 
 def _above(estimate, limit: float) -> bool:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from alignkit.errors import ManifestError, NonFinite
-from alignkit.evaluate.adviser import advice
+from alignkit.evaluate.adviser import advice, chance_warning
 from alignkit.evaluate.evaluation import Evaluation, EvaluationSet, difference, evaluate, evaluation_set, win_rate
 from alignkit.folders import recover
 from alignkit.formulas.intervals import Estimate
@@ -17,7 +17,7 @@ from alignkit.models.loading import load_policy, same_vocabulary
 from alignkit.runs.frozen import LINEAGE, MANIFEST, read_lineage, verify
 from alignkit.runs.records import run_facts
 from alignkit.safe_text import csv_cell, markdown_cell, one_line
-from alignkit.storage import plain, write_atomically, write_json
+from alignkit.storage import plain, read_json, write_atomically, write_json
 from alignkit.task import load_task
 
 TABLE = (  # the metrics of the table, in its order
@@ -37,6 +37,7 @@ class Comparison:
 
     evaluations: dict[str, Evaluation]
     notes: tuple[str, ...] = field(default=())
+    warning: str = ""  # why the proxy means nothing
 
     @property
     def reference(self) -> str:
@@ -114,7 +115,7 @@ class Comparison:
         about = (f"{len(evalset.prompts)} prompts × {evalset.samples} samples, evaluation set {evalset.hash[:12]}. In "
                  f"brackets: 95 % intervals, paired cluster bootstrap over {len(set(evalset.keys))} prompt keys. "
                  f"*: differs from {self.reference}.")
-        return [about, *self.notes, *advice(self)]
+        return [*filter(None, [self.warning]), about, *self.notes, *advice(self)]
 
     def to_csv(self) -> str:
         """A line per checkpoint and metric: value, low, high, and the difference to the first with its low and high."""
@@ -177,11 +178,11 @@ class Comparison:
         return figures
 
 
-def compare(evaluations: Mapping[str, Evaluation], notes: Sequence[str] = ()) -> Comparison:
+def compare(evaluations: Mapping[str, Evaluation], notes: Sequence[str] = (), warning: str = "") -> Comparison:
     """Put evaluations side by side. Raises ValueError if their sets, or the units of their gold, differ."""
     if not evaluations:
         raise ValueError("evaluations is empty, expected at least one checkpoint")
-    comparison = Comparison(dict(evaluations), tuple(notes))
+    comparison = Comparison(dict(evaluations), tuple(notes), warning)
     _ = comparison.differences  # raises if they cannot be paired
     return comparison
 
@@ -210,10 +211,13 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
         evalset = EvaluationSet.load(run / "evaluation_set.json")
     else:
         evalset = evaluation_set(task, prompts=prompts, samples=samples)
+    warning = ""
     if reward is None and of_run and (run / "reward" / "config.json").exists():
         from alignkit.reward import load_reward
 
         reward = load_reward(run / "reward")
+        if (run / "reward" / "results.json").exists():
+            warning = chance_warning(read_json(run / "reward" / "results.json"))
     notes = [f"{name} was frozen with another evaluation set ({frozen_with[:12]}…)."
              for name, directory in zip(loaded, directories, strict=True)
              if (frozen_with := _frozen_with(directory)) not in (None, evalset.hash)]
@@ -225,7 +229,7 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
         evaluations[name] = evaluate(policy, own_tokenizer, evalset, ref_policy=first if same else None, reward=reward,
                                      world=task.world, gold_scale=scale, batch_size=batch_size, name=name)
         scale = evaluations[name].gold_scale
-    comparison = compare(evaluations, notes)
+    comparison = compare(evaluations, notes, warning)
     if out is not None:
         _write(comparison, Path(out))
     return comparison
@@ -271,6 +275,7 @@ def _write(comparison: Comparison, out: Path) -> None:
     write_atomically(out / "compare.csv", comparison.to_csv())
     samples = [{**sample, "responses": list(sample["responses"].values())} for sample in comparison.samples()]
     page = render("compare.html", names=list(comparison.evaluations), cells=comparison.cells(),
-                  remarks=comparison.remarks(), pictures=pictures, samples=samples)
+                  warning=comparison.warning,
+                  remarks=[remark for remark in comparison.remarks() if remark != comparison.warning], pictures=pictures, samples=samples)
     write_atomically(out / "compare.html", page)
     write_json(out / "compare.json", comparison.to_dict())

@@ -181,11 +181,12 @@ def _verify(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     from alignkit.evaluate.comparison import compare_directories
     from alignkit.jobs.notebooks import absolute
-    from alignkit.safe_text import visible
+    from alignkit.safe_text import in_red, visible
 
     comparison = compare_directories(options.checkpoints, absolute("data", options.data), options.out,
                                      **_reading(options))
-    print(visible(comparison, limit=10**6))
+    for line in visible(comparison, limit=10**6).splitlines():
+        print(in_red(line) if line and line == comparison.warning else line)
     print(f"\npage: {_shown(options.out / 'compare.html')}; also compare.md, .csv, .json and pictures")
 
 

@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from alignkit.errors import RunError
+from alignkit.evaluate.adviser import chance_warning
 from alignkit.metrics import METRICS, is_number, number, share
 from alignkit.pages.render import Picture, picture, render
-from alignkit.safe_text import one_line
+from alignkit.safe_text import in_red, one_line
 from alignkit.stages import CHAIN, STAGES, in_order
 from alignkit.storage import read_json, write_atomically
 
@@ -57,6 +58,8 @@ def overview(run: str | Path) -> str:
     seen = _Run(run)
     headlines = {stage: ", ".join(_headline(seen, stage)) for stage in seen.stages}
     lines = [f"{one_line(_name(stage)):<20}{words}" for stage, words in headlines.items() if words]
+    if warning := chance_warning(seen.stages.get("reward", {})):
+        lines += ["", in_red(warning)]
     shown = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
     places = {"report": "report.html", "figures": "summary.json"}
     if seen.notebooks:
@@ -170,7 +173,9 @@ def _headline(seen: _Run, stage: str) -> list[str]:
 
 
 def _failures(seen: _Run) -> list[dict]:
-    failures = []
+    """What stands in red at the top of the page."""
+    warning = chance_warning(seen.stages.get("reward", {}))
+    failures = [{"heading": "Warning", "message": warning}] if warning else []
     for name in seen.jobs:
         status, error = seen.job(name).get("status"), seen.job(name).get("error")
         if status not in (None, "finished"):
