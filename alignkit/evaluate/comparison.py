@@ -274,8 +274,8 @@ def _write(comparison: Comparison, out: Path) -> None:
     write_atomically(out / "compare.md", comparison.markdown())
     write_atomically(out / "compare.csv", comparison.to_csv())
     samples = [{**sample, "responses": list(sample["responses"].values())} for sample in comparison.samples()]
-    page = render("compare.html", names=list(comparison.evaluations), cells=comparison.cells(),
-                  warning=comparison.warning,
-                  remarks=[remark for remark in comparison.remarks() if remark != comparison.warning], pictures=pictures, samples=samples)
+    remarks = [remark for remark in comparison.remarks() if remark != comparison.warning]
+    page = render("compare.html", names=list(comparison.evaluations), cells=comparison.cells(), remarks=remarks,
+                  warning=comparison.warning, pictures=pictures, samples=samples)
     write_atomically(out / "compare.html", page)
     write_json(out / "compare.json", comparison.to_dict())

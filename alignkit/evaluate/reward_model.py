@@ -42,6 +42,8 @@ def expected_calibration_error(margins: np.ndarray, bins: int = 10) -> tuple[flo
 def reward_report(scorer: RewardScorer, pairs: list[dict], world=None) -> dict:
     """What to know of a reward model before anything uses it, on held-out pairs (prompt / chosen / rejected).
 
+    scorer: a RewardScorer, whose raw scores are judged, or any function prompts, responses -> scores.
+
     accuracy_labels: share of pairs ranked as labelled, with a 95 % Wilson interval in accuracy_labels_ci95. ece,
     reliability: calibration, as `expected_calibration_error`. margin_bins: accuracy by size of the margin (quintiles).
     length_bias: correlation of score and length (words) across all responses. mean, std: the normalisation. score_mean,
@@ -55,7 +57,8 @@ def reward_report(scorer: RewardScorer, pairs: list[dict], world=None) -> dict:
         raise ValueError("pairs is empty, expected at least one held-out preference pair")
     prompts = [row["prompt"] for row in pairs]
     chosen, rejected = ([row[side] for row in pairs] for side in ("chosen", "rejected"))
-    scores = scorer.raw(prompts + prompts, chosen + rejected).double().numpy()
+    scores = np.asarray(getattr(scorer, "raw", scorer)(prompts + prompts, chosen + rejected), dtype=np.float64)
+    mean, std = getattr(scorer, "mean", 0.0), getattr(scorer, "std", 1.0)
     margins = scores[: len(pairs)] - scores[len(pairs) :]
     correct = np.where(margins == 0, 0.5, margins > 0)
     ece, reliability = expected_calibration_error(margins)
@@ -70,10 +73,10 @@ def reward_report(scorer: RewardScorer, pairs: list[dict], world=None) -> dict:
             {"margin": float(np.abs(margins[rows]).mean()), "accuracy": float(correct[rows].mean()), "count": len(rows)}
             for rows in quintiles
         ],
-        "mean": scorer.mean,
-        "std": scorer.std,
-        "score_mean": float((scores.mean() - scorer.mean) / scorer.std),
-        "score_std": float(scores.std() / scorer.std),
+        "mean": mean,
+        "std": std,
+        "score_mean": float((scores.mean() - mean) / std),
+        "score_std": float(scores.std() / std),
         "length_bias": _correlation(scores, np.array([len(text.split()) for text in chosen + rejected])),
     }
     if world is not None:
