@@ -17,6 +17,7 @@ from alignkit.models.loading import load_policy, same_vocabulary
 from alignkit.runs.frozen import LINEAGE, MANIFEST, read_lineage, verify
 from alignkit.runs.records import run_facts
 from alignkit.safe_text import csv_cell, markdown_cell, one_line
+from alignkit.sources import local_path
 from alignkit.storage import plain, write_atomically, write_json
 from alignkit.task import load_task
 
@@ -233,6 +234,7 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
 
 def _load(directory: Path):
     recover(directory)
+    local_path(directory, error=ManifestError)
     if (directory / MANIFEST).exists():
         verify(directory)
     try:

@@ -22,6 +22,7 @@ from alignkit.models import gate
 from alignkit.models.adapters import merged, with_adapter
 from alignkit.models.fitness import context_length, judged, set_switches
 from alignkit.models.heads import score_head
+from alignkit.sources import local_path
 from alignkit.storage import read_json, write_json
 
 _KINDS = {AutoModelForCausalLM: "class that continues a text (…ForCausalLM)",
@@ -119,9 +120,10 @@ def _load(auto, model, **config_options):
                 "online, or 'tiny'")
     contents = None
     try:
-        path = Path(name)
-        recover(path)
-        if path.exists():
+        recover(Path(name).expanduser())
+        path = local_path(model, "model", error=ManifestError)
+        if path is not None:
+            name = str(path)
             if not (path / "config.json").exists() and not (path / "config.json").is_symlink():
                 if (path / gate.ADAPTER).exists():
                     return _merged_adapter(auto, path)
@@ -131,10 +133,11 @@ def _load(auto, model, **config_options):
             with gate.confined(contents):
                 loaded, tokenizer, report = _open(auto, name, config_options)
         else:
+            expected = f"there is no such folder here, so it was taken for a Hub id; {expected}"
             _check_hub_records(name)
             loaded, tokenizer, report = _open(auto, name, config_options)
     except ManifestError as error:
-        if str(error).startswith(f"model {name!r}"):
+        if str(error).startswith(("model is ", f"model {name!r}")):
             raise
         raise ManifestError(f"model {name!r} could not be read: {error} ({expected})", error.files) from error
     except (AlignkitError, KeyboardInterrupt, SystemExit, GeneratorExit):
