@@ -36,8 +36,8 @@ def values_by_notebook(
         notebook = _notebook(stage, address, known)
         check_name(name)
         if name in OF_THE_RUN:
-            raise ParameterError(f"{address}: {name} is the whole run's, one for all notebooks; give it without "
-                                 f"{stage!r}" + ("" if name == "seed" else f", as --{name.replace('run', 'out')}"))
+            how = {"run": "--out", "seed": "-p seed=…"}.get(name, f"--{name}")
+            raise ParameterError(f"{address}: {name} is the whole run's, one for all notebooks; give it as {how}")
         if name not in known[notebook]:
             others = [other for other, parameters in known.items() if name in parameters]
             raise ParameterError(f"{address}: {notebook} has no such parameter; it has: "
@@ -48,6 +48,14 @@ def values_by_notebook(
         addresses[notebook, name] = address
         values[notebook][name] = given[address]
     return values
+
+
+def addressed(notebook: str, known: Mapping[str, Parameter], given: Mapping[str, object]) -> dict[str, object]:
+    """`given` for one notebook that runs alone: STAGE.NAME becomes NAME, and wins over a bare one. Raises
+    ParameterError as `values_by_notebook` does, but for bare names, which `typed_values` checks."""
+    bare = {name: value for name, value in given.items() if not _is_addressed(name)}
+    of_stage = {name: value for name, value in given.items() if name not in bare}
+    return bare | values_by_notebook({notebook: known}, of_stage)[notebook]
 
 
 def where_they_went(
