@@ -200,6 +200,9 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
     Writes compare.md, compare.csv, compare.json, compare.html and PNG files.
     """
     directories = [Path(directory) for directory in directories]
+    for directory in directories:  # all of them are there, before the first is loaded
+        recover(directory)
+        local_path(directory, error=ManifestError)
     loaded = {name: _load(directory) for name, directory in zip(_names(directories), directories, strict=True)}
     first, tokenizer = next(iter(loaded.values()))
     run = directories[0].parent
@@ -234,7 +237,6 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
 
 def _load(directory: Path):
     recover(directory)
-    local_path(directory, error=ManifestError)
     if (directory / MANIFEST).exists():
         verify(directory)
     try:
