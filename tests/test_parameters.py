@@ -157,10 +157,11 @@ def test_the_help_of_a_notebook_of_ones_own_is_aligned_and_escaped(tmp_path):
                     "sizes = [1, 2]\nname = 'x'  # " + "long " * 30)
     lines = listing.parameter_help(path, 70).splitlines()
     assert lines[:2] == ["mine: A toy", "  What is asked here?"]
-    assert "parameters (-p NAME=VALUE; in a course, for this notebook alone: -p" in lines
+    assert lines[3:5] == ["parameters, given as -p NAME=VALUE",
+                          "in a course, to this notebook alone, as -p mine.NAME=VALUE:"]
     assert lines[5] == "  rate                    a step ␛[31m of it [float or none, default"
     assert "  sizes                   [list of int, default [1, 2]]" in lines
-    assert all(len(line) <= 70 for line in lines) and lines[-1] == " " * 26 + "long long [str, default \"x\"]"
+    assert all(len(line) <= 70 for line in lines) and lines[-1] == " " * 26 + "long long long [str, default \"x\"]"
     path = notebook(tmp_path / "none.ipynb", "")
     assert listing.parameter_help(path).endswith("It has no parameters.")
 

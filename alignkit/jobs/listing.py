@@ -32,9 +32,8 @@ def parameter_help(notebook: str | Path, columns: int | None = None) -> str:
     head += textwrap.wrap(question, columns, initial_indent="  ", subsequent_indent="  ")
     if not parameters:
         return "\n".join([*head, "", "It has no parameters."])
-    example = f"-p NAME=VALUE; in a course, for this notebook alone: -p {one_line(stage, 100)}.NAME=VALUE"
-    return "\n".join([*head, "", *textwrap.wrap(f"parameters ({example}):", columns),
-                      *(_entry(each, columns) for each in parameters)])
+    return "\n".join([*head, "", "parameters, given as -p NAME=VALUE", "in a course, to this notebook alone, as "
+                      f"-p {one_line(stage, 100)}.NAME=VALUE:", *(_entry(each, columns) for each in parameters)])
 
 
 def notebook_list(columns: int | None = None) -> str:
@@ -57,7 +56,7 @@ def _entry(parameter: Parameter, columns: int) -> str:
     kind = f"list of {parameter.element}" if parameter.element else parameter.type or "any literal"
     kind += " or none" if parameter.optional else ""
     default = "none" if parameter.default is None else _literal(parameter.default)
-    meaning = one_line(parameter.help, 1000)
+    meaning = one_line(parameter.help.strip(), 1000)
     text = f"{meaning + ' ' if meaning else ''}[{kind}, default {default}]"
     name = f"  {parameter.name:<{NAMES}}"
     lines = textwrap.wrap(text, max(columns, NAMES + 32), initial_indent=name, subsequent_indent=" " * len(name),
