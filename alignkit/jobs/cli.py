@@ -54,25 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(command=command)
         return added
 
-    course = add("course", _course, "run the series of notebooks as one job; run again, it resumes")
-    course.add_argument("--model", default="tiny", metavar="MODEL", help="`tiny`, a folder or a Hub id (default: tiny)")
-    add_data(course)
-    add_reading(course)
-    add_job(course)
-    add_restart(course)
-
-    add("notebooks", _notebooks, "list the notebooks: what each asks, needs and takes")
-
-    run = add("run", _run, "run one notebook as a job; `run NOTEBOOK --help` lists its parameters", add_help=False)
-    run.add_argument("-h", "--help", nargs=0, action=_NotebookHelp,
-                     help="show this, and after NOTEBOOK its parameters too, and exit")
-    run.add_argument(
-        "notebook", metavar="NOTEBOOK", help="a path, or the name or number of one of alignkit's notebooks"
-    )
-    add_reading(run)
-    add_job(run)
-    add_restart(run)
-    run.add_argument("--force", action="store_true", help="run it even if it was done already")
+    _add_jobs(add)
 
     check = add("check", _check, "validate prompts, demonstrations or preference data: exit 1 if a row is bad")
     check.add_argument("source", metavar="FILE", help="a file, a folder or a Hub id")
@@ -198,6 +180,29 @@ def _prune(options: argparse.Namespace) -> None:
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
+def _add_jobs(add) -> None:
+    """The verbs that run notebooks: course, notebooks and run."""
+    course = add("course", _course, "run the series of notebooks as one job; run again, it resumes")
+    course.add_argument("--model", default="tiny", metavar="MODEL", help="`tiny`, a folder or a Hub id (default: tiny)")
+    add_data(course)
+    add_reading(course)
+    add_job(course)
+    add_restart(course)
+
+    add("notebooks", _notebooks, "list the notebooks: what each asks, needs and takes")
+
+    run = add("run", _run, "run one notebook as a job; `run NOTEBOOK --help` lists its parameters", add_help=False)
+    run.add_argument("-h", "--help", nargs=0, action=_NotebookHelp,
+                     help="show this, and after NOTEBOOK its parameters too, and exit")
+    run.add_argument(
+        "notebook", metavar="NOTEBOOK", help="a path, or the name or number of one of alignkit's notebooks"
+    )
+    add_reading(run)
+    add_job(run)
+    add_restart(run)
+    run.add_argument("--force", action="store_true", help="run it even if it was done already")
+
+
 class _NotebookHelp(argparse.Action):
     """--help, which also lists the parameters of the notebook that was named before it."""
 

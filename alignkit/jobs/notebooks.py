@@ -116,10 +116,8 @@ def course(
     jobs = [_job(paths[name], out, own, {key: whole[key] for key in whole if key in own} | values[name])
             for name, own in known.items()]
     check_before(jobs)
-    # what is true of the whole run
-    facts = {
-        name: next((job.values[name] for job in jobs if name in job.values), None) for name in ("model", "data", "seed")
-    }
+    facts = {name: next((job.values[name] for job in jobs if name in job.values), None)  # of the whole run
+             for name in ("model", "data", "seed")}
     if facts["seed"] is None:
         facts["seed"] = anywhere["seed"].default if "seed" in anywhere else 0
     if progress:
