@@ -233,9 +233,10 @@ def test_a_terminal_shows_the_notebooks_own_progress_on_one_line(monkeypatch, cl
     assert shown.startswith("\r\x1b[K03_ppo") and "\n" not in shown
     visible = shown.removeprefix("\r\x1b[K")
     assert len(visible) == 69 and visible.endswith("…") and "\x1b" not in visible
+    assert visible.startswith("03_ppo cell 5 of 10, 0.0 s · PPO: iteration 7 of 40")  # there is no room for the bar
     monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda: shutil.os.terminal_size((400, 20)))
     clock(line, iter([True]))
-    assert "cell 5 of 10, 0.0 s · PPO: iteration 7 of 40, 1:20 min left | score ␛[31m0.3" in sys.stdout.getvalue()
+    assert "░ cell 5 of 10, 0.0 s · PPO: iteration 7 of 40, 1:20 min left | score ␛[31m0.3" in sys.stdout.getvalue()
     line.at(5, 10)  # the next cell has not said anything yet
     assert "iteration" not in line.words()
     line.at(5, 10, "63 steps of 128 pairs, 0.21 s each: about 30 s\n")

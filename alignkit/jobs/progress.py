@@ -58,12 +58,17 @@ class Progress:
         return (f"{self.place}, {duration(seconds)}" + (f", about {duration(left)} left" if left > 0 else "")
                 + (f" · {self.own}" if self.own else ""))
 
+    def line(self, columns: int) -> str:
+        """Name, bar and words in at most `columns` columns; the words matter more than the bar."""
+        words = self.words()
+        whole = f"{self.name:<24}{self.bar} {words}"
+        return whole if _width(whole) <= columns else clipped(f"{self.name} {words}", columns)
+
     def _tick(self) -> None:
         told, ticks = "", 0
         while not self.over.wait(0.25 if self.live else LOG_SECONDS):
             if self.live:
-                line = f"{self.name:<24}{self.bar} {self.words()}"
-                print(f"\r\x1b[K{clipped(line, shutil.get_terminal_size().columns - 1)}", end="", flush=True)
+                print(f"\r\x1b[K{self.line(shutil.get_terminal_size().columns - 1)}", end="", flush=True)
                 continue
             ticks, before, told = ticks + 1, told, self.place + self.own
             if told != before or ticks % 2 == 0:
@@ -82,10 +87,12 @@ def last_of_progress(text: str) -> str:
 
 def clipped(text: str, columns: int) -> str:
     """`text` in at most `columns` columns of a terminal, on which wide characters take two; … where it is cut."""
-    width, kept = 0, []
-    for character in text:
-        width += 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        kept.append((width, character))
-    if width <= columns:
+    if _width(text) <= columns:
         return text
-    return "".join(character for end, character in kept if end < columns) + "…"
+    while _width(text) >= columns:
+        text = text[:-1]
+    return f"{text}…"
+
+
+def _width(text: str) -> int:
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
