@@ -141,6 +141,19 @@ def check_memory(tokens_per_pass: int | None, gradient_checkpointing: bool) -> N
         raise ValueError(f"gradient_checkpointing is {gradient_checkpointing!r}, expected True or False")
 
 
+def _check_steps(config) -> None:
+    """Raise ValueError if what SFT, reward training and DPO have in common is out of its range."""
+    if not config.epochs > 0:
+        raise ValueError(f"epochs is {config.epochs}, expected more than 0")
+    if not config.learning_rate >= 0:
+        raise ValueError(f"learning_rate is {config.learning_rate}, expected 0 or more")
+    for name in ("batch_size", "max_length"):
+        if getattr(config, name, 1) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}, expected at least 1")
+    if not getattr(config, "max_grad_norm", 1) > 0:
+        raise ValueError(f"max_grad_norm is {config.max_grad_norm}, expected more than 0")
+
+
 LOSSES = ("sigmoid", "ipo", "hinge", "robust")
 SMOOTHED = ("sigmoid", "robust")  # those that read label_smoothing
 
@@ -207,6 +220,7 @@ class DPOConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is {self.warmup}, expected a share of the steps between 0 and 1")
+        _check_steps(self)
 
 
 @documented
@@ -219,6 +233,9 @@ class SFTConfig:
     learning_rate: float = knob(2e-3, "AdamW's learning rate, after a short warm-up, falling to 0 as a cosine.")
     max_length: int = knob(512, "Tokens a row; a longer one is cut at its end.", group="Rows")
     seed: int = knob(0, "Start of every random draw.", group="Randomness")
+
+    def __post_init__(self):
+        _check_steps(self)
 
 
 @documented
@@ -233,6 +250,11 @@ class RewardConfig:
     centre: float = knob(0.01, "Weight of (r_chosen + r_rejected)², which keeps scores near 0 (TRL's "
                          "center_rewards_coefficient).", group="Loss")
     seed: int = knob(0, "Start of every random draw.", group="Randomness")
+
+    def __post_init__(self):
+        _check_steps(self)
+        if not self.centre >= 0:
+            raise ValueError(f"centre is {self.centre}, expected 0 or more")
 
 
 # A pretrained model moves with much smaller steps than one that was just made (Ivison 2024; Huang 2024).

@@ -27,7 +27,7 @@ LAYERS = (
     ("alignkit.exact", "alignkit.sft", "alignkit.reward", "alignkit.ppo", "alignkit.dpo", "alignkit.task"),
     ("alignkit.forward", "alignkit.runs", "alignkit.trainer"),
     ("alignkit.models", "alignkit.data", "alignkit.plots"),
-    ("alignkit.folders",),
+    ("alignkit.folders", "alignkit.sources"),
     ("alignkit.desk", "alignkit.pages", "alignkit.storage"),
     ("alignkit.formulas", "alignkit.optim"),
     ("alignkit.configs", "alignkit.metrics", "alignkit.stages", "alignkit.errors", "alignkit.safe_text",

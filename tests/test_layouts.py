@@ -429,6 +429,7 @@ def test_course_and_run_hand_them_to_the_notebooks(write, tmp_path, monkeypatch,
     path, jobs = write("a.jsonl", [PAIRS["Nectar"][0]]), []
     monkeypatch.setattr(notebooks, "_spare", lambda job: None)
     monkeypatch.setattr(notebooks, "_check_facts", lambda job: None)
+    monkeypatch.setattr(notebooks, "check_before", lambda jobs: None)
     monkeypatch.setattr(notebooks, "_run", lambda job, **_: jobs.append(job))
     monkeypatch.setattr("alignkit.jobs.report.build_report", lambda out: out)
     monkeypatch.setattr("alignkit.jobs.report.overview", lambda out: "")

@@ -236,8 +236,9 @@ def test_code_in_a_folder_is_never_run(folder, tmp_path, model_type):
 
 @pytest.mark.parametrize("name,message", [
     ("", "has no config.json; expected a Hugging Face model folder, a Hub id or 'tiny'"),
-    ("no/such/folder/here", r"could not be read: .* \(expected a folder with config.json, tokenizer files and"),
-    ("nobody/nothing", r"model 'nobody/nothing' could not be read: .* a Hub id that is cached or online, or 'tiny'\)"),
+    ("no/such/folder/here", r"^model is 'no/such/folder/here', and there is no such file or folder"),
+    ("nobody/nothing", r"model 'nobody/nothing' could not be read: .* \(there is no such folder here, so it was taken "
+     r"for a Hub id; expected a folder with config.json, .* a Hub id that is cached or online, or 'tiny'\)"),
 ])
 def test_a_model_that_is_not_there_is_refused(tmp_path, name, message):
     with pytest.raises(ValueError, match=message):

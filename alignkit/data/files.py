@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alignkit.errors import DataError
+from alignkit.sources import local_path
 
 LINE_LIMIT = 16 * 2**20  # bytes in a line of a file, characters in an item of an array or in a text
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
@@ -91,17 +92,14 @@ def records(source: str | os.PathLike, split: str | None = None) -> tuple[str, I
     split: of a saved or a Hub data set; in a file, the rows whose column `split` says so.
     Raises DataError when there is no such source; the iterator raises Fault for what is wrong with all of it.
     """
-    name, path = str(source), Path(source).expanduser()
+    name, path = str(source), local_path(source, error=DataError)
+    if path is None:
+        return "row", _dataset_records(name, split)
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if path.is_dir():
         if not any((path / part).is_file() for part in ("state.json", "dataset_dict.json")):
             raise DataError(f"{name}: is a folder; expected a file, or a folder written by datasets.save_to_disk")
         return "row", _dataset_records(str(path), split)
-    if not path.exists():
-        hub_id = isinstance(source, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name)
-        if suffix in SUFFIXES or not hub_id:
-            raise DataError(f"{name}: there is no such file")
-        return "row", _dataset_records(name, split)
     if suffix not in SUFFIXES or not path.is_file():
         raise DataError(f"{name}: unknown kind of file {suffix!r}; expected {', '.join(SUFFIXES)}, each also with .gz")
     reader = {".csv": _csv_records, ".parquet": _parquet_records}.get(suffix, _jsonl_records)
@@ -119,10 +117,10 @@ def records(source: str | os.PathLike, split: str | None = None) -> tuple[str, I
     return ("row" if reader in (_array_records, _parquet_records) else "line"), read()
 
 
-def readable(source: str | os.PathLike) -> None:
+def readable(source: str | os.PathLike, split: str | None = None) -> None:
     """Raise DataError if a file or folder is none that can be read; what its records have wrong is not looked at."""
     try:
-        next(records(source)[1], None)
+        next(records(source, split)[1], None)
     except Fault as fault:
         raise DataError(f"{source}: {fault.reason}") from None
 
@@ -332,8 +330,10 @@ def _dataset_records(source: str, split: str | None = None) -> Iterator[tuple[in
         data = datasets.load_from_disk(source) if os.path.isdir(source) else datasets.load_dataset(source)
     except Exception as error:  # the Hub client raises many kinds
         reason = str(error).partition("\n")[0][:200]
-        raise Fault(f"cannot load this as a Hub data set ({type(error).__name__}: {reason}). "
-                     "Offline, or the name is wrong? Download the data and give a local file "
+        saved = os.path.isdir(source)
+        readings = "" if saved else "there is no such file or folder here, and alignkit "
+        raise Fault(f"{readings}cannot load this as a {'saved' if saved else 'Hub'} data set ({type(error).__name__}: "
+                     f"{reason}). Offline, or the name is wrong? Download the data and give a local file "
                      f"({', '.join(SUFFIXES)}, each also .gz)") from error
     if not isinstance(data, dict):
         rows = enumerate(data, 1)

@@ -530,13 +530,14 @@ def load_rows(source: str | os.PathLike, kind: str | None = None, *, tokenizer=N
 
 def check(source: str | os.PathLike, kind: str | None = None, *, tokenizer=None,
           max_length: int | None = None, split: str | None = None,
-          columns: str | Mapping[str, str] | None = None) -> Report:
+          columns: str | Mapping[str, str] | None = None, most: int | None = None) -> Report:
     """Validate a source without keeping its rows: a `Report`, whose str is for people. Arguments as for `load_rows`.
 
+    most: look at the first rows alone, so many of them; None: at all of them.
     Raises DataError if the source as a whole cannot be read: no such file, unknown or contradictory columns.
     """
     scan, problems = _Scan(source, kind, tokenizer, max_length, False, split, columns), []
-    for _, faults in scan:
+    for _, faults in itertools.islice(scan, most):
         problems += faults[: PROBLEM_LIMIT - len(problems)]
     return Report(scan.name, scan.kind, scan.rows, scan.bad_rows, tuple(problems), scan.warnings(),
                   scan.left_out)

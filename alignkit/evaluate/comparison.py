@@ -17,6 +17,7 @@ from alignkit.models.loading import load_policy, same_vocabulary
 from alignkit.runs.frozen import LINEAGE, MANIFEST, read_lineage, verify
 from alignkit.runs.records import run_facts
 from alignkit.safe_text import csv_cell, markdown_cell, one_line
+from alignkit.sources import local_path
 from alignkit.storage import plain, read_json, write_atomically, write_json
 from alignkit.task import load_task
 
@@ -200,6 +201,9 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
     Writes compare.md, compare.csv, compare.json, compare.html and PNG files.
     """
     directories = [Path(directory) for directory in directories]
+    for directory in directories:  # all of them are there, before the first is loaded
+        recover(directory)
+        local_path(directory, error=ManifestError)
     loaded = {name: _load(directory) for name, directory in zip(_names(directories), directories, strict=True)}
     first, tokenizer = next(iter(loaded.values()))
     run = directories[0].parent

@@ -49,52 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"alignkit {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(name: str, command, about: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+    def add(name: str, command, about: str, **more) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", **more)
         added.set_defaults(command=command)
         return added
 
-    def add_out(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--out", required=True, type=folder, metavar="DIR")
-
-    def add_data(command: argparse.ArgumentParser) -> None:
-        about = "`desk`, a file, a folder or a Hub id (default: desk)"
-        command.add_argument("--data", default="desk", metavar="D", help=about)
-
-    def add_job(command: argparse.ArgumentParser) -> None:
-        add_out(command)
-        about = "a parameter of the notebooks; may be repeated"
-        command.add_argument(
-            "-p", dest="parameters", action="append", default=[], type=_assignment, metavar="NAME=VALUE", help=about
-        )
-        command.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="give a notebook up after so long")
-
-    def add_reading(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--kind", choices=("pairs", "demonstrations", "prompts"),
-                             help="what the data is (default: what its columns say)")
-        command.add_argument("--split", metavar="S", help="which split of a data set (default: train, or the only one)")
-        command.add_argument("--columns", type=_columns, metavar="FIELD=COLUMN,…",
-                             help="which column is what: prompt=question,chosen=good; system= leaves a column out")
-
-    def add_restart(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--restart", action="store_true", help="begin anew, instead of going on from the last "
-                             "checkpoint; what is there is set aside")
-
-    course = add("course", _course, "run the series of notebooks as one job; run again, it resumes")
-    course.add_argument("--model", default="tiny", metavar="M", help="`tiny`, a folder or a Hub id (default: tiny)")
-    add_data(course)
-    add_reading(course)
-    add_job(course)
-    add_restart(course)
-
-    run = add("run", _run, "run one notebook as a job")
-    run.add_argument(
-        "notebook", metavar="NOTEBOOK", help="a path, or the name or number of one of alignkit's notebooks"
-    )
-    add_reading(run)
-    add_job(run)
-    add_restart(run)
-    run.add_argument("--force", action="store_true", help="run it even if it was done already")
+    _add_jobs(add)
 
     check = add("check", _check, "validate prompts, demonstrations or preference data: exit 1 if a row is bad")
     check.add_argument("source", metavar="FILE", help="a file, a folder or a Hub id")
@@ -134,7 +94,7 @@ def _course(options: argparse.Namespace) -> None:
     from alignkit.jobs.report import overview
 
     given = _parameters(options)
-    for name in given.keys() & {"model", "data"}:
+    for name in sorted(given.keys() & {"model", "data"}):
         raise ParameterError(f"{name}: give it as --{name}")
     if options.data == "desk" and (reading := _reading(options)):
         raise ParameterError(f"--{next(iter(reading))} says how to read a file or a data set; give one with --data")
@@ -151,6 +111,12 @@ def _run(options: argparse.Namespace) -> None:
         restart=options.restart,
     )
     print(f"executed notebook: {_shown(executed)}")
+
+
+def _notebooks(_options: argparse.Namespace) -> None:
+    from alignkit.jobs.listing import notebook_list
+
+    print(notebook_list())
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -215,6 +181,80 @@ def _prune(options: argparse.Namespace) -> None:
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
+def _add_jobs(add) -> None:
+    """The verbs that run notebooks: course, notebooks and run."""
+    course = add("course", _course, "run the series of notebooks as one job; run again, it resumes")
+    course.add_argument("--model", default="tiny", metavar="MODEL", help="`tiny`, a folder or a Hub id (default: tiny)")
+    add_data(course)
+    add_reading(course)
+    add_job(course)
+    add_restart(course)
+
+    add("notebooks", _notebooks, "list the notebooks: what each asks, needs and takes")
+
+    run = add("run", _run, "run one notebook as a job; `run NOTEBOOK --help` lists its parameters", add_help=False)
+    run.add_argument("-h", "--help", nargs=0, action=_NotebookHelp,
+                     help="show this, and after NOTEBOOK its parameters too, and exit")
+    run.add_argument(
+        "notebook", metavar="NOTEBOOK", help="a path, or the name or number of one of alignkit's notebooks"
+    )
+    add_reading(run)
+    add_job(run)
+    add_restart(run)
+    run.add_argument("--force", action="store_true", help="run it even if it was done already")
+
+
+class _NotebookHelp(argparse.Action):
+    """--help, which also lists the parameters of the notebook that was named before it."""
+
+    def __call__(self, parser, options, values, option_string=None):
+        parser.print_help()
+        if options.notebook:
+            from alignkit.jobs.listing import parameter_help
+
+            try:
+                print(f"\n{parameter_help(options.notebook)}")
+            except (OSError, AlignkitError) as error:
+                parser.exit(1, f"alignkit: {one_line(error, 2000)}\n")
+        parser.exit()
+
+
+def add_out(command: argparse.ArgumentParser) -> None:
+    """Add --out to a command."""
+    command.add_argument("--out", required=True, type=folder, metavar="DIR", help="the folder to write to")
+
+
+def add_data(command: argparse.ArgumentParser) -> None:
+    """Add --data to a command."""
+    about = "`desk`, a file, a folder or a Hub id (default: desk)"
+    command.add_argument("--data", default="desk", metavar="DATA", help=about)
+
+
+def add_job(command: argparse.ArgumentParser) -> None:
+    """Add what a job of notebooks takes to a command: --out, -p and --timeout."""
+    add_out(command)
+    about = "a parameter of the notebooks, or STAGE.NAME=VALUE, of one: ppo.kl_coef=0.1; may be repeated"
+    command.add_argument(
+        "-p", dest="parameters", action="append", default=[], type=_assignment, metavar="NAME=VALUE", help=about
+    )
+    command.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="stop a notebook after so many")
+
+
+def add_reading(command: argparse.ArgumentParser) -> None:
+    """Add what says how data is read to a command: --kind, --split and --columns."""
+    command.add_argument("--kind", choices=("pairs", "demonstrations", "prompts"),
+                         help="what the data is (default: what its columns say)")
+    command.add_argument("--split", metavar="S", help="which split of a data set (default: train, or the only one)")
+    command.add_argument("--columns", type=_columns, metavar="FIELD=COLUMN,…",
+                         help="which column is what: prompt=question,chosen=good; system= leaves a column out")
+
+
+def add_restart(command: argparse.ArgumentParser) -> None:
+    """Add --restart to a command."""
+    command.add_argument("--restart", action="store_true", help="begin anew, instead of going on from the last "
+                         "checkpoint; what is there is set aside")
+
+
 def _assignment(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:

@@ -37,16 +37,17 @@ def execute(
     env: Mapping[str, str],
     cwd: Path,
     timeout: float | None = None,
-    on_cell: Callable[[int, int], None] | None = None,
+    on_cell: Callable[..., None] | None = None,
     spare: Spare | None = None,
     lock: tuple[int, ...] = (),
 ) -> None:
     """Run `notebook` with `parameters` and leave it, with its outputs so far, in `executed`.
 
     timeout: seconds for the whole notebook. on_cell(index, number of cells): called before each cell, counted from 0 as
-    in `notebook`. spare: a kernel to use, with its env and cwd, instead of a new one. lock: descriptors that a new
-    kernel inherits. Raises NotebookFailed: an error in a cell, a kernel that died, the timeout, or Ctrl-C, after which
-    the cell has SAVE_SECONDS to save what it has; a second Ctrl-C ends that. No process of the kernel is left.
+    in `notebook`, and with a third argument, text, whenever the cell prints some. spare: a kernel to use, with its env
+    and cwd, instead of a new one. lock: descriptors that a new kernel inherits. Raises NotebookFailed: an error in a
+    cell, a kernel that died, the timeout, or Ctrl-C, after which the cell has SAVE_SECONDS to save what it has; a
+    second Ctrl-C ends that. No process of the kernel is left.
     """
     watch = _Watch(on_cell, timeout)
     with contextlib.nullcontext(spare.log) if spare else tempfile.TemporaryFile() as log:
@@ -88,17 +89,22 @@ def execute(
 class _Watch:
     """What the client tells `execute` about a run: where it is, and how its kernel ended."""
 
-    def __init__(self, on_cell: Callable[[int, int], None] | None, timeout: float | None):
+    def __init__(self, on_cell: Callable[..., None] | None, timeout: float | None):
         self.on_cell, self.end = on_cell, None if timeout is None else time.monotonic() + timeout
         self.cell: int | None = None
+        self.cells = 0
         self.line, self.exit_code = "", None
 
     def at(self, cell, index: int, cells: list) -> None:
         injected = [at for at, other in enumerate(cells) if "injected-parameters" in other.metadata.get("tags", [])]
-        self.cell = index - sum(at < index for at in injected)
+        self.cell, self.cells = index - sum(at < index for at in injected), len(cells) - len(injected)
         self.line = next((line.strip() for line in cell.source.splitlines() if line.strip()), "")
         if self.on_cell:
-            self.on_cell(self.cell, len(cells) - len(injected))
+            self.on_cell(self.cell, self.cells)
+
+    def printed(self, text: str) -> None:
+        if self.on_cell and self.cell is not None and text:
+            self.on_cell(self.cell, self.cells, text)
 
     def seconds_left(self, _cell=None) -> int | None:
         return None if self.end is None else max(1, round(self.end - time.monotonic()))
@@ -147,6 +153,13 @@ class _Client(PapermillNotebookClient):
         if interrupt.is_set():
             raise KeyboardInterrupt
         return self.task.result()
+
+    def process_message(self, msg, cell, cell_index):
+        output = super().process_message(msg, cell, cell_index)
+        content = msg.get("content", {})
+        if msg.get("msg_type") == "stream" and content.get("name") == "stdout":
+            self.watch.printed(content.get("text", ""))
+        return output
 
     async def _async_poll_kernel_alive(self):
         with contextlib.suppress(AssertionError):  # an interrupted cell's, still here when its client is closed

@@ -6,22 +6,27 @@ alignkit and what the notebooks before it left in RUN. A finished job with the s
 """
 
 import contextlib
+import errno
 import itertools
 import os
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 from alignkit.errors import ParameterError, RunError
 from alignkit.jobs.estimate import notebook_seconds
 from alignkit.jobs.job import Job, files_made, finished, job_key, why_run
-from alignkit.jobs.parameters import Parameter, check_name, notebook_parameters, typed_values, unknown_name
+from alignkit.jobs.parameters import Parameter, notebook_parameters, typed_values
+from alignkit.jobs.preconditions import check_before, check_model
 from alignkit.jobs.progress import Progress
+from alignkit.jobs.stage_parameters import addressed, values_by_notebook, where_they_went
 from alignkit.metrics import duration
 from alignkit.runs.lock import lock_handles, run_lock
 from alignkit.runs.records import check_run, record_seconds, run_facts, start_run
 from alignkit.runs.stage_folders import STAGE_OF_JOB, delete_checkpoints, set_aside, set_aside_unfinished
+from alignkit.sources import local_path
 from alignkit.stages import CHAIN, NEEDS
 from alignkit.storage import plain, read_json, write_json
 
@@ -64,15 +69,18 @@ def run_notebook(
 
     A run that was interrupted goes on from its last checkpoint. What a finished run left stays until the new one has
     finished, and is then set aside. parameters: name -> value; `run` is set to `out`; model, data and seed are by
-    default those of the run that `out` holds. timeout: seconds. progress: print
-    one line about it. force: run even if it was done. restart: begin anew where it would go on. Raises ParameterError;
-    RunError if the directory is of another run, lacks a stage, or holds one that is not what was made; DataError;
-    RunInUse; all before a kernel starts; NotebookFailed, with the cell.
+    default those of the run that `out` holds. STAGE.NAME is a name too, if STAGE means this notebook. timeout: seconds.
+    progress: print one line about it. force: run even if it was done. restart: begin anew where it would go on. Raises
+    ParameterError; RunError if the directory is of another run, lacks a stage, or holds one that is not what was made,
+    or if the model cannot be read; DataError; RunInUse; all before a kernel starts; NotebookFailed, with the cell.
     """
-    notebook, out = find_notebook(notebook), _run_directory(out)
+    notebook, out = find_notebook(notebook), _place(out)
     known, given = notebook_parameters(notebook), dict(parameters or {})
+    given = addressed(notebook.stem, known, given)
     job = _job(notebook, out, known, {**_of_run(notebook, out, known, given), **given})
-    with run_lock(out):
+    check_before([job])
+    _check_stages(job)
+    with run_lock(_run_directory(out)):
         _check_facts(job)
         expected = _expected([job]).get(job.name) if progress else None
         return _run(job, timeout=timeout, progress=progress, force=force or restart, expected=expected, restart=restart)
@@ -91,31 +99,32 @@ def course(
 ) -> Path:
     """Run the series of notebooks in order as one job, then write report.html; returns the run directory.
 
-    Each notebook gets those of `parameters` that it knows; one that none knows is refused, before a kernel starts. What
-    an earlier call finished is not repeated, what it began goes on from the last checkpoint; with `restart` all begins
-    anew. When a notebook fails, what came before it is kept and reported.
+    Each notebook gets those of `parameters` that it knows, and STAGE.NAME goes to one stage alone (`ppo.learning_rate`)
+    and wins there; with progress a line says where each went. A name that none knows is refused, before a kernel
+    starts. What an earlier call finished is not repeated, what it began goes on from the last checkpoint; with
+    `restart` all begins anew. When a notebook fails, what came before it is kept and reported.
     Raises as `run_notebook` does, and RunError if `out` belongs to a run of another model, data or seed.
     """
     from alignkit.jobs.report import build_report
 
-    out, given = _run_directory(out), {"model": model, "data": data, **(parameters or {})}
     # every name and value is checked before anything starts
-    known = {path: notebook_parameters(path) for path in map(find_notebook, notebooks)}
+    out, paths = _place(out), {path.stem: path for path in map(find_notebook, notebooks)}
+    known = {name: notebook_parameters(path) for name, path in paths.items()}
     anywhere = {name: parameter for parameters_there in known.values() for name, parameter in parameters_there.items()}
-    for name in parameters or {}:
-        check_name(name)
-        if name not in anywhere:
-            raise ParameterError(unknown_name(name, anywhere, "no notebook of the course has such a parameter"))
-    jobs = [_job(path, out, own, {name: value for name, value in given.items() if name in own})
-            for path, own in known.items()]
-    # what is true of the whole run
-    facts = {
-        name: next((job.values[name] for job in jobs if name in job.values), None) for name in ("model", "data", "seed")
-    }
+    values = values_by_notebook(known, parameters or {})
+    whole = {"model": model, "data": data}
+    jobs = [_job(paths[name], out, own, {key: whole[key] for key in whole if key in own} | values[name])
+            for name, own in known.items()]
+    check_before(jobs)
+    facts = {name: next((job.values[name] for job in jobs if name in job.values), None)  # of the whole run
+             for name in ("model", "data", "seed")}
     if facts["seed"] is None:
         facts["seed"] = anywhere["seed"].default if "seed" in anywhere else 0
+    if progress:
+        for line in where_they_went(known, parameters or {}):
+            print(line, flush=True)
     # one notebook after the other; the kernel of the next one gets ready meanwhile
-    with run_lock(out):
+    with run_lock(_run_directory(out)):
         start_run(out, facts["model"] or model, facts["data"] or data, facts["seed"])
         spare = _spare(jobs[0]) if jobs else None
         try:
@@ -169,23 +178,39 @@ def absolute(name: str, value: object) -> object:
     """
     if not isinstance(value, str) or value in ("tiny", "desk"):
         return value
-    path = os.path.abspath(os.path.expanduser(value))
-    is_source = name in ("model", "data")
+    if name in ("model", "data"):
+        path = local_path(value, name)
+        return value if path is None else os.path.abspath(path)
     if value.startswith(("./", "../", "~/", "/")) or value in (".", ".."):
-        if is_source and not os.path.exists(path):
-            raise ParameterError(f"{name} is {value!r}, and there is no such file or folder")
-        return path
-    return path if is_source and os.path.exists(path) else value
+        return os.path.abspath(os.path.expanduser(value))
+    return value
 
 
-def _run_directory(out: str | Path) -> Path:
-    out = Path(out).expanduser().absolute()
+def _place(out: str | Path) -> Path:
+    """Where a run directory is, or will be made; nothing is made yet. RunError if it cannot be."""
+    try:
+        place = Path(out).expanduser().absolute()
+        if not place.is_dir() and os.path.lexists(place):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        os.lstat(place)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the home of nobody
+        raise RunError(f"run directory {str(out)!r} cannot be made: {error}") from None
+    return place
+
+
+def _run_directory(out: Path) -> Path:
+    """`out`, made if need be; RunError if that cannot be done, or nothing can be written there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise RunError(f"run directory {str(out)!r} cannot be made: {error}") from None
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise RunError(f"run directory {str(out)!r} cannot be written to")
+    try:
+        with tempfile.TemporaryFile(dir=out) as probe:
+            probe.write(b" " * 4096)
+    except OSError as error:
+        raise RunError(f"run directory {str(out)!r} cannot be written to: {error.strerror or error}") from None
     return out
 
 
@@ -239,10 +264,11 @@ def _run(
         record.update(facts, seconds=round(time.monotonic() - started, 1))
         write_json(job.out / "jobs.json", {**records, job.name: record})
 
-    def on_cell(cell: int, cells: int) -> None:
-        note(cell=cell + 1, cells=cells)
+    def on_cell(cell: int, cells: int, printed: str = "") -> None:
+        if not printed:
+            note(cell=cell + 1, cells=cells)
         if line:
-            line.at(cell, cells)
+            line.at(cell, cells, printed)
 
     note()
     try:
@@ -311,22 +337,30 @@ def _environment(job: Job) -> dict[str, str]:
     return env
 
 
-def _check_facts(job: Job) -> None:
-    """Raise RunError or DataError if a job cannot work: another run's directory, a stage that it reads is missing or
-    was changed since it was made, data that cannot be read."""
-    from alignkit.data.files import readable
+def _needs(job: Job) -> Iterator[tuple[str, str]]:
+    """The stages that a job reads, each with the notebook that makes it; of a user's own notebook nothing is known."""
+    for stage in NEEDS.get(job.name, ()) if job.builds_beside else ():
+        if stage != "reward" or not job.settings.get("reward"):
+            yield stage, next(name for name, folder in CHAIN.items() if folder == stage)
 
+
+def _check_stages(job: Job) -> None:
+    """RunError if a stage that a job reads is missing, or has a model of which it cannot make what it should."""
+    for stage, maker in _needs(job):
+        if not (job.out / stage / "config.json").exists():
+            raise RunError(f"{job.out / stage} has no model: run notebook {maker} in the same run directory first")
+    if job.name == "02_reward_model" and job.builds_beside and job.settings.get("model", "tiny") != "tiny":
+        check_model(job.out / "sft", scored=True)
+
+
+def _check_facts(job: Job) -> None:
+    """Raise RunError if a job cannot work in its run directory: it is another run's, or a stage that the job reads is
+    missing or was changed since it was made."""
     settings, records = job.settings, _read_jobs(job.out)
     if {"model", "data", "seed"} <= settings.keys():
         check_run(job.out, settings["model"], settings["data"], settings["seed"])
-    if settings.get("data", "desk") != "desk" and os.path.exists(settings["data"]):
-        readable(settings["data"])
-    for stage in NEEDS.get(job.name, ()) if job.builds_beside else ():  # what a user's own notebook needs is not known
-        if stage == "reward" and settings.get("reward"):
-            continue
-        maker = next(name for name, folder in CHAIN.items() if folder == stage)
-        if not (job.out / stage / "config.json").exists():
-            raise RunError(f"{job.out / stage} has no model: run notebook {maker} in the same run directory first")
+    _check_stages(job)
+    for stage, maker in _needs(job):
         made = finished(records.get(maker, {})).get("made", {})
         present = files_made(job.out / stage)
         differing = sorted(name for name in made if made[name] != present.get(name))

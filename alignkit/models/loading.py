@@ -3,6 +3,8 @@
 Weights are read from and written to safetensors only, and remote code is never run.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from alignkit.models import gate
 from alignkit.models.adapters import merged, with_adapter
 from alignkit.models.fitness import context_length, judged, set_switches
 from alignkit.models.heads import score_head
+from alignkit.sources import local_path
 from alignkit.storage import read_json, write_json
 
 _KINDS = {AutoModelForCausalLM: "class that continues a text (…ForCausalLM)",
@@ -62,12 +65,7 @@ def adapted_policy(folder: str | Path, *, device: str = "cpu"):
     The base model that the adapter names must be a local folder. Raises as `load_policy`.
     """
     folder = Path(folder)
-    contents = gate.check_model_folder(folder, adapter=True)
-    base = contents.records[gate.ADAPTER].get("base_model_name_or_path") or ""
-    if not isinstance(base, str) or not gate.is_folder(base):
-        raise ManifestError(f"{folder} is an adapter on {str(base)[:200]!r}, which is not a folder here; pass the "
-                            "adapted model as model=…, or merge it first (peft's merge_and_unload, then "
-                            "save_pretrained)")
+    contents, base = _adapter(folder)
     policy, tokenizer = load_policy(base, device=device)
     try:
         with gate.confined(contents):
@@ -82,6 +80,29 @@ def adapted_policy(folder: str | Path, *, device: str = "cpu"):
     if (broken := gate.first_not_finite(gate.weights_of(adapted))) is not None:
         raise NonFinite(f"the adapter in {folder} has NaN or infinity in {broken!r} ({gate.ADAPTER_WEIGHTS})")
     return adapted, tokenizer
+
+
+def check_model(model: str | Path, *, scored: bool = False) -> None:
+    """Raise as `load_policy` does, as far as a model's records and the sizes of its files tell; no weight is read.
+
+    scored: a reward model is to be made of it too (`reward_model_from`): ManifestError if transformers has no class
+    that scores a text for its architecture.
+    """
+    if str(model) == "tiny":
+        return
+    with _telling(model) as path:
+        if path is not None and _is_adapter(path):
+            check_model(_adapter(path)[1], scored=scored)
+            return
+        contents = _passed(str(model), path)
+        with gate.confined(contents) if contents else contextlib.nullcontext():
+            config = _config(AutoModelForCausalLM, str(path or model), {})
+        scores = AutoModelForSequenceClassification._model_mapping
+        if scored and type(config) not in scores and type(config.get_text_config()) not in scores:
+            raise ManifestError(f"model {str(model)!r} cannot become a reward model: {config.model_type} models have "
+                                "no class that scores a text (…ForSequenceClassification) in transformers; use another "
+                                "architecture, or a function as the reward of notebook 03 (-p reward=module:function), "
+                                "run without notebook 02", ["config.json"])
 
 
 def save_model(model: nn.Module, tokenizer, directory: str | Path) -> Path:
@@ -115,37 +136,12 @@ def same_vocabulary(tokenizer, other) -> bool:
 
 def _load(auto, model, **config_options):
     name = str(model)
-    expected = ("expected a folder with config.json, tokenizer files and *.safetensors, a Hub id that is cached or "
-                "online, or 'tiny'")
-    contents = None
-    try:
-        path = Path(name)
-        recover(path)
-        if path.exists():
-            if not (path / "config.json").exists() and not (path / "config.json").is_symlink():
-                if (path / gate.ADAPTER).exists():
-                    return _merged_adapter(auto, path)
-                raise ManifestError(f"model {name!r} has no config.json; expected a Hugging Face model folder, a Hub "
-                                    "id or 'tiny'")
-            contents = gate.check_model_folder(path)
-            with gate.confined(contents):
-                loaded, tokenizer, report = _open(auto, name, config_options)
-        else:
-            _check_hub_records(name)
-            loaded, tokenizer, report = _open(auto, name, config_options)
-    except ManifestError as error:
-        if str(error).startswith(f"model {name!r}"):
-            raise
-        raise ManifestError(f"model {name!r} could not be read: {error} ({expected})", error.files) from error
-    except (AlignkitError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # a panic of the tokenizers library is not an Exception
-        if "trust_remote_code" in str(error):
-            raise ValueError(
-                f"model {name!r} needs code of its own (auto_map), which is never run; expected an architecture that "
-                "transformers has"
-            ) from error
-        raise ValueError(f"model {name!r} could not be read: {gate.reason(error)} ({expected})") from error
+    with _telling(model) as path:
+        if path is not None and _is_adapter(path):
+            return _merged_adapter(auto, path)
+        contents = _passed(name, path)
+        with gate.confined(contents) if contents else contextlib.nullcontext():
+            loaded, tokenizer, report = _open(auto, str(path or name), config_options)
     labels = {key: shape for key, shape, _ in report["mismatched_keys"] if key == "score.weight" and shape[0] > 1}
     if labels and config_options:
         count, names = labels["score.weight"][0], contents.records["config.json"].get("id2label") if contents else None
@@ -196,12 +192,56 @@ def _load(auto, model, **config_options):
     return loaded, tokenizer
 
 
-def _open(auto, name: str, config_options: dict) -> tuple:
-    """What transformers makes of a name that passed the gate: model, tokenizer, and a report of what was lacking."""
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **config_options)
+@contextlib.contextmanager
+def _telling(model: str | Path) -> Iterator[Path | None]:
+    """The folder that a model's name means, None for a Hub id; what goes wrong in the block names it."""
+    name, path = str(model), None
+    expected = ("expected a folder with config.json, tokenizer files and *.safetensors, a Hub id that is cached or "
+                "online, or 'tiny'")
+    try:
+        recover(Path(name).expanduser())
+        path = local_path(model, "model", error=ManifestError)
+        if path is None:
+            expected = f"there is no such folder here, so it was taken for a Hub id; {expected}"
+        yield path
+    except ManifestError as error:
+        if str(error).startswith(("model is ", f"model {name!r}")):
+            raise
+        raise ManifestError(f"model {name!r} could not be read: {error} ({expected})", error.files) from error
+    except (AlignkitError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of the tokenizers library is not an Exception
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model {name!r} needs code of its own (auto_map), which is never run; expected an architecture that "
+                "transformers has"
+            ) from error
+        raise ValueError(f"model {name!r} could not be read: {gate.reason(error)} ({expected})") from error
+
+
+def _passed(name: str, path: Path | None) -> gate.Contents | None:
+    """What the gate saw of a model folder, None for a Hub id, whose records it let pass."""
+    if path is None:
+        _check_hub_records(name)
+        return None
+    if not (path / "config.json").exists() and not (path / "config.json").is_symlink():
+        raise ManifestError(f"model {name!r} has no config.json; expected a Hugging Face model folder, a Hub id or "
+                            "'tiny'")
+    return gate.check_model_folder(path)
+
+
+def _config(auto, name: str, options: dict):
+    """The config of a name that passed the gate; ValueError if transformers has no class of the kind `auto` for it."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
     if type(config) not in auto._model_mapping:
         raise ValueError(f"{config.model_type} models have no {_KINDS[auto]} in transformers; expected another "
                          "architecture" + ("" if auto is AutoModelForCausalLM else ", or a function as the reward"))
+    return config
+
+
+def _open(auto, name: str, config_options: dict) -> tuple:
+    """What transformers makes of a name that passed the gate: model, tokenizer, and a report of what was lacking."""
+    config = _config(auto, name, config_options)
     gate.drop_attention(config)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     loaded, report = auto.from_pretrained(
@@ -214,6 +254,23 @@ def _open(auto, name: str, config_options: dict) -> tuple:
         ignore_mismatched_sizes=True,
     )
     return loaded, tokenizer, report
+
+
+def _is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a LoRA adapter and no whole model."""
+    config = folder / "config.json"
+    return not config.exists() and not config.is_symlink() and (folder / gate.ADAPTER).exists()
+
+
+def _adapter(folder: Path) -> tuple[gate.Contents, str]:
+    """What the gate saw of an adapter, and the folder of the base model that it names."""
+    contents = gate.check_model_folder(folder, adapter=True)
+    base = contents.records[gate.ADAPTER].get("base_model_name_or_path") or ""
+    if not isinstance(base, str) or not gate.is_folder(base):
+        raise ManifestError(f"{folder} is an adapter on {str(base)[:200]!r}, which is not a folder here; pass the "
+                            "adapted model as model=…, or merge it first (peft's merge_and_unload, then "
+                            "save_pretrained)")
+    return contents, base
 
 
 def _merged_adapter(auto, folder: Path) -> tuple:

@@ -141,7 +141,7 @@ def test_42_an_exception_without_a_message(monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", lambda name: (_ for _ in ()).throw(KeyError()))
-    with pytest.raises(DataError, match="cannot load this as a Hub data set"):
+    with pytest.raises(DataError, match="no such file or folder here, and alignkit cannot load this as a Hub data set"):
         load_rows("some/name")
 
 

@@ -1,0 +1,85 @@
+"""What `alignkit run NOTEBOOK --help` and `alignkit notebooks` print: read from the notebooks, nothing is run."""
+
+import json
+import re
+import shutil
+import textwrap
+from pathlib import Path
+
+from alignkit.errors import ParameterError
+from alignkit.jobs.notebooks import find_notebook, find_notebooks
+from alignkit.jobs.parameters import Parameter, notebook_parameters
+from alignkit.metrics import duration
+from alignkit.safe_text import one_line
+from alignkit.stages import CHAIN, NEEDS
+from alignkit.storage import read_json
+
+RECORDED = Path(__file__).with_name("seconds.json")
+NAMES = 24  # columns for the names of parameters
+
+
+def parameter_help(notebook: str | Path, columns: int | None = None) -> str:
+    """A notebook's title and parameters, each with what its comment says, its type and its default.
+
+    columns: of the text, by default the terminal's, 100 at most. Raises FileNotFoundError if there is no such notebook,
+    ParameterError if it is none.
+    """
+    path, columns = find_notebook(notebook), columns or _columns()
+    parameters = [each for each in notebook_parameters(path).values() if each.name != "run"]  # which is --out
+    title, question = _head(path)
+    stage = CHAIN.get(path.stem) or path.stem
+    head = [f"{one_line(path.stem, 100)}: {title}" if title else one_line(path.stem, 100)]
+    head += textwrap.wrap(question, columns, initial_indent="  ", subsequent_indent="  ")
+    if not parameters:
+        return "\n".join([*head, "", "It has no parameters."])
+    return "\n".join([*head, "", "parameters, given as -p NAME=VALUE", "in a course, to this notebook alone, as "
+                      f"-p {one_line(stage, 100)}.NAME=VALUE:", *(_entry(each, columns) for each in parameters)])
+
+
+def notebook_list(columns: int | None = None) -> str:
+    """The notebooks: name, title, what each asks, the stages that it needs, and how long it takes at its defaults."""
+    columns, seconds = columns or _columns(), json.loads(RECORDED.read_text(encoding="utf-8"))["notebooks"]
+    entries = []
+    for name, path in find_notebooks().items():
+        title, question = _head(path)
+        needs = ", ".join(NEEDS.get(name, ())) or "no other stage"
+        time = f"; {duration(seconds[name])} with its defaults, on two CPU cores" if name in seconds else ""
+        entries.append("\n".join([
+            f"{one_line(name, 100):<{NAMES}}{title}",
+            *textwrap.wrap(question, columns, initial_indent="    ", subsequent_indent="    "),
+            *textwrap.wrap(f"needs {needs}{time}", columns, initial_indent="    ", subsequent_indent="    ")]))
+    ending = "alignkit run NAME --help lists a notebook's parameters; alignkit course runs 00 to 05."
+    return "\n\n".join([*entries, ending])
+
+
+def _entry(parameter: Parameter, columns: int) -> str:
+    kind = f"list of {parameter.element}" if parameter.element else parameter.type or "any literal"
+    kind += " or none" if parameter.optional else ""
+    default = "none" if parameter.default is None else _literal(parameter.default)
+    meaning = one_line(parameter.help.strip(), 1000)
+    text = f"{meaning + ' ' if meaning else ''}[{kind}, default {default}]"
+    name = f"  {parameter.name:<{NAMES}}"
+    lines = textwrap.wrap(text, max(columns, NAMES + 32), initial_indent=name, subsequent_indent=" " * len(name),
+                          break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def _literal(value: object) -> str:
+    return one_line(json.dumps(value, ensure_ascii=False, default=repr), 60)
+
+
+def _head(path: Path) -> tuple[str, str]:
+    """The title in a notebook's first cell, without its number, and the sentence in bold below it; "" for none."""
+    try:
+        first = read_json(path, error=ParameterError)["cells"][0]
+        text = "".join(first["source"]) if first["cell_type"] == "markdown" else ""
+    except (KeyError, IndexError, TypeError):
+        return "", ""
+    title = re.search(r"^#\s+(?:\d+\s*·\s*)?(.+)$", text, re.MULTILINE)
+    question = re.search(r"^\*\*(.+)\*\*$", text, re.MULTILINE)
+    return (one_line(title[1], 200) if title else "",
+            one_line(re.sub(r"[*_`]", "", question[1]), 400) if question else "")
+
+
+def _columns() -> int:
+    return min(shutil.get_terminal_size().columns, 100)

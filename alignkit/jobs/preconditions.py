@@ -1,0 +1,102 @@
+"""What can be known to be wrong before anything starts: values out of range, a model or data that cannot be used.
+
+Nothing is written here, and no run directory is needed. A message is the cause alone.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from alignkit.configs import DPOConfig, PPOConfig, RewardConfig, SFTConfig, preset
+from alignkit.errors import DataError, ParameterError, RunError
+from alignkit.jobs.job import Job
+from alignkit.stages import CHAIN
+
+CONFIGS = {"01_sft": SFTConfig, "02_reward_model": RewardConfig, "03_ppo": PPOConfig, "05_dpo": DPOConfig}
+READ_THE_MODEL = ("00_the_world", "01_sft")  # the notebooks after them take it from a stage of the run
+NEED_PAIRS = ("02_reward_model", "05_dpo")
+ROWS = 2000  # of the data, that are looked at
+
+
+def check_before(jobs: Sequence[Job]) -> None:
+    """Raise ParameterError, RunError or DataError if one of the jobs cannot work, whatever is in its run directory.
+
+    Looked at are the values that a config checks, the model's records and its class, and the first rows of the data.
+    """
+    for job in jobs:
+        _check_values(job)
+    names = {job.name for job in jobs}
+    model = next((job.settings.get("model") for job in jobs if job.name in READ_THE_MODEL), None)
+    if model not in (None, "tiny"):
+        check_model(model, scored="02_reward_model" in names)
+    readings: dict[tuple, list[Job]] = {}
+    for job in jobs:
+        reading = tuple(job.settings.get(name) for name in ("data", "kind", "split", "columns", "skip_bad"))
+        readings.setdefault(reading, []).append(job)
+    for reading, readers in readings.items():
+        if reading[0] not in (None, "desk"):
+            _check_data(*reading, [job.name for job in readers if job.name in CHAIN])
+
+
+def check_model(model: str | Path, *, scored: bool) -> None:
+    """Raise RunError if a model cannot be read, or, scored, cannot become a reward model. No weight is read."""
+    from alignkit.models import loading
+
+    try:
+        loading.check_model(model, scored=scored)
+    except ValueError as error:
+        raise RunError(str(error)) from None
+
+
+def _check_values(job: Job) -> None:
+    """ParameterError if a config refuses a value that goes into it."""
+    values = job.settings
+    if type(seed := values.get("seed", 0)) is int and not 0 <= seed < 2**63:
+        raise ParameterError(f"seed is {seed}, expected a whole number from 0 to 2**63 - 1; the parameter is "
+                             f"{job.parameters['seed']}")
+    config = CONFIGS.get(job.name)
+    if config is None:
+        return
+    fields = {field.name for field in dataclasses.fields(config)}
+    for name, chosen in _one_after_the_other({name: values[name] for name in values if name in fields}):
+        try:
+            preset(config, values.get("model", "tiny"), **chosen)
+        except ValueError as error:
+            raise ParameterError(f"{job.name}: {error}; the parameter is {job.parameters[name]}") from None
+
+
+def _one_after_the_other(values: Mapping[str, object]):
+    """Each name of `values` with what stands up to it, so that a value that is refused can be named."""
+    chosen: dict[str, object] = {}
+    for name, value in values.items():
+        chosen[name] = value
+        yield name, chosen
+
+
+def _check_data(data: str, kind: str | None, split: str | None, columns: str | None, skip_bad: bool,
+                readers: Sequence[str]) -> None:
+    """DataError if data cannot be read, has bad rows among the first, or is not of the kind that a notebook needs."""
+    from alignkit.data.files import readable
+    from alignkit.data.rows import check
+
+    if not readers:  # a user's own notebook, which may read it in its own way
+        if os.path.exists(data):
+            readable(data, split)
+        return
+    try:
+        report = check(data, kind, split=split, columns=columns, most=ROWS)
+    except DataError:
+        raise
+    except ValueError as error:
+        raise ParameterError(str(error)) from None
+    if report.problems and not skip_bad:
+        bad = f"{report.bad_rows:,} bad row{'s' * (report.bad_rows > 1)} among the first {report.rows:,}"
+        advice = "`alignkit check` lists all, -p skip_bad=True leaves out a tenth of the rows at most"
+        raise DataError(f"{report.problems[0]}" + (f" ({bad}; {advice})" if report.bad_rows else ""))
+    pairs_for = [name for name in readers if name in NEED_PAIRS]
+    if report.kind in ("prompts", "demonstrations") and pairs_for:
+        raise DataError(f"{data}: has {report.kind}, and notebook {pairs_for[0]} needs pairs (chosen, rejected)")
+    if report.kind == "prompts" and "01_sft" in readers:
+        raise DataError(f"{data}: has prompts only, and notebook 01_sft needs demonstrations (prompt, completion) or "
+                        "pairs")

@@ -1,0 +1,67 @@
+"""What the name of a model or a data set means: something here, or an id on the Hub. One function decides, for all.
+
+A name that can only be a path is never looked up on the Hub, where a stranger may have taken it.
+"""
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+from alignkit.errors import AlignkitError, ParameterError
+from alignkit.safe_text import one_line
+
+FILE_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".gz", ".safetensors", ".ipynb")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+
+
+def local_path(name: str | os.PathLike, what: str = "", *, error: type[AlignkitError] = ParameterError) -> Path | None:
+    """The path that `name` means here, `~` expanded; None if it is a Hub id (`org/name`, `gpt2`) and nothing here.
+
+    A name means a path if that is here, if it is a PathLike, and if no Hub id looks like it: it begins with `.`, `~`,
+    `/` or a drive, ends in a slash or as a data file does, holds a backslash or two slashes, or begins with a folder
+    that is here. what: begins the message ("model", "data"). Raises `error`, with the nearest name that exists, if such
+    a path is not here.
+    """
+    text = os.fspath(name)
+    try:
+        path = Path(text).expanduser()
+        if os.path.exists(path):
+            return path
+    except (OSError, ValueError, RuntimeError):  # too long, with a NUL byte, or the home of nobody
+        path = None
+    if not isinstance(name, os.PathLike) and not _only_a_path(text):
+        return None
+    subject = f"{what} is {text[:500]!r}, and there" if what else f"{one_line(text, 500)}: there"
+    raise error(f"{subject} is no such file or folder{nearest(path) if path else ''}")
+
+
+def nearest(path: Path) -> str:
+    """"; did you mean …?" with the names beside the first part of `path` that is not here, "" where none is like it."""
+    path = Path(os.path.abspath(path))
+    missing = path
+    while not os.path.isdir(missing.parent) and missing.parent != missing:
+        missing = missing.parent
+    try:
+        beside = sorted(entry.name for entry in os.scandir(missing.parent))[:10_000]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(missing.name, beside, n=3)
+    rest = path.relative_to(missing)
+    whole = [candidate for name in close if os.path.exists(candidate := missing.parent / name / rest)]
+    names = whole or [missing.parent / name for name in close]
+    if names:
+        return f"; did you mean {' or '.join(_shown(name) for name in names)}?"
+    return "" if missing == path else f" ({_shown(missing)} is not there)"
+
+
+def _only_a_path(text: str) -> bool:
+    if not _HUB_ID.fullmatch(text) or text.lower().endswith(FILE_ENDINGS):
+        return True
+    first, slash, _ = text.partition("/")
+    return bool(slash) and os.path.isdir(first)
+
+
+def _shown(path: Path) -> str:
+    here = Path.cwd()
+    return one_line(path.relative_to(here) if path.is_relative_to(here) else path, 300)
