@@ -5,6 +5,8 @@
 For each world seed one SFT policy, and reward models from few to many pairs, and from annotators who like politeness:
 accuracy on held-out labels, the desk bench in RewardBench's schema, exact gold of best-of-16, and gold of a short PPO
 run. Prints the table, means over seeds with lowest and highest, and how often two columns rank models alike.
+
+A seed that finished is not run again.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from alignkit import exact
 from alignkit.configs import PPOConfig, RewardConfig, SFTConfig
 from alignkit.evaluate.reward_table import COLUMNS, reward_model_table
 from alignkit.evaluate.rewardbench import desk_bench
+from alignkit.formulas.intervals import Estimate
 from alignkit.forward.sampling import generate_texts
 from alignkit.models.adapters import frozen_copy
 from alignkit.models.heads import reward_model_from
@@ -28,7 +31,7 @@ from alignkit.ppo import PPOState, ppo
 from alignkit.reward import RewardScorer, train_reward_model
 from alignkit.runs.records import versions
 from alignkit.sft import train_sft
-from alignkit.storage import write_json
+from alignkit.storage import plain, read_json, write_json
 from alignkit.task import DeskTask, desk_task
 from experiments.sweep import some_prompts, strata
 
@@ -46,14 +49,14 @@ TITLES = {"accuracy": "accuracy on labels", "rewardbench": "desk bench", "best_o
 class Size:
     """How much of everything."""
 
-    demonstrations: int = 6000
+    demonstrations: int = 4000
     steps: int = 96  # of each reward model's optimiser, however few its pairs
     batch: int = 32
     heldout: int = 1000
     each: int = 64  # pairs in each subset of the bench
     n: int = 16
     keys: int = 2  # questions of each class, with all their paraphrases
-    iterations: int = 16  # of PPO; 0 leaves the column out
+    iterations: int = 10  # of PPO; 0 leaves the column out
     epochs: float = SFTConfig.epochs
 
 
@@ -98,6 +101,21 @@ def run_seed(seed: int, size: Size) -> dict:
                               [prompt.text for prompt in prompts], task.world, n=size.n, downstream=downstream)
 
 
+def table_of(seed: int, size: Size, out: Path) -> dict:
+    """The table of one world seed, from the file of an earlier run of the same size or computed and kept there."""
+    path = out / f"seed-{seed}.json"
+    stored = read_json(path) if path.exists() else {}
+    if stored.get("size") != plain(size):
+        begun = time.process_time()
+        table = run_seed(seed, size)
+        stored = plain({"size": size, "table": table, "cpu_seconds": round(time.process_time() - begun, 1)})
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, stored)
+    table = {name: {column: Estimate(**value) for column, value in row.items()}
+             for name, row in stored["table"].items()}
+    return {**stored, "table": table}
+
+
 def summarise(tables: dict[int, dict]) -> list[dict]:
     """One row a reward model: its name, and for each column the values of the seeds and their mean."""
     rows = []
@@ -127,14 +145,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.reward_models", description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=Size.iterations, help="of PPO; 0 leaves its column out")
+    parser.add_argument("--out", type=Path, default=Path("runs/reward_models"))
     parser.add_argument("--json", type=Path, default=Path("experiments/results/reward_models.json"))
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    size, tables, seconds = Size(iterations=given.iterations), {}, {}
-    for seed in given.seeds:
-        begun = time.process_time()
-        tables[seed] = run_seed(seed, size)
-        seconds[seed] = round(time.process_time() - begun, 1)
+    size = Size(iterations=given.iterations)
+    stored = {seed: table_of(seed, size, given.out) for seed in given.seeds}
+    tables = {seed: each["table"] for seed, each in stored.items()}
     rows = summarise(tables)
     there = [column for column in COLUMNS if column in rows[0]]
     print(f"| reward model | {' | '.join(TITLES[column] for column in there)} |\n|---|{'---|' * len(there)}")
@@ -148,8 +165,8 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(given.json, {
         "command": f"python -m experiments.reward_models --seeds {' '.join(map(str, given.seeds))} "
                    f"--iterations {given.iterations}",
-        "versions": versions(), "size": size, "cpu_seconds": seconds, "models": rows, "same_order": orders,
-        "tables": tables})
+        "versions": versions(), "size": size, "models": rows, "same_order": orders,
+        "cpu_seconds": {seed: each["cpu_seconds"] for seed, each in stored.items()}, "tables": tables})
 
 
 if __name__ == "__main__":

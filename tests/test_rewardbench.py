@@ -196,8 +196,8 @@ def tiny():
     return load_policy("tiny", seed=0, device="cpu")
 
 
-QUESTIONS = [prompt.text for prompt in WORLD.heldout_prompts[:8]]
-PAIRS = [{"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in desk_bench(WORLD, 4)]
+QUESTIONS = [prompt.text for prompt in WORLD.heldout_prompts[:40:10]]  # of different keys
+PAIRS = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in desk_bench(WORLD, 4)]
 
 
 def shortest(prompts, responses):
@@ -213,24 +213,25 @@ def test_best_of_n_by_gold_itself_is_the_mean_of_the_largest_of_n(tiny):
     mean = float((logps.exp() * gold).sum(1).mean())
     spread = float(((logps.exp() * gold.square()).sum(1).mean() - mean**2).sqrt())
     found = best_of_n_gold({"gold": WORLD.gold_scores, "short": shortest}, *tiny, QUESTIONS, WORLD, n=4)
-    assert found["gold"].value == pytest.approx((np.mean(best) - mean) / spread, abs=0.02)  # 160,000 draws
+    assert found["gold"].value == pytest.approx((np.mean(best) - mean) / spread, abs=0.03)  # 80,000 draws
     assert found["gold"].value > found["short"].value
 
 
 def test_best_of_one_is_the_policy_itself(tiny):
-    assert best_of_n_gold({"any": shortest}, *tiny, QUESTIONS, WORLD, n=1)["any"].value == pytest.approx(0, abs=1e-9)
+    found = best_of_n_gold({"any": shortest}, *tiny, QUESTIONS[:1], WORLD, n=1)
+    assert found["any"].value == pytest.approx(0, abs=1e-9)
 
 
 def test_best_of_n_from_samples_agrees_with_the_exact_one(tiny):
     scorers = {"short": shortest, "gold": WORLD.gold_scores}
     truth = best_of_n_gold(scorers, *tiny, QUESTIONS, WORLD, n=4)
-    sampled = best_of_n_gold(scorers, *tiny, QUESTIONS * 16, WORLD.gold_scores, n=4, max_new_tokens=4)
+    sampled = best_of_n_gold(scorers, *tiny, QUESTIONS * 32, WORLD.gold_scores, n=4, max_new_tokens=4)
     for name, value in truth.items():
         assert sampled[name].value == pytest.approx(value.value, abs=0.12)  # 128 prompts × 16 samples
 
 
 def test_paraphrases_are_one_cluster(tiny):
-    one_key = [prompt.text for prompt in WORLD.heldout_prompts[:4]]
+    one_key = [prompt.text for prompt in WORLD.heldout_prompts[:2]]
     assert len({WORLD.find(text).key for text in one_key}) == 1
     assert best_of_n_gold({"s": shortest}, *tiny, one_key, WORLD, n=2)["s"].low is None  # one cluster tells no spread
 
@@ -252,7 +253,7 @@ def test_the_table_has_a_row_a_model_and_a_slot_for_what_came_of_it(tiny):
 
 
 def test_a_table_that_cannot_be_made_says_why(tiny):
-    given = (PAIRS, desk_bench(WORLD, 1), *tiny, QUESTIONS, WORLD)
+    given = (PAIRS, desk_bench(WORLD, 1), *tiny, QUESTIONS[:1], WORLD)
     with pytest.raises(ValueError, match="scorers is empty"):
         reward_model_table({}, *given)
     with pytest.raises(ValueError, match="pairs is empty"):
@@ -279,7 +280,8 @@ def test_how_often_two_columns_order_models_alike_is_counted_by_hand():
     def row(a, b):
         return {"accuracy": Estimate(a, None, None), "rewardbench": Estimate(b, None, None)}
 
-    tables = {0: {"x": row(0.1, 0.1), "y": row(0.2, 0.3), "z": row(0.3, 0.2)}, 1: {"x": row(0.1, 0.1), "y": row(0.2, 0)}}
+    tables = {0: {"x": row(0.1, 0.1), "y": row(0.2, 0.3), "z": row(0.3, 0.2)},  # z and y apart
+              1: {"x": row(0.1, 0.1), "y": row(0.2, 0)}}  # x and y apart
     assert reward_models.same_order(tables, "accuracy", "rewardbench") == (2, 4)
 
 
