@@ -16,6 +16,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle, StepPatch
 
 from alignkit import plots
 from alignkit.desk.world import BEHAVIOURS
+from alignkit.formulas.intervals import Estimate
 from alignkit.plots import style
 
 HOSTILE = {"hostile": "_$\\frac{$<b>\u202e\x1b[3\ud800\n%{0}" + "a" * 1_000_000, "empty": ""}
@@ -60,6 +61,9 @@ CASES = {  # a small picture from each function, with a name of the caller's cho
     "plot_tradeoff": lambda name: plots.plot_tradeoff(
         [{"name": name, "over_refusal_rate": 0.1, "risky_failure_rate": 0.4}]
     ),
+    "plot_refusals": lambda name: plots.plot_refusals(
+        {name: {"over_refusal": Estimate(0.1, 0.05, 0.2), "unsafe_compliance": Estimate(0.4, None, None)}}
+    ),
     "plot_intervals": lambda name: plots.plot_intervals({name: (0.5, 0.4, 0.6), "PPO": (0.7,)}, name + " sd"),
     "plot_intervals_panels": lambda name: plots.plot_intervals_panels(
         {name + " sd": {name: (1, 0, 2)}, "KL, nats": {"PPO": (1,)}}, title=name
@@ -85,6 +89,7 @@ EMPTY = {
     "plot_margin_accuracy": lambda: plots.plot_margin_accuracy([]),
     "plot_gold_vs_proxy": lambda: plots.plot_gold_vs_proxy([], [], []),
     "plot_tradeoff": lambda: plots.plot_tradeoff([]),
+    "plot_refusals": lambda: plots.plot_refusals({}),
     "plot_intervals": lambda: plots.plot_intervals({}, "gold"),
     "plot_intervals_panels": lambda: plots.plot_intervals_panels({}),
     "plot_reward_kl_plane": lambda: plots.plot_reward_kl_plane(),
@@ -395,6 +400,21 @@ def test_tradeoff_draws_percentages_with_intervals():
     assert lines(ax, "o")[0].get_xydata().tolist() == [[10, 40]] and lines(ax, "s")[0].get_xydata().tolist() == [[0, 2]]
     assert [list(line.get_xdata()) for line in lines(ax, "None")] == [[5, 15]]
     assert {"SFT", "PPO"} <= set(words(ax))
+
+
+def test_the_plane_of_refusals_draws_percentages_with_their_intervals():
+    ax = plots.plot_refusals({
+        "SFT": {"over_refusal": Estimate(0.1, 0.05, 0.15), "unsafe_compliance": Estimate(0.4, None, None)},
+        "PPO": {"over_refusal": Estimate(0.2, None, None), "unsafe_compliance": Estimate(0.02, 0.01, 0.03)},
+    })
+    assert lines(ax, "o")[0].get_xydata().tolist() == [[10, 40]]
+    assert lines(ax, "s")[0].get_xydata().tolist() == [[20, 2]]
+    whiskers = [line.get_xydata().tolist() for line in lines(ax, "None")]
+    assert whiskers == [[[0, 100], [100, 0]], [[5, 40], [15, 40]], [[20, 1], [20, 3]]]
+    assert [text.get_text() for text in ax.get_legend().get_texts()][:2] == ["SFT", "PPO"]
+    assert "safe prompts refused" in ax.get_xlabel()
+    with pytest.raises(ValueError, match=r"'SFT'.*no 'unsafe_compliance'"):
+        plots.plot_refusals({"SFT": {"over_refusal": Estimate(0.1, None, None)}})
 
 
 def test_intervals_are_drawn_where_there_are_some():

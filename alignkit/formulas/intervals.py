@@ -68,6 +68,10 @@ class Bootstrap:
         return [self._estimate(value, draw, [b1, b2])
                 for value, draw, b1, b2 in zip(values, draws, first[1], second[1], strict=True)]
 
+    def estimate(self, value: float, draws: np.ndarray) -> Estimate:
+        """The interval of any figure of all keys: `value`, and what it is in each resample, draws (R,), in order."""
+        return self._estimate(value, np.asarray(draws), [np.ones(len(self.strata))])
+
     def _ratios(self, numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
         """(M, R)."""
         with np.errstate(invalid="ignore", divide="ignore"):

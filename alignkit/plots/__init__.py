@@ -7,6 +7,7 @@ from alignkit.plots.evaluation import (
     plot_intervals,
     plot_intervals_panels,
     plot_margin_accuracy,
+    plot_refusals,
     plot_reliability,
     plot_reward_kl_plane,
     plot_tradeoff,
@@ -44,5 +45,6 @@ __all__ = [
     "Picture", "describe", "plot_advantage_tokens", "plot_behaviour", "plot_clip", "plot_dpo_logps",
     "plot_gold_vs_proxy", "plot_histogram", "plot_intervals", "plot_intervals_panels", "plot_kl_by_class",
     "plot_kl_by_position", "plot_margin_accuracy", "plot_margins", "plot_metrics", "plot_next_token",
-    "plot_ppo_panels", "plot_relay", "plot_reliability", "plot_reward_kl_plane", "plot_tradeoff", "save_figure",
+    "plot_ppo_panels", "plot_refusals", "plot_relay", "plot_reliability", "plot_reward_kl_plane", "plot_tradeoff",
+    "save_figure",
 ]

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from alignkit.formulas.intervals import wilson
+from alignkit.formulas.intervals import Estimate, wilson
 from alignkit.plots.style import (
     BLUE,
     DASH_DOT,
@@ -156,6 +156,37 @@ def plot_tradeoff(points: Sequence[Mapping], ax: Axes | None = None, *, title: s
     ax.set(xlim=(-0.04 * ax.get_xlim()[1], None), ylim=(-0.04 * ax.get_ylim()[1], None))
     _finish(ax, "Better, or merely obedient? (↙ is better)", "over-refusal: harmless prompts refused, %",
             "risky failure: risky prompts complied with, %", title, grid="both")
+    return ax
+
+
+def plot_refusals(results: Mapping[str, Mapping[str, Estimate]], ax: Axes | None = None, *,
+                  title: str | None = None) -> Axes:
+    """Over-refusal against compliance with unsafe prompts (XSTest's plane), a point with its intervals per checkpoint.
+
+    results: checkpoint -> the `metrics` of its `Refusals`, of which "over_refusal" and "unsafe_compliance" (shares) are
+    drawn; an estimate without low and high has no whisker. The lower left corner is best; on the dashed line a policy
+    refuses as many safe prompts as unsafe ones. Raises ValueError if there are none, or one has no
+    safe or no unsafe prompts.
+    """
+    _require("results", results)
+    names = ("over_refusal", "unsafe_compliance")
+    for checkpoint, metrics in results.items():
+        if missing := [name for name in names if name not in metrics]:
+            raise ValueError(f"results[{checkpoint!r}] has no {missing[0]!r}, expected safe and unsafe prompts")
+    ax, styles = _axes(ax, 5.6, 4.6), _styles(list(results))
+    ax.plot([0, 100], [100, 0], color=MUTED, lw=0.9, ls=DASHED)
+    for checkpoint, metrics in results.items():
+        pair, colour = [metrics[name] for name in names], styles[checkpoint][0]
+        x, y = (100 * estimate.value for estimate in pair)
+        spans = [None if each.low is None else (100 * each.low, 100 * each.high) for each in pair]
+        _cross(ax, x, y, *spans, colour)
+        ax.plot(x, y, styles[checkpoint][1], color=colour, ms=10, mec="white", zorder=4)
+    handles = [Line2D([], [], ls="", marker=marker, color=colour, ms=9) for colour, marker, _, _ in styles.values()]
+    handles.append(Line2D([], [], color=MUTED, lw=0.9, ls=DASHED))
+    _legend(ax, handles, [*styles, "cannot tell safe from unsafe"], loc="upper right")
+    ax.set(xlim=(-4, 104), ylim=(-4, 104))
+    _finish(ax, "What is refused, and what is not (↙ is better)", "over-refusal: safe prompts refused, %",
+            "unsafe prompts fully complied with, %", title, grid="both")
     return ax
 
 
