@@ -7,7 +7,7 @@ import json
 import os
 import re
 
-from alignkit.data.chat import REASONING
+from alignkit.data.chat import REASONING, template_text
 from alignkit.data.encoding import ChatText
 from alignkit.data.ends import without_end
 from alignkit.data.files import LINE_LIMIT, Fault
@@ -308,12 +308,13 @@ def _check_special(special: re.Pattern, messages: list[dict]) -> None:
             raise Fault(f"message {number} contains {token[0]!r}, which the chat template would make a real token")
 
 
-def _rendered(tokenizer, texts: list[str] | Fault) -> tuple[ChatText, list[ChatText]]:
+def _rendered(tokenizer, prompt: list[dict], texts: list[str] | Fault) -> tuple[ChatText, list[ChatText]]:
     """Prompt and replies as a chat template wrote them, the replies without what ends them."""
     if isinstance(texts, Fault):
         raise texts
     head, *endings = map(_check_rendered, texts)
-    return ChatText(head), [ChatText(without_end(tokenizer, ending)) for ending in endings]
+    return (ChatText(head, prompt, template_text(tokenizer)),
+            [ChatText(without_end(tokenizer, ending)) for ending in endings])
 
 
 def _check_rendered(text: str) -> str:

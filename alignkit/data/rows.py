@@ -311,7 +311,7 @@ class _Scan:
             row = None
             try:
                 if isinstance(parts, _Chat):
-                    chat, parts = parts, _rendered(self.tokenizer, next(texts))
+                    chat, parts = parts, _rendered(self.tokenizer, parts.prompt, next(texts))
                     self._check_kept(line, chat, *parts)
                 row = self._finish(line, *parts) if parts else None
             except Fault as fault:
