@@ -9,6 +9,8 @@ The fields: prompt, input (goes behind the prompt), system, history (pairs of qu
 chosen, rejected, completion, messages, text.
 """
 
+import ast
+import contextlib
 import difflib
 import functools
 import json
@@ -58,7 +60,9 @@ class Layout(NamedTuple):
 
     def fields(self, record: Mapping) -> dict:
         """The fields of a record, by their names."""
-        return {field: value_at(record, column) for field, column, _, _ in self.places if there(record, column)}
+        values = {field: value_at(record, column) for field, column, _, _ in self.places if there(record, column)}
+        return values | {field: objects_in(values[field]) for field, _, _, listed in self.places
+                         if listed and isinstance(values.get(field), str) and objects_in(values[field])}
 
     def row(self, fields: dict) -> dict:
         """What `read` makes of the fields. Raises Fault for one that is built in another way, LeftOut for one that says
@@ -101,20 +105,38 @@ def by_score(fields: dict) -> dict:
 
 
 def best_and_worst(fields: dict) -> dict:
-    """Of `answers`, objects with a text and a rank or a score, the best is chosen and the worst rejected."""
-    marked = []
+    """Of `answers`, objects with a text and marks, the best is chosen and the worst rejected.
+
+    The mark that counts is the one that `score` names, or else the first of _SCORES that an answer has, or the mean of
+    its aspects. All marks of the two are kept as `scores`: {"chosen": {mark: number}, "rejected": …}.
+    """
+    asked, marked = fields.get("score"), []
     for number, answer in enumerate(fields["answers"], 1):
         text = next((answer[name] for name in _TEXTS if name in answer), None) if isinstance(answer, dict) else None
-        rank = next((answer[name] for name in _SCORES if answer.get(name) is not None), None) if text else None
-        if rank is None:
-            raise Fault(f"answer {number} has no text ({', '.join(_TEXTS)}) and mark ({', '.join(_SCORES)})", "answers")
-        name = next(name for name in _SCORES if answer.get(name) is not None)
-        marked.append((_number({name: rank}, name) * (-1 if name == "rank" else 1), text))
-    if len({mark for mark, _ in marked}) < 2:
+        marks = marks_of(answer, asked) if text is not None else {}
+        if not marks or (asked and asked not in marks):
+            lacks = f"mark {asked!r}, only {', '.join(marks)}" if marks else f"text ({', '.join(_TEXTS)}) and mark"
+            raise Fault(f"answer {number} has no {lacks}", "answers")
+        own = {*answer, "mean"} & marks.keys()  # of the aspects that were annotated the mean decides
+        name = asked or next((name for name in _SCORES if name in own), "mean")
+        marked.append((-marks[name] if name == "rank" else marks[name], text, marks))
+    if len({mark for mark, _, _ in marked}) < 2:
         raise LeftOut("fewer than two answers, or none is better")
-    marks = [mark for mark, _ in marked]
-    chosen, rejected = (marked[marks.index(pick(marks))][1] for pick in (max, min))
-    return _pair({**fields, "first": chosen, "second": rejected}, "first", "second")
+    chosen, rejected = (pick(marked, key=lambda each: each[0]) for pick in (max, min))
+    return {**_pair({**fields, "first": chosen[1], "second": rejected[1]}, "first", "second"),
+            "scores": {"chosen": chosen[2], "rejected": rejected[2]}}
+
+
+def marks_of(answer: Mapping, asked: str | None = None) -> dict[str, float]:
+    """The numbers by which an answer was judged: its own (_SCORES, _ASPECTS and the one that is asked for), the Rating
+    of each aspect of its `annotations` that has one (UltraFeedback's may be N/A), and as "mean" the mean of these.
+    Raises Fault for a mark of its own that is no number."""
+    marks = {name: _number(answer, name) for name in (*_SCORES, *_ASPECTS, asked) if answer.get(name) is not None}
+    rated = {name: str(aspect.get("Rating")).strip() for name, aspect in (answer.get("annotations") or {}).items()
+             if isinstance(aspect, Mapping)}
+    aspects = {name: float(rating) for name, rating in rated.items() if re.fullmatch(r"\d+(\.\d+)?", rating)}
+    mean = {"mean": sum(aspects.values()) / len(aspects)} if aspects else {}
+    return {**mean, **aspects, **marks}
 
 
 def only_good(fields: dict) -> dict:
@@ -184,12 +206,16 @@ def first_fork(fields: dict) -> dict:
         taken = step["completions"][number] if number is not None else step.get("human_completion")
         if not taken:
             break
-        before.append(taken["text"])
+        before.append(taken["text"] if isinstance(taken, dict) else taken)
     raise LeftOut("no step has both a right and a wrong continuation")
 
 
+LONGEST_LIST = 2**20  # characters of a list that was saved as text
 _TEXTS = ("answer", "text", "response", "content", "output")
-_SCORES = ("rank", "pm_score", "helpfulness", "fine-grained_score", "overall_score", "score", "rating")
+# What decides, the first that is there. UltraFeedback's fine-grained_score is the mean of its aspects; its overall_score
+# gives the 10 of the best also to some of the worst (argilla's card of ultrafeedback-binarized-preferences).
+_SCORES = ("rank", "pm_score", "helpfulness", "fine-grained_score", "mean", "overall_score", "score", "rating")
+_ASPECTS = ("correctness", "coherence", "complexity", "verbosity")
 LAYOUTS = (
     Layout("prompt, chosen, rejected (TRL, UltraFeedback, Tülu)", "pairs",
            "prompt chosen rejected input? system? history?"),
@@ -240,9 +266,17 @@ LAYOUTS = (
     Layout("KTO, response", "demonstrations", "prompt completion=response label system?", only_good),
     Layout("KTO, messages", "demonstrations", "messages label system?", only_good),
     Layout("KTO, LLaMA-Factory", "demonstrations", "messages label=kto_tag system?", only_good),
+    Layout("KTO, LLaMA-Factory sharegpt", "demonstrations", "messages=conversations label=kto_tag system? tools?",
+           only_good),
+    Layout("KTO, LLaMA-Factory alpaca", "demonstrations",
+           "prompt=instruction input? completion=output label=kto_tag system? history?", only_good),
+    Layout("KTO, axolotl argilla", "demonstrations", "prompt=instruction completion label system?", only_good),
+    Layout("KTO, axolotl intel", "demonstrations", "prompt=question completion label system?", only_good),
     Layout("prompt, completion (TRL)", "demonstrations", "prompt completion input? system? history?"),
     Layout("prompt, response", "demonstrations", "prompt completion=response system? history?"),
     Layout("alpaca", "demonstrations", "prompt=instruction input? completion=output system? history?"),
+    Layout("axolotl argilla, one reply", "demonstrations", "prompt=instruction completion system?"),
+    Layout("axolotl intel, one reply", "demonstrations", "prompt=question completion system?"),
     Layout("dolly", "demonstrations", "prompt=instruction input=context completion=response"),
     Layout("messages", "demonstrations", "messages system? tools?"),
     Layout("sharegpt", "demonstrations", "messages=conversations system? tools?"),
@@ -329,7 +363,19 @@ def there(record: Mapping, column: str) -> bool:
 
 def _is_list(record: Mapping, column: str) -> bool:
     value = value_at(record, column)
-    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
+    return isinstance(value, list) or bool(objects_in(value))
+
+
+def objects_in(text: object) -> list[dict]:
+    """The objects of a list that was saved as text, in JSON or as Python writes it (a table saved as CSV); [] if the
+    text is no such list: a list of numbers or words may be what somebody answered."""
+    if not isinstance(text, str) or not re.match(r"\s*\[\s*\{", text) or len(text) > LONGEST_LIST:
+        return []
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = read(text.strip())
+            return value if isinstance(value, list) and all(isinstance(each, dict) for each in value) else []
+    return []
 
 
 def is_empty(value: object) -> bool:
@@ -381,8 +427,9 @@ def described(source: object) -> tuple[dict[str, str], dict[str, str]]:
 _FACTORY = {"query": "input", "response": "completion", "kto_tag": "label"}
 _FACTORY_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
                  "system_tag": "system"}
-FIELDS = tuple(dict.fromkeys(
-    name for layout in LAYOUTS for field, column, _, _ in layout.places for name in (field, column) if "." not in name))
+FIELDS = (*dict.fromkeys(
+    name for layout in LAYOUTS for field, column, _, _ in layout.places for name in (field, column) if "." not in name),
+    "score")  # which mark of several answers counts
 
 
 # --- what a column seems to carry ------------------------------------------------------------------------------------

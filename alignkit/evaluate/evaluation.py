@@ -74,7 +74,8 @@ class EvaluationSet:
         chats = [prompt for prompt in self.prompts if isinstance(prompt, ChatText)]
         fields = {**asdict(self), "chat": bool(chats)}
         if any(prompt.messages for prompt in chats):  # a reward model of another family renders them with its template
-            fields["messages"] = [getattr(prompt, "messages", None) for prompt in self.prompts]
+            fields["messages"] = json.loads(json.dumps([getattr(prompt, "messages", None) for prompt in self.prompts],
+                                                       default=lambda value: f"<{type(value).__name__}>"))
             fields["template"] = next(prompt.template for prompt in chats if prompt.messages)
         return fields
 
