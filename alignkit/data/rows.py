@@ -17,6 +17,7 @@ Left out on purpose: already tokenised data, tool calls, images, and any code th
 """
 
 import collections
+import contextlib
 import hashlib
 import itertools
 import json
@@ -38,9 +39,11 @@ from alignkit.data.fields import (
     _split_chat,
     _split_texts,
     as_messages,
+    is_untrained,
     left_out_of,
     lost_in,
     messages_before,
+    without_prompt,
 )
 from alignkit.data.files import LINE_LIMIT, Fault, records
 from alignkit.data.layouts import (
@@ -54,6 +57,7 @@ from alignkit.data.layouts import (
     described,
     guess,
     is_empty,
+    is_prose,
     repeats,
     there,
     value_at,
@@ -169,6 +173,7 @@ class _Scan:
         self._records = ((line, self._renamed(record)) for line, record in self._records)
         self._met: set[str] = set()  # fields for which a column was there
         self._layout: Layout | None = None
+        self._prompt_twice = False  # whether the replies of the first rows begin with their prompts
         self._conversational = False  # whether the first rows have a system prompt or a history
         self._common: set[str] = set()  # columns that most of the first rows have
         self._seen: set[bytes] = set()
@@ -262,9 +267,21 @@ class _Scan:
             raise Fault(f"--columns score={self._score} says which mark of several answers counts, and this data has "
                         f"no answers with marks; the columns are {names}")
         self.kind = self.kind or self._layout.kind
+        self._prompt_twice = self._repeats_prompt(head)
         self._conversational = any(map(self._begins, head))
         self._common = {name for name in filled
                         if 2 * sum(not is_empty(record.get(name)) for record in head) >= len(head)}
+
+    def _repeats_prompt(self, head: list[dict]) -> bool:
+        """Whether the replies of nearly all of the first rows begin with their prompts: one row alone may be an echo,
+        "Hi" and "Hi there"."""
+        twice = []
+        for record in head:
+            with contextlib.suppress(Fault, LeftOut, _Faults):
+                prompt, replies = self._normal(self._layout.row(self._fields(record)))
+                if isinstance(prompt, str) and replies:
+                    twice.append(bool(without_prompt(prompt, replies)))
+        return bool(twice) and sum(twice) >= 0.9 * len(twice)
 
     def _fitting(self, head: list[dict]) -> Layout | None:
         """The layout that most of the first rows have, with the most columns; of the kind asked for or one above it."""
@@ -379,6 +396,11 @@ class _Scan:
         try:
             fields = self._layout.row({**fields, "score": self._score} if self._score else fields)
             prompt, replies = self._normal(fields)
+            if self.kind == "demonstrations" and any(map(is_untrained, replies)):
+                raise LeftOut("its reply is marked as not to be trained on")
+            if self._prompt_twice and (rest := without_prompt(prompt, replies)):
+                replies = rest
+                self._note("the replies repeat the prompt, which is cut off them", line)
             self._check_unused(line, record, unused, prompt, replies)
             replies = replies[:len(_NAMES[self.kind])]
             scores = fields.get("scores", {}) if self.kind == "pairs" else {}
@@ -416,6 +438,8 @@ class _Scan:
         """Fault if a column that seems to matter is not used, and does not say what prompt and replies say."""
         for name in unused:
             what = carries(name, record[name])
+            if not what and self._layout.kind == "prompts" and not self._told and is_prose(name, record[name]):
+                what = "answers"
             if what in ("answers", "labels") and (self._told or (self._layout.kind == "pairs" and name in SPARE)):
                 what = ""
             if self._layout.kind == "pairs" and (what == "marks" or (what == "part of the prompt" and name in SPARE)):
