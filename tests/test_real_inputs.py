@@ -164,7 +164,7 @@ def test_a_further_layout_becomes_the_normal_form(write, row, columns, expected)
 @pytest.mark.parametrize("row, says", [
     ({"prompt": [Q], "chosen": [YES], "rejected": [NO], "images": ["a.png"]}, "'images' seems to carry part of the pr"),
     ({"prompt": [user([{"type": "image_url"}, {"type": "text", "text": "Hi?"}])], "chosen": [YES], "rejected": [NO]},
-     "content of message 1: holds 'image_url', expected text alone"),
+     "content of message 1: is a list with 'image_url', expected text alone"),
     ({"conversations": [human("Hi?"), {"from": "function_call", "value": "{}"}, {"from": "observation", "value": "4"}],
       "chosen": gpt("Yes."), "rejected": gpt("No.")}, "role of message 2: is 'function_call': calls of tools are not"),
     ({"messages": [Q, {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]},
@@ -176,7 +176,8 @@ def test_a_further_layout_becomes_the_normal_form(write, row, columns, expected)
     ({"prompt": "Hi?", "chosen": "Yes.", "rejected": "Yes. "}, "rejected: is identical to chosen but for spaces"),
     ({"prompt": [Q], "chosen": [bot("Yes.\n")], "rejected": [YES]}, "rejected: is identical to chosen but for spaces"),
     ({"prompt": "Hi?", "chosen": "Hi? ", "rejected": "Hi? No."}, "chosen is a blank reply"),
-    ({"prompt": "Hi?", "response_a": "Yes.", "response_b": "No.", "preference": 5}, "'preference' seems to carry labels"),
+    ({"prompt": "Hi?", "response_a": "Yes.", "response_b": "No.", "preference": 5},
+     "'preference' seems to carry labels"),
     ({"question": "Hi?", "answer_a": "Yes.", "answer_b": "No.", "label": "A"},
      "--columns prompt=question,first=answer_a,second=answer_b,better=label"),
     ({"prompt": "Hi?", "pos": "Yes.", "neg": "No."}, "'neg' seems to carry answers"),

@@ -57,7 +57,7 @@ def _check_messages(value: list, field: str) -> list[dict]:
             raise Fault(f"is {role!r}: calls of tools are not read (left out on purpose)",
                         f"{field}: role of message {number}")
         if kinds := _other_parts(message["content"]):
-            raise Fault(f"holds {kinds}, expected text alone: nothing else is read",
+            raise Fault(f"is a list with {kinds}, expected text alone: nothing else is read",
                         f"{field}: content of message {number}")
         _check_text(message["content"], f"{field}: content of message {number}")
     return value

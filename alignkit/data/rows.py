@@ -276,7 +276,7 @@ class _Scan:
         """Whether the replies of nearly all of the first rows begin with their prompts: one row alone may be an echo,
         "Hi" and "Hi there"."""
         twice = []
-        for record in head:
+        for record in filter(self._layout.fits, head):
             with contextlib.suppress(Fault, LeftOut, _Faults):
                 prompt, replies = self._normal(self._layout.row(self._fields(record)))
                 if isinstance(prompt, str) and replies:
