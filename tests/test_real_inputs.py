@@ -103,6 +103,9 @@ FURTHER = {  # name -> (row, flags of the command line, what it says)
         [{"pm_score": 1, "text": "No."}, {"pm_score": 3, "text": "Yes."}])}, "", TEXT),
     "distilabel, generations and ratings": ({"instruction": "Hi?", "generations": ["No.", "So.", "Yes."],
                                              "ratings": [1, None, 5], "model_names": ["a", "b", "c"]}, "", TEXT),
+    "a layout of the table whose prompt has another name": (
+        {"task": "Hi?", "completions": [{"response": "No.", "score": 1}, {"response": "Yes.", "score": 2}]},
+        "prompt=task", TEXT),
     "responses and scores": ({"prompt": "Hi?", "responses": ["Yes.", "No."], "scores": [0.9, 0.2]}, "", TEXT),
     "the worse one first, nested": ({"q": "Hi?", "pair": {"bad": "No.", "good": "Yes."}},
                                     "prompt=q,chosen=pair.good,rejected=pair.bad", TEXT),

@@ -16,7 +16,7 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,10 +54,15 @@ class Layout(NamedTuple):
         """How many columns must be there."""
         return sum(needed for _, _, needed, _ in self.places)
 
-    def fits(self, record: Mapping, ignored: frozenset = frozenset()) -> bool:
-        """Whether a record has all the columns that it must have."""
-        return all(there(record, column) and column not in ignored and _is_built(value_at(record, column), built)
-                   for _, column, needed, built in self.places if needed)
+    def fits(self, record: Mapping, given: Collection[str] = ()) -> bool:
+        """Whether a record has all the columns that it must have; those of `given` fields under the fields' names."""
+        return all(there(record, column) and _is_built(value_at(record, column), built)
+                   for column, built in self.needed(record, given))
+
+    def needed(self, record: Mapping, given: Collection[str] = ()) -> list[tuple[str, str]]:
+        """(column, what it must be) of what a record must have, under the names that it then has."""
+        return [(field if field in given and field in record else column, built)
+                for field, column, needed, built in self.places if needed]
 
     def fields(self, record: Mapping) -> dict:
         """The fields of a record, by their names."""

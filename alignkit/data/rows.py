@@ -276,7 +276,7 @@ class _Scan:
         """Whether the replies of nearly all of the first rows begin with their prompts: one row alone may be an echo,
         "Hi" and "Hi there"."""
         twice = []
-        for record in filter(self._layout.fits, head):
+        for record in (record for record in head if self._layout.fits(record, self._given)):
             with contextlib.suppress(Fault, LeftOut, _Faults):
                 prompt, replies = self._normal(self._layout.row(self._fields(record)))
                 if isinstance(prompt, str) and replies:
@@ -287,8 +287,10 @@ class _Scan:
         """The layout that most of the first rows have, with the most columns; of the kind asked for or one above it."""
         kinds = ROW_KINDS[: ROW_KINDS.index(self.kind) + 1] if self.kind else ("pairs", "demonstrations")
 
-        def rank(layout: Layout) -> tuple[int, bool, int]:
-            return sum(map(layout.fits, head)), layout.kind == self.kind, layout.needs
+        def rank(layout: Layout) -> tuple[int, bool, int, int]:
+            fitting = sum(layout.fits(record, self._given) for record in head)
+            renamed = sum(field in self._given and column != field for field, column, _, _ in layout.places)
+            return fitting, layout.kind == self.kind, layout.needs, -renamed
 
         best = max((layout for layout in LAYOUTS if layout.kind in kinds), key=rank)
         return best if 2 * rank(best)[0] >= len(head) else None
@@ -378,7 +380,8 @@ class _Scan:
             return None, [record]
         if isinstance(record, dict) and self._layout is None:
             self._detect([record])
-        columns = [column for _, column, needed, _ in self._layout.places if needed] if self._layout else []
+        columns = [column for column, _ in self._layout.needed(record if isinstance(record, dict) else {}, self._given)
+                   ] if self._layout else []
         if not isinstance(record, dict):
             expected = f"an object with {', '.join(columns)}" if columns else "an object"
             return None, [Fault(f"is {_came(record)}, expected {expected}")]
