@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "configs": ["DPOConfig", "PPOConfig", "RewardConfig", "SFTConfig", "preset"],
     "data.encoding": ["ChatText", "encode_pair", "encode_pairs", "encode_text"],
+    "data.ends": ["end_after", "end_ids"],
     "data.labels": ["ChoiceLog", "choice_items"],
     "data.rows": ["check", "load_rows"],
     "desk.tiny": ["desk_tokenizer", "phrase_ids", "tiny_policy", "tiny_reward_model"],

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from alignkit.configs import RewardConfig
 from alignkit.data.encoding import encode_pairs
 from alignkit.data.ends import end_after
+from alignkit.data.own_template import in_own_template
 from alignkit.errors import ManifestError, NonFinite
 from alignkit.forward.precision import autocast
 from alignkit.forward.reading import token_values
@@ -164,6 +165,8 @@ def _import_from_here(module: str):
 
 
 def _ids(tokenizer, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt and response in a row, what ends a reply after them."""
+    """Token ids of each prompt and response in a row, what ends a reply after them; conversations that another model's
+    chat template wrote as the tokenizer's own template writes them."""
+    prompts, responses = in_own_template(tokenizer, prompts, responses)
     ends, pairs = [end_after(tokenizer, prompt) for prompt in prompts], encode_pairs(tokenizer, prompts, responses)[0]
     return [[*prompt, *response, end] for (prompt, response), end in zip(pairs, ends, strict=True)]

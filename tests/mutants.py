@@ -38,6 +38,20 @@ class Mutant:
 
 
 MUTANTS = [
+    Mutant("data/own_template.py", "prompts[place] = ChatText(texts[0], messages, own)", "pass",
+           "a reward model of another family reads the policy's template",
+           "test_own_template.py::test_it_reads_of_a_policy_s_conversation_the_ids_that_it_reads_of_its_own"),
+    Mutant("data/own_template.py", "and not special.search(responses[place])", "",
+           "special tokens that a policy spells out become real for another reward model",
+           "test_own_template.py::test_special_tokens_that_a_policy_spells_out_stay_text_in_the_other_family_too"),
+    Mutant("data/layouts.py", "sum(aspects.values()) / len(aspects)", "max(aspects.values())",
+           "the best aspect of an answer counts instead of their mean",
+           "test_real_inputs.py::test_raw_ultrafeedback_becomes_pairs_by_the_mean_of_its_aspects_or_by_one_of_them"),
+    Mutant("data/rows.py", "sum(twice) >= 0.9 * len(twice)", "any(twice)",
+           "one reply that echoes its prompt loses its beginning",
+           "test_real_inputs.py::test_replies_that_echo_a_short_prompt_in_some_rows_alone_stay_as_they_are"),
+    Mutant("runs/records.py", "facts |= reading", "pass", "a run goes on with data that is read in another way",
+           "test_real_inputs.py::test_columns_may_be_corrected_until_a_stage_has_finished_and_not_after"),
     # nothing is lost
     Mutant("runs/checkpoints.py", "if written.get(name) != file_hash(folder / name):",
            "if name not in written:", "a torn checkpoint is taken for whole",

@@ -190,7 +190,7 @@ DEMONSTRATIONS = {
 def normal(path, **options):
     """The rows of a file as (prompt, reply, …), conversations as lists of messages."""
     scan = _Scan(path, options.get("kind"), None, None, False, options.get("split"), options.get("columns"))
-    rows = [row for row, _ in scan if row]
+    rows = [{name: text for name, text in row.items() if name != "scores"} for row, _ in scan if row]
     return [tuple(json.loads(text) if text.startswith('[{"role"') else text for text in row.values()) for row in rows]
 
 

@@ -51,8 +51,8 @@ def test_the_desk_world_goes_through_and_a_second_call_trains_nothing_again(tmp_
 def test_it_stops_where_the_reward_model_ranks_like_a_coin_and_goes_on_when_told_to(shared, tmp_path):
     run, refusals = tmp_path / "run", tmp_path / "xstest.csv"
     refusals.write_text(REFUSALS, encoding="utf-8")
-    given = SMALL | {"model": str(shared / "models" / "stories260K"), "pairs": 64, "heldout_pairs": 40,
-                     "data": str(shared / "data" / "hh_rlhf_harmless.jsonl.gz"), "max_length": 192, "max_new_tokens": 16}
+    given = SMALL | {"model": str(shared / "models" / "stories260K"), "max_length": 192, "max_new_tokens": 16,
+                     "data": str(shared / "data" / "hh_rlhf_harmless.jsonl.gz"), "pairs": 64, "heldout_pairs": 40}
     with pytest.raises(NotebookFailed, match="The reward model cannot be told from a coin: it ranks .* despite_chance"):
         run_notebook(NOTEBOOK, run, given, progress=False)
     assert not (run / "ppo").exists()

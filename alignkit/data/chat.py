@@ -128,17 +128,23 @@ class ChatTemplate:
         return content.decode("utf-8", "surrogatepass")
 
 
-def chat_template_of(tokenizer) -> ChatTemplate:
-    """The chat template of a tokenizer, ready to render; the process of the template before it is ended.
-
-    Raises Fault if the tokenizer has none that is text, or several and no default.
-    """
+def template_text(tokenizer) -> str:
+    """The chat template of a tokenizer. Raises Fault if it has none that is text, or several and no default."""
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:
         raise Fault(f"the chat template cannot be used: {error}") from None
     if not isinstance(template, str):
         raise Fault("the chat template cannot be used: it is no text")
+    return template
+
+
+def chat_template_of(tokenizer) -> ChatTemplate:
+    """The chat template of a tokenizer, ready to render; the process of the template before it is ended.
+
+    Raises Fault as `template_text`.
+    """
+    template = template_text(tokenizer)
     tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     key = template, tuple(tokens.items())
     if key not in _latest or not _latest[key].alive:

@@ -8,9 +8,16 @@ class ChatText(str):
     """Text that a chat template rendered: the special tokens in it are real, and BOS is the template's business.
 
     `encode_text` is the reader of the difference: in any other text a string like "</s>" stays text.
+    messages: what was rendered, if that is known; template: the chat template that did. A model of another family
+    renders the messages with its own (`data.own_template`).
     """
 
-    __slots__ = ()
+    __slots__ = ("messages", "template")
+
+    def __new__(cls, text: str, messages: list[dict] | None = None, template: str | None = None):
+        made = super().__new__(cls, text)
+        made.messages, made.template = messages, template
+        return made
 
 
 def encode_text(tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 
-from alignkit.data.chat import REASONING
+from alignkit.data.chat import REASONING, template_text
 from alignkit.data.encoding import ChatText
 from alignkit.data.ends import without_end
 from alignkit.data.files import LINE_LIMIT, Fault
@@ -18,6 +18,7 @@ LONGEST_PYTHON = 2**20  # characters of a list of messages in Python's notation
 OPENING = 200  # characters at the end of a rendered prompt that may hold the beginning of a reply
 _ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant",
           "model": "assistant", "developer": "system", "user": "user", "assistant": "assistant", "system": "system"}
+_TOOL_ROLES = ("function_call", "observation", "function_response")  # of LLaMA-Factory, and of Hermes
 _KEY = re.compile(r"""["'](role|from|messages|conversations)["']\s*:""")
 _MESSAGES = re.compile(r"""[\[{]\s*\{?\s*["'](role|from|content|value|messages|conversations)["']\s*:""")
 
@@ -51,9 +52,22 @@ def _check_messages(value: list, field: str) -> list[dict]:
     for number, message in enumerate(value, 1):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise Fault(f"message {number} is {_came(message)}, expected an object with role and content", field)
-        _check_text(message["role"], f"{field}: role of message {number}")
+        role = _check_text(message["role"], f"{field}: role of message {number}")
+        if role in _TOOL_ROLES:
+            raise Fault(f"is {role!r}: calls of tools are not read (left out on purpose)",
+                        f"{field}: role of message {number}")
+        if kinds := _other_parts(message["content"]):
+            raise Fault(f"is a list with {kinds}, expected text alone: nothing else is read",
+                        f"{field}: content of message {number}")
         _check_text(message["content"], f"{field}: content of message {number}")
     return value
+
+
+def _other_parts(content: object) -> str:
+    """What the parts of a message are that are no text, such as "image_url"; "" if it has no such parts."""
+    parts = content if isinstance(content, list) else []
+    return ", ".join(dict.fromkeys(repr(part["type"])[:40] for part in parts
+                                   if isinstance(part, dict) and part.get("type", "text") != "text"))
 
 
 def as_messages(value: object, field: str, tags: dict[str, str] | None = None) -> object:
@@ -144,6 +158,19 @@ def _is_chat(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
 
 
+def without_prompt(prompt: str | list, replies: list) -> list[str]:
+    """Replies that all begin with the whole prompt, without it; [] if they do not, or are messages."""
+    texts = isinstance(prompt, str) and bool(prompt.strip()) and bool(replies)
+    return [reply[len(prompt):] for reply in replies] if texts and all(
+        reply.startswith(prompt) for reply in replies) else []
+
+
+def is_untrained(reply: str | dict) -> bool:
+    """Whether a message says that it is not to be learned: OpenAI's weight of 0, axolotl's train or training."""
+    return isinstance(reply, dict) and (reply.get("weight") == 0 or reply.get("train", True) is False
+                                        or reply.get("training", True) is False)
+
+
 def _split_texts(texts: dict[str, str]) -> tuple[str, list[str]]:
     """Prompt and responses of a row of text fields; the prompt of whole dialogues is what they share."""
     if "text" in texts:  # one text: a dialogue is cut before its last reply
@@ -210,6 +237,8 @@ def _split_chat(values: dict[str, object], before: list[dict]) -> tuple[list[dic
     if not all(_is_reply(rest) for rest in rests) and _is_part(prompt, shared):  # it repeats some of what they share
         prompt, rests = shared, [chat[len(shared):] for chat in chats.values()]
     prompt = _with(before, prompt)
+    if [message["role"] for rest in rests for message in rest] == ["user"] and "messages" in chats:
+        raise Fault("ends with a user's message, expected the assistant's reply after it", "messages")
     if not prompt or prompt[-1]["role"] == "assistant":
         raise Fault("the prompt, the messages before the reply, is empty or ends with an assistant message")
     for name, rest in zip(chats, rests, strict=True):
@@ -308,12 +337,13 @@ def _check_special(special: re.Pattern, messages: list[dict]) -> None:
             raise Fault(f"message {number} contains {token[0]!r}, which the chat template would make a real token")
 
 
-def _rendered(tokenizer, texts: list[str] | Fault) -> tuple[ChatText, list[ChatText]]:
+def _rendered(tokenizer, prompt: list[dict], texts: list[str] | Fault) -> tuple[ChatText, list[ChatText]]:
     """Prompt and replies as a chat template wrote them, the replies without what ends them."""
     if isinstance(texts, Fault):
         raise texts
     head, *endings = map(_check_rendered, texts)
-    return ChatText(head), [ChatText(without_end(tokenizer, ending)) for ending in endings]
+    return (ChatText(head, prompt, template_text(tokenizer)),
+            [ChatText(without_end(tokenizer, ending)) for ending in endings])
 
 
 def _check_rendered(text: str) -> str:

@@ -1,6 +1,7 @@
 """Prompts and replies cut to what a model can read, at token boundaries."""
 
 from alignkit.data.encoding import ChatText, encode_pair, encode_pairs, encode_text, encode_texts
+from alignkit.data.fields import REPLIES
 from alignkit.data.rows import Rows
 from alignkit.errors import DataError
 
@@ -15,16 +16,18 @@ def fit_rows(rows: Rows, tokenizer, limit: int, max_new_tokens: int) -> tuple[li
         shortened[prompt] = prompt if fits else _end_of(tokenizer, prompt, limit - max_new_tokens)
     prompts = [shortened[row["prompt"]] for row in rows]
     columns = {"prompt": prompts}
-    for name in [name for name in rows[0] if name != "prompt"]:
+    replies = [name for name in rows[0] if name in REPLIES]
+    for name in replies:
         columns[name] = [row[name] for row in rows]
         pairs, _ = encode_pairs(tokenizer, prompts, columns[name])
         for index, (head, ids) in enumerate(pairs):
             if len(head) + len(ids) >= limit:
                 room = limit - len(head) - 1
                 columns[name][index] = _start_of(tokenizer, prompts[index], columns[name][index], room)
-    fitted = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    fitted = [{**row, **dict(zip(columns, texts, strict=True))}
+              for row, texts in zip(rows, zip(*columns.values(), strict=True), strict=True)]
     cut_prompts = sum(new["prompt"] != row["prompt"] for new, row in zip(fitted, rows, strict=True))
-    cut_responses = sum(any(new[name] != row[name] for name in row if name != "prompt")
+    cut_responses = sum(any(new[name] != row[name] for name in replies)
                         for new, row in zip(fitted, rows, strict=True))
     if rows.kind == "pairs":
         fitted = [row for row in fitted if row["chosen"].strip() != row["rejected"].strip()]
@@ -51,8 +54,9 @@ def _end_of(tokenizer, prompt: str, limit: int) -> str:
     offsets = _offsets(tokenizer, prompt)
     bos = tokenizer.bos_token or ""
     front = bos if isinstance(prompt, ChatText) and prompt.startswith(bos) else ""
+    told = (prompt.messages, prompt.template) if isinstance(prompt, ChatText) else ()
     for kept in range(min(limit, len(offsets)), 0, -1):
-        piece = type(prompt)(front + prompt[offsets[-kept][0]:])
+        piece = type(prompt)(front + prompt[offsets[-kept][0]:], *told)
         if len(encode_text(tokenizer, piece)) <= limit:
             return piece
     raise DataError(f"no end of the prompt {prompt[:40]!r} fits in {limit} tokens")

@@ -2,18 +2,21 @@
 
 LAYOUTS is a table; to read another layout, add a line to it. `columns` names the fields of a row and, where it has
 another name, the column of each: `prompt=question`, `prompt=input.messages` (inside an object), `system?` (may be
-missing), `answers[]` (its value is a list). `read`, where it is given, makes prompt, chosen and rejected, or prompt and
-completion, of other fields. Of several layouts that fit, the one with the most columns is taken, then the first.
+missing), `answers[]` (its value is a list), `answers[{}]` (a list of objects; it may have been saved as text). `read`,
+where it is given, makes prompt, chosen and rejected, or prompt and completion, of other fields. Of several layouts that
+fit, the one with the most columns is taken, then the first.
 
 The fields: prompt, input (goes behind the prompt), system, history (pairs of question and answer, or messages), tools,
 chosen, rejected, completion, messages, text.
 """
 
+import ast
+import contextlib
 import difflib
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +40,8 @@ class Layout(NamedTuple):
     together: str = ""
 
     @property
-    def places(self) -> tuple[tuple[str, str, bool, bool], ...]:
-        """(field, column, whether it must be there, whether it must be a list) of each."""
+    def places(self) -> tuple[tuple[str, str, bool, str], ...]:
+        """(field, column, whether it must be there, "" or what it must be: a "list", "objects" in a list) of each."""
         return _places(self.columns)
 
     @property
@@ -51,14 +54,21 @@ class Layout(NamedTuple):
         """How many columns must be there."""
         return sum(needed for _, _, needed, _ in self.places)
 
-    def fits(self, record: Mapping, ignored: frozenset = frozenset()) -> bool:
-        """Whether a record has all the columns that it must have."""
-        return all(there(record, column) and column not in ignored and not (listed and not _is_list(record, column))
-                   for _, column, needed, listed in self.places if needed)
+    def fits(self, record: Mapping, given: Collection[str] = ()) -> bool:
+        """Whether a record has all the columns that it must have; those of `given` fields under the fields' names."""
+        return all(there(record, column) and _is_built(value_at(record, column), built)
+                   for column, built in self.needed(record, given))
+
+    def needed(self, record: Mapping, given: Collection[str] = ()) -> list[tuple[str, str]]:
+        """(column, what it must be) of what a record must have, under the names that it then has."""
+        return [(field if field in given and field in record else column, built)
+                for field, column, needed, built in self.places if needed]
 
     def fields(self, record: Mapping) -> dict:
         """The fields of a record, by their names."""
-        return {field: value_at(record, column) for field, column, _, _ in self.places if there(record, column)}
+        values = {field: value_at(record, column) for field, column, _, _ in self.places if there(record, column)}
+        return values | {field: objects for field, _, _, built in self.places
+                         if built == "objects" and (objects := objects_in(values.get(field)))}
 
     def row(self, fields: dict) -> dict:
         """What `read` makes of the fields. Raises Fault for one that is built in another way, LeftOut for one that says
@@ -101,20 +111,47 @@ def by_score(fields: dict) -> dict:
 
 
 def best_and_worst(fields: dict) -> dict:
-    """Of `answers`, objects with a text and a rank or a score, the best is chosen and the worst rejected."""
-    marked = []
+    """Of `answers`, objects with a text and marks, the best is chosen and the worst rejected.
+
+    The mark that counts is the one that `score` names, or else the first of _SCORES that an answer has, or the mean of
+    its aspects. All marks of the two are kept as `scores`: {"chosen": {mark: number}, "rejected": …}.
+    """
+    asked, marked = fields.get("score"), []
     for number, answer in enumerate(fields["answers"], 1):
         text = next((answer[name] for name in _TEXTS if name in answer), None) if isinstance(answer, dict) else None
-        rank = next((answer[name] for name in _SCORES if answer.get(name) is not None), None) if text else None
-        if rank is None:
-            raise Fault(f"answer {number} has no text ({', '.join(_TEXTS)}) and mark ({', '.join(_SCORES)})", "answers")
-        name = next(name for name in _SCORES if answer.get(name) is not None)
-        marked.append((_number({name: rank}, name) * (-1 if name == "rank" else 1), text))
-    if len({mark for mark, _ in marked}) < 2:
+        marks = marks_of(answer, asked) if text is not None else {}
+        if not marks or (asked and asked not in marks):
+            lacks = f"mark {asked!r}, only {', '.join(marks)}" if marks else f"text ({', '.join(_TEXTS)}) and mark"
+            raise Fault(f"answer {number} has no {lacks}", "answers")
+        own = {*answer, "mean"} & marks.keys()  # of the aspects that were annotated the mean decides
+        name = asked or next((name for name in _SCORES if name in own), "mean")
+        marked.append((-marks[name] if name == "rank" else marks[name], text, marks))
+    if len({mark for mark, _, _ in marked}) < 2:
         raise LeftOut("fewer than two answers, or none is better")
-    marks = [mark for mark, _ in marked]
-    chosen, rejected = (marked[marks.index(pick(marks))][1] for pick in (max, min))
-    return _pair({**fields, "first": chosen, "second": rejected}, "first", "second")
+    chosen, rejected = (pick(marked, key=lambda each: each[0]) for pick in (max, min))
+    return {**_pair({**fields, "first": chosen[1], "second": rejected[1]}, "first", "second"),
+            "scores": {"chosen": chosen[2], "rejected": rejected[2]}}
+
+
+def side_by_side(fields: dict) -> dict:
+    """Replies in one list and their marks in another, as distilabel writes them; those without a mark are left out."""
+    replies, marks = fields["replies"], fields["marks"]
+    if len(replies) != len(marks):
+        raise Fault(f"is a list of {len(marks)}, expected one of {len(replies)} as the replies", "marks")
+    return best_and_worst({**fields, "answers": [{"text": reply, "score": mark} for reply, mark
+                                                 in zip(replies, marks, strict=True) if mark is not None]})
+
+
+def marks_of(answer: Mapping, asked: str | None = None) -> dict[str, float]:
+    """The numbers by which an answer was judged: its own (_SCORES, _ASPECTS and the one that is asked for), the Rating
+    of each aspect of its `annotations` that has one (UltraFeedback's may be N/A), and as "mean" the mean of these.
+    Raises Fault for a mark of its own that is no number."""
+    marks = {name: _number(answer, name) for name in (*_SCORES, *_ASPECTS, asked) if answer.get(name) is not None}
+    rated = {name: str(aspect.get("Rating")).strip() for name, aspect in (answer.get("annotations") or {}).items()
+             if isinstance(aspect, Mapping)}
+    aspects = {name: float(rating) for name, rating in rated.items() if re.fullmatch(r"\d+(\.\d+)?", rating)}
+    mean = {"mean": sum(aspects.values()) / len(aspects)} if aspects else {}
+    return {**mean, **aspects, **marks}
 
 
 def only_good(fields: dict) -> dict:
@@ -184,12 +221,34 @@ def first_fork(fields: dict) -> dict:
         taken = step["completions"][number] if number is not None else step.get("human_completion")
         if not taken:
             break
-        before.append(taken["text"])
+        before.append(taken["text"] if isinstance(taken, dict) else taken)
     raise LeftOut("no step has both a right and a wrong continuation")
 
 
+LONGEST_LIST = 2**20  # characters of a list that was saved as text
 _TEXTS = ("answer", "text", "response", "content", "output")
-_SCORES = ("rank", "pm_score", "helpfulness", "fine-grained_score", "overall_score", "score", "rating")
+# What decides, the first that is there. UltraFeedback's fine-grained_score is the mean of its aspects; overall_score
+# comes behind it, since it is 10 also of some of the worst answers (argilla's card of ultrafeedback-binarized).
+_SCORES = ("rank", "pm_score", "helpfulness", "fine-grained_score", "mean", "overall_score", "score", "rating")
+_ASPECTS = ("correctness", "coherence", "complexity", "verbosity")
+# Where columns and the values of labels were checked:
+#   TRL, KTO                  TRL's page "Dataset formats and types"
+#   UltraFeedback             README of OpenBMB/UltraFeedback (completions, annotations, Rating); fine-grained_score and
+#                             ultrafeedback_binarized from memory; argilla's binarized: its card
+#   Nectar, WebGPT            their cards (rank 1 is the best; an answer is preferred if its score is positive)
+#   SHP-2                     readers of several repositories: labels 1 means A; the card's own words were not seen
+#   HelpSteer2, HelpSteer3    a published row and cards made of them: below 0 the first is better; aspects from readers
+#   PKU-SafeRLHF              open-instruct's reader; -1 for a tie from memory
+#   Chatbot Arena             readers of several repositories (winner: model_a, model_b, tie, tie (bothbad)); the file
+#                             of 55k and both_bad from memory
+#   PRM800K                   README of openai/prm800k
+#   OpenAI preferences        OpenAI's guide "Direct preference optimization"
+#   LLaMA-Factory             data/README.md of hiyouga/LLaMA-Factory
+#   axolotl, Intel Orca       docs/rlhf.qmd of axolotl-ai-cloud/axolotl (chatml.intel, .icr, .argilla, chat_template)
+#   ms-swift                  its page "Custom dataset" (messages, rejected_response, label); the other two from memory
+#   distilabel                the card of a set that it made (generations, ratings); Capybara from memory
+#   stack-exchange            the card of -preferences (what the score is); names of columns from memory
+#   OpenAI summaries, argilla Orca, Tulu, dolly, sharegpt    from memory
 LAYOUTS = (
     Layout("prompt, chosen, rejected (TRL, UltraFeedback, Tülu)", "pairs",
            "prompt chosen rejected input? system? history?"),
@@ -206,10 +265,13 @@ LAYOUTS = (
     Layout("prompt, chosen_response, rejected_response", "pairs",
            "prompt chosen=chosen_response rejected=rejected_response system?"),
     Layout("stack-exchange-paired", "pairs", "prompt=question chosen=response_j rejected=response_k"),
-    Layout("stack-exchange-preferences", "pairs", "prompt=question answers[]", best_and_worst),
-    Layout("Nectar", "pairs", "prompt answers[]", best_and_worst),
-    Layout("UltraFeedback", "pairs", "prompt=instruction answers=completions[]", best_and_worst),
-    Layout("HelpSteer, HelpSteer2", "pairs", "prompt response helpfulness answers[]?", best_and_worst,
+    Layout("stack-exchange-preferences", "pairs", "prompt=question answers[{}]", best_and_worst),
+    Layout("Nectar", "pairs", "prompt answers[{}]", best_and_worst),
+    Layout("UltraFeedback", "pairs", "prompt=instruction answers=completions[{}]", best_and_worst),
+    Layout("distilabel UltraFeedback", "pairs", "prompt=instruction replies=generations[] marks=ratings[]",
+           side_by_side),
+    Layout("responses, scores", "pairs", "prompt replies=responses[] marks=scores[]", side_by_side),
+    Layout("HelpSteer, HelpSteer2", "pairs", "prompt response helpfulness answers[{}]?", best_and_worst,
            together="prompt"),
     Layout("HelpSteer2-preference", "pairs",
            "prompt first=response_1 second=response_2 better=preference_strength",
@@ -221,7 +283,8 @@ LAYOUTS = (
     Layout("PKU-SafeRLHF", "pairs", "prompt first=response_0 second=response_1 better=better_response_id",
            better(first="0", second="1", tie="-1")),
     Layout("first, second, better", "pairs", "prompt first second better system? history?",
-           better(first="first|a|A|model_a", second="second|b|B|model_b", tie="tie")),
+           better(first="first|a|A|model_a|response_a|answer_a|response_1|answer_1",
+                  second="second|b|B|model_b|response_b|answer_b|response_2|answer_2", tie="tie|both|neither|equal")),
     Layout("Chatbot Arena", "pairs", "first=conversation_a second=conversation_b better=winner", arena),
     Layout("Chatbot Arena, 55k", "pairs",
            "prompt first=response_a second=response_b a=winner_model_a b=winner_model_b winner_tie?", arena_lists),
@@ -232,17 +295,25 @@ LAYOUTS = (
            better(first="0", second="1")),
     Layout("OpenAI preferences", "pairs",
            "prompt=input.messages chosen=preferred_output rejected=non_preferred_output tools=input.tools?"),
-    Layout("ms-swift", "pairs", "messages[] rejected=rejected_response", last_is_chosen),
+    Layout("ms-swift", "pairs", "messages[{}] rejected=rejected_response", last_is_chosen),
     Layout("ms-swift, query", "pairs", "prompt=query chosen=response rejected=rejected_response system? history?"),
-    Layout("ms-swift, messages", "pairs", "messages[] rejected=rejected_messages", last_is_chosen),
-    Layout("PRM800K", "pairs", "prompt=question.problem steps=label.steps[]", first_fork),
+    Layout("ms-swift, messages", "pairs", "messages[{}] rejected=rejected_messages", last_is_chosen),
+    Layout("PRM800K", "pairs", "prompt=question.problem steps=label.steps[{}]", first_fork),
     Layout("KTO", "demonstrations", "prompt completion label system?", only_good),
     Layout("KTO, response", "demonstrations", "prompt completion=response label system?", only_good),
     Layout("KTO, messages", "demonstrations", "messages label system?", only_good),
     Layout("KTO, LLaMA-Factory", "demonstrations", "messages label=kto_tag system?", only_good),
+    Layout("KTO, LLaMA-Factory sharegpt", "demonstrations", "messages=conversations label=kto_tag system? tools?",
+           only_good),
+    Layout("KTO, LLaMA-Factory alpaca", "demonstrations",
+           "prompt=instruction input? completion=output label=kto_tag system? history?", only_good),
+    Layout("KTO, axolotl argilla", "demonstrations", "prompt=instruction completion label system?", only_good),
+    Layout("KTO, axolotl intel", "demonstrations", "prompt=question completion label system?", only_good),
     Layout("prompt, completion (TRL)", "demonstrations", "prompt completion input? system? history?"),
     Layout("prompt, response", "demonstrations", "prompt completion=response system? history?"),
     Layout("alpaca", "demonstrations", "prompt=instruction input? completion=output system? history?"),
+    Layout("axolotl argilla, one reply", "demonstrations", "prompt=instruction completion system?"),
+    Layout("axolotl intel, one reply", "demonstrations", "prompt=question completion system?"),
     Layout("dolly", "demonstrations", "prompt=instruction input=context completion=response"),
     Layout("messages", "demonstrations", "messages system? tools?"),
     Layout("sharegpt", "demonstrations", "messages=conversations system? tools?"),
@@ -295,12 +366,13 @@ def _number(fields: dict, name: str) -> float:
 _cache: dict[str, tuple] = {}
 
 
-def _places(columns: str) -> tuple[tuple[str, str, bool, bool], ...]:
+def _places(columns: str) -> tuple[tuple[str, str, bool, str], ...]:
     if columns not in _cache:
         places = []
         for each in columns.split():
-            field, _, column = each.rstrip("?[]").partition("=")
-            places.append((field, column or field, not each.endswith("?"), "[]" in each))
+            field, _, column = each.rstrip("?[]{}").partition("=")
+            built = "objects" if "[{}]" in each else "list" if "[]" in each else ""
+            places.append((field, column or field, not each.endswith("?"), built))
         _cache[columns] = tuple(places)
     return _cache[columns]
 
@@ -327,9 +399,20 @@ def there(record: Mapping, column: str) -> bool:
     return column in record or value_at(record, column) is not None
 
 
-def _is_list(record: Mapping, column: str) -> bool:
-    value = value_at(record, column)
-    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
+def _is_built(value: object, built: str) -> bool:
+    return not built or isinstance(value, list) or (built == "objects" and bool(objects_in(value)))
+
+
+def objects_in(text: object) -> list[dict]:
+    """The objects of a list that was saved as text, in JSON or as Python writes it (a table saved as CSV); [] if the
+    text is no such list: a list of numbers or words may be what somebody answered."""
+    if not isinstance(text, str) or not re.match(r"\s*\[\s*\{", text) or len(text) > LONGEST_LIST:
+        return []
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = read(text.strip())
+            return value if isinstance(value, list) and all(isinstance(each, dict) for each in value) else []
+    return []
 
 
 def is_empty(value: object) -> bool:
@@ -381,8 +464,9 @@ def described(source: object) -> tuple[dict[str, str], dict[str, str]]:
 _FACTORY = {"query": "input", "response": "completion", "kto_tag": "label"}
 _FACTORY_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
                  "system_tag": "system"}
-FIELDS = tuple(dict.fromkeys(
-    name for layout in LAYOUTS for field, column, _, _ in layout.places for name in (field, column) if "." not in name))
+FIELDS = (*dict.fromkeys(
+    name for layout in LAYOUTS for field, column, _, _ in layout.places for name in (field, column) if "." not in name),
+    "score")  # which mark of several answers counts
 
 
 # --- what a column seems to carry ------------------------------------------------------------------------------------
@@ -397,7 +481,8 @@ _CARRIED = (  # what it is, the words of a name that say so, the types of its va
      (str, list, dict, bytes)),
     ("answers", "answer answers response responses reply replies output outputs completion completions generation "
                 "generations chosen rejected preferred summary summaries solution solutions truth messages "
-                "conversation conversations dialogue dialog", (str, list, dict)),
+                "conversation conversations dialogue dialog win lose loser pos neg positive negative good bad better "
+                "worse best worst", (str, list, dict)),
 )
 _ABOUT = frozenset([
     "id", "ids", "uid", "uuid", "score", "scores", "rating", "ratings", "model", "models", "source", "sources",
@@ -418,19 +503,33 @@ def carries(name: str, value: object) -> str:
     return "answers" if name == "text" and isinstance(value, str) else ""
 
 
+def is_prose(name: str, value: object) -> bool:
+    """Whether a column holds sentences and its name does not say that they are about something else."""
+    about = set(re.findall("[a-z]+", name.lower())) & _ABOUT
+    return isinstance(value, str) and not about and bool(re.search(r"\S\s+\S+\s+\S|[.!?]\s*$", value))
+
+
 @functools.lru_cache(1024)
 def _told_by(name: str) -> tuple[tuple[str, tuple], ...]:
     """What the words of a column's name say that it carries, each with the types that its values then have."""
-    words = set(re.findall("[a-z]+|[0-9]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower()))
+    listed = re.findall("[a-z]+|[0-9]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower())
+    words, last = set(listed), listed[-1] if listed else ""
     return tuple((what, types) for what, marks, types in _CARRIED if words & set(marks.split())
-                 and not words & _ABOUT - ({"id", "ids", "score"} if what == "labels" else set()))
+                 and (not words & _ABOUT - ({"id", "ids", "score"} if what == "labels" else set())
+                      or (what == "answers" and last in marks.split())))  # model_response is one, response_model not
 
 
 def guess(names: set[str]) -> str:
     """What --columns might be for columns of these names."""
     asked = sorted(name for name in names if carries(name, "text") == "part of the prompt")
     replies = sorted(name for name in names if carries(name, "text") == "answers")
+    verdicts = sorted(name for name in names if carries(name, "text") == "labels")
     prompt = asked[0] if asked else "…"
+    talks = [name for name in replies if re.search("dialog|conversation|messages", name.lower())]
+    if len(talks) == 1 and not asked:
+        return f"messages={talks[0]}"
+    if len(replies) == 2 and len(verdicts) == 1:  # which of the two is better is not in their names
+        return f"prompt={prompt},first={replies[0]},second={replies[1]},better={verdicts[0]}"
     if len(replies) == 1:
         return f"prompt={prompt},completion={replies[0]}"
     chosen, rejected = replies if len(replies) == 2 else ("…", "…")

@@ -3,7 +3,8 @@
 A source is a local file (JSON lines, a JSON array, CSV or Parquet, each also gzipped), a folder written by
 `datasets.save_to_disk`, or the id of a Hugging Face Hub data set. What comes out is plain text rows:
 
-    pairs            {"prompt", "chosen", "rejected"}
+    pairs            {"prompt", "chosen", "rejected"}   (and "scores" where they come with several: of chosen and of
+                                                        rejected, each aspect by its name)
     demonstrations   {"prompt", "completion"}           (of plain text the prompt is "")
     prompts          {"prompt"}
 
@@ -16,6 +17,7 @@ Left out on purpose: already tokenised data, tool calls, images, and any code th
 """
 
 import collections
+import contextlib
 import hashlib
 import itertools
 import json
@@ -37,9 +39,11 @@ from alignkit.data.fields import (
     _split_chat,
     _split_texts,
     as_messages,
+    is_untrained,
     left_out_of,
     lost_in,
     messages_before,
+    without_prompt,
 )
 from alignkit.data.files import LINE_LIMIT, Fault, records
 from alignkit.data.layouts import (
@@ -53,6 +57,7 @@ from alignkit.data.layouts import (
     described,
     guess,
     is_empty,
+    is_prose,
     repeats,
     there,
     value_at,
@@ -131,11 +136,20 @@ class Report:
                           f"{self.source}: {what}: {counts}: {'ok' if self.ok else 'not ok'}"])
 
 
+class _Texts(NamedTuple):
+    """Prompt and replies of a record, and what the replies were judged by."""
+
+    prompt: str
+    replies: list[str]
+    scores: dict
+
+
 class _Chat(NamedTuple):
     """A conversation that waits for its chat template."""
 
     prompt: list[dict]
     replies: list[dict]
+    scores: dict
 
 
 class _Scan:
@@ -153,11 +167,13 @@ class _Scan:
         self._special = _special_pattern(tokenizer) if tokenizer is not None else None
         self._given = columns_of(columns)
         described_columns, self._tags = described(source)
+        self._score = self._given.pop("score", None)  # a mark of several answers, no column
         self._columns = {**described_columns, **self._given}
         self._unit, self._records = records(source, split)
         self._records = ((line, self._renamed(record)) for line, record in self._records)
         self._met: set[str] = set()  # fields for which a column was there
         self._layout: Layout | None = None
+        self._prompt_twice = False  # whether the replies of the first rows begin with their prompts
         self._conversational = False  # whether the first rows have a system prompt or a history
         self._common: set[str] = set()  # columns that most of the first rows have
         self._seen: set[bytes] = set()
@@ -247,17 +263,34 @@ class _Scan:
         heads = [{name: record[name] for name in record if self._unit == "line" or name in filled} for record in head]
         full = [{name: record[name] for name in record if name in filled} for record in head]
         self._layout = self._fitting(full) or self._nearest(heads, names)
+        if self._score and "answers" not in self._layout.names:
+            raise Fault(f"--columns score={self._score} says which mark of several answers counts, and this data has "
+                        f"no answers with marks; the columns are {names}")
         self.kind = self.kind or self._layout.kind
+        self._prompt_twice = self._repeats_prompt(head)
         self._conversational = any(map(self._begins, head))
         self._common = {name for name in filled
                         if 2 * sum(not is_empty(record.get(name)) for record in head) >= len(head)}
+
+    def _repeats_prompt(self, head: list[dict]) -> bool:
+        """Whether the replies of nearly all of the first rows begin with their prompts: one row alone may be an echo,
+        "Hi" and "Hi there"."""
+        twice = []
+        for record in (record for record in head if self._layout.fits(record, self._given)):
+            with contextlib.suppress(Fault, LeftOut, _Faults):
+                prompt, replies = self._normal(self._layout.row(self._fields(record)))
+                if isinstance(prompt, str) and replies:
+                    twice.append(bool(without_prompt(prompt, replies)))
+        return bool(twice) and sum(twice) >= 0.9 * len(twice)
 
     def _fitting(self, head: list[dict]) -> Layout | None:
         """The layout that most of the first rows have, with the most columns; of the kind asked for or one above it."""
         kinds = ROW_KINDS[: ROW_KINDS.index(self.kind) + 1] if self.kind else ("pairs", "demonstrations")
 
-        def rank(layout: Layout) -> tuple[int, bool, int]:
-            return sum(map(layout.fits, head)), layout.kind == self.kind, layout.needs
+        def rank(layout: Layout) -> tuple[int, bool, int, int]:
+            fitting = sum(layout.fits(record, self._given) for record in head)
+            renamed = sum(field in self._given and column != field for field, column, _, _ in layout.places)
+            return fitting, layout.kind == self.kind, layout.needs, -renamed
 
         best = max((layout for layout in LAYOUTS if layout.kind in kinds), key=rank)
         return best if 2 * rank(best)[0] >= len(head) else None
@@ -306,13 +339,14 @@ class _Scan:
     def _finished(self, waiting: list[tuple]) -> Iterator[tuple[dict | None, list[Problem]]]:
         """The rows of records that were split, the conversations among them rendered together: (row, problems)."""
         chats = [parts for _, parts, _ in waiting if isinstance(parts, _Chat)]
-        texts = iter(chat_template_of(self.tokenizer).render(chats) if chats else ())
+        texts = iter(chat_template_of(self.tokenizer).render([chat[:2] for chat in chats]) if chats else ())
         for line, parts, faults in waiting:
             row = None
             try:
                 if isinstance(parts, _Chat):
-                    chat, parts = parts, _rendered(self.tokenizer, next(texts))
-                    self._check_kept(line, chat, *parts)
+                    chat, texts_of = parts, _rendered(self.tokenizer, parts.prompt, next(texts))
+                    self._check_kept(line, chat, *texts_of)
+                    parts = _Texts(*texts_of, chat.scores)
                 row = self._finish(line, *parts) if parts else None
             except Fault as fault:
                 faults = [fault]
@@ -340,13 +374,14 @@ class _Scan:
                 where = "at the ends of" if change == "ends" else "inside"
                 self._note(f"the chat template changes the spaces {where} replies", line)
 
-    def _split(self, line: int, record: object) -> tuple["tuple[str, list[str]] | _Chat | None", list[Fault]]:
+    def _split(self, line: int, record: object) -> tuple[_Texts | _Chat | None, list[Fault]]:
         """Prompt and responses of a record, as texts or as the messages of a `_Chat`; or why it has none."""
         if isinstance(record, Fault):
             return None, [record]
         if isinstance(record, dict) and self._layout is None:
             self._detect([record])
-        columns = [column for _, column, needed, _ in self._layout.places if needed] if self._layout else []
+        columns = [column for column, _ in self._layout.needed(record if isinstance(record, dict) else {}, self._given)
+                   ] if self._layout else []
         if not isinstance(record, dict):
             expected = f"an object with {', '.join(columns)}" if columns else "an object"
             return None, [Fault(f"is {_came(record)}, expected {expected}")]
@@ -362,10 +397,17 @@ class _Scan:
             return None, faults + _text_faults({name: value for name, value in fields.items()
                                                 if value is not None and not isinstance(value, (list, dict))})
         try:
-            prompt, replies = self._normal(self._layout.row(fields))
+            fields = self._layout.row({**fields, "score": self._score} if self._score else fields)
+            prompt, replies = self._normal(fields)
+            if self.kind == "demonstrations" and any(map(is_untrained, replies)):
+                raise LeftOut("its reply is marked as not to be trained on")
+            if self._prompt_twice and (rest := without_prompt(prompt, replies)):
+                replies = rest
+                self._note("the replies repeat the prompt, which is cut off them", line)
             self._check_unused(line, record, unused, prompt, replies)
             replies = replies[:len(_NAMES[self.kind])]
-            return (self._chat(prompt, replies) if isinstance(prompt, list) else (prompt, replies)), []
+            scores = fields.get("scores", {}) if self.kind == "pairs" else {}
+            return (self._chat if isinstance(prompt, list) else _Texts)(prompt, replies, scores), []
         except LeftOut as reason:
             self.left_out += 1
             self._note(f"left out, {reason}", line)
@@ -399,6 +441,8 @@ class _Scan:
         """Fault if a column that seems to matter is not used, and does not say what prompt and replies say."""
         for name in unused:
             what = carries(name, record[name])
+            if not what and self._layout.kind == "prompts" and not self._told and is_prose(name, record[name]):
+                what = "answers"
             if what in ("answers", "labels") and (self._told or (self._layout.kind == "pairs" and name in SPARE)):
                 what = ""
             if self._layout.kind == "pairs" and (what == "marks" or (what == "part of the prompt" and name in SPARE)):
@@ -415,18 +459,18 @@ class _Scan:
                 mixed = {*_MARKS["pairs"], *_MARKS["demonstrations"]}
                 raise DataError(f"{self.name}: {(_mixed(names) if name in mixed else fault).reason}")
 
-    def _chat(self, prompt: list[dict], replies: list[dict]) -> "tuple[str, list[str]] | _Chat":
+    def _chat(self, prompt: list[dict], replies: list[dict], scores: dict) -> _Texts | _Chat:
         if self.tokenizer is None and self._render:
             raise DataError(f"{self.name}: the rows are conversations; give tokenizer=, whose template renders them")
         if self.tokenizer is None:
-            return json.dumps(prompt, default=str), [reply["content"] for reply in replies]
+            return _Texts(json.dumps(prompt, default=str), [reply["content"] for reply in replies], scores)
         if not self.tokenizer.chat_template:
             raise DataError(f"{self.name}: the rows are conversations, and the tokenizer has no chat template; set "
                             "tokenizer.chat_template, use a chat model, or give prompt, chosen and rejected as text")
         _check_special(self._special, prompt + replies)
-        return _Chat(prompt, replies)
+        return _Chat(prompt, replies, scores)
 
-    def _finish(self, line: int, prompt: str, responses: list[str]) -> dict:
+    def _finish(self, line: int, prompt: str, responses: list[str], scores: dict) -> dict:
         """The row, after the checks that need prompt and responses apart."""
         names = _NAMES[self.kind]
         blank = [name for name, response in zip(names, responses, strict=True) if not response.strip()]
@@ -450,7 +494,7 @@ class _Scan:
         if key in self._seen:
             self._note("the row repeats an earlier one", line)
         self._seen.add(key)
-        return {"prompt": prompt, **dict(zip(names, responses, strict=True))}
+        return {"prompt": prompt, **dict(zip(names, responses, strict=True)), **({"scores": scores} if scores else {})}
 
 
 class _Faults(Exception):
@@ -504,7 +548,8 @@ def load_rows(source: str | os.PathLike, kind: str | None = None, *, tokenizer=N
     kind: "pairs", "demonstrations" or "prompts"; None means what the columns say. tokenizer: renders conversations, and
     with max_length (tokens) refuses longer prompts. skip_bad: leave bad rows out and count them in `.skipped`, but at
     most MOST_SKIPPED of all rows (one bad row always may be left out). split: of a data set that has several. columns:
-    "prompt=question,chosen=good", or a mapping, says which column is what; "system=" leaves that column out.
+    "prompt=question,chosen=good", or a mapping, says which column is what; "system=" leaves that column out;
+    "score=honesty" says by which of their marks answers are compared.
     Raises DataError with the first ten reasons, FILE:LINE each, if more rows are bad than that, or none is good.
 
     >>> load_rows("pairs.jsonl")[0]                                                          # doctest: +SKIP

@@ -197,7 +197,7 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
     A folder with a manifest is verified first: ManifestError if a byte differs. KL is measured, and gold scaled, by the
     first folder. If that lies in a run of the same data, the run's evaluation_set.json, seed and reward model are used;
     otherwise `prompts` held-out prompts of `data` (seed 0 by default). reward: a callable prompts, responses -> scores.
-    kind, split, columns: how to read `data`, as in `load_task`.
+    kind, split, columns: how to read `data`, as in `load_task`; by default as the run did, if it is a run's data.
     Writes compare.md, compare.csv, compare.json, compare.html and PNG files.
     """
     directories = [Path(directory) for directory in directories]
@@ -209,8 +209,10 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
     run = directories[0].parent
     facts = run_facts(run)
     of_run = facts.get("data") == str(data)
+    reading = {name: facts.get(name) if value is None and of_run else value
+               for name, value in {"kind": kind, "split": split, "columns": columns}.items()}
     task = load_task(data, tokenizer, seed=seed if seed is not None else facts.get("seed", 0) if of_run else 0,
-                     kind=kind, split=split, columns=columns)
+                     **reading)
     if of_run and seed is None and (run / "evaluation_set.json").exists():
         evalset = EvaluationSet.load(run / "evaluation_set.json")
     else:

@@ -18,7 +18,7 @@ from alignkit.data.encoding import ChatText
 from alignkit.data.ends import end_ids
 from alignkit.desk.world import BEHAVIOURS, phrase_counts
 from alignkit.errors import RunError
-from alignkit.evaluate.stored import OF_EVALUATION, OF_SET, check_columns, check_fields
+from alignkit.evaluate.stored import OF_CHATS, OF_EVALUATION, OF_SET, check_columns, check_fields
 from alignkit.formulas.intervals import Bootstrap, Estimate, wilson
 from alignkit.formulas.kl import exact_kl, k3
 from alignkit.formulas.randomness import seeded
@@ -71,15 +71,27 @@ class EvaluationSet:
         return cls._from(read_json(path), path)
 
     def _fields(self) -> dict:
-        return {**asdict(self), "chat": any(isinstance(prompt, ChatText) for prompt in self.prompts)}
+        chats = [prompt for prompt in self.prompts if isinstance(prompt, ChatText)]
+        fields = {**asdict(self), "chat": bool(chats)}
+        if any(prompt.messages for prompt in chats):  # a reward model of another family renders them with its template
+            fields["messages"] = json.loads(json.dumps([getattr(prompt, "messages", None) for prompt in self.prompts],
+                                                       default=lambda value: f"<{type(value).__name__}>"))
+            fields["template"] = next(prompt.template for prompt in chats if prompt.messages)
+        return fields
 
     @classmethod
     def _from(cls, stored: dict, path) -> "EvaluationSet":
         """The set that a record holds, each field checked: it may be a stranger's."""
         check_fields(stored, OF_SET, f"{path}: no evaluation set")
         own = {name: stored[name] for name in OF_SET if name not in ("hash", "chat")}
+        if "messages" in stored or "template" in stored:
+            check_fields(stored, OF_CHATS, f"{path}: no evaluation set")
+            if len(stored["messages"]) != len(own["prompts"]):
+                raise RunError(f"{path}: no evaluation set: messages are not those of {len(own['prompts'])} prompts")
         if stored["chat"]:
-            own["prompts"] = tuple(map(ChatText, own["prompts"]))
+            messages, template = stored.get("messages", [None] * len(own["prompts"])), stored.get("template")
+            own["prompts"] = tuple(ChatText(prompt, each, template if each else None)
+                                   for prompt, each in zip(own["prompts"], messages, strict=True))
         try:
             evalset = cls(**own)
         except ValueError as error:

@@ -29,6 +29,13 @@ def _is_scale(value: object) -> bool:
     return value is None or (_is_figures(value) and len(value) == 2 and value[1] > 0)
 
 
+def _are_messages(value: object) -> bool:
+    """Whether a value is None, or a list of messages, each with role and content."""
+    return value is None or (isinstance(value, list) and bool(value) and all(
+        isinstance(message, dict) and all(isinstance(message.get(name), str) for name in ("role", "content"))
+        for message in value))
+
+
 def check_fields(record: Mapping, checks: Mapping, where: str) -> None:
     """Raise RunError that names the first field of a record that is missing or not what it must be."""
     for name, check in checks.items():
@@ -43,6 +50,7 @@ OPTIONAL = {"ref_logp": _is_figures, "k3": _is_figures, "proxy": _is_figures, "g
              "behaviour": _is_list(str), "phrases": lambda rows: isinstance(rows, list) and all(map(_is_figures, rows))}
 OF_SET = {"hash": _is(str), "chat": _is(bool), "samples": _is(int), "seed": _is(int), "max_new_tokens": _is(int),
           "prompts": _is_list(str), "keys": _is_list(int), "kinds": _is_list(str)}
+OF_CHATS = {"template": _is(str), "messages": lambda rows: isinstance(rows, list) and all(map(_are_messages, rows))}
 OF_EVALUATION = {"name": _is(str), "set": _is(dict), "columns": _is(dict), "gold_scale": _is_scale}
 TOGETHER = (("ref_logp", "k3", "token_kl"), ("gold", "behaviour", "phrases"))  # all of them are there, or none
 

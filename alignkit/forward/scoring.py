@@ -9,6 +9,7 @@ from torch import Tensor
 
 from alignkit.data.encoding import ChatText, encode_pairs, encode_texts, special_ids
 from alignkit.data.ends import end_after, end_ids
+from alignkit.data.own_template import in_own_template, written_by_another
 from alignkit.errors import InvariantError
 from alignkit.forward.rollout import Rollout
 from alignkit.models.fitness import context_length
@@ -40,11 +41,17 @@ def as_scores(returned, number: int) -> Tensor:
 def check_reward_reads(reward, tokenizer, prompts: Sequence[str]) -> None:
     """Check that a reward model understands conversations that the policy's chat template wrote (`ChatText`).
 
-    Raises ValueError if its tokenizer does not know a special token in them, which it would read letter by letter.
-    Warns if it knows them all and yet has a template of its own that differs.
+    One with a chat template of its own renders their messages with that (`in_own_template`); whether it can is tried
+    on the first hundred. Where the messages are not known, it reads what the policy's template wrote. Raises ValueError
+    if its template refuses them, or if its tokenizer does not know a special token in what it reads, which it would
+    read letter by letter. Warns if it knows them all and yet has a template of its own that differs.
     """
     other = getattr(reward, "tokenizer", None)
     chats = [prompt for prompt in prompts if isinstance(prompt, ChatText)]
+    if other is not None and hasattr(reward, "ids"):
+        others = [prompt for prompt in chats if written_by_another(other, prompt)]
+        in_own_template(other, others[:100], ["Yes."] * len(others[:100]))
+        chats = [prompt for prompt in chats if not written_by_another(other, prompt)] if others else chats
     if other is None or other is tokenizer or not chats:
         return
     known = {other.convert_ids_to_tokens(number) for number in special_ids(other)}
@@ -63,7 +70,8 @@ def check_reward_ids(rollout: Rollout, tokenizer, reward, prompts: Sequence[str]
     """Check that a reward model reads of each response the ids that the policy wrote, and one end of a reply.
 
     Nothing is checked of a reward without a tokenizer or with another vocabulary. What a policy writes in unusual
-    pieces, which no text is encoded to, is read as the text is, as in training. Raises InvariantError that shows both.
+    pieces, which no text is encoded to, is read as the text is, as in training; a conversation that the reward model
+    renders with its own template, as that writes it. Raises InvariantError that shows both.
     """
     if not hasattr(reward, "ids") or not same_vocabulary(tokenizer, reward.tokenizer):
         return
@@ -75,6 +83,8 @@ def check_reward_ids(rollout: Rollout, tokenizer, reward, prompts: Sequence[str]
     usual = [{tuple(ids) for _, ids in pair} for pair in zip(*encoded, strict=True)]
     heads, ends = encode_texts(reward.tokenizer, list(prompts)), end_ids(reward.tokenizer)
     for number, (head, row, read) in enumerate(zip(heads, said, reward.ids(prompts, responses), strict=True)):
+        if written_by_another(reward.tokenizer, prompts[number]):
+            continue
         end = end_after(reward.tokenizer, prompts[number])
         answer = tuple(read[len(head) : -1])
         if (read[: len(head)] != head or read[-1] != end or not set(ends).isdisjoint(answer)

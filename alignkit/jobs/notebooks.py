@@ -24,7 +24,7 @@ from alignkit.jobs.progress import Progress
 from alignkit.jobs.stage_parameters import addressed, values_by_notebook, where_they_went
 from alignkit.metrics import duration
 from alignkit.runs.lock import lock_handles, run_lock
-from alignkit.runs.records import check_run, record_seconds, run_facts, start_run
+from alignkit.runs.records import READING, check_run, record_seconds, run_facts, start_run
 from alignkit.runs.stage_folders import STAGE_OF_JOB, delete_checkpoints, set_aside, set_aside_unfinished
 from alignkit.sources import local_path
 from alignkit.stages import CHAIN, NEEDS
@@ -68,11 +68,12 @@ def run_notebook(
     """Run one notebook in the run directory `out`, unless that was done already; returns the executed notebook.
 
     A run that was interrupted goes on from its last checkpoint. What a finished run left stays until the new one has
-    finished, and is then set aside. parameters: name -> value; `run` is set to `out`; model, data and seed are by
-    default those of the run that `out` holds. STAGE.NAME is a name too, if STAGE means this notebook. timeout: seconds.
-    progress: print one line about it. force: run even if it was done. restart: begin anew where it would go on. Raises
-    ParameterError; RunError if the directory is of another run, lacks a stage, or holds one that is not what was made,
-    or if the model cannot be read; DataError; RunInUse; all before a kernel starts; NotebookFailed, with the cell.
+    finished, and is then set aside. parameters: name -> value; `run` is set to `out`; model, data, seed and how the
+    data is read are by default those of the run that `out` holds. STAGE.NAME is a name too, if STAGE means this
+    notebook. timeout: seconds. progress: print one line about it. force: run even if it was done. restart: begin anew
+    where it would go on. Raises ParameterError; RunError if the directory is of another run, lacks a stage, or holds
+    one that is not what was made, or if the model cannot be read; DataError; RunInUse; all before a kernel starts;
+    NotebookFailed, with the cell.
     """
     notebook, out = find_notebook(notebook), _place(out)
     known, given = notebook_parameters(notebook), dict(parameters or {})
@@ -159,16 +160,22 @@ def _job(notebook: Path, out: Path, known: dict[str, Parameter], given: Mapping[
 
 
 def _of_run(notebook: Path, out: Path, known: Mapping, given: Mapping) -> dict[str, object]:
-    """Model, data and seed of the run in `out`, for the parameters that were not given. A name that the notebook would
-    fetch from the Hub is not taken from a file: RunError asks for it."""
+    """Model, data, seed and how the data is read, of the run in `out`, for the parameters that were not given. A name
+    that the notebook would fetch from the Hub is not taken from a file: RunError asks for it."""
+    names = ("model", "data", "seed", *(READING if _reads_data(known) else ()))
     facts = {name: value for name, value in run_facts(out).items()
-             if name in ("model", "data", "seed") and name in known and name not in given}
+             if name in names and name in known and name not in given}
     reads_run_only = CHAIN.get(notebook.stem, "sft") != "sft"  # these take the model from a stage
     for name in facts.keys() & ({"data"} if reads_run_only else {"model", "data"}):
         if facts[name] not in ("tiny", "desk") and not os.path.exists(facts[name]):
             raise RunError(f"{out} is a run of {name} {facts[name]!r}, which is not a file or folder here, and a name "
                            f"in a run directory is not fetched: give it, -p {name}={facts[name]}")
     return facts
+
+
+def _reads_data(parameters: Mapping) -> bool:
+    """Whether a notebook says how its data is read; in a user's own a `split` alone may be anything."""
+    return {"data", *READING} <= parameters.keys()
 
 
 def absolute(name: str, value: object) -> object:
@@ -358,7 +365,8 @@ def _check_facts(job: Job) -> None:
     missing or was changed since it was made."""
     settings, records = job.settings, _read_jobs(job.out)
     if {"model", "data", "seed"} <= settings.keys():
-        check_run(job.out, settings["model"], settings["data"], settings["seed"])
+        reading = {name: settings[name] for name in READING} if _reads_data(settings) else None
+        check_run(job.out, settings["model"], settings["data"], settings["seed"], reading)
     _check_stages(job)
     for stage, maker in _needs(job):
         made = finished(records.get(maker, {})).get("made", {})

@@ -14,8 +14,8 @@ from alignkit.jobs.job import Job
 from alignkit.stages import CHAIN
 
 CONFIGS = {"01_sft": SFTConfig, "02_reward_model": RewardConfig, "03_ppo": PPOConfig, "05_dpo": DPOConfig}
-READ_THE_MODEL = ("00_the_world", "01_sft")  # the notebooks after them take it from a stage of the run
-NEED_PAIRS = ("02_reward_model", "05_dpo")
+READ_THE_MODEL = ("00_the_world", "01_sft", "your_model")  # the notebooks after them take it from a stage of the run
+NEED_PAIRS = ("02_reward_model", "05_dpo", "your_model")
 ROWS = 2000  # of the data, that are looked at
 
 
@@ -29,14 +29,15 @@ def check_before(jobs: Sequence[Job]) -> None:
     names = {job.name for job in jobs}
     model = next((job.settings.get("model") for job in jobs if job.name in READ_THE_MODEL), None)
     if model not in (None, "tiny"):
-        check_model(model, scored="02_reward_model" in names)
+        of_pairs = "your_model" in names and not any(job.settings.get("reward") for job in jobs)
+        check_model(model, scored="02_reward_model" in names or of_pairs)
     readings: dict[tuple, list[Job]] = {}
     for job in jobs:
         reading = tuple(job.settings.get(name) for name in ("data", "kind", "split", "columns", "skip_bad"))
         readings.setdefault(reading, []).append(job)
     for reading, readers in readings.items():
         if reading[0] not in (None, "desk"):
-            _check_data(*reading, [job.name for job in readers if job.name in CHAIN])
+            _check_data(*reading, [job.name for job in readers if job.name in (*CHAIN, *NEED_PAIRS)])
 
 
 def check_model(model: str | Path, *, scored: bool) -> None:

@@ -17,14 +17,16 @@ from alignkit.runs.stage_folders import finish_stage, stage_name
 from alignkit.stages import in_order
 from alignkit.storage import content_hash, plain, read_json, write_json
 
+READING = ("kind", "split", "columns")  # how the data of a run is read, as `load_task` takes it
 PRESENTATION = ("jobs", "pages")  # folders of code that changes nothing in a run
 
 
-def start_run(run: str | Path, model: str, data: str, seed: int) -> Path:
+def start_run(run: str | Path, model: str, data: str, seed: int, reading: Mapping | None = None) -> Path:
     """The run directory, made if need be, with what is true of the whole run in run.json. Every notebook starts here.
 
+    reading: how the data is read, its kind, split and columns (None where nothing was said); None if none is read here.
     A relative `run` counts from the project's folder, also in a notebook that was opened in its notebooks/ folder.
-    Raises RunError that lists the differing keys if the directory belongs to a run of another model, data or seed.
+    Raises RunError as `check_run`.
     """
     run = Path(run)
     if not run.is_absolute() and Path.cwd().name == "notebooks":  # where JupyterLab starts the course's kernels
@@ -34,19 +36,22 @@ def start_run(run: str | Path, model: str, data: str, seed: int) -> Path:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"run directory {run} cannot be made: {error}") from error
-    before = check_run(run, model, data, seed)
-    if {**before, **facts} != before:
+    before = check_run(run, model, data, seed, reading)
+    facts = {**before, **facts, **{name: value for name, value in (reading or {}).items() if value is not None}}
+    if facts != before:
         try:
-            write_json(run / "run.json", {**before, **facts})
+            write_json(run / "run.json", facts)
         except OSError as error:
             raise RunError(f"run directory {run} cannot be written: {error}") from error
     return run
 
 
-def check_run(run: str | Path, model: str, data: str, seed: int) -> dict:
+def check_run(run: str | Path, model: str, data: str, seed: int, reading: Mapping | None = None) -> dict:
     """What RUN/run.json holds, {} if there is none. Raises RunError that lists the differing keys if it is of a run of
-    another model, data or seed."""
+    another model, data or seed, or of one that read its data in another way and has finished a stage."""
     facts = {"model": str(model), "data": str(data), "seed": int(seed)}
+    if reading is not None and any(Path(run).glob("*/results.json")):  # until then it may have been a mistake
+        facts |= reading
     before = run_facts(run)
     differing = [f"{key} was {before[key]!r}, now {value!r}" for key, value in facts.items()
                  if before.get(key, value) != value]
@@ -82,13 +87,14 @@ def record_seconds(run: str | Path, notebook: str, seconds: float) -> dict:
 
 
 def run_facts(run: str | Path) -> dict[str, object]:
-    """What run.json says of a run, {"model": text, "data": text, "seed": int}, as far as it says it; {} without one.
+    """What run.json says of a run, {"model": text, "data": text, "seed": int} and what of READING was said, as far as
+    it says it; {} without one.
 
     Raises RunError, naming file and field, if it is no such record. A name in it is a stranger's: never fetch it.
     """
     path = Path(run) / "run.json"
     facts = _read(path, {})
-    for name in ("model", "data"):
+    for name in ("model", "data", *READING):
         if name in facts and not (isinstance(facts[name], str) and facts[name] and "\0" not in facts[name]):
             raise RunError(f"{path}: {name} is no text")
     if "seed" in facts and not (type(facts["seed"]) is int and 0 <= facts["seed"] < 2**63):

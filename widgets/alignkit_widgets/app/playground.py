@@ -22,7 +22,7 @@ from alignkit.models.loading import load_policy, save_model
 from alignkit.ppo import PPOState, ppo_iteration
 from alignkit.reward import RewardScorer, load_reward, train_reward_model
 from alignkit.runs.checkpoints import Checkpoints
-from alignkit.runs.records import run_facts, start_run
+from alignkit.runs.records import READING, run_facts, start_run
 from alignkit.runs.stage_folders import CHECKPOINTS, delete_checkpoints
 from alignkit.sft import train_sft
 from alignkit.storage import branch_files, read_json, settings, write_json
@@ -154,8 +154,8 @@ def open_playground(run: str | Path, tell: Callable[[str], None] = print, data: 
         raise RunError(f"{run} has no {lacking}/ with a model; run its notebook first (alignkit course), or choose an "
                        "empty directory for the desk world's defaults")
     _, tokenizer = load_policy(run / "sft")
-    return Playground(run, facts["model"], facts["seed"], load_task(facts["data"], tokenizer, seed=facts["seed"]),
-                      load_reward(run / "reward"))
+    task = load_task(facts["data"], tokenizer, seed=facts["seed"], **{name: facts.get(name) for name in READING})
+    return Playground(run, facts["model"], facts["seed"], task, load_reward(run / "reward"))
 
 
 def make_desk_start(run: Path, seed: int = 0, pairs: int = 1500, sft: SFTConfig | None = None,
