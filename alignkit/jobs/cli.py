@@ -107,6 +107,22 @@ def _parser() -> argparse.ArgumentParser:
     verify = add("verify", _verify, "check a frozen checkpoint against its manifest: exit 1 if a byte differs")
     verify.add_argument("checkpoint", type=folder, metavar="DIR")
 
+    card = add("card", _card, "write the model card of a frozen checkpoint, README.md beside its manifest")
+    card.add_argument("checkpoint", type=folder, metavar="DIR")
+    card.add_argument("--out", type=Path, metavar="FILE", help="write it there instead")
+    push = add("push", _push, "send a frozen checkpoint to the Hugging Face Hub: private, and after asking")
+    push.add_argument("checkpoint", type=folder, metavar="DIR")
+    push.add_argument("repo", metavar="REPO_ID", help="OWNER/NAME")
+    push.add_argument("--public", action="store_true", help="for everybody to see (default: private)")
+    push.add_argument("--yes", action="store_true", help="do not ask")
+    for command in (card, push):
+        command.add_argument("--licence", metavar="L", help="such as mit or apache-2.0 (default: unknown)")
+
+    export = add("export", _export, "write a run's data and settings for another tool to start from")
+    export.add_argument("run", type=folder, metavar="RUN")
+    export.add_argument("--to", required=True, choices=("llama-factory", "trl"), help="the tool")
+    add_out(export)
+
     compare = add("compare", _compare, "evaluate checkpoints side by side on the frozen evaluation set")
     compare.add_argument("checkpoints", nargs="+", type=folder, metavar="DIR")
     add_data(compare)
@@ -176,6 +192,25 @@ def _verify(options: argparse.Namespace) -> None:
     from alignkit.runs.frozen import verify
 
     print(f"{_shown(options.checkpoint)}: {_files(verify(options.checkpoint))}, every byte as it was frozen")
+
+
+def _card(options: argparse.Namespace) -> None:
+    from alignkit.publish.card import write_card
+
+    print(_shown(write_card(options.checkpoint, licence=options.licence, out=options.out)))
+
+
+def _push(options: argparse.Namespace) -> None:
+    from alignkit.publish.hub import push
+
+    push(options.checkpoint, options.repo, public=options.public, licence=options.licence,
+         ask=lambda: options.yes or _answer("push this? [y/N] "))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from alignkit.publish.export import export
+
+    print(export(options.run, options.to, options.out))
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -301,6 +336,14 @@ def _one_interrupt() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _answer(question: str) -> bool:
+    """Whether the person at the terminal says yes; where there is none the answer is no."""
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def _files(manifest) -> str:

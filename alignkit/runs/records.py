@@ -17,7 +17,7 @@ from alignkit.runs.stage_folders import finish_stage, stage_name
 from alignkit.stages import in_order
 from alignkit.storage import content_hash, plain, read_json, write_json
 
-PRESENTATION = ("jobs", "pages")  # folders of code that changes nothing in a run
+PRESENTATION = ("jobs", "pages", "publish")  # folders of code that changes nothing in a run
 
 
 def start_run(run: str | Path, model: str, data: str, seed: int) -> Path:
