@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,10 +28,10 @@ from alignkit.storage import write_json
 NASTY = "<script>x</script> | [a](javascript:b) `c` **d**\n# forged"
 
 
-@pytest.fixture
-def run(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
     """A run directory with a frozen checkpoint, its records, and a stranger's words in every place for text."""
-    run = tmp_path / "my run"
+    run = tmp_path_factory.mktemp("made") / "my run"
     (run / "sft").mkdir(parents=True)
     save_model(*load_policy("tiny"), run / "sft")
     freeze(run / "sft", run / "frozen", stage="frozen", parent=run / "sft", seed=5, data_hash="d" * 64,
@@ -38,11 +39,17 @@ def run(tmp_path) -> Path:
     write_json(run / "run.json", {"model": "Owner/Base-1B", "data": "owner/pairs", "seed": 5})
     write_json(run / "jobs.json", {"03_ppo": {"key": {"parameters": {"kind": "pairs", "columns": NASTY}}}})
     write_json(run / "frozen" / "results.json", {
-        "gold_mean": 0.831, "gold_ci95": [0.73, 0.914], "risky_failure_rate": 0.0078, "risky_failure_ci95": [0.0, 0.0166],
-        "eos_rate": 0.9, "eos_ci95": None, "evaluation_set": "e" * 64})
+        "gold_mean": 0.831, "gold_ci95": [0.73, 0.914], "eos_rate": 0.9, "eos_ci95": None, "evaluation_set": "e" * 64,
+        "risky_failure_rate": 0.0078, "risky_failure_ci95": [0.0, 0.0166]})
     (run / "reward").mkdir()
     write_json(run / "reward" / "results.json", {"accuracy_labels": 0.77, "accuracy_labels_ci95": [0.75, 0.79]})
     return run
+
+
+@pytest.fixture
+def run(made, tmp_path) -> Path:
+    """A copy of that run directory."""
+    return shutil.copytree(made, tmp_path / made.name)
 
 
 @pytest.fixture
@@ -74,7 +81,8 @@ def test_nothing_of_a_stranger_is_markup_in_a_card(run, suites):
 def test_the_hubs_own_reader_takes_the_metadata_back(run, suites):
     path = write_card(run / "frozen", licence="apache-2.0")
     data = metadata_load(path)
-    assert data["license"] == "apache-2.0" and data["base_model"] == "Owner/Base-1B" and data["datasets"] == "owner/pairs"
+    assert data["license"] == "apache-2.0" and data["base_model"] == "Owner/Base-1B"
+    assert data["datasets"] == "owner/pairs"
     assert data["pipeline_tag"] == "text-generation" and {"alignkit", "sft", "frozen"} <= set(data["tags"])
     results = {each.metric_type: each for each in ModelCard.load(path).data.eval_results}
     assert results["gold_mean"].metric_value == 0.831 and results["gold_mean"].metric_args == {"ci95": [0.73, 0.914]}
@@ -119,7 +127,7 @@ def test_a_changed_checkpoint_gets_no_card(run):
 
 def test_suites_that_are_none_are_named(run, suites):
     write_json(suites, {"ifeval": {"low": 0.1}})
-    with pytest.raises(RunError, match=r"suites\.json: ifeval has no number as its value; expected value, low and high"):
+    with pytest.raises(RunError, match=r"suites\.json: ifeval has no number as its value; expected value, low"):
         model_card(run / "frozen")
 
 
@@ -149,9 +157,9 @@ class FakeHub(BaseHTTPRequestHandler):
             wanted = json.loads(body)
             if hub["private"] is None:
                 hub["private"] = wanted.get("private", wanted.get("visibility") == "private")
-                self._reply({"url": "http://hub/me/model", "name": "me/model"})
+                self._reply({"url": f"{hub['address']}/me/model", "name": "me/model"})
             else:
-                self._reply({"error": "You already created this model repo", "url": "http://hub/me/model"}, 409)
+                self._reply({"error": "You already created this model repo", "url": f"{hub['address']}/me/model"}, 409)
         elif "/preupload/" in self.path:
             files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
                      for file in json.loads(body)["files"]]
@@ -160,7 +168,7 @@ class FakeHub(BaseHTTPRequestHandler):
             for line in map(json.loads, body.decode().splitlines()):
                 if line["key"] == "file":
                     hub["files"][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self._reply({"commitUrl": "http://hub/me/model/commit/1", "commitOid": "1" * 40, "hookOutput": "",
+            self._reply({"commitUrl": f"{hub['address']}/me/model/commit/1", "commitOid": "1" * 40, "hookOutput": "",
                          "success": True})
         else:
             self._reply({"error": f"unexpected {self.path}"}, 404)

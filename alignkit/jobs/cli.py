@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="give a notebook up after so long")
 
+        command.add_argument("--track", choices=("tensorboard", "wandb", "mlflow", "trackio"),
+                             help="also send what the training logs there (default: nowhere)")
+
     def add_reading(command: argparse.ArgumentParser) -> None:
         command.add_argument("--kind", choices=("pairs", "demonstrations", "prompts"),
                              help="what the data is (default: what its columns say)")
@@ -155,7 +158,7 @@ def _course(options: argparse.Namespace) -> None:
     if options.data == "desk" and (reading := _reading(options)):
         raise ParameterError(f"--{next(iter(reading))} says how to read a file or a data set; give one with --data")
     run = notebooks.course(options.out, options.model, options.data, given, timeout=options.timeout,
-                           restart=options.restart)
+                           restart=options.restart, track=options.track)
     print(f"\n{overview(run)}")
 
 
@@ -164,7 +167,7 @@ def _run(options: argparse.Namespace) -> None:
 
     executed = notebooks.run_notebook(
         options.notebook, options.out, _parameters(options), timeout=options.timeout, force=options.force,
-        restart=options.restart,
+        restart=options.restart, track=options.track,
     )
     print(f"executed notebook: {_shown(executed)}")
 

@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,7 +21,14 @@ from alignkit.jobs.progress import Progress
 from alignkit.metrics import duration
 from alignkit.runs.lock import lock_handles, run_lock
 from alignkit.runs.records import check_run, record_seconds, run_facts, start_run
-from alignkit.runs.stage_folders import STAGE_OF_JOB, delete_checkpoints, set_aside, set_aside_unfinished
+from alignkit.runs.stage_folders import (
+    NEW,
+    STAGE_OF_JOB,
+    delete_checkpoints,
+    is_finished,
+    set_aside,
+    set_aside_unfinished,
+)
 from alignkit.stages import CHAIN, NEEDS
 from alignkit.storage import plain, read_json, write_json
 
@@ -59,23 +66,27 @@ def run_notebook(
     progress: bool = True,
     force: bool = False,
     restart: bool = False,
+    track: str | None = None,
 ) -> Path:
     """Run one notebook in the run directory `out`, unless that was done already; returns the executed notebook.
 
     A run that was interrupted goes on from its last checkpoint. What a finished run left stays until the new one has
     finished, and is then set aside. parameters: name -> value; `run` is set to `out`; model, data and seed are by
     default those of the run that `out` holds. timeout: seconds. progress: print
-    one line about it. force: run even if it was done. restart: begin anew where it would go on. Raises ParameterError;
+    one line about it. force: run even if it was done. restart: begin anew where it would go on. track: a tracker that
+    gets what the training logs (`jobs.tracking`). Raises ParameterError;
     RunError if the directory is of another run, lacks a stage, or holds one that is not what was made; DataError;
     RunInUse; all before a kernel starts; NotebookFailed, with the cell.
     """
     notebook, out = find_notebook(notebook), _run_directory(out)
     known, given = notebook_parameters(notebook), dict(parameters or {})
     job = _job(notebook, out, known, {**_of_run(notebook, out, known, given), **given})
+    _check_tracker(track, job)
     with run_lock(out):
         _check_facts(job)
         expected = _expected([job]).get(job.name) if progress else None
-        return _run(job, timeout=timeout, progress=progress, force=force or restart, expected=expected, restart=restart)
+        return _run(job, timeout=timeout, progress=progress, force=force or restart, expected=expected, restart=restart,
+                    track=track)
 
 
 def course(
@@ -88,6 +99,7 @@ def course(
     timeout: float | None = None,
     progress: bool = True,
     restart: bool = False,
+    track: str | None = None,
 ) -> Path:
     """Run the series of notebooks in order as one job, then write report.html; returns the run directory.
 
@@ -108,6 +120,7 @@ def course(
             raise ParameterError(unknown_name(name, anywhere, "no notebook of the course has such a parameter"))
     jobs = [_job(path, out, own, {name: value for name, value in given.items() if name in own})
             for path, own in known.items()]
+    _check_tracker(track)
     # what is true of the whole run
     facts = {
         name: next((job.values[name] for job in jobs if name in job.values), None) for name in ("model", "data", "seed")
@@ -127,7 +140,7 @@ def course(
                 with contextlib.closing(present) if present else contextlib.nullcontext():
                     _check_facts(job)
                     _run(job, timeout=timeout, progress=progress, expected=expected.get(job.name), spare=present,
-                         force=restart, restart=restart)
+                         force=restart, restart=restart, track=track)
         except BaseException:
             if spare:
                 spare.close()
@@ -214,6 +227,7 @@ def _run(
     expected: float | None = None,
     spare=None,
     restart: bool = False,
+    track: str | None = None,
 ) -> Path:
     records = _read_jobs(job.out)
     before, key = records.get(job.name, {}), job_key(job, records)
@@ -246,7 +260,8 @@ def _run(
 
     note()
     try:
-        _execute(job, executing, timeout, on_cell, spare)
+        with _tracked(job, track, key, anew=force):
+            _execute(job, executing, timeout, on_cell, spare)
     except BaseException as error:
         if moved and not job.folder.exists():
             os.rename(moved, job.folder)
@@ -263,6 +278,33 @@ def _run(
     if line:
         line.end(f"done in {duration(record['seconds'])}")
     return job.executed
+
+
+def _check_tracker(track: str | None, job: Job | None = None) -> None:
+    """Raise ParameterError if a tracker is asked for that is not installed, or for a notebook that trains nothing."""
+    if track is None:
+        return
+    from alignkit.jobs.tracking import check_tracker
+
+    check_tracker(track)
+    if job and not job.folder:
+        raise ParameterError(f"--track {track}: {job.name} is not the notebook of a stage, so there is no training to "
+                             f"follow; expected one of {', '.join(name for name in CHAIN if CHAIN[name])}")
+
+
+@contextlib.contextmanager
+def _tracked(job: Job, track: str | None, key: Mapping, *, anew: bool) -> Iterator[None]:
+    """Have a tracker follow what the job's training logs, if one is asked for."""
+    if track is None or not job.folder:
+        yield
+        return
+    from alignkit.jobs.tracking import following
+
+    finished_before = is_finished(job.folder)  # then the new one is built beside it, and takes its place at the end
+    place = [job.folder.with_name(f"{job.folder.name}{NEW}") if finished_before else job.folder]
+    with following(track, job.out, job.folder.name, lambda: place[0], key=key, settings=job.settings, anew=anew):
+        yield
+        place[0] = job.folder
 
 
 def _clear(job: Job, kept: Mapping, other_run: str) -> Path | None:
