@@ -142,13 +142,13 @@ class _Scan:
     """One pass over a source: iterate (row or None, problems); afterwards `warnings()` and the counts are there."""
 
     def __init__(self, source, kind: str | None, tokenizer, max_length: int | None, render: bool,
-                 split: str | None = None, columns: str | Mapping[str, str] | None = None):
+                 split: str | None = None, columns: str | Mapping[str, str] | None = None, messages: bool = False):
         if kind is not None and kind not in ROW_KINDS:
             raise ValueError(f"kind is {kind!r}, expected one of {', '.join(ROW_KINDS)}")
         if max_length is not None and tokenizer is None:
             raise ValueError(f"max_length is {max_length}, which is counted in tokens; give the tokenizer too")
         self.name, self.kind, self.tokenizer, self.max_length = str(source), kind, tokenizer, max_length
-        self._render, self._told = render, kind is not None
+        self._render, self._told, self._messages = render, kind is not None, messages
         self.rows = self.bad_rows = self.left_out = 0
         self._special = _special_pattern(tokenizer) if tokenizer is not None else None
         self._given = columns_of(columns)
@@ -306,14 +306,16 @@ class _Scan:
     def _finished(self, waiting: list[tuple]) -> Iterator[tuple[dict | None, list[Problem]]]:
         """The rows of records that were split, the conversations among them rendered together: (row, problems)."""
         chats = [parts for _, parts, _ in waiting if isinstance(parts, _Chat)]
-        texts = iter(chat_template_of(self.tokenizer).render(chats) if chats else ())
+        texts = iter(chat_template_of(self.tokenizer).render(chats) if chats and not self._messages else ())
         for line, parts, faults in waiting:
             row = None
             try:
-                if isinstance(parts, _Chat):
+                if isinstance(parts, _Chat) and not self._messages:
                     chat, parts = parts, _rendered(self.tokenizer, next(texts))
                     self._check_kept(line, chat, *parts)
-                row = self._finish(line, *parts) if parts else None
+                row = self._finish(line, *_as_text(parts)) if parts else None
+                if isinstance(parts, _Chat):
+                    row = {"prompt": parts.prompt, **dict(zip(_NAMES[self.kind], parts.replies, strict=True))}
             except Fault as fault:
                 faults = [fault]
             self.rows, self.bad_rows = self.rows + 1, self.bad_rows + bool(faults)
@@ -416,10 +418,12 @@ class _Scan:
                 raise DataError(f"{self.name}: {(_mixed(names) if name in mixed else fault).reason}")
 
     def _chat(self, prompt: list[dict], replies: list[dict]) -> "tuple[str, list[str]] | _Chat":
+        if self._messages:
+            return _Chat(prompt, replies)
         if self.tokenizer is None and self._render:
             raise DataError(f"{self.name}: the rows are conversations; give tokenizer=, whose template renders them")
         if self.tokenizer is None:
-            return json.dumps(prompt, default=str), [reply["content"] for reply in replies]
+            return _as_text(_Chat(prompt, replies))
         if not self.tokenizer.chat_template:
             raise DataError(f"{self.name}: the rows are conversations, and the tokenizer has no chat template; set "
                             "tokenizer.chat_template, use a chat model, or give prompt, chosen and rejected as text")
@@ -451,6 +455,13 @@ class _Scan:
             self._note("the row repeats an earlier one", line)
         self._seen.add(key)
         return {"prompt": prompt, **dict(zip(names, responses, strict=True))}
+
+
+def _as_text(parts: "tuple[str, list[str]] | _Chat") -> tuple[str, list[str]]:
+    """What stands for a conversation where texts are compared."""
+    if isinstance(parts, _Chat):
+        return json.dumps(parts.prompt, default=str), [reply["content"] for reply in parts.replies]
+    return parts
 
 
 class _Faults(Exception):
@@ -498,19 +509,20 @@ def _unused(name: str, what: str) -> str:
 # --- the public functions --------------------------------------------------------------------------------------------
 def load_rows(source: str | os.PathLike, kind: str | None = None, *, tokenizer=None, max_length: int | None = None,
               skip_bad: bool = False, split: str | None = None,
-              columns: str | Mapping[str, str] | None = None) -> Rows:
+              columns: str | Mapping[str, str] | None = None, messages: bool = False) -> Rows:
     """Rows of text from a file, a saved data set or a Hub id, every one of them valid.
 
     kind: "pairs", "demonstrations" or "prompts"; None means what the columns say. tokenizer: renders conversations, and
     with max_length (tokens) refuses longer prompts. skip_bad: leave bad rows out and count them in `.skipped`, but at
     most MOST_SKIPPED of all rows (one bad row always may be left out). split: of a data set that has several. columns:
-    "prompt=question,chosen=good", or a mapping, says which column is what; "system=" leaves that column out.
+    "prompt=question,chosen=good", or a mapping, says which column is what; "system=" leaves that column out. messages:
+    conversations stay as they are, the prompt a list of {role, content} and each reply one message.
     Raises DataError with the first ten reasons, FILE:LINE each, if more rows are bad than that, or none is good.
 
     >>> load_rows("pairs.jsonl")[0]                                                          # doctest: +SKIP
     {'prompt': 'How do I …', 'chosen': ' Happy to help!', 'rejected': ' No.'}
     """
-    scan, rows, problems = _Scan(source, kind, tokenizer, max_length, True, split, columns), [], []
+    scan, rows, problems = _Scan(source, kind, tokenizer, max_length, True, split, columns, messages), [], []
     for row, faults in scan:
         problems += faults[: PROBLEM_LIMIT - len(problems)]
         if row is not None:
