@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 import types
+from typing import ClassVar
 
 import pytest
 from test_jobs import notebook
@@ -30,8 +31,8 @@ for step in range(1, steps + 1):
 class Calls:
     """A tracker that writes down what it is asked to do. `fails`: at which step it breaks."""
 
-    made: list = []
-    fails: int | None = None
+    made: ClassVar[list] = []
+    fails: ClassVar[int | None] = None
 
     def __init__(self, run, what, name, settings):
         self.what, self.name, self.settings, self.logged, self.finished = what, name, dict(settings), [], 0

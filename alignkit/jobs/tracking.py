@@ -76,8 +76,8 @@ def following(name: str | None, run: Path, stage: str, folders: Callable[[], Pat
               anew: bool = False) -> Iterator[None]:
     """Send what the stage's logs get to the tracker `name` while the block runs, and the rest after it; None: nothing.
 
-    folders: () -> the folder in which the stage is being built at that moment. key: what decides the job's outcome; with
-    another one, or with `anew`, the tracker's run is a new one, else the earlier one goes on. settings: the job's
+    folders: () -> the folder in which the stage is being built at that moment. key: what decides the job's outcome;
+    with another one, or with `anew`, the tracker's run is a new one, else the earlier one goes on. settings: the job's
     parameters, for the tracker to show. Raises nothing: what goes wrong is a warning, once, and the block goes on.
     """
     if name is None:
@@ -138,8 +138,8 @@ class _Follower:
         """Say once that the tracker has failed."""
         if not self.broken:
             self.broken = True
-            print(f"alignkit: --track {self.name} has failed and gets nothing more of {self.stage}; the training goes on "
-                  f"({why})", file=sys.stderr, flush=True)
+            print(f"alignkit: --track {self.name} has failed and gets nothing more of {self.stage}; the training goes "
+                  f"on ({why})", file=sys.stderr, flush=True)
 
 
 def _record(run: Path) -> dict:

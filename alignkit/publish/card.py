@@ -147,8 +147,9 @@ def _result(metric: str, row: tuple, facts: Mapping, results: Mapping):
     return EvalResult(
         task_type="text-generation", dataset_type="alignkit",
         dataset_name=f"held-out prompts of {one_line(_hub_id(facts.get('data')) or 'its own data', 120)}",
-        dataset_args={"evaluation_set": str(results.get("evaluation_set", "unknown"))}, metric_type=one_line(metric, 120),
-        metric_name=title, metric_value=value, metric_args={"ci95": interval} if interval else None)
+        dataset_args={"evaluation_set": str(results.get("evaluation_set", "unknown"))},
+        metric_type=one_line(metric, 120), metric_name=title, metric_value=value,
+        metric_args={"ci95": interval} if interval else None)
 
 
 def _table(heading: str, rows: Mapping[str, tuple], otherwise: str) -> str:
@@ -176,7 +177,8 @@ def _lineage(chain: list[dict], manifest: Manifest) -> str:
 
 
 def _data(facts: Mapping, run: Path, record: Mapping) -> str:
-    lines = [f"* Base model: {_named(facts.get('model'), 'the run')}", f"* Data: {_named(facts.get('data'), 'the run')}"]
+    lines = [f"* Base model: {_named(facts.get('model'), 'the run')}"]
+    lines.append(f"* Data: {_named(facts.get('data'), 'the run')}")
     source = facts.get("data")
     digest = record.get("data_hash")
     if not digest and isinstance(source, str) and os.path.isfile(source):

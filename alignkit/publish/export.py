@@ -42,7 +42,8 @@ class Exported:
     def __str__(self) -> str:
         lines = [f"{stage}: {count:,} rows" for stage, count in self.rows.items()]
         return "\n".join((*lines, f"written to {one_line(self.folder, 1000)}; start there:",
-                          *(f"  {command}" for command in self.commands), *(f"not carried over: {n}" for n in self.notes)))
+                          *(f"  {command}" for command in self.commands),
+                          *(f"not carried over: {note}" for note in self.notes)))
 
 
 def export(run: str | Path, tool: str, out: str | Path) -> Exported:
@@ -118,7 +119,8 @@ def _file_rows(run: Path, facts: Mapping, given: Mapping) -> dict[str, list[dict
     rows = [row for row in loaded if not is_heldout(text(row["prompt"]), int(facts["seed"]))]
     if loaded.kind == "demonstrations":
         return {"sft": rows}
-    return {"sft": [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows], "reward": rows, "dpo": rows}
+    liked = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    return {"sft": liked, "reward": rows, "dpo": rows}
 
 
 def _renderer(run: Path, facts: Mapping):
@@ -129,8 +131,8 @@ def _renderer(run: Path, facts: Mapping):
 
     place = run / "sft" if (run / "sft" / "config.json").exists() else Path(str(facts["model"]))
     if not place.is_dir():
-        raise RunError(f"{run} has no trained stage, and its model {one_line(facts['model'])} is no folder; run notebook "
-                       "01_sft first: its tokenizer says which conversations are held out")
+        raise RunError(f"{run} has no trained stage, and its model {one_line(facts['model'])} is no folder; run "
+                       "notebook 01_sft first: its tokenizer says which conversations are held out")
     check_model_folder(place)
     tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
 
@@ -228,8 +230,8 @@ def _write_llama_factory(out: Path, stage: str, rows: list[dict], config: Mappin
         "model_name_or_path": model, "dataset_dir": "data", "dataset": stage, **({} if chat else {"template": "empty"}),
         "output_dir": f"trained/{stage}", **table.fixed, **values})
     if not chat:
-        notes.append(f"{stage}: the end of a reply: LLaMA-Factory's template `empty` writes plain text as it is, and no "
-                     "end-of-text token after it")
+        notes.append(f"{stage}: the end of a reply: LLaMA-Factory's template `empty` writes plain text as it is, and "
+                     "no end-of-text token after it")
     return f"llamafactory-cli train {stage}.yaml", notes + more, len(kept)
 
 
@@ -291,5 +293,5 @@ def _write_yaml(path: Path, content: Mapping) -> None:
 def _readme(exported: Exported) -> str:
     commands = "\n".join(f"    {command}" for command in exported.commands)
     lost = "\n".join(f"* {note}" for note in exported.notes) or "* nothing"
-    return (f"# A run of alignkit, for {exported.tool}\n\nIn this folder:\n\n{commands}\n\nThe prompts that the run holds "
-            f"out are not in these files.\n\nNot carried over:\n\n{lost}\n")
+    return (f"# A run of alignkit, for {exported.tool}\n\nIn this folder:\n\n{commands}\n\nThe prompts that the run "
+            f"holds out are not in these files.\n\nNot carried over:\n\n{lost}\n")

@@ -15,8 +15,8 @@ from alignkit.runs.frozen import MANIFEST, verify
 from alignkit.safe_text import one_line
 from alignkit.stages import CARD
 
-LOG_IN = ("there is no token of the Hub on this machine: `hf auth login` asks for one and keeps it, or set HF_TOKEN for "
-          "this command alone. It needs the right to write")
+LOG_IN = ("there is no token of the Hub on this machine that may write: `hf auth login` asks for one and keeps it, or "
+          "set HF_TOKEN for this command alone")
 
 
 class PushError(AlignkitError, RuntimeError):
@@ -35,7 +35,8 @@ class Parcel:
     def __str__(self) -> str:
         lines = [f"{size:16,} bytes   {one_line(name)}" for name, size in self.files.items()]
         seen = "private: you, and whom you let in" if self.private else "PUBLIC: everybody"
-        return "\n".join((*lines, f"{len(self.files)} files, {sum(self.files.values()):,} bytes, to {self.repo} ({seen})"))
+        total = f"{len(self.files)} files, {sum(self.files.values()):,} bytes"
+        return "\n".join((*lines, f"{total}, to {self.repo} ({seen})"))
 
 
 def parcel(checkpoint: str | Path, repo: str, *, private: bool = True, licence: str | None = None) -> Parcel:
@@ -56,8 +57,8 @@ def parcel(checkpoint: str | Path, repo: str, *, private: bool = True, licence: 
     if licence is not None or not (folder / CARD).exists():
         write_card(folder, licence=licence)
     if not card_is_of(folder, manifest):
-        raise PushError(f"{folder / CARD} is not the card of this checkpoint: it does not name its manifest's hash. Write "
-                        f"it anew with `alignkit card {folder}`")
+        raise PushError(f"{folder / CARD} is not the card of this checkpoint: it does not name its manifest's hash. "
+                        f"Write it anew with `alignkit card {folder}`")
     names = [*sorted(manifest.files), MANIFEST, CARD]
     return Parcel(folder, repo, private, {name: (folder / name).stat().st_size for name in names})
 
@@ -77,7 +78,8 @@ def send(what: Parcel) -> str:
     try:
         repo = api.create_repo(what.repo, private=what.private, exist_ok=True).repo_id
         if what.private and not api.repo_info(repo).private:
-            raise PushError(f"nothing was pushed: {repo} is there already and public. Say --public, or choose another name")
+            raise PushError(f"nothing was pushed: {repo} is there already and public. Say --public, or choose another "
+                            "name")
         commit = api.upload_folder(repo_id=repo, folder_path=what.folder, commit_message="Frozen checkpoint (alignkit)",
                                    allow_patterns=[glob.escape(name) for name in what.files])
     except OfflineModeIsEnabled:

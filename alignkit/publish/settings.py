@@ -74,7 +74,7 @@ LLAMA_FACTORY = {
         "loss_type": Mapped("pref_loss", "it has no robust loss", {name: name for name in ("sigmoid", "ipo", "hinge")}),
         "label_smoothing": Mapped("dpo_label_smoothing"), "max_grad_norm": Mapped("max_grad_norm"),
         "warmup": Mapped("warmup_ratio"),
-        "precompute_reference": Mapped("", "the reference is read at each step; the numbers are the same", neutral=True),
+        "precompute_reference": Mapped("", "the reference is read at each step, to the same numbers", neutral=True),
         "length_normalised": Mapped("", "it has no such loss", neutral=False),
         "max_new_tokens": Mapped("", "cutoff_len there counts prompt and response together, 2048 by default"),
     }, {"stage": "dpo", **LF_FIXED, **CONSTANT}),
