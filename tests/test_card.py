@@ -259,3 +259,21 @@ def test_no_run_pushes():
         if path.name not in ("hub.py", "cli.py"):
             text = path.read_text(encoding="utf-8")
             assert "publish.hub" not in text and "upload_folder" not in text and "push_to_hub(" not in text, path
+
+
+def test_plain_transformers_give_the_greedy_reply_of_alignkits_sampler(run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from alignkit.desk.world import World
+    from alignkit.forward.sampling import generate_texts
+
+    prompts = [prompt.text for prompt in World(0).heldout_prompts[:8]]
+    ours = generate_texts(*load_policy(run / "frozen", device="cpu"), prompts, max_new_tokens=4, seed=0,
+                          temperature=1e-6)
+    tokenizer = AutoTokenizer.from_pretrained(run / "frozen")
+    model = AutoModelForCausalLM.from_pretrained(run / "frozen")
+    for prompt, (reply,) in zip(prompts, ours, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        said = model.generate(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"], do_sample=False,
+                              max_new_tokens=4)[0, ids["input_ids"].shape[1]:]
+        assert tokenizer.decode(said, skip_special_tokens=True) == reply and reply.strip()
