@@ -4,4 +4,5 @@ import sys
 
 from alignkit.jobs.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # a process that a tracker starts may import this again
+    sys.exit(main())

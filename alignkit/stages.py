@@ -21,8 +21,9 @@ NEEDS = {  # the stages that a notebook reads, each with its model
     "04_freeze_and_evaluate": ("sft", "reward", "ppo"),
     "05_dpo": ("sft", "reward", "frozen"),
 }
+CARD = "README.md"  # the model card of a frozen checkpoint, which is written after its evaluation
 # records in a stage's folder, which later stages may add to
-RUN_FILES = ("results.json", "metrics.jsonl", "evaluation.json", "samples.json")
+RUN_FILES = ("results.json", "metrics.jsonl", "evaluation.json", "samples.json", CARD)
 
 
 def in_order(stages) -> list[str]:

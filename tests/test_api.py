@@ -23,6 +23,7 @@ LAYERS = (
     ("alignkit_widgets.notebook", "alignkit_widgets.looks"),
     ("alignkit.__main__",),
     ("alignkit.jobs",),
+    ("alignkit.publish",),
     ("alignkit.evaluate",),
     ("alignkit.exact", "alignkit.sft", "alignkit.reward", "alignkit.ppo", "alignkit.dpo", "alignkit.task"),
     ("alignkit.forward", "alignkit.runs", "alignkit.trainer"),

@@ -2,7 +2,7 @@
 
 from alignkit.data.encoding import ChatText, encode_pair, encode_pairs, encode_text, encode_texts
 from alignkit.data.fields import REPLIES
-from alignkit.data.rows import Rows
+from alignkit.data.problems import Rows
 from alignkit.errors import DataError
 
 

@@ -23,7 +23,6 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from alignkit.data.chat import chat_template_of
@@ -62,10 +61,10 @@ from alignkit.data.layouts import (
     there,
     value_at,
 )
+from alignkit.data.problems import PROBLEM_LIMIT, Problem, Report, Rows
 from alignkit.errors import DataError
 
 MOST_SKIPPED = 0.1  # share of the rows that skip_bad may leave out: more, and the file is another than was meant
-PROBLEM_LIMIT = 100_000  # problems that are kept; the rest is counted
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 2**20  # conversations that wait for the chat template together
 ROW_KINDS = ("pairs", "demonstrations", "prompts")
 ROWS_AHEAD = 900  # rows that are looked at for a system prompt before the first is given out
@@ -73,67 +72,6 @@ MOST_TOGETHER = 64  # rows that are read as answers to one prompt
 _NAMES = {"pairs": ("chosen", "rejected"), "demonstrations": ("completion",), "prompts": ()}
 _FIELDS = ("prompt", "messages", "text", *REPLIES)  # in this order: chosen is the first reply
 _MARKS = {"pairs": {"chosen", "rejected"}, "demonstrations": {"completion", "messages", "text"}}  # they tell the kind
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One reason why one row cannot be used. `line` counts from 1; it is a row's number where unit is "row"."""
-
-    file: str
-    line: int
-    field: str
-    reason: str
-    unit: str = "line"
-
-    def __str__(self) -> str:
-        row = f"row {self.line}: " if self.unit == "row" else ""
-        return f"{self.file}:{self.line}: {row}{self.field + ': ' if self.field else ''}{self.reason}"
-
-
-class Rows(list):
-    """A list of rows (dicts of text) with what was seen on the way.
-
-    kind: "pairs", "demonstrations" or "prompts"; source: str; skipped: bad rows left out; problems: the reasons;
-    warnings: sentences about good rows that deserve a look; left_out: rows that say nothing, such as ties.
-    """
-
-    def __init__(self, rows: Iterable[dict], kind: str, source: str, skipped=0, problems=(), warnings=(), left_out=0):
-        super().__init__(rows)
-        self.kind, self.source, self.skipped, self.left_out = kind, source, skipped, left_out
-        self.problems, self.warnings = tuple(problems), tuple(warnings)
-
-
-@dataclass(frozen=True)
-class Report:
-    """What `check` found in a source.
-
-    kind: "pairs" | "demonstrations" | "prompts", None when no row could be read; rows: rows seen; bad_rows: rows with
-    a problem; problems: the reasons in file order (at most PROBLEM_LIMIT); warnings: sentences; left_out: rows that say
-    nothing, such as ties and replies labelled as bad.
-    """
-
-    source: str
-    kind: str | None
-    rows: int
-    bad_rows: int
-    problems: tuple[Problem, ...]
-    warnings: tuple[str, ...]
-    left_out: int = 0
-
-    @property
-    def ok(self) -> bool:
-        """True when every row can be used and there is at least one."""
-        return self.rows > self.left_out and self.bad_rows == 0
-
-    def __str__(self) -> str:
-        what = {"pairs": "preference pairs", None: "no readable rows"}.get(self.kind, self.kind)
-        good = self.rows - self.bad_rows - self.left_out
-        counts = f"{self.rows:,} row{'s' * (self.rows != 1)}, {good:,} good, {self.bad_rows:,} bad"
-        counts += f", {self.left_out:,} left out" if self.left_out else ""
-        more = [f"... and more: only the first {PROBLEM_LIMIT:,} problems are listed"]
-        return "\n".join([*map(str, self.problems), *(more if len(self.problems) >= PROBLEM_LIMIT else []),
-                          *(f"{self.source}: warning: {warning}" for warning in self.warnings),
-                          f"{self.source}: {what}: {counts}: {'ok' if self.ok else 'not ok'}"])
 
 
 class _Texts(NamedTuple):
@@ -156,13 +94,13 @@ class _Scan:
     """One pass over a source: iterate (row or None, problems); afterwards `warnings()` and the counts are there."""
 
     def __init__(self, source, kind: str | None, tokenizer, max_length: int | None, render: bool,
-                 split: str | None = None, columns: str | Mapping[str, str] | None = None):
+                 split: str | None = None, columns: str | Mapping[str, str] | None = None, messages: bool = False):
         if kind is not None and kind not in ROW_KINDS:
             raise ValueError(f"kind is {kind!r}, expected one of {', '.join(ROW_KINDS)}")
         if max_length is not None and tokenizer is None:
             raise ValueError(f"max_length is {max_length}, which is counted in tokens; give the tokenizer too")
         self.name, self.kind, self.tokenizer, self.max_length = str(source), kind, tokenizer, max_length
-        self._render, self._told = render, kind is not None
+        self._render, self._told, self._messages = render, kind is not None, messages
         self.rows = self.bad_rows = self.left_out = 0
         self._special = _special_pattern(tokenizer) if tokenizer is not None else None
         self._given = columns_of(columns)
@@ -339,15 +277,20 @@ class _Scan:
     def _finished(self, waiting: list[tuple]) -> Iterator[tuple[dict | None, list[Problem]]]:
         """The rows of records that were split, the conversations among them rendered together: (row, problems)."""
         chats = [parts for _, parts, _ in waiting if isinstance(parts, _Chat)]
-        texts = iter(chat_template_of(self.tokenizer).render([chat[:2] for chat in chats]) if chats else ())
+        texts = iter(chat_template_of(self.tokenizer).render([chat[:2] for chat in chats])
+                     if chats and not self._messages else ())
         for line, parts, faults in waiting:
-            row = None
+            row, chat = None, parts if isinstance(parts, _Chat) else None
             try:
-                if isinstance(parts, _Chat):
-                    chat, texts_of = parts, _rendered(self.tokenizer, parts.prompt, next(texts))
+                if chat and self._messages:
+                    parts = _as_text(chat)
+                elif chat:
+                    texts_of = _rendered(self.tokenizer, chat.prompt, next(texts))
                     self._check_kept(line, chat, *texts_of)
                     parts = _Texts(*texts_of, chat.scores)
                 row = self._finish(line, *parts) if parts else None
+                if chat and self._messages:
+                    row = {"prompt": chat.prompt, **dict(zip(_NAMES[self.kind], chat.replies, strict=True))}
             except Fault as fault:
                 faults = [fault]
             self.rows, self.bad_rows = self.rows + 1, self.bad_rows + bool(faults)
@@ -460,10 +403,12 @@ class _Scan:
                 raise DataError(f"{self.name}: {(_mixed(names) if name in mixed else fault).reason}")
 
     def _chat(self, prompt: list[dict], replies: list[dict], scores: dict) -> _Texts | _Chat:
+        if self._messages:
+            return _Chat(prompt, replies, scores)
         if self.tokenizer is None and self._render:
             raise DataError(f"{self.name}: the rows are conversations; give tokenizer=, whose template renders them")
         if self.tokenizer is None:
-            return _Texts(json.dumps(prompt, default=str), [reply["content"] for reply in replies], scores)
+            return _as_text(_Chat(prompt, replies, scores))
         if not self.tokenizer.chat_template:
             raise DataError(f"{self.name}: the rows are conversations, and the tokenizer has no chat template; set "
                             "tokenizer.chat_template, use a chat model, or give prompt, chosen and rejected as text")
@@ -495,6 +440,11 @@ class _Scan:
             self._note("the row repeats an earlier one", line)
         self._seen.add(key)
         return {"prompt": prompt, **dict(zip(names, responses, strict=True)), **({"scores": scores} if scores else {})}
+
+
+def _as_text(chat: _Chat) -> _Texts:
+    """What stands for a conversation where texts are compared."""
+    return _Texts(json.dumps(chat.prompt, default=str), [reply["content"] for reply in chat.replies], chat.scores)
 
 
 class _Faults(Exception):
@@ -542,20 +492,21 @@ def _unused(name: str, what: str) -> str:
 # --- the public functions --------------------------------------------------------------------------------------------
 def load_rows(source: str | os.PathLike, kind: str | None = None, *, tokenizer=None, max_length: int | None = None,
               skip_bad: bool = False, split: str | None = None,
-              columns: str | Mapping[str, str] | None = None) -> Rows:
+              columns: str | Mapping[str, str] | None = None, messages: bool = False) -> Rows:
     """Rows of text from a file, a saved data set or a Hub id, every one of them valid.
 
     kind: "pairs", "demonstrations" or "prompts"; None means what the columns say. tokenizer: renders conversations, and
     with max_length (tokens) refuses longer prompts. skip_bad: leave bad rows out and count them in `.skipped`, but at
     most MOST_SKIPPED of all rows (one bad row always may be left out). split: of a data set that has several. columns:
     "prompt=question,chosen=good", or a mapping, says which column is what; "system=" leaves that column out;
-    "score=honesty" says by which of their marks answers are compared.
+    "score=honesty" says by which of their marks answers are compared. messages: conversations stay as they are, the
+    prompt a list of {role, content} and each reply one message.
     Raises DataError with the first ten reasons, FILE:LINE each, if more rows are bad than that, or none is good.
 
     >>> load_rows("pairs.jsonl")[0]                                                          # doctest: +SKIP
     {'prompt': 'How do I …', 'chosen': ' Happy to help!', 'rejected': ' No.'}
     """
-    scan, rows, problems = _Scan(source, kind, tokenizer, max_length, True, split, columns), [], []
+    scan, rows, problems = _Scan(source, kind, tokenizer, max_length, True, split, columns, messages), [], []
     for row, faults in scan:
         problems += faults[: PROBLEM_LIMIT - len(problems)]
         if row is not None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from alignkit.data.chat import chat_template_of
 from alignkit.data.fields import _check_special, _check_text, _rendered, _special_pattern
 from alignkit.data.files import Fault, records
-from alignkit.data.rows import Problem
+from alignkit.data.problems import Problem
 from alignkit.errors import DataError
 
 LISTED = 10  # problems that an error names

@@ -67,6 +67,22 @@ def _parser() -> argparse.ArgumentParser:
     verify = add("verify", _verify, "check a frozen checkpoint against its manifest: exit 1 if a byte differs")
     verify.add_argument("checkpoint", type=folder, metavar="DIR")
 
+    card = add("card", _card, "write the model card of a frozen checkpoint, README.md beside its manifest")
+    card.add_argument("checkpoint", type=folder, metavar="DIR")
+    card.add_argument("--out", type=Path, metavar="FILE", help="write it there instead")
+    push = add("push", _push, "send a frozen checkpoint to the Hugging Face Hub: private, and after asking")
+    push.add_argument("checkpoint", type=folder, metavar="DIR")
+    push.add_argument("repo", metavar="REPO_ID", help="OWNER/NAME")
+    push.add_argument("--public", action="store_true", help="for everybody to see (default: private)")
+    push.add_argument("--yes", action="store_true", help="do not ask")
+    for command in (card, push):
+        command.add_argument("--licence", metavar="L", help="such as mit or apache-2.0 (default: unknown)")
+
+    export = add("export", _export, "write a run's data and settings for another tool to start from")
+    export.add_argument("run", type=folder, metavar="RUN")
+    export.add_argument("--to", required=True, choices=("llama-factory", "trl"), help="the tool")
+    add_out(export)
+
     compare = add("compare", _compare, "evaluate checkpoints side by side on the frozen evaluation set")
     compare.add_argument("checkpoints", nargs="+", type=folder, metavar="DIR")
     add_data(compare)
@@ -99,7 +115,7 @@ def _course(options: argparse.Namespace) -> None:
     if options.data == "desk" and (reading := _reading(options)):
         raise ParameterError(f"--{next(iter(reading))} says how to read a file or a data set; give one with --data")
     run = notebooks.course(options.out, options.model, options.data, given, timeout=options.timeout,
-                           restart=options.restart)
+                           restart=options.restart, track=options.track)
     print(f"\n{overview(run)}")
 
 
@@ -108,7 +124,7 @@ def _run(options: argparse.Namespace) -> None:
 
     executed = notebooks.run_notebook(
         options.notebook, options.out, _parameters(options), timeout=options.timeout, force=options.force,
-        restart=options.restart,
+        restart=options.restart, track=options.track,
     )
     print(f"executed notebook: {_shown(executed)}")
 
@@ -142,6 +158,25 @@ def _verify(options: argparse.Namespace) -> None:
     from alignkit.runs.frozen import verify
 
     print(f"{_shown(options.checkpoint)}: {_files(verify(options.checkpoint))}, every byte as it was frozen")
+
+
+def _card(options: argparse.Namespace) -> None:
+    from alignkit.publish.card import write_card
+
+    print(_shown(write_card(options.checkpoint, licence=options.licence, out=options.out)))
+
+
+def _push(options: argparse.Namespace) -> None:
+    from alignkit.publish.hub import push
+
+    push(options.checkpoint, options.repo, public=options.public, licence=options.licence,
+         ask=lambda: options.yes or _answer("push this? [y/N] "))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from alignkit.publish.export import export
+
+    print(export(options.run, options.to, options.out))
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -231,13 +266,15 @@ def add_data(command: argparse.ArgumentParser) -> None:
 
 
 def add_job(command: argparse.ArgumentParser) -> None:
-    """Add what a job of notebooks takes to a command: --out, -p and --timeout."""
+    """Add what a job of notebooks takes to a command: --out, -p, --timeout and --track."""
     add_out(command)
     about = "a parameter of the notebooks, or STAGE.NAME=VALUE, of one: ppo.kl_coef=0.1; may be repeated"
     command.add_argument(
         "-p", dest="parameters", action="append", default=[], type=_assignment, metavar="NAME=VALUE", help=about
     )
     command.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="stop a notebook after so many")
+    command.add_argument("--track", choices=("tensorboard", "wandb", "mlflow", "trackio"),
+                         help="also send what the training logs there (default: nowhere)")
 
 
 def add_reading(command: argparse.ArgumentParser) -> None:
@@ -342,6 +379,14 @@ def _one_interrupt() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _answer(question: str) -> bool:
+    """Whether the person at the terminal says yes; where there is none the answer is no."""
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def _files(manifest) -> str:

@@ -25,7 +25,14 @@ from alignkit.jobs.stage_parameters import addressed, values_by_notebook, where_
 from alignkit.metrics import duration
 from alignkit.runs.lock import lock_handles, run_lock
 from alignkit.runs.records import READING, check_run, record_seconds, run_facts, start_run
-from alignkit.runs.stage_folders import STAGE_OF_JOB, delete_checkpoints, set_aside, set_aside_unfinished
+from alignkit.runs.stage_folders import (
+    NEW,
+    STAGE_OF_JOB,
+    delete_checkpoints,
+    is_finished,
+    set_aside,
+    set_aside_unfinished,
+)
 from alignkit.sources import local_path
 from alignkit.stages import CHAIN, NEEDS
 from alignkit.storage import plain, read_json, write_json
@@ -64,6 +71,7 @@ def run_notebook(
     progress: bool = True,
     force: bool = False,
     restart: bool = False,
+    track: str | None = None,
 ) -> Path:
     """Run one notebook in the run directory `out`, unless that was done already; returns the executed notebook.
 
@@ -71,20 +79,22 @@ def run_notebook(
     finished, and is then set aside. parameters: name -> value; `run` is set to `out`; model, data, seed and how the
     data is read are by default those of the run that `out` holds. STAGE.NAME is a name too, if STAGE means this
     notebook. timeout: seconds. progress: print one line about it. force: run even if it was done. restart: begin anew
-    where it would go on. Raises ParameterError; RunError if the directory is of another run, lacks a stage, or holds
-    one that is not what was made, or if the model cannot be read; DataError; RunInUse; all before a kernel starts;
-    NotebookFailed, with the cell.
+    where it would go on. track: a tracker that gets what the training logs (`jobs.tracking`). Raises ParameterError;
+    RunError if the directory is of another run, lacks a stage, or holds one that is not what was made, or if the model
+    cannot be read; DataError; RunInUse; all before a kernel starts; NotebookFailed, with the cell.
     """
     notebook, out = find_notebook(notebook), _place(out)
     known, given = notebook_parameters(notebook), dict(parameters or {})
     given = addressed(notebook.stem, known, given)
     job = _job(notebook, out, known, {**_of_run(notebook, out, known, given), **given})
+    _check_tracker(track, job)
     check_before([job])
     _check_stages(job)
     with run_lock(_run_directory(out)):
         _check_facts(job)
         expected = _expected([job]).get(job.name) if progress else None
-        return _run(job, timeout=timeout, progress=progress, force=force or restart, expected=expected, restart=restart)
+        return _run(job, timeout=timeout, progress=progress, force=force or restart, expected=expected, restart=restart,
+                    track=track)
 
 
 def course(
@@ -97,6 +107,7 @@ def course(
     timeout: float | None = None,
     progress: bool = True,
     restart: bool = False,
+    track: str | None = None,
 ) -> Path:
     """Run the series of notebooks in order as one job, then write report.html; returns the run directory.
 
@@ -116,6 +127,7 @@ def course(
     whole = {"model": model, "data": data}
     jobs = [_job(paths[name], out, own, {key: whole[key] for key in whole if key in own} | values[name])
             for name, own in known.items()]
+    _check_tracker(track)
     check_before(jobs)
     facts = {name: next((job.values[name] for job in jobs if name in job.values), None)  # of the whole run
              for name in ("model", "data", "seed")}
@@ -137,7 +149,7 @@ def course(
                 with contextlib.closing(present) if present else contextlib.nullcontext():
                     _check_facts(job)
                     _run(job, timeout=timeout, progress=progress, expected=expected.get(job.name), spare=present,
-                         force=restart, restart=restart)
+                         force=restart, restart=restart, track=track)
         except BaseException:
             if spare:
                 spare.close()
@@ -246,6 +258,7 @@ def _run(
     expected: float | None = None,
     spare=None,
     restart: bool = False,
+    track: str | None = None,
 ) -> Path:
     records = _read_jobs(job.out)
     before, key = records.get(job.name, {}), job_key(job, records)
@@ -279,7 +292,8 @@ def _run(
 
     note()
     try:
-        _execute(job, executing, timeout, on_cell, spare)
+        with _tracked(job, track, key, anew=force):
+            _execute(job, executing, timeout, on_cell, spare)
     except BaseException as error:
         if moved and not job.folder.exists():
             os.rename(moved, job.folder)
@@ -296,6 +310,33 @@ def _run(
     if line:
         line.end(f"done in {duration(record['seconds'])}")
     return job.executed
+
+
+def _check_tracker(track: str | None, job: Job | None = None) -> None:
+    """Raise ParameterError if a tracker is asked for that is not installed, or for a notebook that trains nothing."""
+    if track is None:
+        return
+    from alignkit.jobs.tracking import check_tracker
+
+    check_tracker(track)
+    if job and not job.folder:
+        raise ParameterError(f"--track {track}: {job.name} is not the notebook of a stage, so there is no training to "
+                             f"follow; expected one of {', '.join(name for name in CHAIN if CHAIN[name])}")
+
+
+@contextlib.contextmanager
+def _tracked(job: Job, track: str | None, key: Mapping, *, anew: bool) -> Iterator[None]:
+    """Have a tracker follow what the job's training logs, if one is asked for."""
+    if track is None or not job.folder:
+        yield
+        return
+    from alignkit.jobs.tracking import following
+
+    finished_before = is_finished(job.folder)  # then the new one is built beside it, and takes its place at the end
+    place = [job.folder.with_name(f"{job.folder.name}{NEW}") if finished_before else job.folder]
+    with following(track, job.out, job.folder.name, lambda: place[0], key=key, settings=job.settings, anew=anew):
+        yield
+        place[0] = job.folder
 
 
 def _clear(job: Job, kept: Mapping, other_run: str) -> Path | None:

@@ -18,7 +18,7 @@ from alignkit.stages import in_order
 from alignkit.storage import content_hash, plain, read_json, write_json
 
 READING = ("kind", "split", "columns")  # how the data of a run is read, as `load_task` takes it
-PRESENTATION = ("jobs", "pages")  # folders of code that changes nothing in a run
+PRESENTATION = ("jobs", "pages", "publish")  # folders of code that changes nothing in a run
 
 
 def start_run(run: str | Path, model: str, data: str, seed: int, reading: Mapping | None = None) -> Path:
