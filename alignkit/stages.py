@@ -22,7 +22,7 @@ NEEDS = {  # the stages that a notebook reads, each with its model
     "05_dpo": ("sft", "reward", "frozen"),
 }
 # records in a stage's folder, which later stages may add to
-RUN_FILES = ("results.json", "metrics.jsonl", "evaluation.json", "samples.json")
+RUN_FILES = ("results.json", "metrics.jsonl", "evaluation.json", "samples.json", "suites.json")
 
 
 def in_order(stages) -> list[str]:
