@@ -1,4 +1,4 @@
-"""Suites: lm-eval on local tasks against values computed here, their groups by hand, their records and where they show."""
+"""Suites: lm-eval on local tasks against values computed here, groups by hand, the records and where they are shown."""
 
 import importlib.metadata
 import json
@@ -12,7 +12,7 @@ import torch
 
 from alignkit.desk.world import SENTENCES
 from alignkit.errors import DataError, MissingExtra, ParameterError, RunError
-from alignkit.evaluate import harness, suites
+from alignkit.evaluate import harness
 from alignkit.evaluate.comparison import compare_directories
 from alignkit.evaluate.suite_records import RECORD, Measurement, add_suites, read_suites, score, suites_of
 from alignkit.evaluate.suites import GROUPS, SUITES, Options, Suite, lines, missing, remarks, run_suites, table
@@ -134,7 +134,7 @@ def right(items, logprobs, tokenizer):
 # --- lm-eval against what the model says
 
 
-def test_lm_eval_finds_the_accuracy_that_the_log_probabilities_give(checkpoint, tasks, items, logprobs, policy, tmp_path):
+def test_lm_eval_finds_the_accuracy_that_log_probabilities_give(checkpoint, tasks, items, logprobs, policy, tmp_path):
     hits = right(items, logprobs, policy[1])
     assert 0.05 < statistics.mean(hits) < 0.95
     state = random.getstate(), torch.random.get_rng_state()
@@ -268,7 +268,8 @@ def test_a_suite_may_measure_by_a_function_of_its_own(checkpoint, tmp_path, monk
         seen.append((measured.path, measured.hash, options.limit))
         return {"compliance": Estimate(0.75, 0.6, 0.9), "over_refusal": Estimate(0.2, None, None)}
 
-    monkeypatch.setitem(SUITES, "counted", Suite("counted", measure=count, prepare=lambda options: seen.append("ready")))
+    counted = Suite("counted", measure=count, prepare=lambda options: seen.append("ready"))
+    monkeypatch.setitem(SUITES, "counted", counted)
     rows = run_suites(checkpoint, ["counted"], out=tmp_path, limit=3)
     assert seen == ["ready", (checkpoint, verify(checkpoint).hash, 3)]
     assert [(row.metric, row.value, row.low, row.stderr, row.n) for row in rows] == [
@@ -342,7 +343,8 @@ def test_figures_of_other_weights_and_of_less_items_are_not_shown(checkpoint, po
     from alignkit.runs.frozen import checkpoint_hash
 
     current = checkpoint_hash(tmp_path / "ppo")
-    add_suites(tmp_path / "ppo", [measurement("mmlu", 0.1, hash=current, limit=500), measurement("mmlu", 0.2, hash="old"),
+    add_suites(tmp_path / "ppo", [measurement("mmlu", 0.1, hash=current, limit=500),
+                                  measurement("mmlu", 0.2, hash="old"),
                                   measurement("ifeval", 0.4, hash=current, limit=5),
                                   measurement("ifeval", 0.5, hash=current, limit=7)])
     add_suites(tmp_path / "ppo", [measurement("mmlu", 0.3, hash=current)])
@@ -376,7 +378,8 @@ def test_compare_shows_suites_in_all_its_forms(checkpoint, policy, tmp_path):
     for name in ("sft", "ppo"):
         save_model(*policy, tmp_path / name)
     hash_of = checkpoint_hash(tmp_path / "ppo")
-    add_suites(tmp_path / "ppo", [measurement("mmlu", 0.5, hash=hash_of), measurement("mine", 0.3, hash=hash_of, limit=9),
+    add_suites(tmp_path / "ppo", [measurement("mmlu", 0.5, hash=hash_of),
+                                  measurement("mine", 0.3, hash=hash_of, limit=9),
                                   measurement("gsm8k", 0.9, hash="old")])
     comparison = compare_directories([tmp_path / "sft", tmp_path / "ppo"], out=tmp_path / "out", prompts=8, samples=2)
     cells = {line[0]: line[1:] for line in comparison.cells()}

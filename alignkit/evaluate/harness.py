@@ -7,6 +7,7 @@ tokenizer, and chat templates are rendered by `alignkit.data.chat`.
 
 import contextlib
 import difflib
+import functools
 import logging
 import os
 import random
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping
 
 from alignkit.errors import DataError, MissingExtra, ParameterError
 from alignkit.evaluate.suite_records import Score, score
+from alignkit.safe_text import one_line
 
 BOOTSTRAP = 1000  # draws for a standard error that has no formula
 
@@ -24,9 +26,14 @@ def prepare(options) -> None:
     Raises MissingExtra without lm-eval, ParameterError on a name that it does not know, and on a task that runs code of
     the model unless options.run_model_code, DataError, naming the data set, if its data are not to be had.
     """
-    suite, manager = options.suite, _manager(options)
-    entry = manager.task_index.get(suite.task)
-    if entry is None:
+    suite = options.suite
+    try:
+        with _quiet():
+            manager = _manager(options)
+    except ImportError as error:
+        raise MissingExtra(f"{suite.name} is measured by lm-evaluation-harness, which is not installed ({error}): "
+                           "pip install 'alignkit[evaluate]'") from error
+    if suite.task not in manager.task_index:
         raise ParameterError(f"{suite.name}: there is no such suite, nor such a task of lm-eval{_nearest(options)}")
     configs = _configs(manager, suite.task)
     if any(config.get("unsafe_code") for config in configs) and not options.run_model_code:
@@ -35,16 +42,16 @@ def prepare(options) -> None:
             "fetches the program that runs them (code_eval) from the Hub; in a container or a virtual machine, say "
             "--run-model-code")
     try:
-        with _quiet(), _code_allowed(options.run_model_code):
+        with _quiet(), _code_allowed(options.run_model_code), _generators_kept():
             loaded = manager.load([suite.task])
     except ModuleNotFoundError as error:
         raise MissingExtra(f"{suite.name} needs {error.name}: pip install 'alignkit[evaluate]'") from error
     except Exception as error:
-        sets = ", ".join(dict.fromkeys(_data_of(config) for config in configs if config.get("dataset_path"))) or "data"
+        data = dict.fromkeys(_data_of(config) for config in configs if config.get("dataset_path"))
         raise DataError(
-            f"{suite.name} needs {sets}, which cannot be read here ({type(error).__name__}: {error}); load it once with "
-            "a network and without HF_HUB_OFFLINE, copy the cache of a machine that has it (HF_HOME), or give a task "
-            "file with data of your own (--tasks FOLDER)") from error
+            f"{suite.name} needs {', '.join(data) or 'data'}, which cannot be read here ({type(error).__name__}: "
+            f"{one_line(error, 300)}); load it once with a network and without HF_HUB_OFFLINE, copy the cache of a "
+            "machine that has it (HF_HOME), or give a task file with data of your own (--tasks FOLDER)") from error
     groups = loaded.get("groups", {})
     options.prepared[suite.name] = [groups[suite.task]] if suite.task in groups else list(loaded["tasks"].values())
 
@@ -74,29 +81,38 @@ def measure(checkpoint, options) -> dict[str, Score]:
     return {suite.metric: figures[suite.metric]}
 
 
-def known_tasks(options) -> list[str]:
-    """Names of all tasks and groups of lm-eval, with those of the folder `options.tasks`."""
-    return list(_manager(options).all_tasks)
-
-
 def _manager(options):
-    """lm-eval's index of tasks; files of the folder come before tasks of the same name."""
+    """lm-eval's index of tasks: those of the folder and, unless the suite is one of them, lm-eval's own behind them."""
+    from lm_eval.tasks import TaskManager
+
+    if options.tasks is None:
+        return _lm_evals_own()
     if "manager" not in options.prepared:
-        with _quiet():
-            try:
-                from lm_eval.tasks import TaskManager
-            except ImportError as error:
-                raise MissingExtra(f"{options.suite.name} is measured by lm-evaluation-harness, which is not installed "
-                                   f"({error}): pip install 'alignkit[evaluate]'") from error
-            folder = None if options.tasks is None else str(options.tasks)
-            options.prepared["manager"] = TaskManager(include_path=folder)
-    return options.prepared["manager"]
+        options.prepared["manager"] = TaskManager(include_path=str(options.tasks), include_defaults=False)
+    manager = options.prepared["manager"]
+    if not _is_task(manager.task_index.get(options.suite.task)):  # a group may name tasks of lm-eval
+        for name, entry in _lm_evals_own().task_index.items():
+            manager.task_index.setdefault(name, entry)
+    return manager
+
+
+@functools.cache
+def _lm_evals_own():
+    """The index of lm-eval's own tasks: thousands of files, some seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _is_task(entry) -> bool:
+    return entry is not None and entry.kind.name == "TASK"
 
 
 def _nearest(options) -> str:
     from alignkit.evaluate.suites import SUITES
 
-    close = difflib.get_close_matches(options.suite.name, [*SUITES, *known_tasks(options)], n=1)
+    close = [name for names in (SUITES, _manager(options).task_index)
+             for name in difflib.get_close_matches(options.suite.name, names, n=1)]
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -126,7 +142,8 @@ def _scores(results: Mapping, name: str) -> dict[str, Score]:
     """Metric -> Score, of the task or group `name`; if that has no figure itself, of each of its tasks."""
     table = results["results"]
     own = _task_scores(results, name) if name in table else {}
-    return own or {f"{task} {metric}": figure for task in table for metric, figure in _task_scores(results, task).items()}
+    return own or {f"{task} {metric}": figure
+                   for task in table for metric, figure in _task_scores(results, task).items()}
 
 
 def _task_scores(results: Mapping, task: str) -> dict[str, Score]:

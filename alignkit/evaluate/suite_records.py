@@ -1,4 +1,4 @@
-"""suites.json: what suites measured of checkpoints, with the settings of each figure; it lies beside a checkpoint's files.
+"""suites.json: what suites measured of checkpoints, with the settings of each figure, beside a checkpoint's own files.
 
 Each figure names the hash of the checkpoint that it was measured on. One of other weights is never shown as this one's.
 """

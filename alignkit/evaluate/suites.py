@@ -164,7 +164,7 @@ def _version_of(package: str) -> dict[str, str]:
         return {}
 
 
-# --- groups, and lines of a table --------------------------------------------------------------------------------------
+# --- groups, and lines of a table -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Line:
     """A line of a table of suites: what was measured, on what, its score, and the limit if not all items were asked."""
@@ -198,9 +198,9 @@ def lines(measured: Iterable[Measurement]) -> dict[str, Line]:
     rows = sorted(measured, key=lambda row: [*SUITES, row.suite].index(row.suite))
     shown, main = {}, {}
     for row in rows:
-        suite = SUITES.get(row.suite)
-        label = row.suite if suite and suite.metric else f"{row.suite}, {row.metric}"
-        about = [suite.group] * bool(suite and suite.group) + [row.metric] * bool(suite and suite.metric)
+        suite = SUITES.get(row.suite, Suite(row.suite))
+        label = row.suite if suite.metric else f"{row.suite}, {row.metric}"
+        about = [suite.group] * bool(suite.group) + [row.metric] * bool(suite.metric)
         about += [f"{row.shots} shots"] * (row.shots is not None) + [f"{row.n:,} items"] * (row.n is not None)
         shown[label] = Line(label, ", ".join(about), row.score, row.limit)
         main.setdefault(row.suite, shown[label])
@@ -233,7 +233,8 @@ def remarks(measured: Mapping[str, Iterable[Measurement]]) -> list[str]:
         said.append("What is marked as cut was measured on the first items of each task alone (--limit): try-outs, no "
                     "results to report.")
     for name, each in rows.items():
-        if each and (without := missing(each)):
+        without = missing(each)
+        if without and any(SUITES.get(row.suite, Suite("")).group for row in each):
             said.append(f"{name}: no average of the groups without {', '.join(without)}.")
         if templates := {row.chat_template for row in each}:
             used = "; ".join("with the model's chat template" if used else "without a chat template"
