@@ -382,7 +382,7 @@ MUTANTS = [
     Mutant("evaluate/suite_records.py", "value + _Z * stderr", "value + stderr", "one standard error instead of 1.96",
            "tests/test_suites.py::test_the_interval_is_196_standard_errors_wide_and_absent_without_one"),
     Mutant("evaluate/suites.py", "math.fsum(error**2 for error in errors)) / len(errors)",
-           "math.fsum(error**2 for error in errors) / len(errors))", "the mean's standard error divided inside the root",
+           "math.fsum(error**2 for error in errors) / len(errors))", "a mean's standard error divided inside the root",
            "tests/test_suites.py::test_groups_and_their_average_are_the_unweighted_means"),
     Mutant("evaluate/suites.py", "if names and all(name in main for name in names)",
            "if names and any(name in main for name in names)", "a group that lacks a suite gets a figure",

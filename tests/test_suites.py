@@ -185,7 +185,7 @@ def test_prompts_go_through_the_chat_template_if_there_is_one(policy, tasks, ite
 
 
 def test_an_unknown_suite_names_the_nearest_and_nothing_is_written(checkpoint, tasks, tmp_path):
-    for name, near in {"desk_choise": "desk_choice", "mlmu": "mmlu", "gsm8k_plus": "gsm_plus"}.items():
+    for name, near in {"desk_choise": "desk_choice", "mlmu": "mmlu", "arc_eazy": "arc_easy"}.items():
         with pytest.raises(ParameterError, match=f"{name}: there is no such suite.*did you mean {near}"):
             run_suites(checkpoint, ["desk_choice", name], tasks=tasks, out=tmp_path)
     assert not (tmp_path / RECORD).exists()

@@ -43,7 +43,7 @@ def prepare(options) -> None:
             "--run-model-code")
     try:
         with _quiet(), _code_allowed(options.run_model_code), _generators_kept():
-            loaded = manager.load([suite.task])
+            options.prepared[suite.name] = manager.load([suite.task])
     except ModuleNotFoundError as error:
         raise MissingExtra(f"{suite.name} needs {error.name}: pip install 'alignkit[evaluate]'") from error
     except Exception as error:
@@ -52,8 +52,6 @@ def prepare(options) -> None:
             f"{suite.name} needs {', '.join(data) or 'data'}, which cannot be read here ({type(error).__name__}: "
             f"{one_line(error, 300)}); load it once with a network and without HF_HUB_OFFLINE, copy the cache of a "
             "machine that has it (HF_HOME), or give a task file with data of your own (--tasks FOLDER)") from error
-    groups = loaded.get("groups", {})
-    options.prepared[suite.name] = [groups[suite.task]] if suite.task in groups else list(loaded["tasks"].values())
 
 
 def measure(checkpoint, options) -> dict[str, Score]:
@@ -62,16 +60,18 @@ def measure(checkpoint, options) -> dict[str, Score]:
     A suite of the table has one figure; any other task has all that lm-eval gives. `checkpoint` has `model`,
     `tokenizer` and `chat_template`. lm-eval shows the progress, with an estimate, on stderr.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate  # simple_evaluate would ask git and pip what they are
 
-    suite = options.suite
-    with _quiet(), _code_allowed(options.run_model_code), _generators_kept():
-        results = simple_evaluate(
-            model=_language_model(checkpoint, options.batch_size), tasks=options.prepared[suite.name],
-            num_fewshot=suite.shots, limit=options.limit, log_samples=False, bootstrap_iters=BOOTSTRAP,
-            apply_chat_template=checkpoint.chat_template, task_manager=_manager(options),
-            random_seed=options.seed, numpy_random_seed=options.seed, torch_random_seed=options.seed,
-            fewshot_random_seed=options.seed, confirm_run_unsafe_code=options.run_model_code)
+    suite, loaded = options.suite, options.prepared[options.suite.name]
+    with _quiet(), _code_allowed(options.run_model_code), _generators_kept(options.seed):
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=suite.shots or 0)
+            task.set_fewshot_seed(seed=options.seed)
+        results = evaluate(
+            _language_model(checkpoint, options.batch_size), loaded, limit=options.limit, log_samples=False,
+            bootstrap_iters=BOOTSTRAP, apply_chat_template=checkpoint.chat_template,
+            fewshot_as_multiturn=checkpoint.chat_template, confirm_run_unsafe_code=options.run_model_code)
     figures = _scores(results, suite.task)
     if suite.metric is None:
         return figures
@@ -210,14 +210,18 @@ def _code_allowed(allowed: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _generators_kept() -> Iterator[None]:
-    """lm-eval seeds the generators of Python, NumPy and torch; the caller's are as they were afterwards."""
+def _generators_kept(seed: int | None = None) -> Iterator[None]:
+    """The generators of Python, NumPy and torch, which lm-eval draws from, seeded; afterwards they are as before."""
     import numpy as np
     import torch
 
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
             yield
         finally:
             random.setstate(states[0])

@@ -337,7 +337,8 @@ def read_lineage(path: Path) -> None:
 
 SUITES = {"measured": [
     {"checkpoint": "run/ppo", "hash": "h", "suite": suite, "metric": "acc", "value": 0.5, "low": 0.4, "high": 0.6,
-     "stderr": 0.05, "n": 100, "shots": 0, "limit": limit, "seed": 0, "chat_template": False, "versions": {}, "date": ""}
+     "stderr": 0.05, "n": 100, "shots": 0, "limit": limit, "seed": 0, "chat_template": False, "versions": {},
+     "date": "2026-01-01"}
     for suite, limit in (("mmlu", None), ("mine", 9))]}
 READERS = {  # kind -> the name of the file, a good one, and who reads it
     "metrics": ("metrics.jsonl", METRICS, read_log),
