@@ -233,6 +233,14 @@ def test_wrong_options_are_refused(checkpoint, given, says):
         run_suites(checkpoint, **{"suites": ["mmlu"], **given})
 
 
+def test_what_the_model_cannot_be_asked_is_one_message(checkpoint, tasks, tmp_path):
+    rows = (tasks / "generate.yaml").read_text().replace("max_gen_toks: 2", "max_gen_toks: 64")
+    (tmp_path / "long.yaml").write_text(rows.replace("desk_generate", "desk_long"))
+    with pytest.raises(DataError, match="desk_long cannot be measured on .*frozen"):
+        run_suites(checkpoint, ["desk_long"], tasks=tmp_path, out=tmp_path)
+    assert not (tmp_path / RECORD).exists()
+
+
 def test_a_frozen_checkpoint_that_was_changed_is_not_measured(checkpoint, tasks, tmp_path):
     copy = freeze(checkpoint.parent / "ppo", tmp_path / "frozen")
     config = copy / "config.json"

@@ -13,7 +13,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping
 
-from alignkit.errors import DataError, MissingExtra, ParameterError
+from alignkit.errors import AlignkitError, DataError, MissingExtra, ParameterError
 from alignkit.evaluate.suite_records import Score, score
 from alignkit.safe_text import one_line
 
@@ -58,7 +58,8 @@ def measure(checkpoint, options) -> dict[str, Score]:
     """The figures of `options.suite`, which `prepare` has loaded: metric -> Score.
 
     A suite of the table has one figure; any other task has all that lm-eval gives. `checkpoint` has `model`,
-    `tokenizer` and `chat_template`. lm-eval shows the progress, with an estimate, on stderr.
+    `tokenizer`, `path` and `chat_template`. lm-eval shows the progress, with an estimate, on stderr. Raises DataError on
+    what the model cannot be asked.
     """
     from lm_eval import evaluate  # simple_evaluate would ask git and pip what they are
 
@@ -68,10 +69,14 @@ def measure(checkpoint, options) -> dict[str, Score]:
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=suite.shots or 0)
             task.set_fewshot_seed(seed=options.seed)
-        results = evaluate(
-            _language_model(checkpoint, options.batch_size), loaded, limit=options.limit, log_samples=False,
-            bootstrap_iters=BOOTSTRAP, apply_chat_template=checkpoint.chat_template,
-            fewshot_as_multiturn=checkpoint.chat_template, confirm_run_unsafe_code=options.run_model_code)
+        try:
+            results = evaluate(
+                _language_model(checkpoint, options.batch_size), loaded, limit=options.limit, log_samples=False,
+                bootstrap_iters=BOOTSTRAP, apply_chat_template=checkpoint.chat_template,
+                fewshot_as_multiturn=checkpoint.chat_template, confirm_run_unsafe_code=options.run_model_code)
+        except (AssertionError, ValueError) as error:  # a prompt that is longer than the model can read, for one
+            raise error if isinstance(error, AlignkitError) else DataError(
+                f"{suite.name} cannot be measured on {one_line(checkpoint.path)}: {one_line(error, 400)}") from error
     figures = _scores(results, suite.task)
     if suite.metric is None:
         return figures
@@ -87,9 +92,9 @@ def _manager(options):
 
     if options.tasks is None:
         return _lm_evals_own()
-    if "manager" not in options.prepared:
-        options.prepared["manager"] = TaskManager(include_path=str(options.tasks), include_defaults=False)
-    manager = options.prepared["manager"]
+    if "" not in options.prepared:  # no suite has this name
+        options.prepared[""] = TaskManager(include_path=str(options.tasks), include_defaults=False)
+    manager = options.prepared[""]
     if not _is_task(manager.task_index.get(options.suite.task)):  # a group may name tasks of lm-eval
         for name, entry in _lm_evals_own().task_index.items():
             manager.task_index.setdefault(name, entry)
