@@ -58,8 +58,8 @@ def measure(checkpoint, options) -> dict[str, Score]:
     """The figures of `options.suite`, which `prepare` has loaded: metric -> Score.
 
     A suite of the table has one figure; any other task has all that lm-eval gives. `checkpoint` has `model`,
-    `tokenizer`, `path` and `chat_template`. lm-eval shows the progress, with an estimate, on stderr. Raises DataError on
-    what the model cannot be asked.
+    `tokenizer`, `path` and `chat_template`. lm-eval shows the progress, with an estimate, on stderr. Raises DataError
+    on what the model cannot be asked.
     """
     from lm_eval import evaluate  # simple_evaluate would ask git and pip what they are
 
