@@ -114,9 +114,7 @@ def _is_task(entry) -> bool:
 
 
 def _nearest(options) -> str:
-    from alignkit.evaluate.suites import SUITES
-
-    close = [name for names in (SUITES, _manager(options).task_index)
+    close = [name for names in (options.known, _manager(options).task_index)
              for name in difflib.get_close_matches(options.suite.name, names, n=1)]
     return f"; did you mean {close[0]}?" if close else ""
 

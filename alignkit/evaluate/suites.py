@@ -21,7 +21,8 @@ GROUPS = ("factuality", "reasoning", "coding", "truthfulness", "safety", "instru
 
 @dataclass(frozen=True)
 class Options:
-    """How suites are measured. suite: the one that is being measured; prepared: what `Suite.prepare` loaded.
+    """How suites are measured. suite: the one that is being measured; prepared: what `Suite.prepare` loaded; known: names
+    to suggest instead of an unknown one.
 
     tasks: a folder of lm-eval's task files. limit: at most so many items a task, None for all. batch_size: sequences
     that the model reads at once. run_model_code: whether programs that the model wrote may run.
@@ -33,6 +34,7 @@ class Options:
     batch_size: int = 8
     seed: int = 0
     run_model_code: bool = False
+    known: tuple[str, ...] = ()
     prepared: dict = field(default_factory=dict)
 
 
@@ -131,7 +133,7 @@ def run_suites(checkpoint: str | Path, suites: Sequence[str], *, tasks: str | Pa
     if tasks is not None and not Path(tasks).is_dir():
         raise ParameterError(f"tasks is {str(tasks)!r}, which is not a folder")
     options = Options(tasks=None if tasks is None else Path(tasks), limit=limit, batch_size=batch_size, seed=seed,
-                      run_model_code=run_model_code)
+                      run_model_code=run_model_code, known=tuple(SUITES))
     out = Path(checkpoint if out is None else out)
     read_suites(out)  # a torn record is found now, not after hours
     measured, rows = Measured(checkpoint), []
