@@ -21,8 +21,8 @@ GROUPS = ("factuality", "reasoning", "coding", "truthfulness", "safety", "instru
 
 @dataclass(frozen=True)
 class Options:
-    """How suites are measured. suite: the one that is being measured; prepared: what `Suite.prepare` loaded; known: names
-    to suggest instead of an unknown one.
+    """How suites are measured. suite: the one that is being measured; prepared: what `Suite.prepare` loaded.
+    known: names to suggest instead of an unknown one.
 
     tasks: a folder of lm-eval's task files. limit: at most so many items a task, None for all. batch_size: sequences
     that the model reads at once. run_model_code: whether programs that the model wrote may run.
