@@ -21,8 +21,8 @@ _MODULES = {
     ],
     "dpo": ["DPOState", "DPOStats", "Pairs", "dpo_iteration", "dpo_step", "with_reference"],
     "errors": [
-        "AlignkitError", "DataError", "InvariantError", "ManifestError", "NonFinite", "NotebookFailed", "OutOfMemory",
-        "ParameterError", "RunError", "RunInUse",
+        "AlignkitError", "DataError", "InvariantError", "ManifestError", "MissingExtra", "NonFinite", "NotebookFailed",
+        "OutOfMemory", "ParameterError", "RunError", "RunInUse",
     ],
     "evaluate.adviser": ["advice", "chance_warning"],
     "evaluate.comparison": ["Comparison", "compare", "compare_directories"],
@@ -32,6 +32,7 @@ _MODULES = {
     "evaluate.reward_table": ["best_of_n_gold", "reward_model_table"],
     "evaluate.rewardbench": ["desk_bench", "read_rewardbench", "rewardbench", "write_rewardbench"],
     "evaluate.shift": ["measure_shift"],
+    "evaluate.suites": ["run_suites"],
     "evaluate.wins": ["length_controlled", "win_rates"],
     "exact.enumeration": ["response_logps"],
     "exact.gradient": ["exact_gradient"],

@@ -57,6 +57,10 @@ class NotebookFailed(AlignkitError, RuntimeError):
         self.status, self.cell, self.error = status, cell, error
 
 
+class MissingExtra(AlignkitError, ImportError):
+    """A package that is not among those always installed is needed; the message says how to install it."""
+
+
 class ParameterError(AlignkitError, ValueError):
     """A parameter that the notebook does not have, or a value that is not of its type."""
 

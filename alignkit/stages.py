@@ -23,7 +23,7 @@ NEEDS = {  # the stages that a notebook reads, each with its model
 }
 CARD = "README.md"  # the model card of a frozen checkpoint, which is written after its evaluation
 # records in a stage's folder, which later stages may add to
-RUN_FILES = ("results.json", "metrics.jsonl", "evaluation.json", "samples.json", CARD)
+RUN_FILES = ("results.json", "metrics.jsonl", "evaluation.json", "samples.json", "suites.json", CARD)
 
 
 def in_order(stages) -> list[str]:

@@ -36,7 +36,7 @@ def test_help_is_quick_and_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert cpu_seconds() - before < 1
-    for command in ("course", "run", "check", "freeze", "verify", "compare", "report"):
+    for command in ("course", "run", "check", "freeze", "verify", "compare", "evaluate", "report"):
         assert command in done.stdout
 
 

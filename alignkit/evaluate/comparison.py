@@ -8,8 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 from alignkit.errors import ManifestError, NonFinite
+from alignkit.evaluate import suites
 from alignkit.evaluate.adviser import advice, chance_warning
 from alignkit.evaluate.evaluation import Evaluation, EvaluationSet, difference, evaluate, evaluation_set, win_rate
+from alignkit.evaluate.suite_records import Measurement, suites_of
 from alignkit.folders import recover
 from alignkit.formulas.intervals import Estimate
 from alignkit.metrics import METRICS
@@ -34,11 +36,15 @@ PANELS = (  # those that are drawn with their intervals
 
 @dataclass(frozen=True)
 class Comparison:
-    """Evaluations of checkpoints on one evaluation set, by name, in order; the others are compared with the first."""
+    """Evaluations of checkpoints on one evaluation set, by name, in order; the others are compared with the first.
+
+    suites: what suites measured of the checkpoints, by name, as far as they did.
+    """
 
     evaluations: dict[str, Evaluation]
     notes: tuple[str, ...] = field(default=())
     warning: str = ""  # why the proxy means nothing
+    suites: Mapping[str, Sequence[Measurement]] = field(default_factory=dict)
 
     @property
     def reference(self) -> str:
@@ -94,7 +100,8 @@ class Comparison:
             wins = [row.get(f"win_rate_{score}") for row in rows]
             if any(wins):
                 lines.append([f"wins over {self.reference}, {score}", *(f"{win:.1%}" if win else "–" for win in wins)])
-        return lines
+        measured = {name: self.suites.get(name, ()) for name in self.evaluations}
+        return [*lines, *([label, *cells] for label, _, *cells in suites.table(measured)[1:])]
 
     def __str__(self) -> str:
         lines = [[*map(one_line, line)] for line in self.cells()]
@@ -116,7 +123,7 @@ class Comparison:
         about = (f"{len(evalset.prompts)} prompts × {evalset.samples} samples, evaluation set {evalset.hash[:12]}. In "
                  f"brackets: 95 % intervals, paired cluster bootstrap over {len(set(evalset.keys))} prompt keys. "
                  f"*: differs from {self.reference}.")
-        return [*filter(None, [self.warning]), about, *self.notes, *advice(self)]
+        return [*filter(None, [self.warning]), about, *self.notes, *suites.remarks(self.suites), *advice(self)]
 
     def to_csv(self) -> str:
         """A line per checkpoint and metric: value, low, high, and the difference to the first with its low and high."""
@@ -131,6 +138,10 @@ class Comparison:
                     cells = [row["checkpoint"], metric, estimate.value, estimate.low, estimate.high,
                              *((change.value, change.low, change.high) if change else ("", "", ""))]
                     writer.writerow(map(csv_cell, cells))
+        for name, measured in self.suites.items():
+            for line in suites.lines(measured).values():
+                cells = [name, line.label + line.cut, line.score.value, line.score.low, line.score.high, "", "", ""]
+                writer.writerow(map(csv_cell, cells))
         return text.getvalue()
 
     def to_dict(self) -> dict:
@@ -139,6 +150,7 @@ class Comparison:
             "reference": self.reference, "evaluation_set": self.evaluations[self.reference].set.hash,
             "checkpoints": {name: evaluation.summary() for name, evaluation in self.evaluations.items()},
             "differences": self.differences, "win_rates": self.win_rates, "table": self.cells(),
+            "suites": {name: list(measured) for name, measured in self.suites.items()},
             "remarks": self.remarks(), "samples": self.samples(),
         })
 
@@ -179,11 +191,13 @@ class Comparison:
         return figures
 
 
-def compare(evaluations: Mapping[str, Evaluation], notes: Sequence[str] = (), warning: str = "") -> Comparison:
-    """Put evaluations side by side. Raises ValueError if their sets, or the units of their gold, differ."""
+def compare(evaluations: Mapping[str, Evaluation], notes: Sequence[str] = (), warning: str = "",
+            suites: Mapping[str, Sequence[Measurement]] | None = None) -> Comparison:
+    """Put evaluations side by side, and what suites measured. warning: what stands in red above them. Raises ValueError
+    if the evaluations' sets, or the units of their gold, differ."""
     if not evaluations:
         raise ValueError("evaluations is empty, expected at least one checkpoint")
-    comparison = Comparison(dict(evaluations), tuple(notes), warning)
+    comparison = Comparison(dict(evaluations), tuple(notes), warning, suites or {})
     _ = comparison.differences  # raises if they cannot be paired
     return comparison
 
@@ -197,7 +211,8 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
     A folder with a manifest is verified first: ManifestError if a byte differs. KL is measured, and gold scaled, by the
     first folder. If that lies in a run of the same data, the run's evaluation_set.json, seed and reward model are used;
     otherwise `prompts` held-out prompts of `data` (seed 0 by default). reward: a callable prompts, responses -> scores.
-    kind, split, columns: how to read `data`, as in `load_task`; by default as the run did, if it is a run's data.
+    kind, split, columns: how to read `data`, as in `load_task`; by default as the run did, if it is a run's data. What
+    suites.json of a folder holds is shown too.
     Writes compare.md, compare.csv, compare.json, compare.html and PNG files.
     """
     directories = [Path(directory) for directory in directories]
@@ -227,6 +242,11 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
     notes = [f"{name} was frozen with another evaluation set ({frozen_with[:12]}…)."
              for name, directory in zip(loaded, directories, strict=True)
              if (frozen_with := _frozen_with(directory)) not in (None, evalset.hash)]
+    measured = {}
+    for name, directory in zip(loaded, directories, strict=True):
+        rows, remark = suites_of(directory)
+        measured |= {name: rows} if rows else {}
+        notes += [f"{name}: {remark}"] if remark else []
     evaluations, scale = {}, None
     for name, (policy, own_tokenizer) in loaded.items():
         same = same_vocabulary(tokenizer, own_tokenizer)
@@ -235,7 +255,7 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
         evaluations[name] = evaluate(policy, own_tokenizer, evalset, ref_policy=first if same else None, reward=reward,
                                      world=task.world, gold_scale=scale, batch_size=batch_size, name=name)
         scale = evaluations[name].gold_scale
-    comparison = compare(evaluations, notes, warning)
+    comparison = compare(evaluations, notes, warning, measured)
     if out is not None:
         _write(comparison, Path(out))
     return comparison

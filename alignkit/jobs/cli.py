@@ -89,6 +89,17 @@ def _parser() -> argparse.ArgumentParser:
     add_reading(compare)
     add_out(compare)
 
+    about = "measure a checkpoint with suites (MMLU, GSM8K, IFEval, …, any task of lm-eval); see docs/evaluation.md"
+    suites = add("evaluate", _evaluate, about)
+    suites.add_argument("checkpoint", type=folder, metavar="DIR")
+    suites.add_argument("--suite", required=True, metavar="NAME,…", help="suites, or tasks of lm-eval")
+    suites.add_argument("--tasks", type=folder, metavar="FOLDER", help="lm-eval task files of your own; they are code")
+    suites.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task: a try-out")
+    suites.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences read at once (default: 8)")
+    suites.add_argument("--seed", type=int, default=0, metavar="N", help="of what a task draws (default: 0)")
+    suites.add_argument("--run-model-code", action="store_true", help="let programs that the model wrote run here")
+    suites.add_argument("--out", type=folder, metavar="DIR", help="where suites.json goes (default: the checkpoint)")
+
     for verb in importlib.metadata.entry_points(group="alignkit.commands"):  # those of other packages, such as `app`
         verb.load()(add)
 
@@ -189,6 +200,18 @@ def _compare(options: argparse.Namespace) -> None:
     for line in visible(comparison, limit=10**6).splitlines():
         print(in_red(line) if line and line == comparison.warning else line)
     print(f"\npage: {_shown(options.out / 'compare.html')}; also compare.md, .csv, .json and pictures")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from alignkit.evaluate import suites
+    from alignkit.safe_text import visible
+
+    rows = suites.run_suites(
+        options.checkpoint, options.suite.split(","), tasks=options.tasks, limit=options.limit, seed=options.seed,
+        batch_size=options.batch_size, run_model_code=options.run_model_code, out=options.out)
+    for line in suites.lines(rows).values():
+        print(visible(f"{line.label}: {line}, {line.about}"))
+    print(f"\nrecord: {_shown((options.out or options.checkpoint) / 'suites.json')}")
 
 
 def _report(options: argparse.Namespace) -> None:

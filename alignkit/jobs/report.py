@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from alignkit.errors import RunError
+from alignkit.errors import AlignkitError, RunError
 from alignkit.evaluate.adviser import chance_warning
 from alignkit.metrics import METRICS, is_number, number, share
 from alignkit.pages.render import Picture, picture, render
@@ -33,15 +33,17 @@ def build_report(run: str | Path) -> Path:
     seen = _Run(Path(run))
     policies = {stage: results for stage, results in seen.stages.items() if stage != "reward"}
     samples, sampled = _samples(seen)
+    suites, torn = _suites(seen)
     page = render(
         "report.html",
         name=seen.name,
         facts={name: value for name in ("model", "data", "seed") if (value := seen.summary.get(name)) is not None},
         seconds=seen.seconds,
         chain=_chain(seen),
-        failures=_failures(seen),
+        failures=_failures(seen) + torn,
         policies=["Frozen" if stage == "frozen" else _name(stage) for stage in policies],
         compared=_figures(POLICY_FIGURES + REWARD_FIGURES, list(policies.values())),
+        suites=suites,
         notebooks=list(filter(None, (_notebook(seen, path) for path in seen.notebooks))),
         sampled=[_name(stage) for stage in sampled],
         samples=samples,
@@ -200,6 +202,39 @@ def _with_interval(results: Mapping, name: str) -> dict:
     if isinstance(interval, Sequence) and len(interval) == 2 and all(map(is_number, interval)):
         between = f"{write(interval[0])} to {write(interval[1])}"
     return {"value": write(value), "between": between}
+
+
+def _suites(seen: _Run) -> tuple[dict | None, list[dict]]:
+    """What suites measured of the stages, as a table with remarks, and the records that cannot be read."""
+    places = {path.parent.name: path.parent for path in seen.path.glob("*/suites.json")}
+    if not places:
+        return None, []
+    from alignkit.evaluate import suites  # which loads torch
+    from alignkit.evaluate.suite_records import suites_of
+
+    measured, notes, torn = {}, [], []
+    for stage in in_order(sorted(places)):
+        try:
+            rows, remark = suites_of(places[stage])
+        except (AlignkitError, OSError) as error:
+            torn.append({"heading": f"Suites of {_name(stage)}", "message": str(error)})
+            continue
+        measured |= {_name(stage): rows} if rows else {}
+        notes += [f"{_name(stage)}: {remark}"] if remark else []
+    columns = {name: suites.lines(rows) for name, rows in measured.items()}
+    about = {label: line.about for column in columns.values() for label, line in column.items()}
+    figures = [{"label": label, "about": words, "better": "",
+                "cells": [_line(column.get(label)) for column in columns.values()]} for label, words in about.items()]
+    table = {"stages": list(columns), "figures": figures, "remarks": [*suites.remarks(measured), *notes]}
+    return (table if figures or notes else None), torn
+
+
+def _line(line) -> dict:
+    if line is None:
+        return {"value": "–", "between": ""}
+    low, high = line.score.low, line.score.high
+    between = "" if low is None else f"{low:{line.spec}} to {high:{line.spec}}"
+    return {"value": f"{line.score.value:{line.spec}}", "between": f"{between}{line.cut}".strip()}
 
 
 def _notebook(seen: _Run, notebook: Path) -> dict | None:

@@ -32,6 +32,8 @@ from alignkit.data.rows import check, load_rows
 from alignkit.desk.tiny import desk_tokenizer
 from alignkit.errors import AlignkitError
 from alignkit.evaluate.evaluation import Evaluation, EvaluationSet
+from alignkit.evaluate.suite_records import read_suites
+from alignkit.evaluate.suites import table
 from alignkit.jobs.job import why_run
 from alignkit.jobs.notebooks import _read_jobs
 from alignkit.jobs.parameters import notebook_parameters
@@ -333,10 +335,16 @@ def read_lineage(path: Path) -> None:
     lineage(path.parent)
 
 
+SUITES = {"measured": [
+    {"checkpoint": "run/ppo", "hash": "h", "suite": suite, "metric": "acc", "value": 0.5, "low": 0.4, "high": 0.6,
+     "stderr": 0.05, "n": 100, "shots": 0, "limit": limit, "seed": 0, "chat_template": False, "versions": {},
+     "date": "2026-01-01"}
+    for suite, limit in (("mmlu", None), ("mine", 9))]}
 READERS = {  # kind -> the name of the file, a good one, and who reads it
     "metrics": ("metrics.jsonl", METRICS, read_log),
     "evaluation": ("evaluation.json", STORED, lambda path: Evaluation.load(path).summary()),
     "evaluation set": ("evaluation_set.json", STORED["set"], EvaluationSet.load),
+    "suites": ("suites.json", SUITES, lambda path: table({"ppo": read_suites(path.parent)})),
     "jobs": ("jobs.json", JOBS, read_run),
     "summary": (
         "summary.json",

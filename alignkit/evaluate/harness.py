@@ -1,0 +1,231 @@
+"""Tasks of EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), measured on a
+checkpoint that alignkit loaded.
+
+lm-eval is an extra, imported when it is used. The model is never loaded by it: it gets alignkit's own model and
+tokenizer, and chat templates are rendered by `alignkit.data.chat`.
+"""
+
+import contextlib
+import difflib
+import functools
+import logging
+import os
+import random
+from collections.abc import Iterator, Mapping
+
+from alignkit.errors import AlignkitError, DataError, MissingExtra, ParameterError
+from alignkit.evaluate.suite_records import Score, score
+from alignkit.safe_text import one_line
+
+BOOTSTRAP = 1000  # draws for a standard error that has no formula
+
+
+def prepare(options) -> None:
+    """Load the task of `options.suite` and its data into options.prepared, so that nothing is measured in vain.
+
+    Raises MissingExtra without lm-eval, ParameterError on a name that it does not know, and on a task that runs code of
+    the model unless options.run_model_code, DataError, naming the data set, if its data are not to be had.
+    """
+    suite = options.suite
+    try:
+        with _quiet():
+            manager = _manager(options)
+    except ImportError as error:
+        raise MissingExtra(f"{suite.name} is measured by lm-evaluation-harness, which is not installed ({error}): "
+                           "pip install 'alignkit[evaluate]'") from error
+    if suite.task not in manager.task_index:
+        raise ParameterError(f"{suite.name}: there is no such suite, nor such a task of lm-eval{_nearest(options)}")
+    configs = _configs(manager, suite.task)
+    if any(config.get("unsafe_code") for config in configs) and not options.run_model_code:
+        raise ParameterError(
+            f"{suite.name} runs programs that the model wrote, with all that you may do on this machine, and lm-eval "
+            "fetches the program that runs them (code_eval) from the Hub; in a container or a virtual machine, say "
+            "--run-model-code")
+    try:
+        with _quiet(), _code_allowed(options.run_model_code), _generators_kept():
+            options.prepared[suite.name] = manager.load([suite.task])
+    except ModuleNotFoundError as error:
+        raise MissingExtra(f"{suite.name} needs {error.name}: pip install 'alignkit[evaluate]'") from error
+    except Exception as error:
+        data = dict.fromkeys(_data_of(config) for config in configs if config.get("dataset_path"))
+        raise DataError(
+            f"{suite.name} needs {', '.join(data) or 'data'}, which cannot be read here ({type(error).__name__}: "
+            f"{one_line(error, 300)}); load it once with a network and without HF_HUB_OFFLINE, copy the cache of a "
+            "machine that has it (HF_HOME), or give a task file with data of your own (--tasks FOLDER)") from error
+
+
+def measure(checkpoint, options) -> dict[str, Score]:
+    """The figures of `options.suite`, which `prepare` has loaded: metric -> Score.
+
+    A suite of the table has one figure; any other task has all that lm-eval gives. `checkpoint` has `model`,
+    `tokenizer`, `path` and `chat_template`. lm-eval shows the progress, with an estimate, on stderr. Raises DataError
+    on what the model cannot be asked.
+    """
+    from lm_eval import evaluate  # simple_evaluate would ask git and pip what they are
+
+    suite, loaded = options.suite, options.prepared[options.suite.name]
+    with _quiet(), _code_allowed(options.run_model_code), _generators_kept(options.seed):
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config(key="num_fewshot", value=suite.shots or 0)
+            task.set_fewshot_seed(seed=options.seed)
+        try:
+            results = evaluate(
+                _language_model(checkpoint, options.batch_size), loaded, limit=options.limit, log_samples=False,
+                bootstrap_iters=BOOTSTRAP, apply_chat_template=checkpoint.chat_template,
+                fewshot_as_multiturn=checkpoint.chat_template, confirm_run_unsafe_code=options.run_model_code)
+        except (AssertionError, ValueError) as error:  # a prompt that is longer than the model can read, for one
+            raise error if isinstance(error, AlignkitError) else DataError(
+                f"{suite.name} cannot be measured on {one_line(checkpoint.path)}: {one_line(error, 400)}") from error
+    figures = _scores(results, suite.task)
+    if suite.metric is None:
+        return figures
+    if suite.metric not in figures:
+        raise DataError(f"{suite.name}: lm-eval gave no {suite.metric}, only {', '.join(figures) or 'nothing'}; this "
+                        "version of lm-eval is another than the one that alignkit was written for")
+    return {suite.metric: figures[suite.metric]}
+
+
+def _manager(options):
+    """lm-eval's index of tasks: those of the folder and, unless the suite is one of them, lm-eval's own behind them."""
+    from lm_eval.tasks import TaskManager
+
+    if options.tasks is None:
+        return _lm_evals_own()
+    if "" not in options.prepared:  # no suite has this name
+        options.prepared[""] = TaskManager(include_path=str(options.tasks), include_defaults=False)
+    manager = options.prepared[""]
+    if not _is_task(manager.task_index.get(options.suite.task)):  # a group may name tasks of lm-eval
+        for name, entry in _lm_evals_own().task_index.items():
+            manager.task_index.setdefault(name, entry)
+    return manager
+
+
+@functools.cache
+def _lm_evals_own():
+    """The index of lm-eval's own tasks: thousands of files, some seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _is_task(entry) -> bool:
+    return entry is not None and entry.kind.name == "TASK"
+
+
+def _nearest(options) -> str:
+    close = [name for names in (options.known, _manager(options).task_index)
+             for name in difflib.get_close_matches(options.suite.name, names, n=1)]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _configs(manager, name: str) -> list[Mapping]:
+    """The settings of a task, or of all the tasks of a group or tag, as its files say them."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return []
+    config = entry.cfg or {}
+    children = config.get("task") if "group" in config else sorted(entry.tags) if entry.cfg is None else None
+    if isinstance(children, str):
+        children = [children]
+    if not children:
+        return [config]
+    return [one for child in children for one in
+            ([child] if isinstance(child, Mapping) and "dataset_path" in child
+             else _configs(manager, child if isinstance(child, str) else str(child.get("task", child.get("group")))))]
+
+
+def _data_of(config: Mapping) -> str:
+    """What a task reads: a data set, or files of its own."""
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    return f"the files {files}" if files else f"the data set {config['dataset_path']}"
+
+
+def _scores(results: Mapping, name: str) -> dict[str, Score]:
+    """Metric -> Score, of the task or group `name`; if that has no figure itself, of each of its tasks."""
+    table = results["results"]
+    own = _task_scores(results, name) if name in table else {}
+    return own or {f"{task} {metric}": figure
+                   for task in table for metric, figure in _task_scores(results, task).items()}
+
+
+def _task_scores(results: Mapping, task: str) -> dict[str, Score]:
+    row, figures = results["results"][task], {}
+    for key, value in row.items():
+        metric, _, name_of_filter = key.partition(",")
+        if not name_of_filter or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        stderr = row.get(f"{metric}_stderr,{name_of_filter}")
+        stderr = float(stderr) if isinstance(stderr, int | float) else None
+        called = metric if name_of_filter == "none" else f"{metric},{name_of_filter}"
+        figures[called] = score(float(value), stderr, row.get("sample_len"), results["n-shot"].get(task))
+    return figures
+
+
+def _language_model(checkpoint, batch_size: int):
+    """The checkpoint as lm-eval's HFLM, whose chat template is rendered under limits."""
+    from lm_eval.models.huggingface import HFLM
+
+    class OwnTemplate(HFLM):
+        def apply_chat_template(self, chat_history, add_generation_prompt=True):
+            said = chat_history if add_generation_prompt else chat_history[:-1]
+            text = _rendered(self.tokenizer, said)
+            return text if add_generation_prompt else text + chat_history[-1]["content"]
+
+    return OwnTemplate(pretrained=checkpoint.model, tokenizer=checkpoint.tokenizer, batch_size=batch_size)
+
+
+def _rendered(tokenizer, messages: list[dict]) -> str:
+    """Messages as the model's chat template writes them, up to where the model speaks."""
+    from alignkit.data.chat import chat_template_of
+    from alignkit.data.files import Fault
+
+    text = chat_template_of(tokenizer).render([(messages, [])])[0]
+    if isinstance(text, Fault):
+        raise DataError(f"the model's chat template refuses a prompt of this suite: {text}")
+    return text[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval's warnings are for those who call it by hand."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _code_allowed(allowed: bool) -> Iterator[None]:
+    """What code_eval asks for before it runs a program."""
+    before = os.environ.get("HF_ALLOW_CODE_EVAL")
+    os.environ["HF_ALLOW_CODE_EVAL"] = "1" if allowed else "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HF_ALLOW_CODE_EVAL"]
+        else:
+            os.environ["HF_ALLOW_CODE_EVAL"] = before
+
+
+@contextlib.contextmanager
+def _generators_kept(seed: int | None = None) -> Iterator[None]:
+    """The generators of Python, NumPy and torch, which lm-eval draws from, seeded; afterwards they are as before."""
+    import numpy as np
+    import torch
+
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])

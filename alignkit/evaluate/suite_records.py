@@ -1,0 +1,155 @@
+"""suites.json: what suites measured of checkpoints, with the settings of each figure, beside a checkpoint's own files.
+
+Each figure names the hash of the checkpoint that it was measured on. One of other weights is never shown as this one's.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from alignkit.errors import RunError
+from alignkit.formulas.intervals import LEVEL, Estimate
+from alignkit.storage import read_json, write_json
+
+RECORD = "suites.json"
+_Z = 1.959963984540054  # of LEVEL
+
+
+@dataclass(frozen=True)
+class Score(Estimate):
+    """An Estimate of a suite, with its standard error, the number n of items and the examples shown (shots)."""
+
+    stderr: float | None = None
+    n: int | None = None
+    shots: int | None = None
+
+
+def score(value: float, stderr: float | None, n: int | None = None, shots: int | None = None) -> Score:
+    """value ± 1.96·stderr, which is the 95 % interval of a mean of n items.
+
+    There is no interval without a standard error, nor with one of 0: if all items have the same result, their spread
+    says nothing.
+    """
+    if not stderr or not math.isfinite(stderr):
+        return Score(value, None, None, None if stderr is None or not math.isfinite(stderr) else stderr, n, shots)
+    return Score(value, value - _Z * stderr, value + _Z * stderr, stderr, n, shots)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One figure of a suite on one checkpoint: a row of suites.json.
+
+    hash: of the checkpoint (its manifest's, if it is frozen). low, high: the 95 % interval. n: items; limit: at most so
+    many items a task were asked, None for all. chat_template: whether prompts went through the model's.
+    """
+
+    checkpoint: str
+    hash: str
+    suite: str
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    stderr: float | None
+    n: int | None
+    shots: int | None
+    limit: int | None
+    seed: int
+    chat_template: bool
+    versions: dict
+    date: str
+
+    @property
+    def score(self) -> Score:
+        """The value with its interval, standard error and number of items."""
+        return Score(self.value, self.low, self.high, self.stderr, self.n, self.shots)
+
+
+def read_suites(folder: str | Path) -> list[Measurement]:
+    """The rows of FOLDER/suites.json in their order; [] without one. Raises RunError, naming row and field, on a file
+    that is torn or is no such record."""
+    path = Path(folder) / RECORD
+    try:
+        rows = read_json(path).get("measured")
+    except FileNotFoundError:
+        return []
+    if not isinstance(rows, list):
+        raise RunError(f"{path}: measured is no list; delete the file, or put it right, and measure again")
+    return [_measurement(row, f"{path}: measured[{position}]") for position, row in enumerate(rows)]
+
+
+def add_suites(folder: str | Path, measured: Iterable[Measurement]) -> Path:
+    """Add figures to FOLDER/suites.json, made if need be; returns its path. Figures of the same suite on the same
+    checkpoint and with the same limit are replaced. Raises RunError if the file is no such record; it is left as it is.
+    """
+    new, folder = list(measured), Path(folder)
+    again = {(each.hash, each.suite, each.limit) for each in new}
+    kept = [each for each in read_suites(folder) if (each.hash, each.suite, each.limit) not in again]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / RECORD, {"level": LEVEL, "measured": [asdict(each) for each in [*kept, *new]]})
+    return folder / RECORD
+
+
+def suites_of(directory: str | Path) -> tuple[list[Measurement], str]:
+    """What suites measured of the checkpoint in `directory`, as it is now, and a remark on what was left out ("").
+
+    Of several records of a suite the one of all items counts, or else the one of the most. Raises RunError if the
+    record cannot be read, ManifestError if the checkpoint cannot.
+    """
+    rows = read_suites(directory)
+    if not rows:
+        return [], ""
+    from alignkit.runs.frozen import checkpoint_hash
+
+    current = checkpoint_hash(directory)
+    best: dict[str, list[Measurement]] = {}
+    for row in (row for row in rows if row.hash == current):
+        held = best.get(row.suite)
+        if held is None or _items(row) > _items(held[0]):
+            best[row.suite] = [row]
+        elif held[0].limit == row.limit:
+            held.append(row)
+    other = len({(row.hash, row.suite) for row in rows if row.hash != current})
+    remark = (f"{other} suites in {RECORD} were measured on other weights than the checkpoint has now; they are left "
+              "out.") if other else ""
+    return [row for rows in best.values() for row in rows], remark
+
+
+def _items(row: Measurement) -> float:
+    return math.inf if row.limit is None else row.limit
+
+
+def _measurement(row: object, where: str) -> Measurement:
+    if not isinstance(row, Mapping):
+        raise RunError(f"{where} is no JSON object")
+    for field in fields(Measurement):
+        if field.name not in row or not _CHECKS[field.name](row[field.name]):
+            wrong = "not what it must be" if field.name in row else "missing"
+            raise RunError(f"{where}: {field.name} is {wrong}; delete the file, or put it right, and measure again")
+    return Measurement(**{field.name: row[field.name] for field in fields(Measurement)})
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_figure(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _or_none(check):
+    return lambda value: value is None or check(value)
+
+
+_CHECKS = {
+    "checkpoint": _is_text, "hash": _is_text, "suite": _is_text, "metric": _is_text, "value": _is_figure,
+    "low": _or_none(_is_figure), "high": _or_none(_is_figure), "stderr": _or_none(_is_figure),
+    "n": _or_none(_is_count), "shots": _or_none(_is_count), "limit": _or_none(_is_count), "seed": _is_count,
+    "chat_template": lambda value: isinstance(value, bool), "versions": lambda value: isinstance(value, dict),
+    "date": _is_text,
+}
