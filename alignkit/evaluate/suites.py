@@ -11,8 +11,8 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
-from alignkit.errors import ParameterError
-from alignkit.evaluate import harness
+from alignkit.errors import ManifestError, ParameterError
+from alignkit.evaluate import file_suites, harness
 from alignkit.evaluate.suite_records import Measurement, Score, add_suites, read_suites, score
 from alignkit.formulas.intervals import Estimate
 
@@ -21,14 +21,15 @@ GROUPS = ("factuality", "reasoning", "coding", "truthfulness", "safety", "instru
 
 @dataclass(frozen=True)
 class Options:
-    """How suites are measured. suite: the one that is being measured; prepared: what `Suite.prepare` loaded.
-    known: names to suggest instead of an unknown one.
+    """How suites are measured. suite: the one that is being measured; file: its items, if it has a file of yours;
+    prepared: what `Suite.prepare` loaded. known: names to suggest instead of an unknown one.
 
     tasks: a folder of lm-eval's task files. limit: at most so many items a task, None for all. batch_size: sequences
     that the model reads at once. run_model_code: whether programs that the model wrote may run.
     """
 
     suite: "Suite | None" = None
+    file: str | None = None
     tasks: Path | None = None
     limit: int | None = None
     batch_size: int = 8
@@ -74,11 +75,16 @@ SUITES = {suite.name: suite for suite in (
           "Hartvigsen et al. 2022: is a statement hateful? (the paper counts toxic continuations instead)"),
     Suite("ifeval", "instruction following", "ifeval", 0, "prompt_level_loose_acc",
           "Zhou et al. 2023: instructions that a program can check; all of a prompt's followed, loosely read"),
+    Suite("xstest", source="Röttger et al. 2024: safe prompts refused, unsafe ones complied with; a file of yours",
+          measure=file_suites.measure_refusals, prepare=file_suites.prepare_refusals),
+    Suite("rewardbench", source="Lambert et al. 2024: pairs that a reward model should rank; a file of yours",
+          measure=file_suites.measure_rewardbench, prepare=file_suites.prepare_rewardbench),
 )}
 
 
 class Measured:
-    """The checkpoint that suites measure: its folder `path`, `name`, `hash`, and its model, loaded when first used.
+    """The checkpoint that suites measure: its folder `path`, `name`, `hash`, and its model, loaded when first used: as
+    a policy, or as a reward model, `scorer`.
 
     A frozen checkpoint is verified first. Raises ManifestError if it cannot be trusted.
     """
@@ -96,6 +102,16 @@ class Measured:
 
         return load_policy(self.path)
 
+    @cached_property
+    def scorer(self):
+        """The RewardScorer in the folder. Raises ManifestError if it holds none."""
+        from alignkit.reward import RewardScorer
+
+        try:
+            return RewardScorer.load(self.path)
+        except ValueError as error:
+            raise ManifestError(f"{self.path} holds no reward model: {error}") from error
+
     @property
     def model(self):
         """The policy, in evaluation mode."""
@@ -104,7 +120,7 @@ class Measured:
     @property
     def tokenizer(self):
         """Its tokenizer."""
-        return self._loaded[1]
+        return vars(self)["scorer"].tokenizer if "scorer" in vars(self) else self._loaded[1]
 
     @property
     def chat_template(self) -> bool:
@@ -116,6 +132,9 @@ def run_suites(checkpoint: str | Path, suites: Sequence[str], *, tasks: str | Pa
                limit: int | None = None, batch_size: int = 8, seed: int = 0, run_model_code: bool = False,
                out: str | Path | None = None) -> list[Measurement]:
     """Measure a checkpoint folder with suites, by name; returns each figure, and adds it to OUT/suites.json.
+
+    A suite of a file of yours is named with it: xstest=FILE (`read_refusal_prompts`), rewardbench=FILE, of which
+    `checkpoint` is a reward model (`read_rewardbench`).
 
     out: the checkpoint's own folder by default, where `compare` and `report` look for it. The data of all suites are
     loaded first; then each suite is recorded when it is done, so that what was measured is kept if a later one fails.
@@ -137,7 +156,8 @@ def run_suites(checkpoint: str | Path, suites: Sequence[str], *, tasks: str | Pa
     out = Path(checkpoint if out is None else out)
     read_suites(out)  # a torn record is found now, not after hours
     measured, rows = Measured(checkpoint), []
-    asked = [replace(options, suite=SUITES.get(name) or Suite(name, task=name)) for name in names]
+    asked = [replace(options, suite=SUITES.get(name) or Suite(name, task=name), file=file or None)
+             for name, _, file in (name.partition("=") for name in names)]
     for each in asked:
         each.suite.prepare(each)
     for each in asked:
@@ -203,7 +223,8 @@ def lines(measured: Iterable[Measurement]) -> dict[str, Line]:
         suite = SUITES.get(row.suite, Suite(row.suite))
         label = row.suite if suite.metric else f"{row.suite}, {row.metric}"
         about = [suite.group] * bool(suite.group) + [row.metric] * bool(suite.metric)
-        about += [f"{row.shots} shots"] * (row.shots is not None) + [f"{row.n:,} items"] * (row.n is not None)
+        about += [f"{row.shots} shots"] * (row.shots is not None)
+        about += [] if row.n is None else [f"{row.n:,} items"]
         shown[label] = Line(label, ", ".join(about), row.score, row.limit)
         main.setdefault(row.suite, shown[label])
     means = {}
@@ -229,8 +250,8 @@ def remarks(measured: Mapping[str, Iterable[Measurement]]) -> list[str]:
     rows = {name: list(each) for name, each in measured.items()}
     if not any(rows.values()):
         return []
-    said = ["Suites: each checkpoint was measured alone, so that intervals are 1.96 standard errors over the items and "
-            "differences are not paired."]
+    said = ["Suites: each checkpoint was measured alone, with intervals over the items, so that differences "
+            "are not paired."]
     if any(row.limit is not None for each in rows.values() for row in each):
         said.append("What is marked as cut was measured on the first items of each task alone (--limit): try-outs, no "
                     "results to report.")

@@ -92,7 +92,8 @@ def _parser() -> argparse.ArgumentParser:
     about = "measure a checkpoint with suites (MMLU, GSM8K, IFEval, …, any task of lm-eval); see docs/evaluation.md"
     suites = add("evaluate", _evaluate, about)
     suites.add_argument("checkpoint", type=folder, metavar="DIR")
-    suites.add_argument("--suite", required=True, metavar="NAME,…", help="suites, or tasks of lm-eval")
+    suites.add_argument("--suite", required=True, metavar="NAME,…", help="suites, or tasks of lm-eval; "
+                        "xstest=FILE, rewardbench=FILE (of a reward model)")
     suites.add_argument("--tasks", type=folder, metavar="FOLDER", help="lm-eval task files of your own; they are code")
     suites.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task: a try-out")
     suites.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences read at once (default: 8)")

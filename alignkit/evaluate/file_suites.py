@@ -1,0 +1,55 @@
+"""Suites whose items are a file that the user names (`--suite xstest=FILE`): XSTest's prompts, RewardBench's pairs."""
+
+from collections.abc import Mapping
+
+from alignkit.errors import ParameterError
+from alignkit.formulas.intervals import Estimate
+
+MOST_TOKENS = 256  # of a reply to a prompt of XSTest
+
+
+def prepare_refusals(options) -> None:
+    """Read the prompts of `options.file` once, to see that they can be used. Raises ParameterError without a file, and
+    as `read_refusal_prompts`."""
+    from alignkit.evaluate.refusals import read_refusal_prompts
+
+    read_refusal_prompts(_file(options))
+
+
+def measure_refusals(checkpoint, options) -> Mapping[str, Estimate]:
+    """over_refusal, unsafe_compliance and what `Refusals.metrics` has beside them, of greedy replies of up to
+    MOST_TOKENS tokens, or what the model's context leaves for them; the prompts go through the tokenizer's chat
+    template, if it has one."""
+    from alignkit.evaluate.refusals import over_refusal, read_refusal_prompts
+    from alignkit.forward.rollout import encode_prompts
+    from alignkit.models.fitness import context_length
+
+    tokenizer, context = checkpoint.tokenizer, context_length(checkpoint.model)
+    rows = read_refusal_prompts(options.file, tokenizer if checkpoint.chat_template else None)[: options.limit]
+    longest = encode_prompts(tokenizer, [row["prompt"] for row in rows])[0].shape[1]
+    left = max(1, context - longest) if context else MOST_TOKENS
+    return over_refusal(checkpoint.model, tokenizer, rows, batch_size=options.batch_size,
+                        max_new_tokens=min(MOST_TOKENS, left)).metrics
+
+
+def prepare_rewardbench(options) -> None:
+    """Read the pairs of `options.file` once. Raises ParameterError without a file, and as `read_rewardbench`."""
+    from alignkit.evaluate.rewardbench import read_rewardbench
+
+    read_rewardbench(_file(options))
+
+
+def measure_rewardbench(checkpoint, options) -> Mapping[str, Estimate]:
+    """Accuracy overall, by section and by subset, of the reward model in the checkpoint's folder."""
+    from alignkit.evaluate.rewardbench import read_rewardbench, rewardbench
+
+    scorer = checkpoint.scorer
+    rows = read_rewardbench(options.file, scorer.tokenizer if scorer.tokenizer.chat_template else None)
+    return rewardbench(scorer, rows[: options.limit]).metrics
+
+
+def _file(options):
+    if options.file is None:
+        raise ParameterError(f"{options.suite.name} needs a file of yours: --suite {options.suite.name}=FILE "
+                             "(docs/judging.md says which columns it has)")
+    return options.file
