@@ -22,6 +22,7 @@ from alignkit.evaluate.rewardbench import (
 )
 from alignkit.formulas.intervals import Estimate, wilson
 from experiments import reward_models
+
 WORLD = World(0)
 
 
