@@ -160,6 +160,9 @@ class FakeHub(BaseHTTPRequestHandler):
                 self._reply({"url": f"{hub['address']}/me/model", "name": "me/model"})
             else:
                 self._reply({"error": "You already created this model repo", "url": f"{hub['address']}/me/model"}, 409)
+        elif self.path == "/api/validate-yaml":  # the client has the card checked before it sends anything
+            hub["card"] = json.loads(body)["content"]
+            self._reply({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
             files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
                      for file in json.loads(body)["files"]]
@@ -202,7 +205,7 @@ def test_a_push_sends_the_manifests_files_and_the_card_to_a_private_repository(r
     assert hub["files"].keys() == {*manifest.files, "manifest.json", "README.md"}  # and no results.json
     for name, content in hub["files"].items():
         assert content == (run / "frozen" / name).read_bytes() and f"bytes   {name}" in done.stdout
-    assert b"license: mit" in hub["files"]["README.md"]
+    assert b"license: mit" in hub["files"]["README.md"] and "license: mit" in hub["card"]
     assert all(authorisation == "Bearer hf_secret" for _, authorisation in hub["asked"])
 
 
