@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, metadata_load
 
 import alignkit.runs.frozen
@@ -33,7 +34,12 @@ def made(tmp_path_factory) -> Path:
     """A run directory with a frozen checkpoint, its records, and a stranger's words in every place for text."""
     run = tmp_path_factory.mktemp("made") / "my run"
     (run / "sft").mkdir(parents=True)
-    save_model(*load_policy("tiny"), run / "sft")
+    policy, tokenizer = load_policy("tiny", device="cpu")
+    noise = torch.Generator().manual_seed(0)  # weights far enough from their start that its replies differ
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight += 0.3 * torch.randn(weight.shape, generator=noise)
+    save_model(policy, tokenizer, run / "sft")
     freeze(run / "sft", run / "frozen", stage="frozen", parent=run / "sft", seed=5, data_hash="d" * 64,
            evaluation_set_hash="e" * 64, config={"kl_coef": 0.2, "iterations": 7, "note": NASTY})
     write_json(run / "run.json", {"model": "Owner/Base-1B", "data": "owner/pairs", "seed": 5})
@@ -279,4 +285,5 @@ def test_plain_transformers_give_the_greedy_reply_of_alignkits_sampler(run):
         ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         said = model.generate(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"], do_sample=False,
                               max_new_tokens=4)[0, ids["input_ids"].shape[1]:]
-        assert tokenizer.decode(said, skip_special_tokens=True) == reply and reply.strip()
+        assert tokenizer.decode(said, skip_special_tokens=True) == reply
+    assert any(reply.strip() for (reply,) in ours)
