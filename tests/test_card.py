@@ -282,7 +282,7 @@ def test_plain_transformers_give_the_greedy_reply_of_alignkits_sampler(run):
     tokenizer = AutoTokenizer.from_pretrained(run / "frozen")
     model = AutoModelForCausalLM.from_pretrained(run / "frozen")
     for prompt, (reply,) in zip(prompts, ours, strict=True):
-        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        ids = tokenizer(prompt, return_tensors="pt")  # with BOS, as alignkit reads plain text
         said = model.generate(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"], do_sample=False,
                               max_new_tokens=4)[0, ids["input_ids"].shape[1]:]
         assert tokenizer.decode(said, skip_special_tokens=True) == reply
