@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, metadata_load
 
 import alignkit.runs.frozen
@@ -33,7 +34,12 @@ def made(tmp_path_factory) -> Path:
     """A run directory with a frozen checkpoint, its records, and a stranger's words in every place for text."""
     run = tmp_path_factory.mktemp("made") / "my run"
     (run / "sft").mkdir(parents=True)
-    save_model(*load_policy("tiny"), run / "sft")
+    policy, tokenizer = load_policy("tiny", device="cpu")
+    noise = torch.Generator().manual_seed(0)  # weights far enough from their start that its replies differ
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight += 0.3 * torch.randn(weight.shape, generator=noise)
+    save_model(policy, tokenizer, run / "sft")
     freeze(run / "sft", run / "frozen", stage="frozen", parent=run / "sft", seed=5, data_hash="d" * 64,
            evaluation_set_hash="e" * 64, config={"kl_coef": 0.2, "iterations": 7, "note": NASTY})
     write_json(run / "run.json", {"model": "Owner/Base-1B", "data": "owner/pairs", "seed": 5})
@@ -160,6 +166,9 @@ class FakeHub(BaseHTTPRequestHandler):
                 self._reply({"url": f"{hub['address']}/me/model", "name": "me/model"})
             else:
                 self._reply({"error": "You already created this model repo", "url": f"{hub['address']}/me/model"}, 409)
+        elif self.path == "/api/validate-yaml":  # the client has the card checked before it sends anything
+            hub["card"] = json.loads(body)["content"]
+            self._reply({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:
             files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
                      for file in json.loads(body)["files"]]
@@ -202,7 +211,7 @@ def test_a_push_sends_the_manifests_files_and_the_card_to_a_private_repository(r
     assert hub["files"].keys() == {*manifest.files, "manifest.json", "README.md"}  # and no results.json
     for name, content in hub["files"].items():
         assert content == (run / "frozen" / name).read_bytes() and f"bytes   {name}" in done.stdout
-    assert b"license: mit" in hub["files"]["README.md"]
+    assert b"license: mit" in hub["files"]["README.md"] and "license: mit" in hub["card"]
     assert all(authorisation == "Bearer hf_secret" for _, authorisation in hub["asked"])
 
 
@@ -273,7 +282,8 @@ def test_plain_transformers_give_the_greedy_reply_of_alignkits_sampler(run):
     tokenizer = AutoTokenizer.from_pretrained(run / "frozen")
     model = AutoModelForCausalLM.from_pretrained(run / "frozen")
     for prompt, (reply,) in zip(prompts, ours, strict=True):
-        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        ids = tokenizer(prompt, return_tensors="pt")  # with BOS, as alignkit reads plain text
         said = model.generate(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"], do_sample=False,
                               max_new_tokens=4)[0, ids["input_ids"].shape[1]:]
-        assert tokenizer.decode(said, skip_special_tokens=True) == reply and reply.strip()
+        assert tokenizer.decode(said, skip_special_tokens=True) == reply
+    assert any(reply.strip() for (reply,) in ours)
