@@ -54,7 +54,7 @@ def test_a_chat_model_goes_through_the_course_on_one_aspect_of_ultrafeedback(cou
 @pytest.mark.slow
 def test_rewards_are_scored_on_the_ids_that_were_trained_on(course):
     run, data = course
-    policy, tokenizer = load_policy(run / "ppo", device="cpu")
+    _, tokenizer = load_policy(run / "ppo", device="cpu")
     scorer = RewardScorer.load(run / "reward", device="cpu")
     task = load_task(data, tokenizer, columns="prompt=task,score=honesty", max_new_tokens=6, max_length=192)
     rows = task.preference_pairs(None, tokenizer)
