@@ -60,6 +60,7 @@ _MODULES = {
     "models.loading": ["load_policy", "load_reward_model", "save_model"],
     "optim": ["adamw"],
     "ppo": ["PPOBatch", "PPOState", "PPOStats", "ppo_iteration", "ppo_step", "ran_away"],
+    "publish.card": ["model_card", "write_card"],
     "reward": ["RewardScorer", "load_reward", "train_reward_model"],
     "runs.checkpoints": ["Checkpoints"],
     "runs.frozen": ["checkpoint_hash", "freeze", "lineage", "verify"],

@@ -41,7 +41,7 @@ def test_the_desk_world_goes_through_and_a_second_call_trains_nothing_again(tmp_
     manifest = verify(run / "frozen")
     weights = {path: path.stat().st_mtime_ns for path in run.glob("*/model.safetensors")}
     assert len(weights) == 5
-    run_notebook(NOTEBOOK, run, SMALL | {"pairs": 800, "beta": 0.5}, progress=False)
+    run_notebook(NOTEBOOK, run, SMALL | {"pairs": 800, "beta": 0.05}, progress=False)
     again = {path: path.stat().st_mtime_ns for path in run.glob("*/model.safetensors")}
     assert {path.parent.name for path in weights if again[path] != weights[path]} == {"dpo"}, "only DPO knows beta"
     assert verify(run / "frozen") == manifest and (run / "aside").is_dir()
