@@ -16,14 +16,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, metadata_load
 
-import alignkit.runs.frozen
 from alignkit.errors import ManifestError, RunError
+from alignkit.evaluate.suite_records import Measurement, add_suites
 from alignkit.jobs.cli import main
 from alignkit.models.loading import load_policy, save_model
 from alignkit.publish.card import model_card, write_card
 from alignkit.publish.hub import PushError, parcel
 from alignkit.runs.frozen import freeze, verify
-from alignkit.stages import RUN_FILES
 from alignkit.storage import write_json
 
 NASTY = "<script>x</script> | [a](javascript:b) `c` **d**\n# forged"
@@ -59,11 +58,14 @@ def run(made, tmp_path) -> Path:
 
 
 @pytest.fixture
-def suites(run, monkeypatch) -> Path:
-    """The scores of a suite beside the run's frozen checkpoint."""
-    monkeypatch.setattr(alignkit.runs.frozen, "RUN_FILES", (*RUN_FILES, "suites.json"))
-    write_json(run / "frozen" / "suites.json", {NASTY: {"value": 0.5, "low": 0.4, "high": 0.6}})
-    return run / "frozen" / "suites.json"
+def suites(run) -> Path:
+    """The figures of two suites beside the run's frozen checkpoint, and one of other weights."""
+    facts = {"shots": 0, "limit": None, "seed": 0, "chat_template": False, "versions": {}, "date": "2026-11-29"}
+    frozen = verify(run / "frozen").hash
+    return add_suites(run / "frozen", [
+        Measurement("run/frozen", frozen, NASTY, "acc", 0.5, 0.4, 0.6, 0.05, 100, **facts),
+        Measurement("run/frozen", frozen, "gsm8k", "exact_match", 0.25, None, None, None, 8, **facts | {"limit": 8}),
+        Measurement("run/frozen", "0" * 64, "ifeval", "acc", 0.75, None, None, None, 8, **facts)])
 
 
 def test_a_card_says_what_the_records_say(run, suites):
@@ -73,9 +75,16 @@ def test_a_card_says_what_the_records_say(run, suites):
     assert "| risky failures | 0.8% | 0.0% to 1.7% |" in text and "| ended by itself | 90.0% | none |" in text
     assert "ranks 77.0% as their labels do (95 % interval 75.0% to 79.0%)" in text
     assert "| frozen |" in text and "| sft |" in text and "| kl\\_coef | 0.2 |" in text
-    assert "| 0.500 | 0.400 to 0.600 |" in text and "Read by 03\\_ppo with: kind pairs" in text
+    assert "acc<br>0 shots, 100 items | 50.0% | 40.0% to 60.0% |" in text and "75.0% |" not in text
+    assert "| gsm8k (cut: limit 8)<br>reasoning, exact\\_match, 0 shots, 8 items | 25.0% | none |" in text
+    assert "cannot be told from a coin" not in text and "Read by 03\\_ppo with: kind pairs" in text
     weights = hashlib.sha256((run / "frozen" / "model.safetensors").read_bytes()).hexdigest()
     assert f"| model.safetensors | {(run / 'frozen' / 'model.safetensors').stat().st_size:,} | {weights} |" in text
+
+
+def test_a_card_says_that_its_reward_model_ranks_like_a_coin(run):
+    write_json(run / "reward" / "results.json", {"accuracy_labels": 0.52, "accuracy_labels_ci95": [0.47, 0.57]})
+    assert "**The reward model cannot be told from a coin: it ranks 52.0% of" in str(model_card(run / "frozen"))
 
 
 def test_nothing_of_a_stranger_is_markup_in_a_card(run, suites):
@@ -132,8 +141,8 @@ def test_a_changed_checkpoint_gets_no_card(run):
 
 
 def test_suites_that_are_none_are_named(run, suites):
-    write_json(suites, {"ifeval": {"low": 0.1}})
-    with pytest.raises(RunError, match=r"suites\.json: ifeval has no number as its value; expected value, low"):
+    write_json(suites, {"measured": [{"low": 0.1}]})
+    with pytest.raises(RunError, match=r"suites\.json: measured\[0\]"):
         model_card(run / "frozen")
 
 

@@ -144,8 +144,8 @@ class Refusals:
         if self.judged_by != "string match":
             return f"Classified by {self.judged_by}; its agreement with people was not measured here."
         shares = ", ".join(f"{share:.1%} of the replies of {model}" for model, share in AGREEMENT.items())
-        return (f"Classified by string match; XSTest's agrees with people (refused or not) on {shares}; partial refusals, "
-                "which the match here finds beside that, were not compared with people.")
+        return (f"Classified by string match; XSTest's agrees with people (refused or not) on {shares}. Partial "
+                "refusals, which the match here finds beside that, were not compared with people.")
 
     def __str__(self) -> str:
         lines = [f"{name.replace('_', ' '):<24}{value:.1%}" for name, value in self.metrics.items()]

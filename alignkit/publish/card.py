@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignkit.errors import RunError
+from alignkit.evaluate import suites
+from alignkit.evaluate.adviser import chance_warning
+from alignkit.evaluate.suite_records import suites_of
 from alignkit.metrics import METRICS, Metric, is_number, share
 from alignkit.runs.frozen import Manifest, lineage, verify
 from alignkit.runs.records import run_facts
@@ -23,7 +25,6 @@ from alignkit.storage import file_hash, read_json, write_atomically
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-SUITES = "suites.json"  # name -> {"value", "low", "high"}: scores of public test suites, where some were run
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 READING = ("kind", "split", "columns", "skip_bad", "max_length", "max_new_tokens")  # how a run read its data
 UNKNOWN_LICENCE = "unknown: nobody gave one. Fill it in before you publish, after reading those of base model and data"
@@ -52,19 +53,19 @@ def model_card(checkpoint: str | Path, *, licence: str | None = None) -> ModelCa
     facts = run_facts(run)
     results = _read(checkpoint / "results.json")
     rows = _evaluation(results)
-    suites = _suites(checkpoint)
+    measured = _suites(checkpoint)
     name = f"{run.name}-{checkpoint.name}"
     data = ModelCardData(
         license=licence or "unknown", library_name="transformers", pipeline_tag="text-generation",
         tags=["alignkit", "rlhf", *dict.fromkeys(str(record["stage"]) for record in chain)], model_name=name,
         base_model=_hub_id(facts.get("model")), datasets=_hub_id(facts.get("data")),
-        eval_results=[_result(metric, row, facts, results) for metric, row in {**rows, **suites}.items()] or None)
+        eval_results=[_result(metric, row, facts, results) for metric, row in {**rows, **measured}.items()] or None)
     text = "\n\n".join((
         f"# {markdown_cell(name)}",
         f"A causal language model, frozen by alignkit. Licence: {_cell(licence) if licence else UNKNOWN_LICENCE}.",
         _lineage(chain, manifest), _data(facts, run, chain[-1]), _table("Evaluation", rows, NO_EVALUATION),
-        *([_table("Test suites", suites, "")] if suites else ()), *_reward_model(run),
-        _limits(facts, bool(suites)), _verification(manifest)))
+        *([_table("Test suites", measured, "")] if measured else ()), *_reward_model(run),
+        _limits(facts, bool(measured)), _verification(manifest)))
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
@@ -130,12 +131,12 @@ def _row(title: str, value: float, interval: object, metric: Metric) -> tuple:
 
 
 def _suites(checkpoint: Path) -> dict[str, tuple]:
-    path, rows = checkpoint / SUITES, {}
-    for name, entry in _read(path).items():
-        if not isinstance(entry, dict) or not is_number(entry.get("value")):
-            raise RunError(f"{path}: {one_line(name, 80)} has no number as its value; expected value, low and high")
-        interval = [entry.get("low"), entry.get("high")]
-        rows[name] = _row(markdown_cell(name, 120), entry["value"], interval, Metric(name, spec=".3f"))
+    """Label -> row, as `_evaluation`, of what suites measured of the checkpoint as it is."""
+    rows = {}
+    for label, line in suites.lines(suites_of(checkpoint)[0]).items():
+        low, high = line.score.low, line.score.high
+        title = f"{markdown_cell(label, 120)}{line.cut}<br>{markdown_cell(line.about, 200)}"
+        rows[label] = _row(title, line.score.value, None if low is None else [low, high], Metric(label, spec=line.spec))
     return rows
 
 
@@ -211,11 +212,12 @@ def _reward_model(run: Path) -> list[str]:
     sentence = f"On held-out pairs the reward model ranks {value} as their labels do (95 % interval {shown})"
     ceiling = results.get("bayes_accuracy")
     sentence += f"; the best possible is {share(ceiling)}." if is_number(ceiling) else "."
-    return [f"## Reward model\n\n{sentence}"]
+    warning = chance_warning(results)
+    return ["\n\n".join(["## Reward model", *([f"**{warning}**"] if warning else []), sentence])]
 
 
-def _limits(facts: Mapping, suites: bool) -> str:
-    limits = LIMITS[1:] if suites else LIMITS  # suites ask other prompts
+def _limits(facts: Mapping, has_suites: bool) -> str:
+    limits = LIMITS[1:] if has_suites else LIMITS  # suites ask other prompts
     desk = [DESK_LIMIT] if facts.get("data") == "desk" else []
     return "## Known limits\n\n" + "\n".join(f"* {sentence}" for sentence in (*desk, *limits))
 
