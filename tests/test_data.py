@@ -421,7 +421,8 @@ def test_the_hub_cannot_be_reached(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(
-        DataError, match=r"someone/pairs: cannot load .*ConnectionError: Couldn't reach.*Offline.*local file"
+        DataError, match="someone/pairs: there is no such file or folder here, and alignkit cannot load .*ConnectionErr"
+                         "or: Couldn't reach.*Offline.*local file"
     ):
         load_rows("someone/pairs")
 

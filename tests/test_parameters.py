@@ -223,7 +223,7 @@ def clock(monkeypatch):
 
 def test_a_terminal_shows_the_notebooks_own_progress_on_one_line(monkeypatch, clock):
     monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda: shutil.os.terminal_size((70, 20)))
+    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda *_, **__: shutil.os.terminal_size((70, 20)))
     monkeypatch.setattr(threading_of(progress), "start", lambda self: None)
     line = Progress("03_ppo", None)
     line.at(4, 10)
@@ -234,7 +234,7 @@ def test_a_terminal_shows_the_notebooks_own_progress_on_one_line(monkeypatch, cl
     visible = shown.removeprefix("\r\x1b[K")
     assert len(visible) == 69 and visible.endswith("…") and "\x1b" not in visible
     assert visible.startswith("03_ppo cell 5 of 10, 0.0 s · PPO: iteration 7 of 40")  # there is no room for the bar
-    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda: shutil.os.terminal_size((400, 20)))
+    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda *_, **__: shutil.os.terminal_size((400, 20)))
     clock(line, iter([True]))
     assert "░ cell 5 of 10, 0.0 s · PPO: iteration 7 of 40, 1:20 min left | score ␛[31m0.3" in sys.stdout.getvalue()
     line.at(5, 10)  # the next cell has not said anything yet
