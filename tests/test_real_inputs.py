@@ -305,6 +305,7 @@ def test_a_run_remembers_how_its_data_is_read_and_a_later_job_reads_it_so(tmp_pa
     jobs = []
     monkeypatch.setattr(notebooks, "_spare", lambda job: None)
     monkeypatch.setattr(notebooks, "_check_facts", lambda job: None)
+    monkeypatch.setattr(notebooks, "check_before", lambda jobs: None)
     monkeypatch.setattr(notebooks, "_check_stages", lambda job: None)
     monkeypatch.setattr(notebooks, "_run", lambda job, **_: jobs.append(job))
     notebooks.run_notebook("03_ppo", run)
