@@ -139,6 +139,26 @@ def test_a_reward_model_that_ranks_like_a_coin_is_told_in_red(run, monkeypatch, 
     assert "\x1b" not in overview(run)
 
 
+def test_the_command_repeats_the_run_parameter_by_parameter(run):
+    def job(given, **parameters):
+        return {"status": "finished", "given": given, "key": {"parameters": parameters | given}}
+
+    source = (run / "01_sft.ipynb").read_bytes()
+    (run / "03_ppo.ipynb").write_bytes(source)
+    (run / "jobs.json").write_text(json.dumps({
+        "01_sft": job({"pairs": 5, "epochs": 2}, learning_rate=None),
+        "03_ppo": job({"learning_rate": 0.1, "pairs": 5})}))
+    assert "-p pairs=5 -p epochs=2 -p ppo.learning_rate=0.1" in "".join(_Seen(build_report(run).read_text()).said)
+    for name in ("01_sft", "03_ppo"):
+        (run / f"{name}.ipynb").unlink()
+    (run / "your_model.ipynb").write_bytes(source)
+    (run / "your_model.new.ipynb").write_bytes(source)  # at work
+    (run / "jobs.json").write_text(json.dumps({"your_model": job({"model": "org/name", "seed": 3})}))
+    page = _Seen(build_report(run).read_text())
+    assert "alignkit run your_model --out 'runs/a <b>run' -p model=org/name -p seed=3" in page.said
+    assert "Your model" in page.said and ".new.ipynb" not in page.said
+
+
 def test_every_table_has_a_caption_and_headings_and_every_picture_alt_text(run):
     source = build_report(run).read_text()
     seen = _Seen(source)
@@ -177,7 +197,7 @@ def test_the_pieces_of_a_page():
     samples = [{"prompt": "a <b>", "kind": "", "responses": [["<i>", " \n"], []]}]
     chart = picture(PNG, "a <b>")
     page = render("compare.html", names=["<b>", "x"], cells=[["", "x"]], remarks=['<a href="x">'], pictures=[chart],
-                  samples=samples)
+                  samples=samples, warning="")
     assert 'alt="a &lt;b&gt;" width=1 height=1>' in page and "<figcaption>" not in page
     assert "<h1>&lt;b&gt; · x</h1>" in page and "<p>&lt;a href=&#34;x&#34;&gt;</p>" in page
     assert "<td><p>&lt;i&gt;</p><p><i>(empty)</i></p></td><td>–</td>" in page

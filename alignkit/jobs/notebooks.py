@@ -42,7 +42,7 @@ def find_notebooks() -> dict[str, Path]:
     """The course's notebooks, name -> path in order of name: those of a clone, or those installed with the package."""
     package = Path(__file__).parents[1]
     for folder in (package / "notebooks", package.parent / "notebooks"):
-        if notebooks := {path.stem: path for path in sorted(folder.glob("[0-9]*.ipynb"))}:
+        if notebooks := {path.stem: path for path in sorted(folder.glob("*.ipynb"))}:
             return notebooks
     return {}
 

@@ -81,7 +81,7 @@ class _Run:
         self.path, self.name = run, run.absolute().name
         self.jobs = _mapping(_json(run / "jobs.json"))
         self.summary = _mapping(_json(run / "summary.json"))
-        self.notebooks = sorted(run.glob("[0-9]*.ipynb"))
+        self.notebooks = [path for path in sorted(run.glob("*.ipynb")) if not path.name.endswith(".new.ipynb")]
         if not self.jobs and not self.summary and not self.notebooks:
             raise RunError(f"{run} is not a run directory: no jobs.json, summary.json or executed notebook in it")
         results = _mapping(self.summary.get("stages"))
@@ -241,7 +241,7 @@ def _notebook(seen: _Run, notebook: Path) -> dict | None:
     """A section about one notebook; None if there is nothing to show."""
     stage = CHAIN.get(notebook.stem)
     results = seen.stages.get(stage, {})
-    heading = _name(stage) if stage else notebook.stem.partition("_")[2].replace("_", " ").capitalize()
+    heading = _name(stage) if stage else notebook.stem.lstrip("0123456789_").replace("_", " ").capitalize()
     charts = _charts(notebook)
     figures = _figures(POLICY_FIGURES + REWARD_FIGURES, [results]) if stage == "reward" else []
     rows, grids = _details(heading, results)
@@ -292,16 +292,24 @@ def _samples(seen: _Run) -> tuple[list[dict], list[str]]:
 
 def _command(seen: _Run) -> list[str]:
     """The command that makes such a run, with what was not left at its default."""
-    command = ["alignkit", "course", "--out", f"runs/{seen.name}"]
+    names = [path.stem for path in seen.notebooks]
+    alone = names[0] if len(names) == 1 and names[0] not in CHAIN else None  # a notebook that is a run of its own
+    command = ["alignkit", *(("run", alone) if alone else ("course",)), "--out", f"runs/{seen.name}"]
     for name, default in (("model", "tiny"), ("data", "desk")):
-        if seen.summary.get(name) not in (None, default):
+        if not alone and seen.summary.get(name) not in (None, default):
             command += [f"--{name}", str(seen.summary[name])]
+    return command + [word for given in _given(seen, names) for word in ("-p", given)]
+
+
+def _given(seen: _Run, names: Sequence[str]) -> list[str]:
+    """The parameters that were given, NAME=VALUE, or STAGE.NAME=VALUE where not all notebooks that know it got it."""
+    values = {name: _mapping(_mapping(seen.job(name).get("key")).get("parameters")) for name in names}
     given = {}
-    for notebook in seen.notebooks:
-        given |= _mapping(seen.job(notebook.stem).get("given"))
-    for name, value in given.items():
-        command += ["-p", f"{name}={value}"]
-    return command
+    for notebook in names:
+        for name, value in _mapping(seen.job(notebook).get("given")).items():
+            shared = all(of_one.get(name, value) == value for of_one in values.values())
+            given[name if shared else f"{CHAIN.get(notebook) or notebook}.{name}"] = value
+    return [f"{name}={value}" for name, value in given.items()]
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
