@@ -68,4 +68,4 @@ def test_it_stops_where_the_reward_model_ranks_like_a_coin_and_goes_on_when_told
     assert verify(run / "frozen").hash[:12] in card and "stories260K" in card
     printed = "".join(output.get("text", "") for cell in nbformat.read(executed, 4).cells
                       for output in cell.get("outputs", []))
-    assert "over-refusal" in printed
+    assert "over refusal" in printed and "Classified by string match" in printed
