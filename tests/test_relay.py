@@ -408,6 +408,14 @@ DESK = {"gold_mean": 0.5, "risky_failure_rate": 0.02, "over_refusal_rate": 0.01,
     (evaluation(**{**DESK, "risky_failure_rate": (0.08, 0.03, 0.14)}), "cannot be told from 6%: evaluate on more"),
     (comparison(evaluation("sft", **{**DESK, "proxy_mean": 0.0}), evaluation(**{**DESK, "over_refusal_rate": 0.2})),
      "Over-refusal grew by 19.0% [17.0%, 21.0%] from sft to ppo"),
+    (comparison(evaluation("sft", **{**DESK, "proxy_mean": 0.0, "over_refusal_rate": 0.2}), evaluation("ppo", **DESK),
+                evaluation("dpo", **{**DESK, "over_refusal_rate": 0.08})),
+     "Over-refusal grew by 7.0% [5.0%, 9.0%] from ppo to dpo"),  # though it is below SFT's
+    (comparison(*(evaluation(name, **{**DESK, "proxy_mean": 0.3 * number, "over_refusal_rate": 0.01 + 0.015 * number})
+                  for number, name in enumerate(("sft", "ppo", "dpo")))),
+     "Over-refusal grew by 3.0% [1.0%, 5.0%] from sft to dpo"),  # in two steps, of which neither can be told from 0
+    (comparison(evaluation("frozen", **DESK), evaluation("dpo", **{**DESK, "gold_mean": 0.7})),
+     "Nothing here asks for more training: freeze dpo."),  # the proxy stands still, gold rose
     (comparison(evaluation("sft", **{**DESK, "gold_mean": 0.0, "proxy_mean": 0.0}), evaluation("ppo20", **DESK),
                 evaluation("ppo80", **{**DESK, "gold_mean": 0.1, "proxy_mean": 2.0, "kl_to_sft": 6.0})),
      "ppo80 is over-optimised at a KL of 6.0 nats: its proxy rose while gold fell. Go back to ppo20"),

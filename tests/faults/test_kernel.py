@@ -353,8 +353,8 @@ def test_13_a_full_disk_is_named(tmp_path):
 
 def test_13_the_command_names_the_file(tmp_path, capfd):
     out = tmp_path / "run"
-    source = notebook(tmp_path / "x.ipynb", "print('x' * 5000)")
-    with small_files():
+    source = notebook(tmp_path / "x.ipynb", "print('x' * 20000)")
+    with small_files(8000):
         code = main(["run", str(source), "--out", str(out)])
     printed = "".join(capfd.readouterr())
     assert code == 1 and f"File too large: '{out}/" in printed and "Traceback" not in printed, printed
