@@ -283,7 +283,14 @@ def _merged_adapter(auto, folder: Path) -> tuple:
 
 
 def _check_hub_records(name: str) -> None:
-    """The gate for a model of the Hub: its records are read before its weights are. Its files are the Hub's cache's."""
+    """The gate for a model of the Hub: its records are read before its weights are. Its files are the Hub's cache's.
+
+    OSError at the first record if the Hub cannot be reached and has nothing cached: each try takes half a minute."""
+    try:
+        cached_file(name, "config.json")
+    except OSError as error:
+        if "connect" in str(error):
+            raise
     for record in ("config.json", "tokenizer_config.json", gate.INDEX, gate.ADAPTER):
         file = cached_file(name, record, _raise_exceptions_for_missing_entries=False)
         if file and record == gate.ADAPTER:
