@@ -64,7 +64,7 @@ def as_users(tokenizer, prompts: Sequence[str]) -> list[str]:
         for messages in asked:
             _check_special(special, messages)
         answers = chat_template_of(tokenizer).render([(messages, []) for messages in asked])
-        return [_rendered(tokenizer, answer)[0] for answer in answers]
+        return [_rendered(tokenizer, messages, answer)[0] for messages, answer in zip(asked, answers, strict=True)]
     except Fault as fault:
         raise DataError(f"a prompt cannot be asked as a user's message: {fault.reason}; leave the tokenizer out to ask "
                         "the prompts as they are") from None
