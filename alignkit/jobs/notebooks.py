@@ -37,13 +37,16 @@ from alignkit.sources import local_path
 from alignkit.stages import CHAIN, NEEDS
 from alignkit.storage import plain, read_json, write_json
 
+OWN_NOTEBOOKS = ("[0-9]*.ipynb", "your_model.ipynb")
+
 
 def find_notebooks() -> dict[str, Path]:
-    """The course's notebooks, name -> path in order of name: those of a clone, or those installed with the package."""
+    """alignkit's notebooks, name -> path: the course in order, then the others, of a clone or as they were installed."""
     package = Path(__file__).parents[1]
     for folder in (package / "notebooks", package.parent / "notebooks"):
-        if notebooks := {path.stem: path for path in sorted(folder.glob("[0-9]*.ipynb"))}:
-            return notebooks
+        found = [path for pattern in OWN_NOTEBOOKS for path in sorted(folder.glob(pattern))]
+        if found:
+            return {path.stem: path for path in found}
     return {}
 
 

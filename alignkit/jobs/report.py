@@ -81,7 +81,7 @@ class _Run:
         self.path, self.name = run, run.absolute().name
         self.jobs = _mapping(_json(run / "jobs.json"))
         self.summary = _mapping(_json(run / "summary.json"))
-        self.notebooks = sorted(run.glob("[0-9]*.ipynb"))
+        self.notebooks = sorted(run.glob("[!.]*.ipynb"))
         if not self.jobs and not self.summary and not self.notebooks:
             raise RunError(f"{run} is not a run directory: no jobs.json, summary.json or executed notebook in it")
         results = _mapping(self.summary.get("stages"))
