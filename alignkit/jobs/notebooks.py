@@ -41,7 +41,7 @@ OWN_NOTEBOOKS = ("[0-9]*.ipynb", "your_model.ipynb")
 
 
 def find_notebooks() -> dict[str, Path]:
-    """alignkit's notebooks, name -> path: the course in order, then the others, of a clone or as they were installed."""
+    """alignkit's notebooks, name -> path: those of a clone, or those installed; the course comes first."""
     package = Path(__file__).parents[1]
     for folder in (package / "notebooks", package.parent / "notebooks"):
         found = [path for pattern in OWN_NOTEBOOKS for path in sorted(folder.glob(pattern))]

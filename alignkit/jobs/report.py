@@ -291,16 +291,27 @@ def _samples(seen: _Run) -> tuple[list[dict], list[str]]:
 
 
 def _command(seen: _Run) -> list[str]:
-    """The command that makes such a run, with what was not left at its default."""
-    command = ["alignkit", "course", "--out", f"runs/{seen.name}"]
+    """The command that makes such a run, with what was not left at its default: of the course, or of one notebook."""
+    jobs = {path.stem: seen.job(path.stem) for path in seen.notebooks}
+    of_course = {name: job for name, job in jobs.items() if name in CHAIN}
+    alone = None if of_course or not jobs else next(iter(jobs))
+    command = ["alignkit", *(["run", alone] if alone else ["course"]), "--out", f"runs/{seen.name}"]
     for name, default in (("model", "tiny"), ("data", "desk")):
         if seen.summary.get(name) not in (None, default):
-            command += [f"--{name}", str(seen.summary[name])]
-    given = {}
-    for notebook in seen.notebooks:
-        given |= _mapping(seen.job(notebook.stem).get("given"))
-    for name, value in given.items():
-        command += ["-p", f"{name}={value}"]
+            value = str(seen.summary[name])
+            command += ["-p", f"{name}={value}"] if alone else [f"--{name}", value]
+    jobs = {alone: jobs[alone]} if alone else jobs
+    given = {name: {key: value for key, value in _mapping(job.get("given")).items() if key not in ("model", "data")}
+             for name, job in jobs.items()}
+    for name in dict.fromkeys(name for values in given.values() for name in values):
+        here = {notebook: values[name] for notebook, values in given.items() if name in values}
+        know = {notebook for notebook, job in jobs.items()
+                if name in _mapping(_mapping(job.get("key")).get("parameters"))}
+        if know <= here.keys() and len({str(value) for value in here.values()}) == 1:
+            command += ["-p", f"{name}={next(iter(here.values()))}"]
+        else:  # given to some of those that know it
+            for notebook, value in here.items():
+                command += ["-p", f"{CHAIN.get(notebook) or notebook}.{name}={value}"]
     return command
 
 
