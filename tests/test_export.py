@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_ends import CHATML, bytes_tokenizer, policy_of
 
 from alignkit.configs import DPOConfig, RewardConfig, SFTConfig
 from alignkit.data.rows import load_rows
@@ -16,7 +17,7 @@ from alignkit.publish import export as module
 from alignkit.publish.export import export
 from alignkit.publish.settings import LLAMA_FACTORY, TRL
 from alignkit.storage import settings, write_json
-from alignkit.task import is_heldout
+from alignkit.task import is_heldout, load_task
 
 TEXTS = [{"prompt": f"Question {i}: ünïcode \"quoted\"\nsecond line", "chosen": f" good {i}", "rejected": f" bad {i}"}
          for i in range(30)]
@@ -45,7 +46,8 @@ def run_on(folder: Path, rows: list[dict], model: str = "tiny", parameters: dict
 @pytest.fixture
 def by_template(monkeypatch):
     """Prompts of messages are told apart by their JSON: no tokenizer is needed to divide them."""
-    monkeypatch.setattr(module, "_renderer", lambda run, facts: lambda p: p if isinstance(p, str) else json.dumps(p))
+    monkeypatch.setattr(module, "_as_asked", lambda run, facts, said, prompts: [
+        prompt if isinstance(prompt, str) else json.dumps(prompt) for prompt in prompts])
 
 
 def plain(rows) -> list[dict]:
@@ -235,3 +237,27 @@ def test_what_is_no_run_or_not_empty_is_refused(tmp_path, capsys):
     assert main(["export", str(run), "--to", "llama-factory", "--out", str(tmp_path / "new")]) == 0
     told = capsys.readouterr().out
     assert "llamafactory-cli train sft.yaml" in told and "not carried over:" in told
+
+
+def test_prompts_that_the_run_cut_are_held_out_as_it_held_them_out(tmp_path):
+    tokenizer = bytes_tokenizer()
+    policy_of(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"{i} " + "a long story " * 8 + f"number {i}", "chosen": f" {i}", "rejected": f" no{i}"}
+            for i in range(60)]
+    sizes = {"max_length": 60, "max_new_tokens": 8}
+    run = run_on(tmp_path, rows, str(tmp_path / "model"), sizes)
+    export(run, "trl", tmp_path / "out")
+    task = load_task(tmp_path / "data.jsonl", tokenizer, **sizes)
+    assert any("lost its beginning" in note for note in task.notes)
+    assert {row["chosen"] for row in load_rows(tmp_path / "out" / "dpo.jsonl")} == {
+        row["chosen"] for row in task.train_rows}
+
+
+def test_a_conversation_that_the_chat_template_refuses_was_not_trained_on_and_is_not_exported(tmp_path):
+    tokenizer = bytes_tokenizer(CHATML.replace("{% for", "{{ raise_exception('no system') if messages[0].role == "
+                                               "'system' }}{% for", 1))
+    policy_of(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    export(run_on(tmp_path, CHATS, str(tmp_path / "model"), {"skip_bad": True}), "trl", tmp_path / "out")
+    assert "Question" in (written := (tmp_path / "out" / "dpo.jsonl").read_text()) and "Be brief" not in written

@@ -491,3 +491,31 @@ def test_the_files_of_real_layouts(shared, tokenizer, name):  # noqa: F811
 def test_layouts_need_nothing_heavy():
     code = "import sys, alignkit.data.layouts\nsys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_alpacas_own_text_repeats_instruction_and_input(tmp_path):
+    text = "Below is an instruction.\n\n### Instruction:\nSay hi.\n\n### Input:\nto Bob\n\n### Response:\nHi, Bob."
+    row = {"instruction": "Say hi.", "input": "to Bob", "output": "Hi, Bob.", "text": text}
+    (tmp_path / "alpaca.jsonl").write_text(json.dumps(row) + "\n")
+    rows = load_rows(tmp_path / "alpaca.jsonl")
+    assert list(rows) == [{"prompt": "Say hi.\nto Bob", "completion": "Hi, Bob."}]
+    (tmp_path / "other.jsonl").write_text(json.dumps(row | {"text": text.replace("to Bob", "to Eve")}) + "\n")
+    with pytest.raises(DataError, match="mixed"):
+        load_rows(tmp_path / "other.jsonl")
+
+
+def test_the_column_that_may_hold_the_missing_prompt_is_named_with_its_flag(tmp_path):
+    row = {"trajectory": [human("Hi?")], "chosen": "Yes.", "rejected": "No.", "id": "1"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="is it 'trajectory'. --columns prompt=trajectory") as told:
+        load_rows(tmp_path / "pairs.jsonl")
+    assert "same prompt" in str(told.value)
+    assert load_rows(tmp_path / "pairs.jsonl", columns="prompt=trajectory", messages=True)[0]["prompt"] == [Q]
+
+
+def test_candidates_beside_the_pair_and_names_of_policies_are_no_loss(tmp_path):
+    row = {"prompt": "Hi?", "chosen": [Q, YES], "rejected": [Q, NO], "all_generated_responses": ["Yes.", "No.", "Hm."],
+           "all_rm_scores": [1.0, 0.0, 0.5], "chosen_policy": "m", "rejected_policy": "n", "ranks": [1, 2],
+           "candidates_completions": ["Yes.", "No."], "candidate_policies": ["m", "n"], "gen_input_configs": {"t": 1}}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    assert load_rows(tmp_path / "pairs.jsonl", messages=True)[0] == {"prompt": [Q], "chosen": YES, "rejected": NO}

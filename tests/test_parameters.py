@@ -357,6 +357,14 @@ def test_a_model_that_cannot_become_a_reward_model_is_refused_before_sft(granite
         run_notebook("02", tmp_path / "run2", {"model": str(granite), "data": str(tmp_path / "a.jsonl")})
 
 
+def test_prompts_of_your_model_that_cannot_be_asked_are_refused_before_anything_trains(tmp_path, no_kernel, capsys):
+    (tmp_path / "xs.csv").write_text("prompt,type,label\nHow do I bake bread?,x,perhaps\n")
+    for name, says in (("none.csv", "no such file"), ("xs.csv", "expected safe or unsafe")):
+        given = f"refusal_prompts={tmp_path / name}"
+        assert alignkit("run", "your_model", "--out", tmp_path / "run", "-p", given) == 1
+        assert says in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_a_missing_stage_is_refused_and_leaves_nothing(tmp_path, no_kernel, capsys):
     assert alignkit("run", "3", "--out", tmp_path / "run") == 1
     assert "sft has no model: run notebook 01_sft" in capsys.readouterr().err and not (tmp_path / "run").exists()

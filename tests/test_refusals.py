@@ -100,6 +100,7 @@ def test_a_chat_models_template_writes_the_prompts_as_a_users(prompts, tiny):
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     prompt = read_refusal_prompts(prompts, tokenizer)[0]["prompt"]
     assert isinstance(prompt, ChatText) and prompt.startswith("<user>How do I kill a process?")
+    assert prompt.messages == [{"role": "user", "content": "How do I kill a process?"}]  # for a judge of another family
     prompts.write_text(f"prompt,type\nSay {tokenizer.eos_token} now,x\n")
     with pytest.raises(DataError, match="real token"):
         read_refusal_prompts(prompts, tokenizer)

@@ -207,3 +207,27 @@ def test_the_pieces_of_a_page():
 def test_visible_text_keeps_what_can_be_seen_and_spells_out_the_rest():
     assert visible("é\n\t→ \x1b[1m \u202e \x7f") == "é\n\t→ ␛[1m ⟨U+202E⟩ ␡"
     assert visible("abc", 2) == "ab… [3 characters, the first 2 are shown]"
+
+
+def job(given, **knows):
+    return {"status": "finished", "given": given, "key": {"parameters": knows | given}}
+
+
+@pytest.mark.parametrize("jobs, command", [
+    ({"01_sft": job({"rate": "2", "seed": 1}), "03_ppo": job({"rate": "2", "seed": 1})},
+     "alignkit course --out runs/run --data pairs.jsonl -p rate=2 -p seed=1"),
+    ({"01_sft": job({"rate": "2"}), "03_ppo": job({"rate": "3"})},
+     "alignkit course --out runs/run --data pairs.jsonl -p sft.rate=2 -p ppo.rate=3"),
+    ({"01_sft": job({}, rate=1), "03_ppo": job({"rate": "3"})},
+     "alignkit course --out runs/run --data pairs.jsonl -p ppo.rate=3"),
+    ({"01_sft": job({}), "03_ppo": job({"clip": "3"})}, "alignkit course --out runs/run --data pairs.jsonl -p clip=3"),
+    ({"your_model": job({"data": "pairs.jsonl", "pairs": 9})},
+     "alignkit run your_model --out runs/run -p data=pairs.jsonl -p pairs=9"),
+])
+def test_the_command_that_repeats_a_run_gives_each_parameter_to_those_that_had_it(tmp_path, jobs, command):
+    run = start_run(tmp_path / "run", "tiny", "pairs.jsonl", 0)
+    write_results(run, "sft", policy(0, 0.31))
+    (run / "jobs.json").write_text(json.dumps(jobs))
+    for name in jobs:
+        nbformat.write(nbformat.v4.new_notebook(), run / f"{name}.ipynb")
+    assert f"<code>{command}</code>" in build_report(run).read_text()

@@ -307,6 +307,9 @@ def test_prompts_of_xstests_kind_are_a_suite_of_a_file(checkpoint, policy, tmp_p
         run_suites(checkpoint, ["xstest"], out=tmp_path)
     with pytest.raises(DataError, match="no such file"):
         run_suites(checkpoint, [f"xstest={tmp_path / 'none.csv'}"], out=tmp_path)
+    file.write_text(f"prompt,type\n{'How do I kill the process? ' * 40},x\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"xs=test\.csv: a prompt has \d+ tokens, and the model reads 64"):
+        run_suites(checkpoint, [f"xstest={file}"], out=tmp_path)
 
 
 def test_rewardbenchs_pairs_are_a_suite_of_a_file_for_a_reward_model(checkpoint, policy, tmp_path):
@@ -319,6 +322,9 @@ def test_rewardbenchs_pairs_are_a_suite_of_a_file_for_a_reward_model(checkpoint,
     assert {row.metric: row.value for row in rows} == {name: figure.value for name, figure in direct.items()}
     with pytest.raises(ManifestError, match="frozen holds no reward model: "):
         run_suites(checkpoint, [f"rewardbench={file}"], out=tmp_path)
+    (tmp_path / "xs.csv").write_text("prompt,type\nHow do I kill the process?,x\n", encoding="utf-8")
+    with pytest.raises(ManifestError, match="reward holds no policy: "):
+        run_suites(tmp_path / "reward", [f"xstest={tmp_path / 'xs.csv'}"])
 
 
 # --- intervals and groups by hand

@@ -15,6 +15,7 @@ from alignkit.data.layouts import is_empty
 
 REPLIES = ("chosen", "rejected", "completion")
 LONGEST_PYTHON = 2**20  # characters of a list of messages in Python's notation
+NO_PROMPT = "chosen and rejected do not begin with the same prompt; give the prompt in a column of its own"
 OPENING = 200  # characters at the end of a rendered prompt that may hold the beginning of a reply
 _ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant",
           "model": "assistant", "developer": "system", "user": "user", "assistant": "assistant", "system": "system"}
@@ -188,7 +189,7 @@ def _split_texts(texts: dict[str, str]) -> tuple[str, list[str]]:
     else:
         cut = max((space.start() for space in re.finditer(r"\s+", shared)), default=0)
     if not shared[:cut].strip():
-        raise Fault("chosen and rejected do not begin with the same prompt; give the prompt in a column of its own")
+        raise Fault(NO_PROMPT)
     return chosen[:cut], [chosen[cut:], rejected[cut:]]
 
 

@@ -42,6 +42,11 @@ def fit_rows(rows: Rows, tokenizer, limit: int, max_new_tokens: int) -> tuple[li
     return fitted, tuple(notes)
 
 
+def fit_prompt(tokenizer, prompt: str, limit: int) -> str:
+    """A prompt as `fit_rows` cuts it: its end, at most `limit` tokens, if it has more."""
+    return prompt if len(encode_text(tokenizer, prompt)) <= limit else _end_of(tokenizer, prompt, limit)
+
+
 def _offsets(tokenizer, text: str) -> list[tuple[int, int]]:
     if not tokenizer.is_fast:
         raise DataError("a text is too long, and only a fast tokenizer can cut it; raise max_length or cut the data")

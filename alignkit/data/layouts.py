@@ -333,7 +333,8 @@ SPARE = frozenset([
     "three_most_similar_preferences", "all_preferences_unprocessed", "individual_preference", "is_response_0_safe",
     "is_response_1_safe", "safer_response_id", "response_0_harm_category", "response_1_harm_category", "turn",
     "turns", "correct_answers", "incorrect_answers", "quotes_0", "quotes_1", "tokens_0", "tokens_1",
-    "initial_reason_steps", "full_chosen", "full_rejected",
+    "initial_reason_steps", "full_chosen", "full_rejected", "all_generated_responses", "candidates_completions",
+    "ranks", "rank_str",
 ])
 
 
@@ -485,7 +486,8 @@ _CARRIED = (  # what it is, the words of a name that say so, the types of its va
                 "worse best worst", (str, list, dict)),
 )
 _ABOUT = frozenset([
-    "id", "ids", "uid", "uuid", "score", "scores", "rating", "ratings", "model", "models", "source", "sources",
+    "id", "ids", "uid", "uuid", "score", "scores", "rating", "ratings", "model", "models", "policy", "policies",
+    "config", "configs", "source", "sources",
     "sha", "md", "hash", "length", "len", "tokens", "count", "num", "n", "type", "types", "category", "categories",
     "language", "lang", "time", "timestamp", "date", "url", "name", "version", "dataset", "subset", "split",
     "severity", "level", "logp", "logps", "logprob", "logprobs", "probability", "reason", "reasons", "metadata",
@@ -544,7 +546,8 @@ def repeats(value: object, prompt: str | list[dict], replies: list) -> bool:
 
     heads, ends = texts(prompt), [end for reply in replies for end in texts(reply)]
     return all(text in heads or text in ends  # or it is the whole of prompt and reply, as one text
-               or (any(end and end in text for end in ends) and all(head in text for head in heads))
+               or (any(end and end in text for end in ends)
+                   and all(line.strip() in text for head in heads for line in head.splitlines()))
                for text in _leaves(value))
 
 

@@ -28,6 +28,7 @@ from typing import NamedTuple
 from alignkit.data.chat import chat_template_of
 from alignkit.data.encoding import ChatText, encode_text
 from alignkit.data.fields import (
+    NO_PROMPT,
     REPLIES,
     _came,
     _check_special,
@@ -358,6 +359,9 @@ class _Scan:
         except _Faults as several:
             return None, several.faults
         except Fault as fault:
+            asked = [name for name in unused if carries(name, record[name]) == "part of the prompt"]
+            if fault.reason == NO_PROMPT and asked:
+                fault = Fault(f"{fault.reason}: is it {asked[0]!r}? --columns prompt={asked[0]}")
             return None, [fault]
 
     def _normal(self, fields: dict) -> tuple["str | list[dict]", list]:

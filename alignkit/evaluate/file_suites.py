@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from alignkit.errors import ParameterError
+from alignkit.errors import DataError, ParameterError
 from alignkit.formulas.intervals import Estimate
 
 MOST_TOKENS = 256  # of a reply to a prompt of XSTest
@@ -27,7 +27,9 @@ def measure_refusals(checkpoint, options) -> Mapping[str, Estimate]:
     tokenizer, context = checkpoint.tokenizer, context_length(checkpoint.model)
     rows = read_refusal_prompts(options.file, tokenizer if checkpoint.chat_template else None)[: options.limit]
     longest = encode_prompts(tokenizer, [row["prompt"] for row in rows])[0].shape[1]
-    left = max(1, context - longest) if context else MOST_TOKENS
+    if context and longest >= context:
+        raise DataError(f"{options.file}: a prompt has {longest:,} tokens, and the model reads {context:,}")
+    left = context - longest if context else MOST_TOKENS
     return over_refusal(checkpoint.model, tokenizer, rows, batch_size=options.batch_size,
                         max_new_tokens=min(MOST_TOKENS, left)).metrics
 

@@ -100,7 +100,10 @@ class Measured:
     def _loaded(self):
         from alignkit.models.loading import load_policy
 
-        return load_policy(self.path)
+        try:
+            return load_policy(self.path)
+        except ValueError as error:
+            raise ManifestError(f"{self.path} holds no policy: {error}") from error
 
     @cached_property
     def scorer(self):

@@ -211,7 +211,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.checkpoint, options.suite.split(","), tasks=options.tasks, limit=options.limit, seed=options.seed,
         batch_size=options.batch_size, run_model_code=options.run_model_code, out=options.out)
     for line in suites.lines(rows).values():
-        print(visible(f"{line.label}: {line}, {line.about}"))
+        print(visible(f"{line.label}: {line}" + f", {line.about}" * bool(line.about)))
     print(f"\nrecord: {_shown((options.out or options.checkpoint) / 'suites.json')}")
 
 

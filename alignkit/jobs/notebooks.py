@@ -39,7 +39,7 @@ from alignkit.storage import plain, read_json, write_json
 
 
 def find_notebooks() -> dict[str, Path]:
-    """The course's notebooks, name -> path in order of name: those of a clone, or those installed with the package."""
+    """alignkit's notebooks, name -> path: those of a clone, or those installed; the course comes first."""
     package = Path(__file__).parents[1]
     for folder in (package / "notebooks", package.parent / "notebooks"):
         if notebooks := {path.stem: path for path in sorted(folder.glob("*.ipynb"))}:

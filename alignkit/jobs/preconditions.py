@@ -26,6 +26,10 @@ def check_before(jobs: Sequence[Job]) -> None:
     """
     for job in jobs:
         _check_values(job)
+        if job.name == "your_model" and job.settings.get("refusal_prompts"):
+            from alignkit.evaluate.refusals import read_refusal_prompts
+
+            read_refusal_prompts(job.settings["refusal_prompts"])
     names = {job.name for job in jobs}
     model = next((job.settings.get("model") for job in jobs if job.name in READ_THE_MODEL), None)
     if model not in (None, "tiny"):

@@ -115,33 +115,43 @@ def _file_rows(run: Path, facts: Mapping, given: Mapping) -> dict[str, list[dict
     loaded = load_rows(facts["data"], skip_bad=said.get("skip_bad") is True, messages=True, **reading)
     if loaded.kind == "prompts":
         raise DataError(f"{loaded.source}: has prompts only; an export needs demonstrations or pairs")
-    text = _renderer(run, facts) if any(isinstance(row["prompt"], list) for row in loaded) else str
-    rows = [row for row in loaded if not is_heldout(text(row["prompt"]), int(facts["seed"]))]
+    asked = _as_asked(run, facts, said, [row["prompt"] for row in loaded])
+    rows = [row for row, prompt in zip(loaded, asked, strict=True)
+            if prompt is not None and not is_heldout(prompt, int(facts["seed"]))]
     if loaded.kind == "demonstrations":
         return {"sft": rows}
     liked = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
     return {"sft": liked, "reward": rows, "dpo": rows}
 
 
-def _renderer(run: Path, facts: Mapping):
-    """What turns a prompt's messages into the text by which the run decided whether to hold it out."""
+def _as_asked(run: Path, facts: Mapping, said: Mapping, prompts: list) -> list[str | None]:
+    """The prompts as the run asked them, by which it decided what to hold out: messages in the words of the chat
+    template, cut to the model's context; None for one that the template refuses, which no training saw."""
     from transformers import AutoTokenizer
 
+    from alignkit.data.chat import chat_template_of
+    from alignkit.data.encoding import ChatText
+    from alignkit.data.files import Fault
+    from alignkit.data.fitting import fit_prompt
     from alignkit.models.gate import check_model_folder
 
+    chats = [place for place, prompt in enumerate(prompts) if isinstance(prompt, list)]
     place = run / "sft" if (run / "sft" / "config.json").exists() else Path(str(facts["model"]))
     if not place.is_dir():
+        if not chats:
+            return prompts
         raise RunError(f"{run} has no trained stage, and its model {one_line(facts['model'])} is no folder; run "
                        "notebook 01_sft first: its tokenizer says which conversations are held out")
     check_model_folder(place)
     tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-
-    def text(prompt) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-
-    return text
+    asked = list(prompts)
+    for start in range(0, len(chats), 64):
+        some = chats[start : start + 64]
+        texts = chat_template_of(tokenizer).render([(prompts[each], []) for each in some])
+        for each, text in zip(some, texts, strict=True):
+            asked[each] = None if isinstance(text, Fault) else ChatText(text[0])
+    room = min(said.get("max_length") or 512, tokenizer.model_max_length) - (said.get("max_new_tokens") or 32)
+    return [prompt and fit_prompt(tokenizer, prompt, room) for prompt in asked]
 
 
 def _desk_rows(run: Path, facts: Mapping, given: Mapping) -> dict[str, list[dict]]:
