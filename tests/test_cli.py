@@ -127,7 +127,8 @@ def test_freeze_and_verify(tmp_path, capsys):
 
 def test_compare_hands_its_folders_on_and_says_where_the_page_is(tmp_path, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(comparison, "compare_directories", lambda *given: seen.append(given) or "the table")
+    compared = type("Compared", (str,), {"warning": ""})("the table")
+    monkeypatch.setattr(comparison, "compare_directories", lambda *given: seen.append(given) or compared)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs.jsonl").touch()
     assert alignkit("compare", "a", "b", "--data", "pairs.jsonl", "--out", "compared") == 0

@@ -678,6 +678,7 @@ def test_hh_rlhf_is_read_as_1500_pairs_and_nothing_is_lost():
     assert (report.kind, report.rows, report.bad_rows) == ("pairs", 1500, 0)
     assert report.warnings == (
         "chosen is a blank reply (kept: it stands for saying nothing): 4 times, first at line 87, 517, 926, 1104",
+        "a reply holds further turns of a transcript, which are read as part of it: 1 time, first at line 1255",
     )
     rows = load_rows(HH)
     with gzip.open(HH, "rt", encoding="utf-8") as lines:

@@ -46,6 +46,8 @@ PAIRS = {  # layout -> a row with the published columns, and what it says: promp
     "TRL standard": ({"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}, TEXT),
     "TRL standard implicit, HH-RLHF": ({"chosen": HH + " Yes.", "rejected": HH + " No."}, (HH, " Yes.", " No.")),
     "TRL conversational": ({"prompt": [Q], "chosen": [YES], "rejected": [NO]}, CHAT),
+    "the system prompt is in the prompt alone, whose end the replies repeat": (
+        {"prompt": [system("Be kind."), Q], "chosen": [Q, YES], "rejected": [Q, NO]}, BE_KIND),
     "TRL conversational implicit": ({"chosen": [Q, YES], "rejected": [Q, NO]}, CHAT),
     "ultrafeedback_binarized": ({"prompt": "Hi?", "prompt_id": "ab", "chosen": [Q, YES], "rejected": [Q, NO],
                                  "messages": [Q, YES], "score_chosen": 8.5, "score_rejected": 6.0}, CHAT),
@@ -192,6 +194,16 @@ def normal(path, **options):
     scan = _Scan(path, options.get("kind"), None, None, False, options.get("split"), options.get("columns"))
     rows = [{name: text for name, text in row.items() if name != "scores"} for row, _ in scan if row]
     return [tuple(json.loads(text) if text.startswith('[{"role"') else text for text in row.values()) for row in rows]
+
+
+def test_marks_that_contradict_their_pair_and_further_turns_are_told(write):  # noqa: F811
+    row = {"prompt": "Hi?", "chosen": "Yes.", "rejected": "No."}
+    rows = [row | {"score_chosen": 2, "score_rejected": 9}, row | {"score_chosen": 9.0, "score_rejected": 2.0},
+            row | {"chosen": "Yes.\n\nHuman: And?\n\nAssistant: No.", "score_chosen": 3, "score_rejected": 3}]
+    told = str(check(write("a.jsonl", rows)))
+    assert "'score_chosen' is below 'score_rejected', which contradicts the pair (the pair counts)" in told
+    assert "a reply holds further turns of a transcript" in told
+    assert "contradicts" not in str(check(write("b.jsonl", rows[1:])))
 
 
 @pytest.mark.parametrize("row, expected", [*PAIRS.values(), *DEMONSTRATIONS.values()],

@@ -380,8 +380,25 @@ def test_a_run_directory_that_takes_no_file_is_refused(series, tmp_path, no_kern
 
 
 def test_the_configs_of_the_notebooks_are_those_that_they_make():
-    for name, config in preconditions.CONFIGS.items():
-        assert f"preset({config.__name__}, model" in notebooks.find_notebook(name).read_text(encoding="utf-8")
+    for name, configs in preconditions.CONFIGS.items():
+        source = notebooks.find_notebook(name).read_text(encoding="utf-8")
+        assert all(f"preset({config.__name__}, model" in source for config in configs)
+
+
+@pytest.mark.parametrize("notebook, name, value, least", [
+    ("01_sft", "demonstrations", 0, 1), ("02_reward_model", "heldout_pairs", -3, 1), ("03_ppo", "lora_rank", -1, 0),
+    ("your_model", "pairs", 0, 1), ("your_model", "eval_samples", 0, 1), ("your_model", "lora_rank", -1, 0)])
+def test_a_count_that_cannot_be_is_refused_before_a_kernel_starts(tmp_path, notebook, name, value, least):
+    with pytest.raises(ParameterError, match=f"{notebook}: {name} is {value}, expected {least} or more; the parameter"):
+        run_notebook(notebook, tmp_path / "run", {name: value})
+    assert not (tmp_path / "run").exists()
+
+
+def test_values_of_your_model_are_checked_as_ppos_and_dpos(tmp_path):
+    for name, value in {"iterations": -1, "kl_coef": -0.5, "beta": -1.0}.items():
+        with pytest.raises(ParameterError, match=f"your_model: {name} is"):
+            run_notebook("your_model", tmp_path / "run", {name: value})
+    assert not (tmp_path / "run").exists()
 
 
 # --- a path, or a Hub id ---------------------------------------------------------------------------------------------

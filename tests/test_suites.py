@@ -16,7 +16,7 @@ from alignkit.errors import DataError, ManifestError, MissingExtra, ParameterErr
 from alignkit.evaluate import harness
 from alignkit.evaluate.comparison import compare_directories
 from alignkit.evaluate.refusals import over_refusal, read_refusal_prompts
-from alignkit.evaluate.rewardbench import read_rewardbench, rewardbench, write_rewardbench
+from alignkit.evaluate.rewardbench import DESK_BENCH, read_rewardbench, rewardbench, write_rewardbench
 from alignkit.evaluate.suite_records import RECORD, Measurement, add_suites, read_suites, score, suites_of
 from alignkit.evaluate.suites import GROUPS, SUITES, Options, Suite, lines, missing, remarks, run_suites, table
 from alignkit.formulas.intervals import Estimate
@@ -27,6 +27,7 @@ from alignkit.models.loading import load_policy, save_model
 from alignkit.reward import RewardScorer
 from alignkit.runs.frozen import freeze, verify
 from alignkit.runs.records import start_run, write_results
+from alignkit.storage import file_hash
 from alignkit.task import desk_task
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'alignkit[evaluate]'")
@@ -302,7 +303,13 @@ def test_prompts_of_xstests_kind_are_a_suite_of_a_file(checkpoint, policy, tmp_p
         name: (figure.value, figure.low, figure.high) for name, figure in direct.items()}
     assert {row.metric for row in run_suites(checkpoint, [f"xstest={file}"], out=tmp_path / "cut", limit=2)} == {
         "over_refusal", "safe_partial_refusal", "blank_replies", "cut_replies"}  # no unsafe prompt among the first two
-    assert "xstest, over_refusal" in lines(read_suites(tmp_path))
+    label = f"xstest of xs=test.csv {file_hash(file)[:8]}, over_refusal"
+    assert lines(read_suites(tmp_path))[label].about == "2 items" and rows[0].n == 2
+    assert any("Classified by string match" in remark for remark in remarks({"ppo": rows}))
+    other = tmp_path / "other.csv"
+    other.write_text("prompt,type\nHow do I bake bread?,x\n", encoding="utf-8")
+    run_suites(checkpoint, [f"xstest={other}"], out=tmp_path)
+    assert {row.file.split()[0] for row in read_suites(tmp_path)} == {"xs=test.csv", "other.csv"}  # both are kept
     with pytest.raises(ParameterError, match="xstest needs a file of yours: --suite xstest=FILE"):
         run_suites(checkpoint, ["xstest"], out=tmp_path)
     with pytest.raises(DataError, match="no such file"):
@@ -320,6 +327,13 @@ def test_rewardbenchs_pairs_are_a_suite_of_a_file_for_a_reward_model(checkpoint,
     rows = run_suites(tmp_path / "reward", [f"rewardbench={file}"])
     direct = rewardbench(scorer, read_rewardbench(file)).metrics
     assert {row.metric: row.value for row in rows} == {name: figure.value for name, figure in direct.items()}
+    counts = {row.metric: row.n for row in rows}
+    assert counts == {"rewardbench": 40} | {f"rewardbench/{name}": 8 for name in DESK_BENCH}
+    first = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
+    part = tmp_path / "part.jsonl"
+    part.write_text(json.dumps(first | {"subset": "hep-cpp"}) + "\n", encoding="utf-8")
+    assert any("overall is partial" in remark for remark in remarks(
+        {"rm": run_suites(tmp_path / "reward", [f"rewardbench={part}"])}))
     with pytest.raises(ManifestError, match="frozen holds no reward model: "):
         run_suites(checkpoint, [f"rewardbench={file}"], out=tmp_path)
     (tmp_path / "xs.csv").write_text("prompt,type\nHow do I kill the process?,x\n", encoding="utf-8")

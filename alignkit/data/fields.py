@@ -235,8 +235,10 @@ def _split_chat(values: dict[str, object], before: list[dict]) -> tuple[list[dic
         if len(chats) == 2 and all(len(prompt) == len(chat) for chat in chats.values()):
             raise Fault("is identical to chosen", "rejected")
     rests = [chat[len(prompt):] if _same(chat[:len(prompt)], prompt) else chat for chat in chats.values()]
-    if not all(_is_reply(rest) for rest in rests) and _is_part(prompt, shared):  # it repeats some of what they share
+    if not all(map(_is_reply, rests)) and _is_part(prompt, shared):  # it repeats some of what they share
         prompt, rests = shared, [chat[len(shared):] for chat in chats.values()]
+    elif not all(map(_is_reply, rests)) and shared and _same(prompt[-len(shared):], shared):  # they repeat its end
+        rests = [chat[len(shared):] for chat in chats.values()]
     prompt = _with(before, prompt)
     if [message["role"] for rest in rests for message in rest] == ["user"] and "messages" in chats:
         raise Fault("ends with a user's message, expected the assistant's reply after it", "messages")

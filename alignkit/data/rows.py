@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -65,6 +66,8 @@ from alignkit.data.layouts import (
 from alignkit.data.problems import PROBLEM_LIMIT, Problem, Report, Rows
 from alignkit.errors import DataError
 
+MARK = re.compile("score|rating|reward")  # in the name of a column
+FURTHER_TURN = re.compile(r"\n\n(Human|User|Assistant):")
 MOST_SKIPPED = 0.1  # share of the rows that skip_bad may leave out: more, and the file is another than was meant
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 2**20  # conversations that wait for the chat template together
 ROW_KINDS = ("pairs", "demonstrations", "prompts")
@@ -387,6 +390,9 @@ class _Scan:
     def _check_unused(self, line: int, record: dict, unused: list[str], prompt, replies: list) -> None:
         """Fault if a column that seems to matter is not used, and does not say what prompt and replies say."""
         for name in unused:
+            other = name.replace("chosen", "rejected")
+            if other != name and MARK.search(name) and _is_lower(record[name], record.get(other)):
+                self._note(f"{name!r} is below {other!r}, which contradicts the pair (the pair counts)", line)
             what = carries(name, record[name])
             if not what and self._layout.kind == "prompts" and not self._told and is_prose(name, record[name]):
                 what = "answers"
@@ -431,6 +437,8 @@ class _Scan:
             self._note(f"{blank[0]} is a blank reply (kept: it stands for saying nothing)", line)
         elif self.kind == "pairs" and responses[1].startswith(responses[0]):
             self._note("chosen is the beginning of rejected", line)
+        if any(map(FURTHER_TURN.search, responses)):
+            self._note("a reply holds further turns of a transcript, which are read as part of it", line)
         if self._special is not None and not isinstance(prompt, ChatText):
             found = next(filter(None, map(self._special.search, (prompt, *responses))), None)
             if found:
@@ -444,6 +452,11 @@ class _Scan:
             self._note("the row repeats an earlier one", line)
         self._seen.add(key)
         return {"prompt": prompt, **dict(zip(names, responses, strict=True)), **({"scores": scores} if scores else {})}
+
+
+def _is_lower(value: object, other: object) -> bool:
+    """Whether both are numbers and the first is the lower one."""
+    return all(type(each) in (int, float) for each in (value, other)) and value < other
 
 
 def _as_text(chat: _Chat) -> _Texts:

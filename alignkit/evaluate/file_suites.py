@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from alignkit.errors import DataError, ParameterError
+from alignkit.evaluate.suite_records import Score
 from alignkit.formulas.intervals import Estimate
 
 MOST_TOKENS = 256  # of a reply to a prompt of XSTest
@@ -30,8 +31,13 @@ def measure_refusals(checkpoint, options) -> Mapping[str, Estimate]:
     if context and longest >= context:
         raise DataError(f"{options.file}: a prompt has {longest:,} tokens, and the model reads {context:,}")
     left = context - longest if context else MOST_TOKENS
-    return over_refusal(checkpoint.model, tokenizer, rows, batch_size=options.batch_size,
-                        max_new_tokens=min(MOST_TOKENS, left)).metrics
+    result = over_refusal(checkpoint.model, tokenizer, rows, batch_size=options.batch_size,
+                          max_new_tokens=min(MOST_TOKENS, left))
+    safe = sum(row["label"] == "safe" for row in rows)
+    counts = {"over_refusal": safe, "safe_partial_refusal": safe, "unsafe_compliance": len(rows) - safe,
+              "unsafe_partial_refusal": len(rows) - safe}
+    return {name: Score(figure.value, figure.low, figure.high, n=counts.get(name, len(rows)), note=result.known_error)
+            for name, figure in result.metrics.items()}
 
 
 def prepare_rewardbench(options) -> None:
@@ -47,7 +53,11 @@ def measure_rewardbench(checkpoint, options) -> Mapping[str, Estimate]:
 
     scorer = checkpoint.scorer
     rows = read_rewardbench(options.file, scorer.tokenizer if scorer.tokenizer.chat_template else None)
-    return rewardbench(scorer, rows[: options.limit]).metrics
+    result = rewardbench(scorer, rows[: options.limit])
+    counts = {f"/{subset}": n for subset, (_, n) in result.won.items()}
+    return {name: Score(figure.value, figure.low, figure.high, note="; ".join(result.notes),
+                        n=sum(counts.values()) if name == "rewardbench" else counts.get(name[name.rfind("/"):]))
+            for name, figure in result.metrics.items()}
 
 
 def _file(options):

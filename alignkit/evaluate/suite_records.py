@@ -18,11 +18,13 @@ _Z = 1.959963984540054  # of LEVEL
 
 @dataclass(frozen=True)
 class Score(Estimate):
-    """An Estimate of a suite, with its standard error, the number n of items and the examples shown (shots)."""
+    """An Estimate of a suite, with its standard error, the number n of items, the examples shown (shots), and what has
+    to be said beside it (note)."""
 
     stderr: float | None = None
     n: int | None = None
     shots: int | None = None
+    note: str = ""
 
 
 def score(value: float, stderr: float | None, n: int | None = None, shots: int | None = None) -> Score:
@@ -41,7 +43,8 @@ class Measurement:
     """One figure of a suite on one checkpoint: a row of suites.json.
 
     hash: of the checkpoint (its manifest's, if it is frozen). low, high: the 95 % interval. n: items; limit: at most so
-    many items a task were asked, None for all. chat_template: whether prompts went through the model's.
+    many items a task were asked, None for all. chat_template: whether prompts went through the model's. file: name and
+    SHA-256, shortened, of the user's file whose items they are. note: what has to be said beside the figure.
     """
 
     checkpoint: str
@@ -59,6 +62,8 @@ class Measurement:
     chat_template: bool
     versions: dict
     date: str
+    file: str = ""
+    note: str = ""
 
     @property
     def score(self) -> Score:
@@ -80,12 +85,12 @@ def read_suites(folder: str | Path) -> list[Measurement]:
 
 
 def add_suites(folder: str | Path, measured: Iterable[Measurement]) -> Path:
-    """Add figures to FOLDER/suites.json, made if need be; returns its path. Figures of the same suite on the same
-    checkpoint and with the same limit are replaced. Raises RunError if the file is no such record; it is left as it is.
-    """
+    """Add figures to FOLDER/suites.json, made if need be; returns its path. Those of the same suite and file on the
+    same checkpoint, with the same limit, are replaced. Raises RunError if that file is no such record; it stays as it
+    is."""
     new, folder = list(measured), Path(folder)
-    again = {(each.hash, each.suite, each.limit) for each in new}
-    kept = [each for each in read_suites(folder) if (each.hash, each.suite, each.limit) not in again]
+    again = {(each.hash, each.suite, each.file, each.limit) for each in new}
+    kept = [each for each in read_suites(folder) if (each.hash, each.suite, each.file, each.limit) not in again]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECORD, {"level": LEVEL, "measured": [asdict(each) for each in [*kept, *new]]})
     return folder / RECORD
@@ -103,11 +108,11 @@ def suites_of(directory: str | Path) -> tuple[list[Measurement], str]:
     from alignkit.runs.frozen import checkpoint_hash
 
     current = checkpoint_hash(directory)
-    best: dict[str, list[Measurement]] = {}
+    best: dict[tuple[str, str], list[Measurement]] = {}
     for row in (row for row in rows if row.hash == current):
-        held = best.get(row.suite)
+        held = best.get((row.suite, row.file))
         if held is None or _items(row) > _items(held[0]):
-            best[row.suite] = [row]
+            best[row.suite, row.file] = [row]
         elif held[0].limit == row.limit:
             held.append(row)
     other = len({(row.hash, row.suite) for row in rows if row.hash != current})
@@ -123,6 +128,7 @@ def _items(row: Measurement) -> float:
 def _measurement(row: object, where: str) -> Measurement:
     if not isinstance(row, Mapping):
         raise RunError(f"{where} is no JSON object")
+    row = {"file": "", "note": "", **row}
     for field in fields(Measurement):
         if field.name not in row or not _CHECKS[field.name](row[field.name]):
             wrong = "not what it must be" if field.name in row else "missing"
@@ -151,5 +157,5 @@ _CHECKS = {
     "low": _or_none(_is_figure), "high": _or_none(_is_figure), "stderr": _or_none(_is_figure),
     "n": _or_none(_is_count), "shots": _or_none(_is_count), "limit": _or_none(_is_count), "seed": _is_count,
     "chat_template": lambda value: isinstance(value, bool), "versions": lambda value: isinstance(value, dict),
-    "date": _is_text,
+    "date": _is_text, "file": _is_text, "note": _is_text,
 }

@@ -172,12 +172,15 @@ def run_suites(checkpoint: str | Path, suites: Sequence[str], *, tasks: str | Pa
 
 def _row(measured: Measured, options: Options, metric: str, figure: Estimate) -> Measurement:
     from alignkit.runs.records import versions
+    from alignkit.storage import file_hash
 
+    file = options.file if options.file and Path(options.file).is_file() else None
     extra = {name: getattr(figure, name, None) for name in ("stderr", "n", "shots")}
     return Measurement(measured.name, measured.hash, options.suite.name, metric, figure.value, figure.low, figure.high,
                        **extra, limit=options.limit, seed=options.seed, chat_template=measured.chat_template,
                        versions={**versions(), **_version_of("lm_eval")},
-                       date=datetime.now(UTC).isoformat(timespec="seconds"))
+                       date=datetime.now(UTC).isoformat(timespec="seconds"), note=getattr(figure, "note", ""),
+                       file=f"{Path(file).name} {file_hash(file)[:8]}" if file else options.file or "")
 
 
 def _version_of(package: str) -> dict[str, str]:
@@ -224,7 +227,8 @@ def lines(measured: Iterable[Measurement]) -> dict[str, Line]:
     shown, main = {}, {}
     for row in rows:
         suite = SUITES.get(row.suite, Suite(row.suite))
-        label = row.suite if suite.metric else f"{row.suite}, {row.metric}"
+        name = f"{row.suite} of {row.file}" if row.file else row.suite
+        label = name if suite.metric else f"{name}, {row.metric}"
         about = [suite.group] * bool(suite.group) + [row.metric] * bool(suite.metric)
         about += [f"{row.shots} shots"] * (row.shots is not None)
         about += [] if row.n is None else [f"{row.n:,} items"]
@@ -262,6 +266,8 @@ def remarks(measured: Mapping[str, Iterable[Measurement]]) -> list[str]:
         without = missing(each)
         if without and any(SUITES.get(row.suite, Suite("")).group for row in each):
             said.append(f"{name}: no average of the groups without {', '.join(without)}.")
+        notes = dict.fromkeys((row.suite, row.note) for row in each if row.note)
+        said += [f"{name}, {suite}: {note}" for suite, note in notes]
         if templates := {row.chat_template for row in each}:
             used = "; ".join("with the model's chat template" if used else "without a chat template"
                              for used in sorted(templates))

@@ -13,7 +13,10 @@ from alignkit.errors import DataError, ParameterError, RunError
 from alignkit.jobs.job import Job
 from alignkit.stages import CHAIN
 
-CONFIGS = {"01_sft": SFTConfig, "02_reward_model": RewardConfig, "03_ppo": PPOConfig, "05_dpo": DPOConfig}
+CONFIGS = {"01_sft": (SFTConfig,), "02_reward_model": (RewardConfig,), "03_ppo": (PPOConfig,), "05_dpo": (DPOConfig,),
+           "your_model": (PPOConfig, DPOConfig)}
+LEAST = {"demonstrations": 1, "pairs": 1, "heldout_pairs": 1, "scale_samples": 2, "eval_prompts": 1, "eval_samples": 1,
+         "lora_rank": 0}  # of parameters that no config checks
 READ_THE_MODEL = ("00_the_world", "01_sft", "your_model")  # the notebooks after them take it from a stage of the run
 NEED_PAIRS = ("02_reward_model", "05_dpo", "your_model")
 ROWS = 2000  # of the data, that are looked at
@@ -60,15 +63,17 @@ def _check_values(job: Job) -> None:
     if type(seed := values.get("seed", 0)) is int and not 0 <= seed < 2**63:
         raise ParameterError(f"seed is {seed}, expected a whole number from 0 to 2**63 - 1; the parameter is "
                              f"{job.parameters['seed']}")
-    config = CONFIGS.get(job.name)
-    if config is None:
-        return
-    fields = {field.name for field in dataclasses.fields(config)}
-    for name, chosen in _one_after_the_other({name: values[name] for name in values if name in fields}):
-        try:
-            preset(config, values.get("model", "tiny"), **chosen)
-        except ValueError as error:
-            raise ParameterError(f"{job.name}: {error}; the parameter is {job.parameters[name]}") from None
+    for name, least in LEAST.items() if job.builds_beside else ():
+        if type(value := values.get(name)) is int and value < least:
+            raise ParameterError(f"{job.name}: {name} is {value}, expected {least} or more; the parameter is "
+                                 f"{job.parameters[name]}")
+    for config in CONFIGS.get(job.name, ()):
+        fields = {field.name for field in dataclasses.fields(config)}
+        for name, chosen in _one_after_the_other({name: values[name] for name in values if name in fields}):
+            try:
+                preset(config, values.get("model", "tiny"), **chosen)
+            except ValueError as error:
+                raise ParameterError(f"{job.name}: {error}; the parameter is {job.parameters[name]}") from None
 
 
 def _one_after_the_other(values: Mapping[str, object]):
