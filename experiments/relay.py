@@ -45,6 +45,12 @@ FIGURES = {
         min,
     ),
     "dpo_risky": ("DPO on frozen PPO: risky failures", lambda s: s["dpo"]["risky_failure_rate"], max),
+    "dpo_over_refusal": ("DPO on frozen PPO: over-refusal", lambda s: s["dpo"]["over_refusal_rate"], max),
+    "dpo_default_gold": (
+        "DPO with the default annotator's labels: change of gold, SFT-sd",
+        lambda s: s["dpo"]["changes_default_annotator"]["gold_mean"]["change"],
+        min,
+    ),
     "free_gold_fall": (
         "PPO without KL: gold, peak − end, SFT-sd",
         lambda s: s["ppo"]["overoptimised"]["gold_peak"] - s["ppo"]["overoptimised"]["gold_end"],
