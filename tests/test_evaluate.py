@@ -13,7 +13,7 @@ import torch
 
 from alignkit.data.encoding import ChatText
 from alignkit.desk.world import BEHAVIOURS, KINDS, phrase_counts
-from alignkit.errors import ManifestError
+from alignkit.errors import DataError, ManifestError, RunError
 from alignkit.evaluate.comparison import Comparison, _write, compare, compare_directories
 from alignkit.evaluate.evaluation import Evaluation, EvaluationSet, difference, evaluate, evaluation_set, win_rate
 from alignkit.formulas.intervals import Bootstrap, Estimate, wilson
@@ -493,6 +493,18 @@ def test_a_comparison_warns_of_a_reward_model_that_ranks_like_a_coin(run, tmp_pa
     page = (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
     assert (line in capsys.readouterr().out) == ('class="alert"' in page) == (line in page) == (low < 0.5)
     assert (line in (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")) == (low < 0.5)
+
+
+def test_a_comparison_takes_the_data_of_the_run_and_fetches_no_name_of_a_file(run, tmp_path):
+    copied = shutil.copytree(run, tmp_path / "run")
+    write_json(copied / "run.json", {"model": "tiny", "data": "owner/pairs", "seed": 5})
+    with pytest.raises(RunError, match="is a run of data 'owner/pairs', .* not fetched: give it, --data owner/pairs"):
+        compare_directories([copied / "sft", copied / "ppo"])
+    (tmp_path / "none.jsonl").write_text("{}\n")
+    write_json(copied / "run.json", {"model": "tiny", "data": str(tmp_path / "none.jsonl"), "seed": 5})
+    with pytest.raises(DataError, match=r"none\.jsonl"):  # it is read, and has no rows
+        compare_directories([copied / "sft", copied / "ppo"])
+    assert compare_directories([copied / "sft", copied / "ppo"], "desk", prompts=8, samples=1).evaluations
 
 
 def test_a_frozen_checkpoint_with_a_changed_byte_is_refused(run, tmp_path):

@@ -2,12 +2,13 @@
 
 import csv
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from alignkit.errors import ManifestError, NonFinite
+from alignkit.errors import ManifestError, NonFinite, RunError
 from alignkit.evaluate import suites
 from alignkit.evaluate.adviser import advice, chance_warning
 from alignkit.evaluate.evaluation import Evaluation, EvaluationSet, difference, evaluate, evaluation_set, win_rate
@@ -202,7 +203,7 @@ def compare(evaluations: Mapping[str, Evaluation], notes: Sequence[str] = (), wa
     return comparison
 
 
-def compare_directories(directories: Sequence[str | Path], data: str = "desk", out: str | Path | None = None, *,
+def compare_directories(directories: Sequence[str | Path], data: str | None = None, out: str | Path | None = None, *,
                         reward=None, seed: int | None = None, prompts: int = 192, samples: int = 8,
                         batch_size: int = 512, kind: str | None = None, split: str | None = None,
                         columns: str | None = None) -> Comparison:
@@ -210,7 +211,8 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
 
     A folder with a manifest is verified first: ManifestError if a byte differs. KL is measured, and gold scaled, by the
     first folder. If that lies in a run of the same data, the run's evaluation_set.json, seed and reward model are used;
-    otherwise `prompts` held-out prompts of `data` (seed 0 by default). reward: a callable prompts, responses -> scores.
+    otherwise `prompts` held-out prompts of `data` (seed 0 by default). data: by default that of the first folder's run,
+    else the desk world. reward: a callable prompts, responses -> scores.
     kind, split, columns: how to read `data`, as in `load_task`; by default as the run did, if it is a run's data. What
     suites.json of a folder holds is shown too.
     Writes compare.md, compare.csv, compare.json, compare.html and PNG files.
@@ -223,6 +225,7 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
     first, tokenizer = next(iter(loaded.values()))
     run = directories[0].parent
     facts = run_facts(run)
+    data = _data_of(run, facts) if data is None else data
     of_run = facts.get("data") == str(data)
     reading = {name: facts.get(name) if value is None and of_run else value
                for name, value in {"kind": kind, "split": split, "columns": columns}.items()}
@@ -259,6 +262,15 @@ def compare_directories(directories: Sequence[str | Path], data: str = "desk", o
     if out is not None:
         _write(comparison, Path(out))
     return comparison
+
+
+def _data_of(run: Path, facts: Mapping) -> str:
+    """The data of a run; RunError if it would be fetched from the Hub: a name in a file is a stranger's."""
+    data = facts.get("data", "desk")
+    if data != "desk" and not os.path.exists(data):
+        raise RunError(f"{run} is a run of data {data!r}, which is not a file or folder here, and a name in a run "
+                       f"directory is not fetched: give it, --data {data}")
+    return data
 
 
 def _load(directory: Path):

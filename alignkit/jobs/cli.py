@@ -85,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
 
     compare = add("compare", _compare, "evaluate checkpoints side by side on the frozen evaluation set")
     compare.add_argument("checkpoints", nargs="+", type=folder, metavar="DIR")
-    add_data(compare)
+    compare.add_argument("--data", metavar="D", help="`desk`, a file, a folder or a Hub id (default: that of the run "
+                         "in which the first DIR lies, else desk)")
     add_reading(compare)
     add_out(compare)
 
