@@ -2,6 +2,7 @@
 
 import csv
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from alignkit.evaluate.rewardbench import (
 from alignkit.formulas.intervals import Estimate, wilson
 from experiments import reward_models
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 WORLD = World(0)
 
 
@@ -36,6 +38,20 @@ def rows_of(**subsets):
     pairs = {"1": ("aaa", "b"), "0": ("a", "bbb"), "=": ("aa", "bb")}
     return [{"prompt": "p", "chosen": pairs[mark][0], "rejected": pairs[mark][1], "subset": name.replace("_", "-")}
             for name, marks in subsets.items() for mark in marks]
+
+
+def test_the_table_of_the_docs_is_the_recorded_one():
+    record = json.loads((ROOT / "experiments" / "results" / "reward_models.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "judging.md").read_text(encoding="utf-8")
+    tables = {int(seed): {name: {column: Estimate(**value) for column, value in row.items()}
+                          for name, row in table.items()} for seed, table in record["tables"].items()}
+    assert reward_models.summarise(tables) == record["models"] and len(tables) >= 3
+    for row in record["models"]:
+        cells = [f"{row[c]['mean']:.3f} ({min(row[c]['values']):.3f} to {max(row[c]['values']):.3f})" for c in COLUMNS]
+        assert f"| {row['name']} | {' | '.join(cells)} |" in page
+    for column, told in {"best_of_n_gold": "best-of-16 in {} of {}", "accuracy": "accuracy in {}"}.items():
+        agreeing, pairs = reward_models.same_order(tables, column, "downstream")
+        assert told.format(agreeing, pairs) in page
 
 
 # ---- the published table
