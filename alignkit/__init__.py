@@ -68,7 +68,7 @@ _MODULES = {
     "runs.stage_folders": ["stage_folder"],
     "safe_text": ["visible"],
     "sft": ["train_sft"],
-    "storage": ["settings", "write_json"],
+    "storage": ["data_hash", "settings", "write_json"],
     "task": ["Task", "desk_task", "file_task", "load_task"],
     "trainer": ["step_seconds"],
 }

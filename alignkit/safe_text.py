@@ -46,9 +46,9 @@ def one_line(text: object, limit: int = 400) -> str:
     return shown.replace("\n", "␊")
 
 
-def in_red(text: str) -> str:
-    """`text` in red where standard output is a terminal and NO_COLOR is not set; elsewhere as it is."""
-    return f"\x1b[31m{text}\x1b[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
+def in_red(text: str, stream=None) -> str:
+    """`text` in red where `stream` (standard output) is a terminal and NO_COLOR is not set; elsewhere as it is."""
+    return f"\x1b[31m{text}\x1b[0m" if (stream or sys.stdout).isatty() and not os.environ.get("NO_COLOR") else text
 
 
 def markdown_cell(text: object, limit: int = 400) -> str:

@@ -131,7 +131,7 @@ def load_task(data: str | os.PathLike, tokenizer, seed: int = 0, *, skip_bad: bo
 
     max_new_tokens: None is 4 for the desk, 32 for files. The other options are for files alone; kind, split and columns
     say how to read them, as in `load_rows`.
-    Raises DataError on bad rows, unless skip_bad, and ValueError if the desk world meets another model's tokenizer.
+    Raises DataError on bad rows, unless skip_bad, and if the desk world meets another model's tokenizer.
     """
     if str(data) == "desk":
         for name, value in {"kind": kind, "split": split, "columns": columns}.items():
@@ -140,7 +140,7 @@ def load_task(data: str | os.PathLike, tokenizer, seed: int = 0, *, skip_bad: bo
         try:
             phrase_ids(tokenizer)
         except ValueError as error:
-            raise ValueError(
+            raise DataError(
                 "data is 'desk', whose sentences this model's tokenizer does not have; expected model='tiny', a "
                 "model that began as it, or data=FILE for the model's own data"
             ) from error

@@ -507,6 +507,18 @@ def test_a_comparison_takes_the_data_of_the_run_and_fetches_no_name_of_a_file(ru
     assert compare_directories([copied / "sft", copied / "ppo"], "desk", prompts=8, samples=1).evaluations
 
 
+def test_the_desk_world_and_another_models_tokenizer_are_one_sentence(tmp_path, capsys):
+    from test_ends import bytes_tokenizer, policy_of
+
+    from alignkit.jobs.cli import main
+
+    tokenizer = bytes_tokenizer()
+    save_model(policy_of(tokenizer), tokenizer, tmp_path / "other")
+    given = ["compare", str(tmp_path / "other"), "--data", "desk", "--out", str(tmp_path / "out")]
+    assert main(given) == 1 and "data is 'desk', whose sentences this model's tokenizer does not have" in (
+        capsys.readouterr().err)
+
+
 def test_a_frozen_checkpoint_with_a_changed_byte_is_refused(run, tmp_path):
     changed = freeze(run / "ppo", tmp_path / "changed")
     weights = changed / "model.safetensors"

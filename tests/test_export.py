@@ -147,27 +147,6 @@ def test_trls_own_parser_and_trainer_start_on_what_is_written(tmp_path, monkeypa
         assert (Path("trained") / stage / "config.json").exists()
 
 
-def test_llama_factorys_own_reader_takes_what_is_written(tmp_path, by_template):
-    """Where LLaMA-Factory is installed: its parser of settings, its data set list and its converters."""
-    pytest.importorskip("llamafactory", reason="LLaMA-Factory is not installed; docs/publishing.md says what was tried")
-    from llamafactory.data.converter import get_dataset_converter
-    from llamafactory.data.parser import get_dataset_list
-    from llamafactory.hparams.parser import DataArguments, FinetuningArguments
-
-    for name, rows in (("texts", TEXTS), ("chats", CHATS)):
-        export(run_on(tmp_path / name, rows, dpo=DPOConfig(beta=0.25)), "llama-factory", tmp_path / name / "out")
-        folder = tmp_path / name / "out"
-        for attributes in get_dataset_list(["sft", "reward", "dpo"], str(folder / "data")):
-            convert = get_dataset_converter(attributes.formatting, attributes, DataArguments())
-            for row in json.loads((folder / "data" / attributes.dataset_name).read_text()):
-                got = convert({"input": None, "output": None, **row})
-                assert got["_prompt"] and len(got["_response"]) == (2 if attributes.ranking else 1)
-        known = {f.name for kind in (DataArguments, FinetuningArguments) for f in fields(kind)} | TRAINING | {
-            "model_name_or_path"}
-        for path in folder.glob("*.yaml"):
-            assert yaml.safe_load(path.read_text()).keys() <= known, path.name
-
-
 # what its training arguments, transformers' own, have of the names that the files use
 TRAINING = {"output_dir", "do_train", "num_train_epochs", "per_device_train_batch_size", "learning_rate", "seed",
             "lr_scheduler_type", "warmup_ratio", "weight_decay", "adam_epsilon", "max_grad_norm", "bf16", "fp16",

@@ -30,7 +30,6 @@ from alignkit.runs.records import start_run, write_results
 from alignkit.storage import file_hash
 from alignkit.task import desk_task
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'alignkit[evaluate]'")
 CHOICE = """
 task: desk_choice
 dataset_path: json

@@ -131,7 +131,8 @@ def test_names_are_trls_and_a_number_is_made_where_only_trl_has_it():
 
 
 def test_tensorboards_own_reader_finds_the_numbers_of_the_log(tmp_path, monkeypatch):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator as reader
+
     log = tmp_path / "ppo" / "metrics.jsonl"
     for step in range(1, 6):
         append_metrics(log, {"step": step, "objective/kl": step / 7, "rewards/margins": -step / 3})

@@ -2,13 +2,12 @@
 
 import csv
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from alignkit.errors import ManifestError, NonFinite, RunError
+from alignkit.errors import ManifestError, NonFinite
 from alignkit.evaluate import suites
 from alignkit.evaluate.adviser import advice, chance_warning
 from alignkit.evaluate.evaluation import Evaluation, EvaluationSet, difference, evaluate, evaluation_set, win_rate
@@ -18,7 +17,7 @@ from alignkit.formulas.intervals import Estimate
 from alignkit.metrics import METRICS
 from alignkit.models.loading import load_policy, same_vocabulary
 from alignkit.runs.frozen import LINEAGE, MANIFEST, read_lineage, verify
-from alignkit.runs.records import run_facts
+from alignkit.runs.records import check_not_fetched, run_facts
 from alignkit.safe_text import csv_cell, markdown_cell, one_line
 from alignkit.sources import local_path
 from alignkit.storage import plain, read_json, write_atomically, write_json
@@ -225,7 +224,9 @@ def compare_directories(directories: Sequence[str | Path], data: str | None = No
     first, tokenizer = next(iter(loaded.values()))
     run = directories[0].parent
     facts = run_facts(run)
-    data = _data_of(run, facts) if data is None else data
+    if data is None:
+        check_not_fetched(run, facts, "data", "--data ")
+        data = facts.get("data", "desk")
     of_run = facts.get("data") == str(data)
     reading = {name: facts.get(name) if value is None and of_run else value
                for name, value in {"kind": kind, "split": split, "columns": columns}.items()}
@@ -262,15 +263,6 @@ def compare_directories(directories: Sequence[str | Path], data: str | None = No
     if out is not None:
         _write(comparison, Path(out))
     return comparison
-
-
-def _data_of(run: Path, facts: Mapping) -> str:
-    """The data of a run; RunError if it would be fetched from the Hub: a name in a file is a stranger's."""
-    data = facts.get("data", "desk")
-    if data != "desk" and not os.path.exists(data):
-        raise RunError(f"{run} is a run of data {data!r}, which is not a file or folder here, and a name in a run "
-                       f"directory is not fetched: give it, --data {data}")
-    return data
 
 
 def _load(directory: Path):

@@ -6,23 +6,24 @@ from collections.abc import Mapping
 from alignkit.errors import RunError
 
 
-def _is(kind: type):
+def is_a(kind: type):
+    """A check that a value is of `kind` itself; a whole number must fit into 64 bits."""
     def check(value: object) -> bool:
         return type(value) is kind and (kind is not int or abs(value) < 2**63)
     return check
 
 
 def _is_list(kind: type):
-    return lambda value: isinstance(value, list) and all(map(_is(kind), value))
+    return lambda value: isinstance(value, list) and all(map(is_a(kind), value))
 
 
-def _is_figure(value: object) -> bool:
+def is_figure(value: object) -> bool:
     """A finite number that a float can hold."""
     return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
 
 
 def _is_figures(value: object) -> bool:
-    return isinstance(value, list) and all(map(_is_figure, value))
+    return isinstance(value, list) and all(map(is_figure, value))
 
 
 def _is_scale(value: object) -> bool:
@@ -48,10 +49,10 @@ MEASURED = {"response": _is_list(str), "length": _is_list(int), "tokens": _is_li
 OPTIONAL = {"ref_logp": _is_figures, "k3": _is_figures, "proxy": _is_figures, "gold": _is_figures,
              "token_kl": lambda rows: isinstance(rows, list) and all(map(_is_figures, rows)),
              "behaviour": _is_list(str), "phrases": lambda rows: isinstance(rows, list) and all(map(_is_figures, rows))}
-OF_SET = {"hash": _is(str), "chat": _is(bool), "samples": _is(int), "seed": _is(int), "max_new_tokens": _is(int),
+OF_SET = {"hash": is_a(str), "chat": is_a(bool), "samples": is_a(int), "seed": is_a(int), "max_new_tokens": is_a(int),
           "prompts": _is_list(str), "keys": _is_list(int), "kinds": _is_list(str)}
-OF_CHATS = {"template": _is(str), "messages": lambda rows: isinstance(rows, list) and all(map(_are_messages, rows))}
-OF_EVALUATION = {"name": _is(str), "set": _is(dict), "columns": _is(dict), "gold_scale": _is_scale}
+OF_CHATS = {"template": is_a(str), "messages": lambda rows: isinstance(rows, list) and all(map(_are_messages, rows))}
+OF_EVALUATION = {"name": is_a(str), "set": is_a(dict), "columns": is_a(dict), "gold_scale": _is_scale}
 TOGETHER = (("ref_logp", "k3", "token_kl"), ("gold", "behaviour", "phrases"))  # all of them are there, or none
 
 

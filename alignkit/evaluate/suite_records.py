@@ -5,10 +5,11 @@ Each figure names the hash of the checkpoint that it was measured on. One of oth
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from alignkit.errors import RunError
+from alignkit.evaluate.stored import check_fields, is_a, is_figure
 from alignkit.formulas.intervals import LEVEL, Estimate
 from alignkit.storage import read_json, write_json
 
@@ -128,24 +129,12 @@ def _items(row: Measurement) -> float:
 def _measurement(row: object, where: str) -> Measurement:
     if not isinstance(row, Mapping):
         raise RunError(f"{where} is no JSON object")
-    row = {"file": "", "note": "", **row}
-    for field in fields(Measurement):
-        if field.name not in row or not _CHECKS[field.name](row[field.name]):
-            wrong = "not what it must be" if field.name in row else "missing"
-            raise RunError(f"{where}: {field.name} is {wrong}; delete the file, or put it right, and measure again")
-    return Measurement(**{field.name: row[field.name] for field in fields(Measurement)})
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _is_figure(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e300
+    check_fields(row, _CHECKS, where)
+    return Measurement(**{name: row[name] for name in _CHECKS})
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**63
+    return is_a(int)(value) and value >= 0
 
 
 def _or_none(check):
@@ -153,9 +142,8 @@ def _or_none(check):
 
 
 _CHECKS = {
-    "checkpoint": _is_text, "hash": _is_text, "suite": _is_text, "metric": _is_text, "value": _is_figure,
-    "low": _or_none(_is_figure), "high": _or_none(_is_figure), "stderr": _or_none(_is_figure),
-    "n": _or_none(_is_count), "shots": _or_none(_is_count), "limit": _or_none(_is_count), "seed": _is_count,
-    "chat_template": lambda value: isinstance(value, bool), "versions": lambda value: isinstance(value, dict),
-    "date": _is_text, "file": _is_text, "note": _is_text,
+    **dict.fromkeys(("checkpoint", "hash", "suite", "metric", "date", "file", "note"), is_a(str)), "value": is_figure,
+    **dict.fromkeys(("low", "high", "stderr"), _or_none(is_figure)),
+    **dict.fromkeys(("n", "shots", "limit"), _or_none(_is_count)), "seed": _is_count, "chat_template": is_a(bool),
+    "versions": is_a(dict),
 }

@@ -37,9 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("ALIGNKIT_TRACEBACK") or not isinstance(error, OSError | AlignkitError):
             raise
-        from alignkit.safe_text import visible
+        from alignkit.safe_text import in_red, visible
 
-        print(f"alignkit: {visible(error, 5000)}", file=sys.stderr)
+        print(in_red(f"alignkit: {visible(error, 5000)}", sys.stderr), file=sys.stderr)
         return 130 if getattr(error, "status", "") == "interrupted" else 1
 
 

@@ -24,7 +24,7 @@ from alignkit.jobs.progress import Progress
 from alignkit.jobs.stage_parameters import addressed, values_by_notebook, where_they_went
 from alignkit.metrics import duration
 from alignkit.runs.lock import lock_handles, run_lock
-from alignkit.runs.records import READING, check_run, record_seconds, run_facts, start_run
+from alignkit.runs.records import READING, check_not_fetched, check_run, record_seconds, run_facts, start_run
 from alignkit.runs.stage_folders import (
     NEW,
     STAGE_OF_JOB,
@@ -179,9 +179,7 @@ def _of_run(notebook: Path, out: Path, known: Mapping, given: Mapping) -> dict[s
              if name in names and name in known and name not in given}
     reads_run_only = CHAIN.get(notebook.stem, "sft") != "sft"  # these take the model from a stage
     for name in facts.keys() & ({"data"} if reads_run_only else {"model", "data"}):
-        if facts[name] not in ("tiny", "desk") and not os.path.exists(facts[name]):
-            raise RunError(f"{out} is a run of {name} {facts[name]!r}, which is not a file or folder here, and a name "
-                           f"in a run directory is not fetched: give it, -p {name}={facts[name]}")
+        check_not_fetched(out, facts, name, f"-p {name}=")
     return facts
 
 

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib.metadata
 import math
+import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,6 +101,15 @@ def run_facts(run: str | Path) -> dict[str, object]:
     if "seed" in facts and not (type(facts["seed"]) is int and 0 <= facts["seed"] < 2**63):
         raise RunError(f"{path}: seed is not a whole number from 0 to 2**63 - 1")
     return facts
+
+
+def check_not_fetched(run: str | Path, facts: Mapping, name: str, give: str) -> None:
+    """Raise RunError if the `name` ("model" or "data") that a run's record holds would be fetched from the Hub: a name
+    in a file is a stranger's. give: how the user says it himself, such as "--data"."""
+    value = facts.get(name)
+    if value not in (None, "tiny", "desk") and not os.path.exists(value):
+        raise RunError(f"{run} is a run of {name} {value!r}, which is not a file or folder here, and a name in a run "
+                       f"directory is not fetched: give it, {give}{value}")
 
 
 def versions() -> dict[str, str]:
