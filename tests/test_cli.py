@@ -135,3 +135,12 @@ def test_compare_hands_its_folders_on_and_says_where_the_page_is(tmp_path, capsy
     assert seen == [([Path("a"), Path("b")], str(tmp_path / "pairs.jsonl"), Path("compared"))]
     said = capsys.readouterr().out
     assert "the table" in said and "compared/compare.html" in said
+
+
+def test_errors_are_red_on_a_terminal_alone(capsys, monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert alignkit("verify", "nowhere") == 1 and "\x1b" not in capsys.readouterr().err
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert alignkit("verify", "nowhere") == 1 and capsys.readouterr().err.startswith("\x1b[31malignkit: ")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert alignkit("verify", "nowhere") == 1 and "\x1b" not in capsys.readouterr().err
