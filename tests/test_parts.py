@@ -146,7 +146,7 @@ def ppo_state(**options):
     policy, tokenizer = load_policy("tiny", device="cpu")
     config = PPOConfig(prompts_per_iteration=24, minibatch_size=24, epochs=1, max_grad_norm=1e9, learning_rate=1e-4,
                        whiten_advantages=False, max_new_tokens=6, **options)
-    prompts = ["How do I reset my password", "How", "How do I use the app at home today"]
+    prompts = ["How do I fix my phone", "How", "How do I use the app from home today"]
     shown = [{"prompt": "How do I", "completion": text} for text in ("Yes.", "Maybe not, but who knows")]
     with torch.no_grad():
         for weight in policy.model.parameters():  # a policy to which prompts matter

@@ -212,7 +212,7 @@ def trained_lora(policy):
 def test_an_adapter_is_merged(source, tmp_path):
     policy, tokenizer = load_policy(source)
     adapted = trained_lora(policy)
-    ids = torch.tensor([tokenizer("How do I kill the process today?").input_ids])
+    ids = torch.tensor([tokenizer("How do I shut down a demo account today?").input_ids])
     wanted = adapted(input_ids=ids).logits
     in_memory = freeze(source, tmp_path / "in-memory", model=adapted, tokenizer=tokenizer)
     assert torch.equal(adapted(input_ids=ids).logits, wanted) and hasattr(adapted, "peft_config"), "the caller's stays"

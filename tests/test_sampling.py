@@ -342,7 +342,7 @@ def test_special_tokens_written_in_a_prompt_stay_text(model):
     tokenizer = load_policy(model, device="cpu")[1]
     special = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
     for text in (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token):
-        ids, mask = encode_prompts(tokenizer, [f"How {text} do I", "How do I reset my password today and now"])
+        ids, mask = encode_prompts(tokenizer, [f"How {text} do I", "How do I fix my phone today and now"])
         row = ids[0][mask[0]].tolist()
         assert row[0] == tokenizer.bos_token_id and not special & set(row[1:])
 
@@ -394,11 +394,11 @@ def test_samples_of_a_prompt_go_to_that_prompt():
     with torch.no_grad():
         policy.lm_head.weight.zero_()
         policy.model.embed_tokens.weight.zero_()
-        for number, word in enumerate((" at home", " at work", " in a game")):
+        for number, word in enumerate((" from home", " from work", " in a game")):
             policy.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids(word), number] = 100.0
             policy.lm_head.weight[ids[number], number] = 100.0
         for layer in policy.model.layers:  # nothing but the residual stream
             layer.self_attn.dense.weight.zero_(), layer.mlp.fc2.weight.zero_()
-    prompts = [f"How do I reset my password {where}" for where in ("at home", "at work", "in a game")]
+    prompts = [f"How do I fix my phone {where}" for where in ("from home", "from work", "in a game")]
     texts = generate_texts(policy, tokenizer, prompts, max_new_tokens=1, seed=0, samples=2)
     assert texts == [[sentence] * 2 for sentence in list(SENTENCES.values())[:3]]

@@ -69,7 +69,7 @@ def test_the_prompt_is_no_label():
         policy.model.embed_tokens.weight.zero_()
         policy.lm_head.bias += 0.3 * torch.arange(len(policy.lm_head.bias)).remainder(5)
     losses = []
-    for prompt in ("How do I reset my password at home?", "How"):
+    for prompt in ("How do I fix my phone from home?", "How"):
         row = {"prompt": prompt, "completion": SENTENCES["POLITE"]}
         losses.append(train_sft(policy, tokenizer, [row], replace(CONFIG, epochs=1, learning_rate=0.0))[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)

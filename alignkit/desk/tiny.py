@@ -67,7 +67,7 @@ def _tiny_config(tokenizer, hidden: int, layers: int) -> PhiConfig:
 def desk_tokenizer() -> PreTrainedTokenizerFast:
     """A Hugging Face fast tokenizer: every sentence of a response, and every part of a template, is one token.
 
-    "How do I| kill| the process| at work|?": with `<bos>` in front every prompt has six tokens, which is what makes the
+    "How do I| fix| my phone| from work|?": with `<bos>` in front every prompt has six tokens, which is what makes the
     world fast. decode(encode(text)) == text for every text of the world; other words are `<unk>`. Pad, bos, eos and unk
     are four tokens.
     """

@@ -144,7 +144,7 @@ def test_a_page_that_is_loaded_again_goes_on_and_one_that_is_left_does_not_hang_
 
 def test_model_text_is_text(open_notebook, lab):
     hostile = f"HOSTILE = {HOSTILE!r} | {{'long': 'x' * 1_000_000}}\n"
-    hostile += "ROWS = [{'prompt': text, 'a': text, 'b': text + ' b'} for text in HOSTILE.values()]"
+    hostile += "ROWS = [{'prompt': 'Say ' + text, 'a': text, 'b': text + ' b'} for text in HOSTILE.values()]"
     notebook = open_notebook([ANNOTATE + hostile, RUN.format(name="hostile")], size=(1180, 1100))
     notebook.start()
     seen = ""

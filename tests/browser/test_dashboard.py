@@ -121,7 +121,7 @@ def test_checkpoints_are_compared_by_keyboard(open_app, app, theme):
     page.get_by_role("tab", name="Train").focus()
     page.keyboard.press("ArrowRight")
     page.get_by_role("tab", name="Compare", selected=True).wait_for()
-    assert page.locator("#panel-compare input:checked").count() == 2
+    until(page, lambda: page.locator("#panel-compare input:checked").count() == 2, "two checkpoints that are ticked")
     page.get_by_role("button", name="Compare").press("Enter")
     page.get_by_role("button", name="Show names").wait_for()  # a new board: names are hidden again
     log = run / "app" / "votes-sft-app.ppo-1.log.jsonl"

@@ -145,7 +145,7 @@ def test_24_the_sum_of_finite_weights_may_overflow():
 
 def test_24_scores_that_are_not_finite_name_the_prompt(scored):
     scorer = RewardScorer.load(scored, device="cpu")
-    prompts, responses = ["How do I kill the process today?"] * 3, ["a", " I", "b"]
+    prompts, responses = ["How do I shut down a demo account today?"] * 3, ["a", " I", "b"]
     assert scorer.raw(prompts, responses).isfinite().all()
     with torch.no_grad():
         scorer.model.score.weight.fill_(math.nan)
