@@ -27,6 +27,7 @@ _MODULES = {
     "evaluate.adviser": ["advice", "chance_warning"],
     "evaluate.comparison": ["Comparison", "compare", "compare_directories"],
     "evaluate.evaluation": ["Evaluation", "EvaluationSet", "difference", "evaluation_set", "win_rate"],
+    "evaluate.readings": ["Reading", "reading", "readings_of"],
     "evaluate.refusals": ["over_refusal", "read_refusal_prompts", "refusal_class"],
     "evaluate.reward_model": ["retrain", "reward_report"],
     "evaluate.reward_table": ["best_of_n_gold", "reward_model_table"],
@@ -41,6 +42,7 @@ _MODULES = {
     "exact.sampled": ["sampled_best_of_n", "sampled_optimum"],
     "exact.sweep": ["Sweep", "load_sweep"],
     "exact.truth": ["Frontier", "best_of_n", "frontier", "gap", "optimum", "response_kl"],
+    "formulas.intervals": ["Estimate", "mean_estimate", "share_estimate"],
     "formulas.kl": ["exact_kl", "k1", "k2", "k3"],
     "formulas.losses": [
         "adapt_kl_coef", "clipped", "dpo_loss", "gae", "implicit_reward", "policy_loss", "token_rewards", "value_loss",

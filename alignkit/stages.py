@@ -11,13 +11,13 @@ CHAIN = {  # the notebooks of the course, in order, and the folder of RUN that i
     "00_the_world": None,
     "01_sft": "sft",
     "02_reward_model": "reward",
-    "03_ppo": "ppo",
+    "03b_ppo": "ppo",
     "04_freeze_and_evaluate": "frozen",
     "05_dpo": "dpo",
 }
 NEEDS = {  # the stages that a notebook reads, each with its model
     "02_reward_model": ("sft",),
-    "03_ppo": ("sft", "reward"),
+    "03b_ppo": ("sft", "reward"),
     "04_freeze_and_evaluate": ("sft", "reward", "ppo"),
     "05_dpo": ("sft", "reward", "frozen"),
 }

@@ -16,8 +16,8 @@ import nbformat
 
 PICTURES = {  # file -> notebook, beginning of the cell's first line
     "behaviour.png": ("05_dpo", "# What each stage does"),
-    "ppo.png": ("03_ppo", "# PPO's eight dials"),
-    "over_optimisation.png": ("03_ppo", "# Over-optimisation"),
+    "ppo.png": ("03b_ppo", "# PPO's eight dials"),
+    "over_optimisation.png": ("03b_ppo", "# Over-optimisation"),
     "reliability.png": ("02_reward_model", "# Calibration"),
 }
 

@@ -42,7 +42,7 @@ def made(tmp_path_factory) -> Path:
     freeze(run / "sft", run / "frozen", stage="frozen", parent=run / "sft", seed=5, data_hash="d" * 64,
            evaluation_set_hash="e" * 64, config={"kl_coef": 0.2, "iterations": 7, "note": NASTY})
     write_json(run / "run.json", {"model": "Owner/Base-1B", "data": "owner/pairs", "seed": 5})
-    write_json(run / "jobs.json", {"03_ppo": {"key": {"parameters": {"kind": "pairs", "columns": NASTY}}}})
+    write_json(run / "jobs.json", {"03b_ppo": {"key": {"parameters": {"kind": "pairs", "columns": NASTY}}}})
     write_json(run / "frozen" / "results.json", {
         "gold_mean": 0.831, "gold_ci95": [0.73, 0.914], "eos_rate": 0.9, "eos_ci95": None, "evaluation_set": "e" * 64,
         "risky_failure_rate": 0.0078, "risky_failure_ci95": [0.0, 0.0166]})

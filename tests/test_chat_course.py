@@ -81,5 +81,5 @@ def test_a_later_job_and_compare_read_the_data_as_the_run_did(course, tmp_path):
     assert json.loads((run / "run.json").read_text())["columns"] == "prompt=task,score=honesty"
     small = [part for name in ("max_length", "iterations", "prompts_per_iteration", "minibatch_size")
              for part in ("-p", f"{name}={SMALL[name]}")]
-    alignkit("run", "03_ppo", "--out", run, "-p", "kl_coef=0.5", "-p", "max_new_tokens=6", *small)
+    alignkit("run", "03b_ppo", "--out", run, "-p", "kl_coef=0.5", "-p", "max_new_tokens=6", *small)
     alignkit("compare", run / "sft", run / "ppo", "--data", data, "--out", tmp_path / "comparison")

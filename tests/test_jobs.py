@@ -337,7 +337,7 @@ def test_the_course_resumes_and_repeats_what_a_change_touches(tmp_path, monkeypa
     series = [
         notebook(tmp_path / "01_sft.ipynb", keep("sft"), parameters="run = ''\nseed = 0\nmodel = 'tiny'"),
         notebook(tmp_path / "02_reward_model.ipynb", keep("reward", "pairs"), parameters="run = ''\npairs = 5"),
-        notebook(tmp_path / "03_ppo.ipynb", fails, read("sft"), keep("ppo", "before"), parameters="run = ''\nseed = 0"),
+        notebook(tmp_path / "03b_ppo.ipynb", fails, read("sft"), keep("ppo", "before"), parameters="run = ''\nseed = 0"),
     ]
     out = tmp_path / "run"
 
@@ -347,7 +347,7 @@ def test_the_course_resumes_and_repeats_what_a_change_touches(tmp_path, monkeypa
     def counts():
         return [ran(out, folder) for folder in ("sft", "reward", "ppo")]
 
-    with pytest.raises(NotebookFailed, match="03_ppo failed in cell 3.*RuntimeError: not yet"):
+    with pytest.raises(NotebookFailed, match="03b_ppo failed in cell 3.*RuntimeError: not yet"):
         go()
     assert counts() == [1, 1, 0] and (out / "report.html").exists()
     (out / "mended").touch()
@@ -355,13 +355,13 @@ def test_the_course_resumes_and_repeats_what_a_change_touches(tmp_path, monkeypa
     go()
     assert counts() == [1, 1, 1]
     summary = json.loads((out / "summary.json").read_text())
-    assert list(summary["seconds"]) == ["01_sft", "02_reward_model", "03_ppo"]
+    assert list(summary["seconds"]) == ["01_sft", "02_reward_model", "03b_ppo"]
     assert (summary["model"], summary["data"], summary["seed"]) == ("tiny", "desk", 0)
 
     go(pairs="6")  # the notebook that knows the parameter, and what comes after it
     assert counts() == [1, 2, 2]
     assert "02_reward_model         again: pairs was 5, now 6" in (said := capsys.readouterr().out)
-    assert "03_ppo                  again: an earlier stage changed" in said
+    assert "03b_ppo                  again: an earlier stage changed" in said
 
     (out / "sft" / "made.txt").write_text("by hand")
     (out / "sft" / "results.json").write_text("{}")  # records may change
@@ -407,7 +407,7 @@ def test_what_a_job_made_with_other_parameters_is_moved_aside(tmp_path, monkeypa
         executing.touch()
 
     monkeypatch.setattr(notebooks, "_execute", pretend)
-    source, out = notebook(tmp_path / "03_ppo.ipynb"), tmp_path / "run"
+    source, out = notebook(tmp_path / "03b_ppo.ipynb"), tmp_path / "run"
     run_notebook(source, out, {"steps": 1})
     run_notebook(source, out, {"steps": 2})
     assert len(list((out / "aside").rglob("made.txt"))) == 1
@@ -430,10 +430,10 @@ def test_every_notebook_of_the_course_is_there_and_its_parameters_can_be_read():
 
 
 def test_a_notebook_is_found_by_path_name_and_number(tmp_path, monkeypatch):
-    path = notebook(tmp_path / "notebooks" / "03_ppo.ipynb")
-    monkeypatch.setattr(notebooks, "find_notebooks", lambda: {"03_ppo": path})
-    assert [notebooks.find_notebook(name) for name in (path, "03_ppo", "03_ppo.ipynb", "3", "03")] == [path] * 5
-    with pytest.raises(FileNotFoundError, match="expected a path to an .ipynb file or one of: 03_ppo"):
+    path = notebook(tmp_path / "notebooks" / "03b_ppo.ipynb")
+    monkeypatch.setattr(notebooks, "find_notebooks", lambda: {"03b_ppo": path})
+    assert [notebooks.find_notebook(name) for name in (path, "03b_ppo", "03b_ppo.ipynb", "3", "03")] == [path] * 5
+    with pytest.raises(FileNotFoundError, match="expected a path to an .ipynb file or one of: 03b_ppo"):
         notebooks.find_notebook("04_other")
 
 

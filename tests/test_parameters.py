@@ -44,7 +44,7 @@ def series(tmp_path):
     """Three toys: two know `rate`, one `steps`."""
     return [notebook(tmp_path / "01_sft.ipynb", "run = ''\nseed = 0\nrate = 1.0"),
             notebook(tmp_path / "02_reward_model.ipynb", "run = ''\nseed = 0\nsteps = 5"),
-            notebook(tmp_path / "03_ppo.ipynb", "run = ''\nseed = 0\nrate = 2.0")]
+            notebook(tmp_path / "03b_ppo.ipynb", "run = ''\nseed = 0\nrate = 2.0")]
 
 
 @pytest.fixture
@@ -63,23 +63,23 @@ def alignkit(*arguments) -> int:
 
 
 # --- which notebook gets what ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("stage", ["ppo", "3", "03", "03_ppo"])
+@pytest.mark.parametrize("stage", ["ppo", "3", "03", "03b_ppo"])
 def test_a_stage_is_its_name_or_its_notebooks_number_or_name_and_wins(known, stage):
     values = values_by_notebook(known, {f"{stage}.rate": "0.1", "rate": "0.2", "seed": 3})
     assert values == {"01_sft": {"rate": "0.2", "seed": 3}, "02_reward_model": {"seed": 3},
-                      "03_ppo": {"rate": "0.1", "seed": 3}}
+                      "03b_ppo": {"rate": "0.1", "seed": 3}}
 
 
 @pytest.mark.parametrize("given, says", [
     ({"rat": 1}, r"rat: no notebook of the course has such a parameter; did you mean rate\? "
-                 r"\(01_sft, 03_ppo has it\)"),
+                 r"\(01_sft, 03b_ppo has it\)"),
     ({"sed": 1}, r"did you mean seed\? \(every notebook has it\)"),
     ({"zzzz": 1}, "it has: run, seed, rate, steps"),
-    ({"ppo.steps": 1}, r"ppo.steps: 03_ppo has no such parameter; it has: run, seed, rate \(02_reward_model has it\)"),
+    ({"ppo.steps": 1}, r"ppo.steps: 03b_ppo has no such parameter; it has: run, seed, rate \(02_reward_model has it\)"),
     ({"pppo.rate": 1}, r"pppo.rate: no stage is called 'pppo'; did you mean ppo.rate\?"),
     ({"zzz.rate": 1}, "no stage is called 'zzz'; expected sft, reward, ppo, or a notebook's number or name"),
-    ({"dpo.rate": 1}, r"dpo.rate is for 05_dpo, which is not what runs here \(01_sft, 02_reward_model, 03_ppo\)"),
-    ({"ppo.rate": 1, "03.rate": 2}, "rate of 03_ppo is given twice, as ppo.rate and as 03.rate"),
+    ({"dpo.rate": 1}, r"dpo.rate is for 05_dpo, which is not what runs here \(01_sft, 02_reward_model, 03b_ppo\)"),
+    ({"ppo.rate": 1, "03.rate": 2}, "rate of 03b_ppo is given twice, as ppo.rate and as 03.rate"),
     ({"ppo.seed": 1}, "seed is the whole run's, one for all notebooks; give it as -p seed="),
     ({"ppo.model": 1}, "give it as --model"),
     ({"ppo.run": 1}, "give it as --out"),
@@ -94,7 +94,7 @@ def test_a_parameter_that_reaches_nothing_is_refused(known, given, says):
 def test_a_line_says_where_each_parameter_went(known):
     given = {"rate": "1e-4", "sft.rate": "3", "steps": "6\x1b[2J", "seed": 1, "kind": "pairs"}
     assert where_they_went(known, given) == [
-        "rate=1e-4: 01_sft, 03_ppo; for one of them: -p ppo.rate=…", "sft.rate=3: 01_sft",
+        "rate=1e-4: 01_sft, 03b_ppo; for one of them: -p ppo.rate=…", "sft.rate=3: 01_sft",
         "steps=6␛[2J: 02_reward_model"]
 
 
@@ -118,15 +118,15 @@ def test_a_value_for_one_stage_reruns_that_stage_and_what_comes_after_it(series,
                notebooks=series)
         return list(ran)
 
-    assert go(rate="3") == [("01_sft", 3.0), ("02_reward_model", None), ("03_ppo", 3.0)]
-    assert capsys.readouterr().out.startswith("rate=3: 01_sft, 03_ppo; for one of them: -p ppo.rate=…\n")
+    assert go(rate="3") == [("01_sft", 3.0), ("02_reward_model", None), ("03b_ppo", 3.0)]
+    assert capsys.readouterr().out.startswith("rate=3: 01_sft, 03b_ppo; for one of them: -p ppo.rate=…\n")
     assert go(rate="3") == []
-    assert go(rate="3", ppo__rate="4") == [("03_ppo", 4.0)]
-    assert "03_ppo                  again: rate was 3.0, now 4.0" in capsys.readouterr().out
+    assert go(rate="3", ppo__rate="4") == [("03b_ppo", 4.0)]
+    assert "03b_ppo                  again: rate was 3.0, now 4.0" in capsys.readouterr().out
     assert go(sft__rate="3", ppo__rate="4") == []  # each got what it had
     given = json.loads((out / "jobs.json").read_text())
-    assert (given["01_sft"]["given"], given["03_ppo"]["given"]) == ({"rate": 3.0}, {"rate": 4.0})
-    assert [name for name, _ in go(sft__rate="5", ppo__rate="4")] == ["01_sft", "02_reward_model", "03_ppo"]
+    assert (given["01_sft"]["given"], given["03b_ppo"]["given"]) == ({"rate": 3.0}, {"rate": 4.0})
+    assert [name for name, _ in go(sft__rate="5", ppo__rate="4")] == ["01_sft", "02_reward_model", "03b_ppo"]
 
 
 def test_a_notebook_that_runs_alone_takes_its_own_stage_alone(series, tmp_path, monkeypatch, capsys):
@@ -136,7 +136,7 @@ def test_a_notebook_that_runs_alone_takes_its_own_stage_alone(series, tmp_path, 
     assert alignkit(*run, "-p", "rate=3", "-p", "ppo.rate=0.5") == 0
     assert jobs[0].values["rate"] == 0.5
     assert alignkit(*run, "-p", "sft.rate=0.5") == 1
-    assert "sft.rate is for 01_sft, which is not what runs here (03_ppo)" in capsys.readouterr().err
+    assert "sft.rate is for 01_sft, which is not what runs here (03b_ppo)" in capsys.readouterr().err
 
 
 # --- help ------------------------------------------------------------------------------------------------------------
@@ -225,15 +225,15 @@ def test_a_terminal_shows_the_notebooks_own_progress_on_one_line(monkeypatch, cl
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda *_, **__: shutil.os.terminal_size((70, 20)))
     monkeypatch.setattr(threading_of(progress), "start", lambda self: None)
-    line = Progress("03_ppo", None)
+    line = Progress("03b_ppo", None)
     line.at(4, 10)
     line.at(4, 10, "PPO: iteration 7 of 40, 1:20 min left | score \x1b[31m0.3 and " + "much more " * 20)
     clock(line, iter([True]))
     shown = sys.stdout.getvalue()
-    assert shown.startswith("\r\x1b[K03_ppo") and "\n" not in shown
+    assert shown.startswith("\r\x1b[K03b_ppo") and "\n" not in shown
     visible = shown.removeprefix("\r\x1b[K")
     assert len(visible) == 69 and visible.endswith("…") and "\x1b" not in visible
-    assert visible.startswith("03_ppo cell 5 of 10, 0.0 s · PPO: iteration 7 of 40")  # there is no room for the bar
+    assert visible.startswith("03b_ppo cell 5 of 10, 0.0 s · PPO: iteration 7 of 40")  # there is no room for the bar
     monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda *_, **__: shutil.os.terminal_size((400, 20)))
     clock(line, iter([True]))
     assert "░ cell 5 of 10, 0.0 s · PPO: iteration 7 of 40, 1:20 min left | score ␛[31m0.3" in sys.stdout.getvalue()
@@ -251,7 +251,7 @@ def threading_of(module):
 def test_a_log_gets_a_line_every_half_minute_at_most(monkeypatch, clock):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     monkeypatch.setattr(threading_of(progress), "start", lambda self: None)
-    line = Progress("03_ppo", None)
+    line = Progress("03b_ppo", None)
     line.at(4, 10)
 
     def ticks():
@@ -266,7 +266,7 @@ def test_a_log_gets_a_line_every_half_minute_at_most(monkeypatch, clock):
     assert set(waited) == {30}
     told = sys.stdout.getvalue().splitlines()
     assert [text.rpartition("· ")[2] for text in told] == ["step 2 of 3", "step 2 of 3", "step 3 of 3"]
-    assert all("\r" not in text and text.startswith("03_ppo                  cell 5 of 10, ") for text in told)
+    assert all("\r" not in text and text.startswith("03b_ppo                  cell 5 of 10, ") for text in told)
 
 
 def test_what_a_cell_prints_reaches_the_progress_line(tmp_path, monkeypatch):
@@ -281,7 +281,7 @@ def test_what_a_cell_prints_reaches_the_progress_line(tmp_path, monkeypatch):
 # --- what is refused before anything starts --------------------------------------------------------------------------
 @pytest.mark.parametrize("given, says", [
     (["learning_rate=-1"], "01_sft: learning_rate is -1.0, expected 0 or more; the parameter is learning_rate"),
-    (["ppo.clip_range=-0.1"], "03_ppo: clip_range is -0.1, expected 0 or more"),
+    (["ppo.clip_range=-0.1"], "03b_ppo: clip_range is -0.1, expected 0 or more"),
     (["gae_lambda=2"], "gae_lambda is 2.0, expected a number between 0 and 1"),
     (["dpo.batch_size=0"], "05_dpo: batch_size is 0, expected at least 1"),
     (["sft.epochs=0"], "01_sft: epochs is 0.0, expected more than 0"),
@@ -386,7 +386,7 @@ def test_the_configs_of_the_notebooks_are_those_that_they_make():
 
 
 @pytest.mark.parametrize("notebook, name, value, least", [
-    ("01_sft", "demonstrations", 0, 1), ("02_reward_model", "heldout_pairs", -3, 1), ("03_ppo", "lora_rank", -1, 0),
+    ("01_sft", "demonstrations", 0, 1), ("02_reward_model", "heldout_pairs", -3, 1), ("03b_ppo", "lora_rank", -1, 0),
     ("your_model", "pairs", 0, 1), ("your_model", "eval_samples", 0, 1), ("your_model", "lora_rank", -1, 0)])
 def test_a_count_that_cannot_be_is_refused_before_a_kernel_starts(tmp_path, notebook, name, value, least):
     with pytest.raises(ParameterError, match=f"{notebook}: {name} is {value}, expected {least} or more; the parameter"):

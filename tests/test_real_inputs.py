@@ -308,8 +308,8 @@ def test_a_run_remembers_how_its_data_is_read_and_a_later_job_reads_it_so(tmp_pa
     monkeypatch.setattr(notebooks, "check_before", lambda jobs: None)
     monkeypatch.setattr(notebooks, "_check_stages", lambda job: None)
     monkeypatch.setattr(notebooks, "_run", lambda job, **_: jobs.append(job))
-    notebooks.run_notebook("03_ppo", run)
-    notebooks.run_notebook("03_ppo", run, {"columns": "prompt=r"})
+    notebooks.run_notebook("03b_ppo", run)
+    notebooks.run_notebook("03b_ppo", run, {"columns": "prompt=r"})
     notebooks.run_notebook("07_over_optimisation", run)  # reads no file
     assert [jobs[0].values[name] for name in ("data", "kind", "columns")] == [str(data), "pairs", "prompt=q"]
     assert "split" not in jobs[0].given and jobs[1].values["columns"] == "prompt=r"

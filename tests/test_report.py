@@ -84,8 +84,8 @@ def run(tmp_path):
     cell.outputs = [nbformat.v4.new_output("display_data", {"image/png": "bm90IGEgcG5n"})]
     nb.cells.append(cell)
     nbformat.write(nb, run / "01_sft.ipynb")
-    failed = {"status": "failed", "error": f"03_ppo failed in cell 3, `x`: ValueError: {HOSTILE[1]}"}
-    (run / "jobs.json").write_text(json.dumps({"01_sft": {"status": "finished"}, "03_ppo": failed}))
+    failed = {"status": "failed", "error": f"03b_ppo failed in cell 3, `x`: ValueError: {HOSTILE[1]}"}
+    (run / "jobs.json").write_text(json.dumps({"01_sft": {"status": "finished"}, "03b_ppo": failed}))
     return run
 
 
@@ -119,7 +119,7 @@ def test_the_page_shows_the_chain_the_figures_the_tagged_charts_and_how_to_repea
         "−0.720 to −0.520",
     ):
         assert words in said, words
-    assert "03_ppo: failed" in said and "ValueError: <img" in said
+    assert "03b_ppo: failed" in said and "ValueError: <img" in said
     assert "A chart for the report" in said and "Another chart" not in said
     assert "alignkit course --out 'runs/a <b>run' --data '<script>" in said
     assert "Accuracy: 71.2%" in overview(run) and "report.html" in overview(run)
@@ -144,12 +144,12 @@ def test_the_command_repeats_the_run_parameter_by_parameter(run):
         return {"status": "finished", "given": given, "key": {"parameters": parameters | given}}
 
     source = (run / "01_sft.ipynb").read_bytes()
-    (run / "03_ppo.ipynb").write_bytes(source)
+    (run / "03b_ppo.ipynb").write_bytes(source)
     (run / "jobs.json").write_text(json.dumps({
         "01_sft": job({"pairs": 5, "epochs": 2}, learning_rate=None),
-        "03_ppo": job({"learning_rate": 0.1, "pairs": 5})}))
+        "03b_ppo": job({"learning_rate": 0.1, "pairs": 5})}))
     assert "-p pairs=5 -p epochs=2 -p ppo.learning_rate=0.1" in "".join(_Seen(build_report(run).read_text()).said)
-    for name in ("01_sft", "03_ppo"):
+    for name in ("01_sft", "03b_ppo"):
         (run / f"{name}.ipynb").unlink()
     (run / "your_model.ipynb").write_bytes(source)
     (run / "your_model.new.ipynb").write_bytes(source)  # at work
@@ -214,13 +214,13 @@ def job(given, **knows):
 
 
 @pytest.mark.parametrize("jobs, command", [
-    ({"01_sft": job({"rate": "2", "seed": 1}), "03_ppo": job({"rate": "2", "seed": 1})},
+    ({"01_sft": job({"rate": "2", "seed": 1}), "03b_ppo": job({"rate": "2", "seed": 1})},
      "alignkit course --out runs/run --data pairs.jsonl -p rate=2 -p seed=1"),
-    ({"01_sft": job({"rate": "2"}), "03_ppo": job({"rate": "3"})},
+    ({"01_sft": job({"rate": "2"}), "03b_ppo": job({"rate": "3"})},
      "alignkit course --out runs/run --data pairs.jsonl -p sft.rate=2 -p ppo.rate=3"),
-    ({"01_sft": job({}, rate=1), "03_ppo": job({"rate": "3"})},
+    ({"01_sft": job({}, rate=1), "03b_ppo": job({"rate": "3"})},
      "alignkit course --out runs/run --data pairs.jsonl -p ppo.rate=3"),
-    ({"01_sft": job({}), "03_ppo": job({"clip": "3"})}, "alignkit course --out runs/run --data pairs.jsonl -p clip=3"),
+    ({"01_sft": job({}), "03b_ppo": job({"clip": "3"})}, "alignkit course --out runs/run --data pairs.jsonl -p clip=3"),
     ({"your_model": job({"data": "pairs.jsonl", "pairs": 9})},
      "alignkit run your_model --out runs/run -p data=pairs.jsonl -p pairs=9"),
 ])

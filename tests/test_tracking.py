@@ -191,7 +191,7 @@ def test_unknown_trackers_and_notebooks_that_train_nothing_are_refused(tmp_path)
 @pytest.mark.slow
 def test_a_job_is_tracked_from_its_first_step_to_its_last_also_when_it_is_made_again(tmp_path, calls, monkeypatch):
     monkeypatch.setattr(tracking, "check_tracker", lambda name: None)
-    made = notebook(tmp_path / "03_ppo.ipynb", f"Path = __import__('pathlib').Path\n{TRAINS}")
+    made = notebook(tmp_path / "03b_ppo.ipynb", f"Path = __import__('pathlib').Path\n{TRAINS}")
     out = tmp_path / "run"
     run_notebook(made, out, {"steps": 3}, progress=False, track="wandb")
     run_notebook(made, out, {"steps": 3}, progress=False, track="wandb")  # done already: no kernel, nothing sent

@@ -13,6 +13,7 @@ import numpy as np
 
 LEVEL = 0.95
 _Z = 1.959963984540054
+_T = (12.70620, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600, 2.26216, 2.22814)  # 1 to 10 degrees
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,28 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def share_estimate(successes: float, n: int) -> Estimate:
+    """The share successes / n of `n` independent trials, with Wilson's 95 % interval."""
+    return Estimate(successes / n, *wilson(successes, n))
+
+
+def mean_estimate(values: Sequence[float]) -> Estimate:
+    """The mean of N independent repeats (N,) with Student's 95 % interval; low and high are None for fewer than two."""
+    values = np.asarray(values, dtype=float)
+    mean, freedom = float(values.mean()), len(values) - 1
+    if freedom < 1:
+        return Estimate(mean, None, None)
+    half = student_t(freedom) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return Estimate(mean, mean - half, mean + half)
+
+
+def student_t(freedom: int) -> float:
+    """The 97.5 % point of Student's t: a table up to 10 degrees of freedom, Cornish and Fisher's expansion beyond."""
+    if freedom <= len(_T):
+        return _T[freedom - 1]
+    return _Z + (_Z**3 + _Z) / (4 * freedom) + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * freedom**2)
 
 
 def vote_shares(votes: Sequence[str], names: Sequence[str]) -> dict[str, Estimate]:

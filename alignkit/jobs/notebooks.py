@@ -48,7 +48,7 @@ def find_notebooks() -> dict[str, Path]:
 
 
 def find_notebook(notebook: str | Path) -> Path:
-    """A notebook by path, by name (`03_ppo`) or by number (`3`, `03`). Raises FileNotFoundError that lists them."""
+    """A notebook by path, by name (`03b_ppo`) or by number (`3`, `03`). Raises FileNotFoundError that lists them."""
     path, known = Path(notebook), find_notebooks()
     if path.suffix == ".ipynb" and path.is_file():
         return path.absolute()

@@ -13,7 +13,7 @@ from alignkit.errors import DataError, ParameterError, RunError
 from alignkit.jobs.job import Job
 from alignkit.stages import CHAIN
 
-CONFIGS = {"01_sft": (SFTConfig,), "02_reward_model": (RewardConfig,), "03_ppo": (PPOConfig,), "05_dpo": (DPOConfig,),
+CONFIGS = {"01_sft": (SFTConfig,), "02_reward_model": (RewardConfig,), "03b_ppo": (PPOConfig,), "05_dpo": (DPOConfig,),
            "your_model": (PPOConfig, DPOConfig)}
 LEAST = {"demonstrations": 1, "pairs": 1, "heldout_pairs": 1, "scale_samples": 2, "eval_prompts": 1, "eval_samples": 1,
          "lora_rank": 0}  # of parameters that no config checks

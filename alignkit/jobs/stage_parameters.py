@@ -19,7 +19,7 @@ def values_by_notebook(
     """What each notebook gets of `given`: notebook -> name -> value, not converted.
 
     known: notebook -> its parameters. given: a name, or STAGE.NAME, -> value; a stage is its name (`ppo`), or its
-    notebook's number (`03`) or name (`03_ppo`). The value of a stage wins over the one of the bare name. Raises
+    notebook's number (`03`) or name (`03b_ppo`). The value of a stage wins over the one of the bare name. Raises
     ParameterError on a name that no notebook knows, or that the stage does not know, on a stage that is none, and on a
     parameter that is given twice, or to one stage although it is the whole run's.
     """

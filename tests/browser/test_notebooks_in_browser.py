@@ -2,7 +2,7 @@
 
 The notebooks run with the small parameters below, in their order and in one run directory; those that one of them needs
 and that were not chosen are run without a page first. ALIGNKIT_NOTEBOOK_PARAMETERS, a JSON object {notebook: {name:
-value}}, overrides them: '{"03_ppo": {"iterations": 40}}'.
+value}}, overrides them: '{"03b_ppo": {"iterations": 40}}'.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NOTEBOOKS = {path.stem: path for path in sorted((Path(__file__).parents[2] / "no
 SMALL: dict[str, dict] = {
     "01_sft": {"demonstrations": 2400, "epochs": 2.0, "eval_prompts": 64, "eval_samples": 4},
     "02_reward_model": {"pairs": 1000, "heldout_pairs": 400, "epochs": 2.0, "scale_samples": 256},
-    "03_ppo": {"iterations": 8, "overoptimise_iterations": 4},
+    "03b_ppo": {"iterations": 8, "overoptimise_iterations": 4},
     "07_over_optimisation": {"pairs": 500, "epochs": 1.0},
     "08_dpo_is_ppo_when": {"pairs": 600, "prompts": 8, "ppo_iterations": 4},
     "09_what_moves": {"prompts": 16, "samples": 4},
@@ -92,11 +92,11 @@ def test_notebooks_open_and_run(open_notebook, course, tmp_path, name):
 def test_ppo_is_paused_its_kl_coefficient_doubled_resumed_and_stopped_while_the_cell_runs(
     open_notebook, course, tmp_path
 ):
-    course.before("03_ppo")
+    course.before("03b_ppo")
     for folder in ("ppo", "ppo.new"):  # a finished stage would stay, and this run be built beside it
         shutil.rmtree(course.run / folder, ignore_errors=True)
     log = course.run / "ppo" / "metrics.jsonl"
-    path = course.with_parameters("03_ppo", tmp_path, iterations=400, overoptimise=False)
+    path = course.with_parameters("03b_ppo", tmp_path, iterations=400, overoptimise=False)
     notebook = open_notebook(path, size=(1280, 1600))
     page, panel = notebook.page, notebook.page.locator(".akc")
     notebook.start()
@@ -115,7 +115,7 @@ def test_ppo_is_paused_its_kl_coefficient_doubled_resumed_and_stopped_while_the_
     panel.scroll_into_view_if_needed()
     panel.get_by_role("button", name="Play").press("Enter")
     notebook.until(lambda: len(read_metrics(log)) >= paused_at + 5, "five more iterations", 600)
-    notebook.screenshot("03_ppo_steered")
+    notebook.screenshot("03b_ppo_steered")
     panel.get_by_role("button", name="Stop").press("Enter")
     notebook.wait(seconds=900)
     rows = read_metrics(log)
@@ -124,15 +124,15 @@ def test_ppo_is_paused_its_kl_coefficient_doubled_resumed_and_stopped_while_the_
     assert coefficients == [before] * paused_at + [2 * before] * (len(rows) - paused_at)
     assert rows[paused_at]["objective/kl_coef"] == pytest.approx(2 * before), "PPO did not train with it"
     assert notebook.errors() == []
-    notebook.screenshot("03_ppo_stopped")
+    notebook.screenshot("03b_ppo_stopped")
 
 
 def test_ppo_is_rewound_and_trained_again_at_twice_the_price_of_kl(open_notebook, course, tmp_path):
-    course.before("03_ppo")
+    course.before("03b_ppo")
     for folder in ("ppo", "ppo.new"):  # a finished stage would stay, and this run be built beside it
         shutil.rmtree(course.run / folder, ignore_errors=True)
     log = course.run / "ppo" / "metrics.jsonl"
-    notebook = open_notebook(course.with_parameters("03_ppo", tmp_path, iterations=16, overoptimise=False))
+    notebook = open_notebook(course.with_parameters("03b_ppo", tmp_path, iterations=16, overoptimise=False))
     page, panel = notebook.page, notebook.page.locator(".akc")
     notebook.start()
     panel.wait_for(timeout=900_000)
@@ -156,7 +156,7 @@ def test_ppo_is_rewound_and_trained_again_at_twice_the_price_of_kl(open_notebook
     panel.get_by_role("button", name="Play").press("Enter")
     notebook.until(lambda: len(read_metrics(log)) >= min(len(left) + 3, 15), "the new branch", 600)
     panel.scroll_into_view_if_needed()
-    notebook.screenshot("03_ppo_branching")
+    notebook.screenshot("03b_ppo_branching")
     notebook.wait(seconds=900)
     rows = read_metrics(log)
     assert [row["step"] for row in rows] == list(range(1, 17)) and rows[:2] == left[:2]
@@ -166,4 +166,4 @@ def test_ppo_is_rewound_and_trained_again_at_twice_the_price_of_kl(open_notebook
         assert rows[2][measured] == left[2][measured], "the same policy, drawn from with the same random numbers"
         assert rows[3][measured] != left[3][measured], "it was trained otherwise"
     assert notebook.errors() == []
-    notebook.screenshot("03_ppo_branched")
+    notebook.screenshot("03b_ppo_branched")

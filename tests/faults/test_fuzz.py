@@ -192,7 +192,7 @@ JOBS = {
         "pid": 1,
         "started": "now",
     },
-    "03_ppo": {"status": "failed", "key": KEY, "error": "x"},
+    "03b_ppo": {"status": "failed", "key": KEY, "error": "x"},
 }
 RESULTS = {
     "gold_mean": 0.5,

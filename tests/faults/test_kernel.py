@@ -306,9 +306,9 @@ def test_08_an_error_of_another_kind_has_no_advice(error, is_one):
 
 
 def test_08_advice_names_the_preset_and_is_given_once():
-    advice = memory_advice(ROOT / "notebooks" / "03_ppo.ipynb", {"model": "some/model"})
+    advice = memory_advice(ROOT / "notebooks" / "03b_ppo.ipynb", {"model": "some/model"})
     assert "prompts_per_iteration is 64: try 32" in advice and "minibatch_size is 16: try 8" in advice
-    assert memory_advice(ROOT / "notebooks" / "03_ppo.ipynb", {}, "out of memory; lower minibatch_size to 4") == ""
+    assert memory_advice(ROOT / "notebooks" / "03b_ppo.ipynb", {}, "out of memory; lower minibatch_size to 4") == ""
     assert "minibatch_size" in memory_advice(Path("none.ipynb"), {})
 
 

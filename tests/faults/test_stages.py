@@ -39,8 +39,8 @@ def notebook(path: Path, *cells: str, parameters: str = "run = 'runs/x'\nsteps =
 
 @pytest.fixture
 def run(tmp_path):
-    """A run directory in which 03_ppo was run with steps=1."""
-    source = notebook(tmp_path / "03_ppo.ipynb", BUILD, "if steps == 2: raise RuntimeError('no')", FINISH)
+    """A run directory in which 03b_ppo was run with steps=1."""
+    source = notebook(tmp_path / "03b_ppo.ipynb", BUILD, "if steps == 2: raise RuntimeError('no')", FINISH)
     run_notebook(source, tmp_path / "run", progress=False)
     return source, tmp_path / "run"
 
@@ -53,12 +53,12 @@ def _needs_nothing(monkeypatch):
 def test_a_rerun_that_fails_leaves_the_finished_stage_its_record_and_its_notebook(run):
     source, out = run
     before = {path: path.read_bytes() for path in (out / "ppo").iterdir()}
-    executed = (out / "03_ppo.ipynb").read_bytes()
+    executed = (out / "03b_ppo.ipynb").read_bytes()
     with pytest.raises(NotebookFailed, match="RuntimeError: no"):
         run_notebook(source, out, {"steps": 2}, progress=False)
     assert {path: path.read_bytes() for path in (out / "ppo").iterdir()} == before
-    assert (out / "03_ppo.ipynb").read_bytes() == executed and (out / "03_ppo.new.ipynb").exists()
-    jobs = json.loads((out / "jobs.json").read_text())["03_ppo"]
+    assert (out / "03b_ppo.ipynb").read_bytes() == executed and (out / "03b_ppo.new.ipynb").exists()
+    jobs = json.loads((out / "jobs.json").read_text())["03b_ppo"]
     assert jobs["status"] == "failed" and jobs["kept"]["status"] == "finished"
     assert "ppo/weights.txt" in jobs["kept"]["made"]
 
@@ -77,7 +77,7 @@ def test_a_rerun_that_succeeds_sets_the_old_stage_aside_with_date_parameters_and
     assert (out / "ppo" / "weights.txt").read_text() == "3" and not (out / "ppo.new").exists()
     (aside,) = (out / "aside").iterdir()
     record = json.loads((aside / "aside.json").read_text())
-    assert (aside / "ppo" / "weights.txt").read_text() == "1" and (aside / "03_ppo.ipynb").exists()
+    assert (aside / "ppo" / "weights.txt").read_text() == "1" and (aside / "03b_ppo.ipynb").exists()
     assert record["parameters"]["steps"] == 1 and record["finished"] and record["why"] == "made again"
     assert record["moved"].startswith(aside.name.removeprefix("ppo-")[:10])
 
@@ -85,7 +85,7 @@ def test_a_rerun_that_succeeds_sets_the_old_stage_aside_with_date_parameters_and
 def test_a_notebook_that_writes_in_place_loses_nothing_either(tmp_path):
     cells = ("from pathlib import Path\nPath(run, 'ppo').mkdir(exist_ok=True)\n"
              "Path(run, 'ppo', 'weights.txt').write_text(str(steps))", "if steps == 2: raise RuntimeError('no')")
-    source, out = notebook(tmp_path / "03_ppo.ipynb", *cells), tmp_path / "run"
+    source, out = notebook(tmp_path / "03b_ppo.ipynb", *cells), tmp_path / "run"
     run_notebook(source, out, progress=False)
     with pytest.raises(NotebookFailed):
         run_notebook(source, out, {"steps": 2}, progress=False)
@@ -247,14 +247,14 @@ def test_data_that_cannot_be_read_is_refused_before_a_kernel_starts(tmp_path, no
 def test_a_missing_stage_and_one_that_was_changed_are_refused_before_a_kernel_starts(tmp_path, no_kernel, monkeypatch):
     monkeypatch.setattr(notebooks, "NEEDS", {"04_freeze_and_evaluate": ("ppo",)})
     source, out = notebook(tmp_path / "04_freeze_and_evaluate.ipynb", BUILD), tmp_path / "run"
-    with pytest.raises(RunError, match="ppo has no model: run notebook 03_ppo"):
+    with pytest.raises(RunError, match="ppo has no model: run notebook 03b_ppo"):
         run_notebook(source, out)
     (out / "ppo").mkdir(parents=True)
     (out / "ppo" / "config.json").write_text("{}")
     made = {"ppo/config.json": "0" * 64}
     record = {"status": "finished", "made": made, "key": {}, "seconds": 1}
-    (out / "jobs.json").write_text(json.dumps({"03_ppo": record}))
-    with pytest.raises(RunError, match=r"config.json is not what notebook 03_ppo wrote \(its SHA-256 differs"):
+    (out / "jobs.json").write_text(json.dumps({"03b_ppo": record}))
+    with pytest.raises(RunError, match=r"config.json is not what notebook 03b_ppo wrote \(its SHA-256 differs"):
         run_notebook(source, out)
 
 

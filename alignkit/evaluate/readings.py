@@ -1,0 +1,107 @@
+"""Sentences that compute themselves: a statistic, a range fixed in advance, and a wording for each outcome.
+
+A notebook shows a reading where it would otherwise state what somebody saw on one seed. `experiments.readings` runs the
+notebooks over many worlds and counts how often each reading held.
+"""
+
+import html
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from alignkit.formulas.intervals import Estimate
+
+VERDICTS = {"holds": "Holds", "fails": "Not here", "unclear": "Cannot be told"}
+METADATA = "alignkit_reading"  # the key of an output's metadata that keeps the record of a reading
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One sentence of a notebook and the numbers it stands on; a cell that ends with it shows both.
+
+    name: unique in the series, such as "05.dpo_gold". what: the statistic in words, with its unit. value, low, high: the
+    statistic and its 95 % interval; low = high = value for an exact number, None where there are too few prompts. above,
+    below: the range, None for no bound. holds, fails, unclear: the sentence for each verdict.
+    """
+
+    name: str
+    what: str
+    value: float
+    low: float | None
+    high: float | None
+    above: float | None
+    below: float | None
+    holds: str
+    fails: str
+    unclear: str
+
+    @property
+    def verdict(self) -> str:
+        """"holds": the whole interval is inside the range; "fails": all of it is outside; "unclear": anything else."""
+        lower = -math.inf if self.above is None else self.above
+        upper = math.inf if self.below is None else self.below
+        if self.low is None or self.high is None or math.isnan(self.value):
+            return "unclear"
+        if lower < self.low and self.high < upper:
+            return "holds"
+        return "fails" if self.high <= lower or self.low >= upper else "unclear"
+
+    @property
+    def sentence(self) -> str:
+        """The wording of the verdict."""
+        return getattr(self, self.verdict)
+
+    @property
+    def numbers(self) -> str:
+        """The statistic, its interval and the range, in words."""
+        ends = {"above": self.above, "below": self.below}
+        bounds = " and ".join(f"{side} {end:g}" for side, end in ends.items() if end is not None)
+        if self.low is None:
+            interval = "too few prompts for an interval"
+        elif self.low == self.high:
+            interval = "exact"
+        else:
+            interval = f"95 % interval {self.low:.3g} to {self.high:.3g}"
+        return f"{self.what}: {self.value:.3g} ({interval}); expected {bounds}"
+
+    def __str__(self) -> str:
+        return f"{VERDICTS[self.verdict]}: {self.sentence}\n    {self.numbers}"
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
+        text = (f"<p><strong>{VERDICTS[self.verdict]}:</strong> {html.escape(self.sentence)}<br>"
+                f"<small>{html.escape(self.numbers)}</small></p>")
+        return {"text/plain": str(self), "text/html": text}, {METADATA: {**asdict(self), "verdict": self.verdict}}
+
+
+def reading(name: str, what: str, statistic: Estimate | float, *, above: float | None = None,
+            below: float | None = None, holds: str, fails: str, unclear: str) -> Reading:
+    """The reading of a statistic: `holds` if its interval lies inside (above, below), `fails` if outside, else `unclear`.
+
+    statistic: an Estimate (a value with its 95 % interval, as `difference` and `mean_estimate` return), or a plain number
+    for what is computed without sampling. State the range before you look at the result. An interval that holds a bound
+    is always unclear, so that "no difference was found" is never read as "there is no difference"; to claim that a
+    difference is small, give both bounds.
+
+    >>> print(reading("x.gold", "change of gold, SFT-sd", Estimate(0.2, 0.1, 0.3), above=0, holds="Gold rose.",
+    ...               fails="Gold did not rise.", unclear="Whether gold rose cannot be told."))
+    Holds: Gold rose.
+        change of gold, SFT-sd: 0.2 (95 % interval 0.1 to 0.3); expected above 0
+
+    Raises ValueError without a bound, or with above ≥ below.
+    """
+    if above is None and below is None:
+        raise ValueError(f"reading {name!r} has no range: give above, below or both")
+    if above is not None and below is not None and above >= below:
+        raise ValueError(f"reading {name!r} has above={above:g} and below={below:g}, expected above < below")
+    if not isinstance(statistic, Estimate):
+        statistic = Estimate(float(statistic), float(statistic), float(statistic))
+    return Reading(name, what, float(statistic.value), *(None if end is None else float(end) for end in (
+        statistic.low, statistic.high)), above, below, holds, fails, unclear)
+
+
+def readings_of(notebook: str | Path) -> list[dict]:
+    """The readings in an executed notebook, in order: the fields of Reading and `verdict`. Reads only; runs nothing."""
+    cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return [output["metadata"][METADATA] for output in outputs if METADATA in output.get("metadata", {})]
