@@ -337,7 +337,8 @@ def test_the_course_resumes_and_repeats_what_a_change_touches(tmp_path, monkeypa
     series = [
         notebook(tmp_path / "01_sft.ipynb", keep("sft"), parameters="run = ''\nseed = 0\nmodel = 'tiny'"),
         notebook(tmp_path / "02_reward_model.ipynb", keep("reward", "pairs"), parameters="run = ''\npairs = 5"),
-        notebook(tmp_path / "03b_ppo.ipynb", fails, read("sft"), keep("ppo", "before"), parameters="run = ''\nseed = 0"),
+        notebook(tmp_path / "03b_ppo.ipynb", fails, read("sft"), keep("ppo", "before"),
+                 parameters="run = ''\nseed = 0"),
     ]
     out = tmp_path / "run"
 

@@ -34,7 +34,7 @@ def test_a_notebook_is_committed_clean_and_has_the_course_shape(path):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             assert not cell.outputs and cell.execution_count is None, f"{cell.id} has outputs"
-            assert len(cell.source.splitlines()) <= 40, f"{cell.id} is longer than a screen"
+            assert len(cell.source.splitlines()) <= 25, f"{cell.id} has more than 25 lines"
         if "report" in tags(cell):
             assert cell.source.startswith("# "), f"{cell.id}: a chart of report.html begins with its caption, a comment"
     assert notebook.cells[0].source.startswith(f"# {path.stem[:2]} ")

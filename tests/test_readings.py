@@ -3,14 +3,19 @@
 import itertools
 import json
 import math
+import re
+from pathlib import Path
 
 import nbformat
 import numpy as np
 import pytest
 
 from alignkit import Estimate, mean_estimate, reading, readings_of, share_estimate
-from alignkit.evaluate.readings import METADATA
+from alignkit.evaluate.readings import METADATA, RECORD
 from alignkit.formulas.intervals import student_t, wilson
+from experiments import readings as experiment
+
+ROOT = Path(__file__).parents[1]
 
 WORDS = {"holds": "It rose.", "fails": "It did not rise.", "unclear": "Whether it rose cannot be told."}
 
@@ -80,3 +85,51 @@ def test_intervals_of_means_cover_as_often_as_they_say():
     assert 0.938 < np.mean(covered) < 0.962  # 4 standard errors around 95 %
     assert mean_estimate([1.0]) == Estimate(1.0, None, None)
     assert (share_estimate(3, 10).low, share_estimate(3, 10).high) == wilson(3, 10)
+
+
+# ---- the record over worlds
+def record(name="05.x", value=1.0, low=0.5, high=1.5, verdict="holds"):
+    return {"name": name, "what": "w", "above": 0, "below": None, "holds": "It rose.", "fails": "f", "unclear": "u",
+            "value": value, "low": low, "high": high, "verdict": verdict}
+
+
+def test_a_name_that_says_two_things_in_one_run_is_a_contradiction():
+    assert experiment.contradictions([record(), record("05.y", verdict="fails")]) == []
+    assert experiment.contradictions([record(), record(verdict="fails")]) == ["05.x: fails and holds"]
+
+
+def test_equal_figures_are_one_world_and_a_sentence_that_holds_too_seldom_varies():
+    table = experiment.summarise({0: [record()], 1: [record()], 2: [record(value=2.0)],
+                                  3: [record(value=3.0, verdict="unclear")]})
+    assert list(table["05.x"]["seeds"]) == ["0", "2", "3"]
+    text = experiment.page({"command": "c", "seeds": [0, 1, 2, 3], "readings": table, "figures": [], "changes": {}})
+    assert "| 2 | 0 | 1 | 1 · 2 · 3 |" in text.partition("## What varies")[2]
+    steady = experiment.summarise({0: [record()], 2: [record(value=2.0)]})
+    text = experiment.page({"command": "c", "seeds": [0, 2], "readings": steady, "figures": [], "changes": {}})
+    assert "05.x" in text.partition("## What varies")[0]
+
+
+def test_the_seed_of_a_commit_is_one_that_nobody_tuned_to():
+    assert 1000 <= experiment.seed_of_commit() < 10_000
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return json.loads(RECORD.read_text(encoding="utf-8"))
+
+
+def test_every_reading_of_the_notebooks_is_recorded_and_no_other(recorded):
+    written = set()
+    for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"):
+        source = "".join("".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+                         if cell["cell_type"] == "code")
+        written |= set(re.findall(r"reading\(\s*\"([\w.]+)\"", source))
+    assert written == set(recorded["readings"])
+
+
+def test_the_record_has_enough_worlds_and_the_page_and_the_readme_are_made_from_it(recorded):
+    assert len(recorded["seeds"]) >= 12 and {0, 1, 2, 3, 4} <= set(recorded["seeds"])
+    assert (ROOT / "docs" / "readings.md").read_text(encoding="utf-8") == experiment.page(recorded)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("−", "-")
+    for row in recorded["figures"]:
+        assert f"| {row['what']} | {row['median']:.3f} | {row['worst']:.3f} |".replace("−", "-") in readme

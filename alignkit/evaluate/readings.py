@@ -4,6 +4,7 @@ A notebook shows a reading where it would otherwise state what somebody saw on o
 notebooks over many worlds and counts how often each reading held.
 """
 
+import functools
 import html
 import json
 import math
@@ -11,8 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from alignkit.formulas.intervals import Estimate
+from alignkit.storage import read_json
 
 VERDICTS = {"holds": "Holds", "fails": "Not here", "unclear": "Cannot be told"}
+RECORD = Path(__file__).with_suffix(".json")  # what `experiments.readings` recorded
 METADATA = "alignkit_reading"  # the key of an output's metadata that keeps the record of a reading
 
 
@@ -20,9 +23,9 @@ METADATA = "alignkit_reading"  # the key of an output's metadata that keeps the 
 class Reading:
     """One sentence of a notebook and the numbers it stands on; a cell that ends with it shows both.
 
-    name: unique in the series, such as "05.dpo_gold". what: the statistic in words, with its unit. value, low, high: the
-    statistic and its 95 % interval; low = high = value for an exact number, None where there are too few prompts. above,
-    below: the range, None for no bound. holds, fails, unclear: the sentence for each verdict.
+    name: unique in the series, such as "05.dpo_gold". what: the statistic in words, with its unit. value, low, high:
+    the statistic and its 95 % interval; low = high = value for an exact number, None where there are too few prompts.
+    above, below: the range, None for no bound. holds, fails, unclear: the sentence for each verdict.
     """
 
     name: str
@@ -63,7 +66,7 @@ class Reading:
             interval = "exact"
         else:
             interval = f"95 % interval {self.low:.3g} to {self.high:.3g}"
-        return f"{self.what}: {self.value:.3g} ({interval}); expected {bounds}"
+        return f"{self.what}: {self.value:.3g} ({interval}); expected {bounds}{_elsewhere(self.name)}"
 
     def __str__(self) -> str:
         return f"{VERDICTS[self.verdict]}: {self.sentence}\n    {self.numbers}"
@@ -76,12 +79,12 @@ class Reading:
 
 def reading(name: str, what: str, statistic: Estimate | float, *, above: float | None = None,
             below: float | None = None, holds: str, fails: str, unclear: str) -> Reading:
-    """The reading of a statistic: `holds` if its interval lies inside (above, below), `fails` if outside, else `unclear`.
+    """The reading of a statistic: `holds` if its interval lies inside (above, below), `fails` if outside, or `unclear`.
 
-    statistic: an Estimate (a value with its 95 % interval, as `difference` and `mean_estimate` return), or a plain number
-    for what is computed without sampling. State the range before you look at the result. An interval that holds a bound
-    is always unclear, so that "no difference was found" is never read as "there is no difference"; to claim that a
-    difference is small, give both bounds.
+    statistic: an Estimate (a value with its 95 % interval, as `difference` and `mean_estimate` return), or a plain
+    number for what is computed without sampling. State the range before you look at the result. An interval that holds
+    a bound is always unclear, so that "no difference was found" is never read as "there is no difference"; to claim
+    that a difference is small, give both bounds.
 
     >>> print(reading("x.gold", "change of gold, SFT-sd", Estimate(0.2, 0.1, 0.3), above=0, holds="Gold rose.",
     ...               fails="Gold did not rise.", unclear="Whether gold rose cannot be told."))
@@ -105,3 +108,16 @@ def readings_of(notebook: str | Path) -> list[dict]:
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     return [output["metadata"][METADATA] for output in outputs if METADATA in output.get("metadata", {})]
+
+
+@functools.cache
+def _record() -> dict[str, dict]:
+    return read_json(RECORD)["readings"] if RECORD.exists() else {}
+
+
+def _elsewhere(name: str) -> str:
+    """How often a reading held in the recorded worlds; "" for one that is not recorded."""
+    if name not in _record():
+        return ""
+    verdicts = [figures[3] for figures in _record()[name]["seeds"].values()]
+    return f"; desk worlds recorded with default settings: holds in {verdicts.count('holds')} of {len(verdicts)}"

@@ -1,8 +1,10 @@
 """Every notebook as a reader runs it: opened in JupyterLab, all cells run, nothing wrong to see, a picture of it kept.
 
-The notebooks run with the small parameters below, in their order and in one run directory; those that one of them needs
-and that were not chosen are run without a page first. ALIGNKIT_NOTEBOOK_PARAMETERS, a JSON object {notebook: {name:
-value}}, overrides them: '{"03b_ppo": {"iterations": 40}}'.
+The notebooks run in small settings (`experiments.readings`), in their order, in one run directory, and in a world that
+nobody chose: its seed comes from the commit's hash. A sentence of a notebook that contradicts itself is an error; those
+that do not hold in that world are warnings, which pytest lists at its end. What one of the notebooks needs and was not
+chosen is run without a page first. ALIGNKIT_NOTEBOOK_PARAMETERS, a JSON object {notebook: {name: value}}, overrides the
+parameters: '{"03b_ppo": {"iterations": 40}}'; ALIGNKIT_WORLD overrides the seed.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import nbformat
@@ -17,29 +20,23 @@ import pytest
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
+from alignkit.evaluate.readings import METADATA
 from alignkit.jobs.notebooks import run_notebook
 from alignkit.jobs.parameters import check_parameters
 from alignkit.stages import CHAIN
 from alignkit.storage import read_metrics
+from experiments.readings import SMALL, contradictions, seed_of_commit
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 NOTEBOOKS = {path.stem: path for path in sorted((Path(__file__).parents[2] / "notebooks").glob("[0-9]*.ipynb"))}
-SMALL: dict[str, dict] = {
-    "01_sft": {"demonstrations": 2400, "epochs": 2.0, "eval_prompts": 64, "eval_samples": 4},
-    "02_reward_model": {"pairs": 1000, "heldout_pairs": 400, "epochs": 2.0, "scale_samples": 256},
-    "03b_ppo": {"iterations": 8, "overoptimise_iterations": 4},
-    "07_over_optimisation": {"pairs": 500, "epochs": 1.0},
-    "08_dpo_is_ppo_when": {"pairs": 600, "prompts": 8, "ppo_iterations": 4},
-    "09_what_moves": {"prompts": 16, "samples": 4},
-    "10_gradient_variance": {"warm": 2, "repeats": 8},
-}
+WORLD = int(os.environ.get("ALIGNKIT_WORLD") or seed_of_commit())
 OVERRIDES: dict[str, dict] = json.loads(os.environ.get("ALIGNKIT_NOTEBOOK_PARAMETERS", "{}"))
 
 
 def small(name: str) -> dict:
     """The parameters that a notebook is tested with; a name that it does not have is refused."""
-    given = SMALL.get(name, {}) | OVERRIDES.get(name, {})
+    given = {"seed": WORLD} | SMALL.get(name, {}) | OVERRIDES.get(name, {})
     check_parameters(NOTEBOOKS[name], given)
     return given
 
@@ -86,6 +83,12 @@ def test_notebooks_open_and_run(open_notebook, course, tmp_path, name):
     assert all("image/png" in bundle for bundle in live), "a widget without a picture to stand in for it"
     code = [cell for cell in saved["cells"] if cell["cell_type"] == "code"]
     assert all(cell["execution_count"] for cell in code if "".join(cell["source"]).strip()), "a cell did not run"
+    outputs = [output for cell in code for output in cell["outputs"]]
+    readings = [output["metadata"][METADATA] for output in outputs if METADATA in output.get("metadata", {})]
+    assert contradictions(readings) == []
+    for record in readings:
+        if record["verdict"] != "holds":
+            warnings.warn(f"world {WORLD}, small settings, {record['name']}: {record[record['verdict']]}", stacklevel=1)
     course.done.add(name)
 
 
