@@ -3,8 +3,8 @@
     python -m experiments.readings --seeds 0 1 2 3 4 11 12 13 14 15 16 17 --record
 
 Each seed is a world of its own: notebooks 00 to 10, without a screen, in OUT/seed-N; what is finished there is not run
-again. Prints the table of `docs/readings.md`. `--record` writes that page and `alignkit/evaluate/readings.json`, from which
-the notebooks say how often a reading holds elsewhere. Exit status 1 if a notebook failed or two readings of one
+again. Prints the table of `docs/readings.md`. `--record` writes that page and `alignkit/evaluate/readings.json`, from
+which the notebooks say how often a reading holds elsewhere. Exit status 1 if a notebook failed or two readings of one
 name contradict each other.
 """
 
@@ -71,7 +71,7 @@ OFTEN = 0.9  # a sentence that holds less often is listed under "what varies"
 
 
 def seed_of_commit() -> int:
-    """A seed between 1,000 and 9,999 that nobody chose: from the commit's hash, or the notebooks' where there is none."""
+    """A seed between 1,000 and 9,999 that nobody chose: from the commit's hash, else from the notebooks'."""
     root = Path(__file__).parents[1]
     try:
         command = ["git", "rev-parse", "HEAD"]
@@ -172,8 +172,9 @@ def page(record: Mapping) -> str:
         "# Readings: how often each sentence of the notebooks holds", "",
         f"Made by `{record['command']}`: notebooks 00 to 10, run headlessly in {len(record['seeds'])} worlds, seeds "
         f"{', '.join(map(str, record['seeds']))}. A sentence *holds* where the whole 95 % interval of its statistic "
-        "lies in the range that was fixed in advance; it holds *not here* where all of it lies outside; otherwise it "
-        "*cannot be told*. Figures that are the same in two seeds are counted once: notebooks 06 and 07 read recorded worlds.", "",
+        "lies in the range fixed in advance; it holds *not here* where all of it lies outside; otherwise it "
+        "*cannot be told*. Figures that are the same in two seeds are counted once: notebooks 06 and 07 read recorded "
+        "worlds.", "",
         "## What each stage reached", "", "| figure | median | worst seed |", "|---|---|---|", *figures, "",
         "DPO on the frozen PPO policy: in how many worlds the 95 % interval of the change lies above 0, below 0, or "
         "contains 0.", "",
@@ -184,7 +185,7 @@ def page(record: Mapping) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the worlds, print the page and what does not hold where; returns 1 if a notebook failed or contradicts itself."""
+    """Run the worlds, print the page and what does not hold; returns 1 if a notebook failed or contradicts itself."""
     parser = argparse.ArgumentParser(prog="python -m experiments.readings", description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 11, 12, 13, 14, 15, 16, 17])
     parser.add_argument("--out", type=Path, default=Path("runs/readings"))

@@ -9,6 +9,7 @@ import nbformat
 import pytest
 
 from alignkit.errors import RunError
+from alignkit.evaluate.readings import reading
 from alignkit.jobs.report import build_report, overview
 from alignkit.pages.render import picture, render
 from alignkit.runs.records import record_seconds, start_run, write_results
@@ -82,6 +83,9 @@ def run(tmp_path):
         nb.cells.append(cell)
     cell = nbformat.v4.new_code_cell("x", metadata={"tags": ["report"]})
     cell.outputs = [nbformat.v4.new_output("display_data", {"image/png": "bm90IGEgcG5n"})]
+    shown = reading("01.x", HOSTILE[1], 0.25, above=0, holds=f"It rose {HOSTILE[0]}", fails="f", unclear="u")
+    bundle, facts = shown._repr_mimebundle_()
+    cell.outputs.append(nbformat.v4.new_output("display_data", bundle, metadata=facts))
     nb.cells.append(cell)
     nbformat.write(nb, run / "01_sft.ipynb")
     failed = {"status": "failed", "error": f"03b_ppo failed in cell 3, `x`: ValueError: {HOSTILE[1]}"}
@@ -97,6 +101,7 @@ def test_hostile_text_is_only_ever_text(run):
     assert all(re.fullmatch(r"#?[\w.]+", value) for _, name, value in seen.attributes if name == "href")
     assert not [name for _, name, _ in seen.attributes if name.startswith("on") or name == "style"]
     assert "<script>alert(1)</script>" in seen.said  # it is there, to be read
+    assert "Holds: It rose" in seen.said and "0.25 (exact); expected above 0" in seen.said  # what its readings say
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069\u200b]", source)
     assert "⟨U+202E⟩" in seen.said and "␛[31m" in seen.said
     assert "[1,000,000 characters, the first 400 are shown]" in seen.said and len(source) < 100_000

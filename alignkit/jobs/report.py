@@ -13,6 +13,7 @@ from pathlib import Path
 
 from alignkit.errors import AlignkitError, RunError
 from alignkit.evaluate.adviser import chance_warning
+from alignkit.evaluate.readings import METADATA
 from alignkit.metrics import METRICS, is_number, number, share
 from alignkit.pages.render import Picture, picture, render
 from alignkit.safe_text import in_red, one_line
@@ -129,6 +130,15 @@ def _charts(notebook: Path) -> list[Picture]:
     return [chart for cell in tagged or cells for chart in _cell_charts(cell)]
 
 
+def _readings(notebook: Path) -> list[list[str]]:
+    """What the readings of an executed notebook print, [verdict and sentence, numbers] each."""
+    outputs = [output for cell in _list(_mapping(_json(notebook)).get("cells"))
+               for output in map(_mapping, _list(_mapping(cell).get("outputs")))]
+    texts = [_joined(_mapping(output.get("data")).get("text/plain")) for output in outputs
+             if METADATA in _mapping(output.get("metadata"))]
+    return [[line.strip() for line in text.split("\n", 1)] for text in texts]
+
+
 def _cell_charts(cell: Mapping) -> list[Picture]:
     first = _joined(cell.get("source")).strip().partition("\n")[0]
     comment = first.lstrip("# ") if first.startswith("#") else ""
@@ -242,14 +252,14 @@ def _notebook(seen: _Run, notebook: Path) -> dict | None:
     stage = CHAIN.get(notebook.stem)
     results = seen.stages.get(stage, {})
     heading = _name(stage) if stage else notebook.stem.lstrip("0123456789_").replace("_", " ").capitalize()
-    charts = _charts(notebook)
+    charts, readings = _charts(notebook), _readings(notebook)
     figures = _figures(POLICY_FIGURES + REWARD_FIGURES, [results]) if stage == "reward" else []
     rows, grids = _details(heading, results)
-    if not (charts or figures or rows or grids):
+    if not (charts or readings or figures or rows or grids):
         return None
     return {
         "id": notebook.stem, "file": notebook.name, "heading": heading, "seconds": seen.seconds.get(notebook.stem),
-        "charts": charts, "figures": figures, "results": rows, "grids": grids,
+        "charts": charts, "readings": readings, "figures": figures, "results": rows, "grids": grids,
     }
 
 
