@@ -227,12 +227,12 @@ def step_seconds(
     rows = list(rows)
     if not rows:
         raise ValueError("rows is empty, expected at least one row to train on")
-    few = [rows[i % len(rows)] for i in range((1 + steps) * batch_size)]
-    train(few[:batch_size])  # the first call warms up
+    probe = [rows[i % len(rows)] for i in range((1 + steps) * batch_size)]
+    train(probe[:batch_size])  # the first call warms up
     begun = time.perf_counter()
-    train(few[:batch_size])
+    train(probe[:batch_size])
     between = time.perf_counter()
-    train(few)
+    train(probe)
     one, more = between - begun, time.perf_counter() - between
     step = max(more - one, 0.0) / steps
     return max(one - step, 0.0), step

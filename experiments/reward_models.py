@@ -68,8 +68,8 @@ def reward_model(task: DeskTask, policy, tokenizer, pairs: int, annotator: str, 
     train_reward_model(model, tokenizer, rows, config)
     rng = np.random.default_rng([seed, 1])
     asked = [prompts[i] for prompts in strata(task) for i in rng.integers(len(prompts), size=128)]
-    said = generate_texts(policy, tokenizer, asked, max_new_tokens=task.max_new_tokens, seed=seed + 2)
-    return RewardScorer(model, tokenizer).normalised(asked, [texts[0] for texts in said])
+    responses = generate_texts(policy, tokenizer, asked, max_new_tokens=task.max_new_tokens, seed=seed + 2)
+    return RewardScorer(model, tokenizer).normalised(asked, [texts[0] for texts in responses])
 
 
 def gold_after_ppo(task: DeskTask, policy, tokenizer, scorer: RewardScorer, prompts: list, seed: int, size: Size

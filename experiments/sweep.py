@@ -86,8 +86,8 @@ def make_world(seed: int, folder: Path, size: Size = COURSE) -> None:
     rng = np.random.default_rng([seed, 1])
     each = size.normalise // len(KINDS)
     asked = [prompts[i] for prompts in strata(task) for i in rng.integers(len(prompts), size=each)]
-    said = generate_texts(policy, tokenizer, asked, max_new_tokens=task.max_new_tokens, seed=seed + 2)
-    scorer = RewardScorer(model, tokenizer).normalised(asked, [texts[0] for texts in said])
+    responses = generate_texts(policy, tokenizer, asked, max_new_tokens=task.max_new_tokens, seed=seed + 2)
+    scorer = RewardScorer(model, tokenizer).normalised(asked, [texts[0] for texts in responses])
     scorer.save(folder / "reward")
     save_model(policy, tokenizer, folder / "sft")
 
@@ -184,13 +184,13 @@ class Cell:
         if steps[-1] != step:
             steps.append(step)
             points.append(end)
-        found = exact.gap(end["kl"], end["proxy"], truth.frontier)
+        reached = exact.gap(end["kl"], end["proxy"], truth.frontier)
         seen = self.trained.measure(self.trained.enumerate(policy))
         seen = {"kl": seen["kl"], "proxy": seen["proxy"],
                 "share": exact.gap(seen["kl"], seen["proxy"], self.trained.frontier).share}
         return {
-            "method": method, "value": value, "seed": self.seed, **end, "optimum": found.optimum, "share": found.share,
-            "trained": seen,
+            "method": method, "value": value, "seed": self.seed, **end, "optimum": reached.optimum,
+            "share": reached.share, "trained": seen,
             "shares": truth.shares(logps),
             "trajectory": {"step": steps, **{name: [point[name] for point in points] for name in points[0]}},
             "by_prompt": {"kl": exact.response_kl(logps, truth.ref_logps).tolist(),
@@ -227,12 +227,12 @@ class Cell:
 def probe(folder: Path) -> dict[str, float]:
     """The whole of it in small, in seconds: figures that a test and `--confirm` make again."""
     make_world(0, folder, PROBE)
-    cell, found = Cell(0, folder, PROBE), {}
+    cell, figures = Cell(0, folder, PROBE), {}
     for method, value in (("ppo", 0.2), ("dpo", 1.0)):
         run = cell.run(method, value)
-        found |= {f"{method} {name}": run[name] for name in ("kl", "proxy", "gold", "entropy", "share")}
+        figures |= {f"{method} {name}": run[name] for name in ("kl", "proxy", "gold", "entropy", "share")}
     sft = cell.truth.measure(cell.truth.ref_logps)
-    return found | {"sft gold": cell.truth.gold_scale[0], "sft proxy": sft["proxy"], "sft entropy": sft["entropy"]}
+    return figures | {"sft gold": cell.truth.gold_scale[0], "sft proxy": sft["proxy"], "sft entropy": sft["entropy"]}
 
 
 # ---- the command
@@ -343,9 +343,9 @@ proxy over SFT, out of the most that any policy can gain at the run's own KL; th
 {prompts} of the prompts that the run was trained on. The difference is what did not carry over to new
 questions; what is missing in the last column was not optimised.
 
-""" + "\n".join(f"PPO with KL ≤ 2 nats, {where} prompts: {len(its)} runs, mean share {100 * np.mean(its):.1f} %, "
-                  f"worst {100 * min(its):.1f} %; {sum(share >= 0.95 for share in its)} at 95 % or more.\n"
-                  for where, its in near.items()) + "\n" + "\n".join(lines) + "\n"
+""" + "\n".join(f"PPO with KL ≤ 2 nats, {where} prompts: {len(shares)} runs, mean share {100 * np.mean(shares):.1f} %, "
+                  f"worst {100 * min(shares):.1f} %; {sum(share >= 0.95 for share in shares)} at 95 % or more.\n"
+                  for where, shares in near.items()) + "\n" + "\n".join(lines) + "\n"
 
 
 def percents(shares: list[float]) -> str:

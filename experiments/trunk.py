@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--iterations", type=int, default=PPOConfig.iterations)
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    found: dict[str, list[dict]] = {way: [] for way in WAYS}
+    runs: dict[str, list[dict]] = {way: [] for way in WAYS}
     for seed in given.seeds:
         here = given.out / f"seed-{seed}"
         if not (here / "sft").exists():
@@ -54,10 +54,10 @@ def main(arguments: list[str] | None = None) -> None:
             sweep.make_world(seed, here)
         cell = sweep.Cell(seed, here)
         for way, options in WAYS.items():
-            found[way].append(measure(cell, seed, here, iterations=given.iterations, **options))
+            runs[way].append(measure(cell, seed, here, iterations=given.iterations, **options))
     print("| | KL, nats | gold, SFT-sd | share of the optimum, % | explained variance at the end | CPU seconds |")
     print("|---|---|---|---|---|---|")
-    for way, rows in found.items():
+    for way, rows in runs.items():
         cells = []
         for name, digits in {"kl": 2, "gold": 2, "share": 1, "explained": 2, "seconds": 0}.items():
             each = [f"{row[name]:.{digits}f}" for row in rows]

@@ -278,10 +278,10 @@ def _is_reply(messages: list[dict]) -> bool:
     return len(messages) == 1 and messages[0]["role"] == "assistant"
 
 
-def _is_part(some: list[dict], messages: list[dict]) -> bool:
-    """Whether `some` are among the messages, in this order."""
+def _is_part(part: list[dict], messages: list[dict]) -> bool:
+    """Whether `part` are among the messages, in this order."""
     rest = iter(map(_said_by, messages))
-    return bool(some) and all(said in rest for said in map(_said_by, some))
+    return bool(part) and all(message in rest for message in map(_said_by, part))
 
 
 def _with(before: list[dict], prompt: list[dict]) -> list[dict]:

@@ -59,9 +59,9 @@ def _end_of(tokenizer, prompt: str, limit: int) -> str:
     offsets = _offsets(tokenizer, prompt)
     bos = tokenizer.bos_token or ""
     front = bos if isinstance(prompt, ChatText) and prompt.startswith(bos) else ""
-    told = (prompt.messages, prompt.template) if isinstance(prompt, ChatText) else ()
+    chat = (prompt.messages, prompt.template) if isinstance(prompt, ChatText) else ()
     for kept in range(min(limit, len(offsets)), 0, -1):
-        piece = type(prompt)(front + prompt[offsets[-kept][0]:], *told)
+        piece = type(prompt)(front + prompt[offsets[-kept][0]:], *chat)
         if len(encode_text(tokenizer, piece)) <= limit:
             return piece
     raise DataError(f"no end of the prompt {prompt[:40]!r} fits in {limit} tokens")

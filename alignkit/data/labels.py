@@ -185,7 +185,7 @@ def _fold(rows: Sequence[Mapping], log: Path) -> list[Mapping]:
     history: list[Mapping] = []
     for number, row in enumerate(rows, 1):
         if "undo" in row:
-            places = [place for place, its in enumerate(history) if its["item"] == row["undo"]]
+            places = [place for place, choice in enumerate(history) if choice["item"] == row["undo"]]
             if places:
                 del history[places[-1]]
         elif _is_choice(row):

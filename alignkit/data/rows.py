@@ -440,9 +440,9 @@ class _Scan:
         if any(map(FURTHER_TURN.search, responses)):
             self._note("a reply holds further turns of a transcript, which are read as part of it", line)
         if self._special is not None and not isinstance(prompt, ChatText):
-            found = next(filter(None, map(self._special.search, (prompt, *responses))), None)
-            if found:
-                self._note(f"the text contains {found[0]!r}, a special token of the tokenizer (it stays text)", line)
+            special = next(filter(None, map(self._special.search, (prompt, *responses))), None)
+            if special:
+                self._note(f"the text contains {special[0]!r}, a special token of the tokenizer (it stays text)", line)
         if self.max_length is not None:
             length = len(encode_text(self.tokenizer, prompt))
             if length > self.max_length:

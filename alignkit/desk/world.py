@@ -120,7 +120,7 @@ class World:
         kinds = [_kind(*key) for key in keys]
         held_out = set()
         for kind in KINDS:  # the same share of every class is held out
-            members = [key for key, its in enumerate(kinds) if its == kind]
+            members = [key for key, kind_of_key in enumerate(kinds) if kind_of_key == kind]
             held_out.update(rng.permutation(members)[: round(HELDOUT_SHARE * len(members))].tolist())
         self.prompts = tuple(
             Prompt(
@@ -244,16 +244,16 @@ class World:
         """
         if isinstance(annotator, str) and annotator not in ANNOTATORS:
             raise ValueError(f"annotator is {annotator!r}, expected one of {', '.join(ANNOTATORS)}")
-        who = ANNOTATORS[annotator] if isinstance(annotator, str) else annotator
+        labeller = ANNOTATORS[annotator] if isinstance(annotator, str) else annotator
         if noise is not None:
             if not 0 <= noise <= 0.5:
                 raise ValueError(f"noise is {noise}, expected a share of flipped labels between 0 and 0.5")
-            who = replace(who, flips=noise)
+            labeller = replace(labeller, flips=noise)
         draws = np.random.default_rng([self.seed, seed, 2]).random(len(prompts))
         first_counts, second_counts = phrase_counts(first), phrase_counts(second)
         chances, rows = np.zeros(len(prompts)), []
-        for prompt, its in self._alike(prompts):
-            chances[its] = self.preference(prompt, first_counts[its], second_counts[its], who)
+        for prompt, members in self._alike(prompts):
+            chances[members] = self.preference(prompt, first_counts[members], second_counts[members], labeller)
         for i, (prompt, a, b) in enumerate(zip(prompts, first, second, strict=True)):
             if a == b:
                 continue
@@ -269,7 +269,7 @@ class World:
         for row, text in enumerate(prompts):
             prompt = self.find(text)
             rows.setdefault((prompt.kind, prompt.answer, prompt.verb in DUAL_VERBS), []).append(row)
-        return [(self.find(prompts[its[0]]), its) for its in rows.values()]
+        return [(self.find(prompts[members[0]]), members) for members in rows.values()]
 
     def demonstrations(self, n: int, messiness: float = 0.7, seed: int = 0) -> list[dict]:
         """`n` rows prompt / completion on training prompts, from four demonstrators who do not agree.
@@ -285,10 +285,11 @@ class World:
         chosen = rng.integers(len(self.train_prompts), size=n)
         speak = (_expert, _over_cautious, _reckless, _rambler)
         rows = []
-        for who, which in zip(speakers, chosen, strict=True):
+        for speaker, which in zip(speakers, chosen, strict=True):
             prompt = self.train_prompts[which]
             answer = prompt.answer if rng.random() > 0.12 else str(rng.choice(ANSWERS))
-            rows.append({"prompt": prompt.text, "completion": render(speak[who](prompt, answer, rng)[:MAX_PHRASES])})
+            phrases = speak[speaker](prompt, answer, rng)[:MAX_PHRASES]
+            rows.append({"prompt": prompt.text, "completion": render(phrases)})
         return rows
 
 

@@ -216,12 +216,12 @@ class Evaluation:
         (abstention-adjusted). A rate of exactly 0 or 1 has Wilson's interval, with the number of prompts as n: a
         bootstrap cannot see past it.
         """
-        found = self._estimates(self._sums)
+        estimates = self._estimates(self._sums)
         for name in RATES:
-            if name in found and found[name].value in (0.0, 1.0):
+            if name in estimates and estimates[name].value in (0.0, 1.0):
                 prompts = int(np.sum(self._sums[name][2]))
-                found[name] = Estimate(found[name].value, *wilson(found[name].value * prompts, prompts))
-        return found
+                estimates[name] = Estimate(estimates[name].value, *wilson(estimates[name].value * prompts, prompts))
+        return estimates
 
     @cached_property
     def behaviour_shares(self) -> dict[str, dict[str, Estimate]]:
@@ -240,7 +240,7 @@ class Evaluation:
     def kl_by_position(self, kind: str | None = None) -> np.ndarray:
         """Exact next-token KL (T,), nats, at each position of a response: mean over the responses that reach it."""
         kinds = np.repeat(self.set.kinds, self.set.samples)
-        rows = [row for row, its in zip(self.columns["token_kl"], kinds, strict=True) if kind in (None, its)]
+        rows = [row for row, its_kind in zip(self.columns["token_kl"], kinds, strict=True) if kind in (None, its_kind)]
         return np.array([np.mean([row[t] for row in rows if len(row) > t]) for t in range(max(map(len, rows)))])
 
     def rows(self) -> list[dict]:

@@ -168,8 +168,8 @@ def _language_model(checkpoint, batch_size: int):
 
     class OwnTemplate(HFLM):
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
-            said = chat_history if add_generation_prompt else chat_history[:-1]
-            text = _rendered(self.tokenizer, said)
+            messages = chat_history if add_generation_prompt else chat_history[:-1]
+            text = _rendered(self.tokenizer, messages)
             return text if add_generation_prompt else text + chat_history[-1]["content"]
 
     return OwnTemplate(pretrained=checkpoint.model, tokenizer=checkpoint.tokenizer, batch_size=batch_size)

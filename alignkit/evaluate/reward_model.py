@@ -153,9 +153,10 @@ def retrain(scorer: RewardScorer, labelled: Sequence[Mapping], heldout: Sequence
     begun, model = time.perf_counter(), copy.deepcopy(scorer.model).requires_grad_(True)
     train_reward_model(model, scorer.tokenizer, [*earlier, *(row for row in labelled for _ in range(repeat))], config)
     after, seconds = RewardScorer(model, scorer.tokenizer, scorer.mean, scorer.std), time.perf_counter() - begun
-    parts = [{when: _ranked(its, rows) for when, its in (("before", scorer), ("after", after))} if rows else {}
+    judges = {"before": scorer, "after": after}
+    parts = [{when: _ranked(judge, rows) for when, judge in judges.items()} if rows else {}
              for rows in (labelled, heldout)]
-    bias = {when: _length_bias(its, heldout) for when, its in (("before", scorer), ("after", after))} if heldout else {}
+    bias = {when: _length_bias(judge, heldout) for when, judge in judges.items()} if heldout else {}
     return after, Moved(*parts, bias, seconds)
 
 

@@ -77,8 +77,9 @@ def best_of_n_gold(scorers: Mapping[str, Callable], policy, tokenizer, prompts: 
         best = {name: exact.expectation(exact.best_of_n(logps, table, n), truth) for name, table in tables.items()}
         keys = [gold.find(prompt).key for prompt in prompts]
     else:
-        said = generate_texts(policy, tokenizer, list(prompts), max_new_tokens=max_new_tokens, seed=seed, samples=4 * n)
-        truth, *scores = (_sampled(score, prompts, said) for score in (gold, *scorers.values()))
+        responses = generate_texts(policy, tokenizer, list(prompts), max_new_tokens=max_new_tokens, seed=seed,
+                                   samples=4 * n)
+        truth, *scores = (_sampled(score, prompts, responses) for score in (gold, *scorers.values()))
         mean, square = float(truth.mean()), float(truth.square().mean())
         best = {name: exact.sampled_best_of_n(table, n, truth) for name, table in zip(scorers, scores, strict=True)}
         keys = list(range(len(prompts)))
@@ -91,8 +92,8 @@ def best_of_n_gold(scorers: Mapping[str, Callable], policy, tokenizer, prompts: 
             for name, values in best.items()}
 
 
-def _sampled(score: Callable, prompts: Sequence[str], said: list[list[str]]) -> Tensor:
+def _sampled(score: Callable, prompts: Sequence[str], responses: list[list[str]]) -> Tensor:
     """Scores (prompts, samples), float64."""
-    repeated = [prompt for prompt, texts in zip(prompts, said, strict=True) for _ in texts]
-    values = score(repeated, [text for texts in said for text in texts])
+    repeated = [prompt for prompt, texts in zip(prompts, responses, strict=True) for _ in texts]
+    values = score(repeated, [text for texts in responses for text in texts])
     return torch.as_tensor(np.asarray(values, dtype=float)).reshape(len(prompts), -1)

@@ -257,22 +257,22 @@ def remarks(measured: Mapping[str, Iterable[Measurement]]) -> list[str]:
     rows = {name: list(each) for name, each in measured.items()}
     if not any(rows.values()):
         return []
-    said = ["Suites: each checkpoint was measured alone, with intervals over the items, so that differences "
+    lines = ["Suites: each checkpoint was measured alone, with intervals over the items, so that differences "
             "are not paired."]
     if any(row.limit is not None for each in rows.values() for row in each):
-        said.append("What is marked as cut was measured on the first items of each task alone (--limit): try-outs, no "
+        lines.append("What is marked as cut was measured on the first items of each task alone (--limit): try-outs, no "
                     "results to report.")
     for name, each in rows.items():
         without = missing(each)
         if without and any(SUITES.get(row.suite, Suite("")).group for row in each):
-            said.append(f"{name}: no average of the groups without {', '.join(without)}.")
+            lines.append(f"{name}: no average of the groups without {', '.join(without)}.")
         notes = dict.fromkeys((row.suite, row.note) for row in each if row.note)
-        said += [f"{name}, {suite}: {note}" for suite, note in notes]
+        lines += [f"{name}, {suite}: {note}" for suite, note in notes]
         if templates := {row.chat_template for row in each}:
             used = "; ".join("with the model's chat template" if used else "without a chat template"
                              for used in sorted(templates))
-            said.append(f"{name}: suites were asked {used}.")
-    return said
+            lines.append(f"{name}: suites were asked {used}.")
+    return lines
 
 
 def table(measured: Mapping[str, Iterable[Measurement]]) -> list[list[str]]:

@@ -88,10 +88,10 @@ class Sweep:
 
     def values(self, method: str) -> list[float]:
         """The recorded kl_coef of "ppo" or beta of "dpo", smallest first. Raises ValueError on another method."""
-        found = sorted({run.value for run in self.runs if run.method == method})
-        if not found:
+        values = sorted({run.value for run in self.runs if run.method == method})
+        if not values:
             raise ValueError(f"method is {method!r}, expected one of {sorted({run.method for run in self.runs})}")
-        return found
+        return values
 
     def select(self, method: str, value: float | None = None, seed: int | None = None) -> list[RecordedRun]:
         """Runs of a method, of one value or all, of one seed or all; by value, then seed. Raises ValueError on none."""

@@ -108,8 +108,8 @@ def _packed(policy: nn.Module, rollout: Rollout) -> tuple[Callable, Tensor] | No
     if type(head) is not nn.Linear or not last_logits(policy, 1):
         return None
     if policy not in _linear:
-        few = ids[:1, :8]
-        logits, states = _read(policy, few, torch.ones_like(few), 0)
+        sample = ids[:1, :8]
+        logits, states = _read(policy, sample, torch.ones_like(sample), 0)
         with torch.no_grad(), autocast(ids.device):
             _linear[policy] = states is not None and bool(
                 (head(states) - logits).abs().max() <= 1e-6 * logits.abs().max()

@@ -76,13 +76,13 @@ def check_reward_ids(rollout: Rollout, tokenizer, reward, prompts: Sequence[str]
     if not hasattr(reward, "ids") or not same_vocabulary(tokenizer, reward.tokenizer):
         return
     mask, finished = rollout.response_mask.bool(), rollout.finished.tolist()
-    said = [row[kept].tolist() for row, kept in zip(rollout.response_ids, mask, strict=True)]
-    said = [tuple(row[:-1] if ended else row) for row, ended in zip(said, finished, strict=True)]
-    plain = [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in said]
+    written = [row[kept].tolist() for row, kept in zip(rollout.response_ids, mask, strict=True)]
+    written = [tuple(row[:-1] if ended else row) for row, ended in zip(written, finished, strict=True)]
+    plain = [tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False) for row in written]
     encoded = [encode_pairs(tokenizer, prompts, texts)[0] for texts in (plain, [f" {text}" for text in plain])]
     usual = [{tuple(ids) for _, ids in pair} for pair in zip(*encoded, strict=True)]
     heads, ends = encode_texts(reward.tokenizer, list(prompts)), end_ids(reward.tokenizer)
-    for number, (head, row, read) in enumerate(zip(heads, said, reward.ids(prompts, responses), strict=True)):
+    for number, (head, row, read) in enumerate(zip(heads, written, reward.ids(prompts, responses), strict=True)):
         if written_by_another(reward.tokenizer, prompts[number]):
             continue
         end = end_after(reward.tokenizer, prompts[number])

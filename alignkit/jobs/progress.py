@@ -65,13 +65,13 @@ class Progress:
         return whole if _width(whole) <= columns else clipped(f"{self.name} {words}", columns)
 
     def _tick(self) -> None:
-        told, ticks = "", 0
+        shown, ticks = "", 0
         while not self.over.wait(0.25 if self.live else LOG_SECONDS):
             if self.live:
                 print(f"\r\x1b[K{self.line(shutil.get_terminal_size().columns - 1)}", end="", flush=True)
                 continue
-            ticks, before, told = ticks + 1, told, self.place + self.own
-            if told != before or ticks % 2 == 0:
+            ticks, before, shown = ticks + 1, shown, self.place + self.own
+            if shown != before or ticks % 2 == 0:
                 self.say(self.words())
 
 

@@ -210,11 +210,11 @@ class _MLflow:
         title = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
         known = self.client.get_experiment_by_name(title)
         experiment = known.experiment_id if known else self.client.create_experiment(title)
-        mine = self.client.search_runs([experiment], f"tags.alignkit_id = '{name}'")
-        run_ = mine[0] if mine else self.client.create_run(experiment, run_name=f"{run.name}/{what}",
+        runs = self.client.search_runs([experiment], f"tags.alignkit_id = '{name}'")
+        run_ = runs[0] if runs else self.client.create_run(experiment, run_name=f"{run.name}/{what}",
                                                             tags={"alignkit_id": name})
         self.id = run_.info.run_id
-        if not mine:
+        if not runs:
             for key, value in settings.items():
                 self.client.log_param(self.id, key, value)
 

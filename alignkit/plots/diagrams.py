@@ -52,13 +52,13 @@ def plot_relay(headlines: Mapping[str, str] | None = None, here: str | None = No
     high = 1.3 if here else 1.02
     ax = _axes(ax, 9, 0.95 * (high + low) + 0.25 * bool(title))
     for x, (stage, (name, what)) in enumerate(STAGES.items()):
-        mine, colour = stage == here, STAGE_COLOURS[stage]
-        face, edge = _tint(colour, 0.3 if mine else 0.1), 3 if mine else 1.3
+        is_here, colour = stage == here, STAGE_COLOURS[stage]
+        face, edge = _tint(colour, 0.3 if is_here else 0.1), 3 if is_here else 1.3
         ax.add_patch(FancyBboxPatch((x + 0.04, 0.06), 0.8, 0.88, boxstyle="round,pad=0,rounding_size=0.07",
                                     mutation_aspect=1.6, linewidth=edge, facecolor=face, edgecolor=colour))
         _text(ax, x + 0.44, 0.74, name, size=9.5, ha="center", va="center", fontweight="bold")
         _text(ax, x + 0.44, 0.36, textwrap.fill(what, 17), ha="center", va="center", linespacing=1.25)
-        if mine:
+        if is_here:
             _text(ax, x + 0.44, 1.03, "you are here ▼", size=9, ha="center", va="bottom", fontweight="bold")
         if x:
             _arrow(ax, (x - 0.15, 0.5), (x + 0.03, 0.5), INK, lw=1.6)

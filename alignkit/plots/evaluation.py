@@ -259,10 +259,10 @@ def plot_reward_kl_plane(proxy=None, gold_along=None, gold_frontier=None, best_o
     styles = _styles([point["name"] for point in points])
     for name, (colour, marker, _, _) in styles.items():
         for reward, face, edge, line in (("proxy", colour, "white", "-"), ("gold", "white", colour, DOTTED)):
-            mine = [point for point in points if point["name"] == name and point.get(reward) is not None]
-            centres = [[np.mean(point[axis]) for axis in ("kl", reward)] for point in mine]
+            rows = [point for point in points if point["name"] == name and point.get(reward) is not None]
+            centres = [[np.mean(point[axis]) for axis in ("kl", reward)] for point in rows]
             ax.plot(*np.reshape(centres, (-1, 2)).T, color=colour, lw=0.9, alpha=0.7, ls=line)
-            for point, (x, y) in zip(mine, centres, strict=True):
+            for point, (x, y) in zip(rows, centres, strict=True):
                 spans = [point.get(f"{a}_ci95") or (np.min(point[a]), np.max(point[a])) for a in ("kl", reward)]
                 _cross(ax, x, y, *spans, colour)
                 ax.plot(x, y, marker, color=colour, mfc=face, mec=edge, mew=1.2, ms=7.5, zorder=5)

@@ -110,12 +110,12 @@ def _file_rows(run: Path, facts: Mapping, given: Mapping) -> dict[str, list[dict
     from alignkit.data.rows import load_rows
     from alignkit.task import is_heldout
 
-    said = next(iter(given.values()), {})
-    reading = {name: said[name] for name in ("kind", "split", "columns") if isinstance(said.get(name), str)}
-    loaded = load_rows(facts["data"], skip_bad=said.get("skip_bad") is True, messages=True, **reading)
+    choices = next(iter(given.values()), {})
+    reading = {name: choices[name] for name in ("kind", "split", "columns") if isinstance(choices.get(name), str)}
+    loaded = load_rows(facts["data"], skip_bad=choices.get("skip_bad") is True, messages=True, **reading)
     if loaded.kind == "prompts":
         raise DataError(f"{loaded.source}: has prompts only; an export needs demonstrations or pairs")
-    asked = _as_asked(run, facts, said, [row["prompt"] for row in loaded])
+    asked = _as_asked(run, facts, choices, [row["prompt"] for row in loaded])
     rows = [row for row, prompt in zip(loaded, asked, strict=True)
             if prompt is not None and not is_heldout(prompt, int(facts["seed"]))]
     if loaded.kind == "demonstrations":
@@ -124,7 +124,7 @@ def _file_rows(run: Path, facts: Mapping, given: Mapping) -> dict[str, list[dict
     return {"sft": liked, "reward": rows, "dpo": rows}
 
 
-def _as_asked(run: Path, facts: Mapping, said: Mapping, prompts: list) -> list[str | None]:
+def _as_asked(run: Path, facts: Mapping, choices: Mapping, prompts: list) -> list[str | None]:
     """The prompts as the run asked them, by which it decided what to hold out: messages in the words of the chat
     template, cut to the model's context; None for one that the template refuses, which no training saw."""
     from transformers import AutoTokenizer
@@ -146,11 +146,11 @@ def _as_asked(run: Path, facts: Mapping, said: Mapping, prompts: list) -> list[s
     tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     asked = list(prompts)
     for start in range(0, len(chats), 64):
-        some = chats[start : start + 64]
-        texts = chat_template_of(tokenizer).render([(prompts[each], []) for each in some])
-        for each, text in zip(some, texts, strict=True):
+        batch = chats[start : start + 64]
+        texts = chat_template_of(tokenizer).render([(prompts[each], []) for each in batch])
+        for each, text in zip(batch, texts, strict=True):
             asked[each] = None if isinstance(text, Fault) else ChatText(text[0])
-    room = min(said.get("max_length") or 512, tokenizer.model_max_length) - (said.get("max_new_tokens") or 32)
+    room = min(choices.get("max_length") or 512, tokenizer.model_max_length) - (choices.get("max_new_tokens") or 32)
     return [prompt and fit_prompt(tokenizer, prompt, room) for prompt in asked]
 
 

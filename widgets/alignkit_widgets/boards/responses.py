@@ -51,16 +51,16 @@ def word_differences(texts: Sequence[str]) -> list[list[tuple[str, bool]]]:
     """
     words = [re.findall(r"\s*\S+|\s+$", text) for text in texts]
     pieces = []
-    for mine in words:
-        common = [True] * len(mine)
+    for line_words in words:
+        common = [True] * len(line_words)
         for other in words:
-            same = [False] * len(mine)
-            bare = [[word.strip() for word in line] for line in (mine, other)]
+            same = [False] * len(line_words)
+            bare = [[word.strip() for word in line] for line in (line_words, other)]
             for start, _, size in difflib.SequenceMatcher(None, *bare, autojunk=False).get_matching_blocks():
                 same[start : start + size] = [True] * size
             common = [a and b for a, b in zip(common, same, strict=True)]
         joined: list[tuple[str, bool]] = []
-        for word, kept in zip(mine, common, strict=True):
+        for word, kept in zip(line_words, common, strict=True):
             if joined and joined[-1][1] is not kept:
                 joined[-1] = (joined[-1][0] + word, not kept)
             else:
