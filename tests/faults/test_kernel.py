@@ -432,7 +432,7 @@ def test_03_the_app_waits_for_what_it_saves_and_a_second_ctrl_c_ends_that(tmp_pa
     monkeypatch.setattr(server.os, "_exit", leave)
     with pytest.raises(AtOnce, match="130"):
         signalled(["app", tmp_path / "run"], (lambda: app, "SIGTERM"), (lambda: saving, "SIGHUP", "SIGTERM", "SIGINT"))
-    assert "ended at once; what was trained since the last checkpoint is lost" in capfd.readouterr().out
+    assert "ended at once; training since the last checkpoint is lost" in capfd.readouterr().out
     assert is_free(tmp_path / "run")
 
 

@@ -87,11 +87,11 @@ function show(status) {
     });
   }
   const many = boxes.querySelectorAll("input:checked").length, enough = status.checkpoints.length > 1;
-  few.textContent = enough ? "" : "There is one checkpoint so far; a run in the tab Train makes another.";
+  few.textContent = enough ? "" : "There is only one checkpoint so far. Start a run in the tab Train to make another.";
   compare.disabled ||= many < 2 || many > 6;
 }
 
-const train = addTab("train", "Train", "PPO from the SFT policy, against the reward model. Pause it, step, move the sliders, stop: what is there is kept.");
+const train = addTab("train", "Train", "PPO trains the SFT policy against the reward model. You can pause, step, move the sliders and stop; a stopped run is kept.");
 const label = make(train, "label", {}, "Iterations "), iterations = make(label, "input", { type: "number", min: 1, value: 40, required: "" });
 make(train, "button", {}, "Start a run");
 const goOnLabel = make(train, "label", {}, "Unfinished "), goOn = make(goOnLabel, "select");
@@ -99,13 +99,13 @@ const goOnButton = make(train, "button", { type: "button" }, "Continue it");
 goOnButton.addEventListener("click", () => send({ do: "continue", name: goOn.value }));
 train.addEventListener("submit", (e) => { e.preventDefault(); send({ do: "train", iterations: iterations.valueAsNumber }); });
 
-const choose = addTab("compare", "Compare", "The same held-out prompts to two or more checkpoints, without their names. Vote, then show the names.");
+const choose = addTab("compare", "Compare", "Two or more checkpoints answer the same held-out prompts; their names are hidden. Vote, then show the names.");
 const boxes = make(choose, "span", { role: "group", "aria-label": "Checkpoints", style: "display:contents" }), compare = make(choose, "button", {}, "Compare");
 const few = make(choose, "span");
 boxes.addEventListener("change", () => { const n = boxes.querySelectorAll("input:checked").length; compare.disabled = n < 2 || n > 6; });
 choose.addEventListener("submit", (e) => { e.preventDefault(); send({ do: "compare", names: [...boxes.querySelectorAll("input:checked")].map((box) => box.value) }); });
 
-const explore = addTab("frontier", "Frontier", "What a nat of KL can buy: the best policy for each price of KL, found by enumeration.");
+const explore = addTab("frontier", "Frontier", "How much reward a nat of KL can buy: the best policy for each price of KL, by enumeration of all responses.");
 const own = make(explore, "button", { type: "button" }, "This run"), recorded = make(explore, "button", { type: "button" }, "Recorded runs");
 own.addEventListener("click", () => send({ do: "frontier" }));
 recorded.addEventListener("click", () => send({ do: "frontier", recorded: true }));
@@ -120,4 +120,4 @@ socket.addEventListener("message", ({ data }) => {
   else if (message.mount) mount(message);
   else for (const heard of models[message.to]?.heard ?? []) heard(message.content);
 });
-socket.addEventListener("close", () => make(document.body, "p", { class: "ended", role: "alert" }, "The server has ended. What was trained and chosen is saved."));
+socket.addEventListener("close", () => make(document.body, "p", { class: "ended", role: "alert" }, "The server has ended. Checkpoints and votes are saved."));

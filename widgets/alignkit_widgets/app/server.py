@@ -261,7 +261,8 @@ class Dashboard:
 
     def _train_this(self, setting: dict) -> str:
         begun = self._begin("train", self._train(None, kl_coef=float(setting["kl_coef"])))
-        return "It trains now, in the tab Train." if begun else "A run is going on in the tab Train; stop it first."
+        return ("The run has started in the tab Train." if begun
+                else "A run is in progress in the tab Train. Stop it first.")
 
 
 class Guarded(RequestHandler):
@@ -376,7 +377,7 @@ async def serve(playground: Playground, port: int = 0, tell: Callable[[str], Non
         closing, second = loop.create_task(dashboard.close()), loop.create_task(at_once.wait())
         await asyncio.wait([closing, second], timeout=SAVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if not closing.done():
-            tell("ended at once; what was trained since the last checkpoint is lost")
+            tell("ended at once; training since the last checkpoint is lost")
             sys.stdout.flush()
             os._exit(130)  # all else waits for the thread that trains
         second.cancel()

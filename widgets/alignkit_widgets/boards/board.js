@@ -25,7 +25,7 @@ class View {
     this.prompt = make(prompt, "div", { class: "akb-text" });
     this.caption = make(prompt, "span");
     this.grid = make(this.main, "div", { class: "akb-cards" });
-    this.end = make(root, "div", { class: "akb-end" }, "That was the last one.");
+    this.end = make(root, "div", { class: "akb-end" }, "That was the last item.");
     this.row = make(root, "div", { class: "akb-buttons" });
     this.note = make(root, "div", { class: "akb-note", role: "alert" });
     this.results = make(root, "div", { class: "akb-results", role: "group", "aria-label": "Results" });
@@ -118,7 +118,7 @@ class View {
   hints() {
     const on = this.root.contains(document.activeElement);
     say(this.hint, [on ? "The keys work while this panel has the focus." : "Click into the panel, or go there with Tab, to use the keys.",
-      this.differing ? "Underlined: words that another response does not have there." : ""].join(" "));
+      this.differing ? "Underlined: words that differ from the other response." : ""].join(" "));
   }
   dispose() { clearInterval(this.beat); this.root.remove(); }
 }

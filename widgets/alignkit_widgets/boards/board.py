@@ -166,13 +166,13 @@ class Board:
             self.running = False
             self._leave_picture()
             return
-        text = f"{self.title}: a panel to choose with stands here while the cell runs. {self.status()}"
+        text = f"{self.title}: the panel for your choices is shown here while the cell runs. {self.status()}"
         handle = self._display({"text/plain": text})
         try:
             while not self.enough():
                 await asyncio.sleep(0.1)  # and not wait_for, which can lose an interrupt that comes with a press
                 if time.monotonic() - self._heard > self.patience:
-                    print(f"{self.title}: the page was gone. What was chosen is saved; run the cell again to go on.")
+                    print(f"{self.title}: the page was closed. Your choices are saved; run the cell again to continue.")
                     break
         finally:
             self.running, self.listeners = False, []

@@ -61,7 +61,7 @@ class CheckpointComparer(Board):
         differing = [row for row in rows if len({text.strip() for text in row["responses"].values()}) > 1]
         if not differing:
             names = ", ".join(checkpoints)
-            raise ValueError(f"{names} say the same to all {len(rows)} prompts; there is nothing to compare")
+            raise ValueError(f"{names} give the same responses to all {len(rows)} prompts; there is nothing to compare")
         self.names, self.same, self.blind = list(checkpoints), len(rows) - len(differing), blind
         items = choice_items(differing, seed)
         if not blind:
@@ -121,7 +121,7 @@ class CheckpointComparer(Board):
         kinds = [row["choice"] for row in self.log.choices.values()]
         more = [f"{kinds.count(kind)} {word}" for kind, word in (("tie", "tied"), ("skip", "skipped")) if kind in kinds]
         votes = sum(kind != "skip" for kind in kinds)
-        same = f"; {self.same} more prompts, to which all say the same, are left out" if self.same else ""
+        same = f"; {self.same} more prompts, to which all give the same response, are left out" if self.same else ""
         end = "; every prompt has a vote" if self.at is None else ""
         return f"{', '.join([f'{votes} vote' + 's' * (votes != 1), *more])}{end}{same} · {self.log.path}"
 

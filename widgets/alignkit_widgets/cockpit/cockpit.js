@@ -254,11 +254,11 @@ class View {
     make(row, "label", { for: id }, `back to ${this.config.unit}`);
     const select = make(row, "select", { id, "data-lm-suppress-shortcuts": "true" });
     const button = make(row, "button", { type: "button", "data-lm-suppress-shortcuts": "true" }, "Rewind");
-    button.title = "go back, and on from there with the controls as they are now; what was done since stays as dashed lines";
+    button.title = "go back to this iteration and train on with the present controls; the curves since then stay as dashed lines";
     const wait = make(row, "span", { class: "akc-wait", role: "status" });
     button.addEventListener("click", () => {
       this.model.send({ type: "rewind", iteration: +select.value });
-      wait.textContent = "as soon as this iteration is done";
+      wait.textContent = "after this iteration";
       this.rewind.done = this.store.state.done;
     });
     this.rewind = { row, select, button, wait, done: null };

@@ -146,7 +146,7 @@ class TrainingCockpit:
             return draw_run(session.config, session.rows, session.marks, session.status()["place"], session.branches)
         rows = read_metrics(self.log) if self.log is not None else []
         if not rows:
-            raise ValueError("there is nothing to draw: this cockpit ran no iteration and has no log of an earlier run")
+            raise ValueError("there is nothing to draw: this cockpit has run no iteration and has no log")
         branches = branches_of(self.log, rows)
         place = f"step {rows[-1]['step']}"
         return draw_run(self._config("watch", "step"), rows, marks_of(rows, branches), place, branches)

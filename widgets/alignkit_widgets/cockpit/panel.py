@@ -34,7 +34,7 @@ class PanelDisplay:
         self.handle = display(
             {
                 "application/vnd.jupyter.widget-view+json": view,
-                "text/plain": f"{config['title']}: a live panel stands here while the cell runs, then a picture.",
+                "text/plain": f"{config['title']}: a live panel while the cell runs, a picture after that.",
             },
             raw=True,
             display_id=True,

@@ -81,7 +81,7 @@ class Remote:
             except TimeoutError:
                 if time.monotonic() - self._heard > self.patience:
                     self.budget = None
-                    self.session.note = "the page of the paused run was gone, so the run went on"
+                    self.session.note = "the page of the paused run was closed, so the run continued"
             self._rewind()
 
     def _rewind(self) -> None:

@@ -40,7 +40,7 @@ def _rows(state: Mapping) -> list:
     losses = bradley_terry_loss(places, wins, labels)
     x = "difference of the scores, nats"
     curve = [Series("without flips", torch.stack([places, preference_chance(places)], 1), "dotted")] if noise else []
-    left = Chart("How often the first is preferred", Axis(x, -6, 6), Axis("probability", 0, 1), [
+    left = Chart("Probability that the first response is preferred", Axis(x, -6, 6), Axis("probability", 0, 1), [
         *curve, Series("σ(difference)" if not noise else "with flips",
                        torch.stack([places, preference_chance(places, noise)], 1), "blue"),
         Series("these two", [(true, chance)], "blue", line=False, big=True)])
@@ -54,13 +54,13 @@ def _rows(state: Mapping) -> list:
     says = (f"A difference of {fixed(true, 1, sign=True)} makes the first win in {100 * chance:.0f} % of labels; "
             f"{wins:,} of {labels:,} preferred it. ")
     if math.isinf(fitted):
-        says += "All labels agree, so the loss has no minimum: it pulls the scores apart for ever."
+        says += "All labels agree, so the loss has no minimum: training keeps pulling the scores apart."
     else:
         says += (
             f"The loss is least at log(wins / losses), {fixed(fitted, sign=True)}; the truth: {fixed(true, sign=True)}."
         )
         if noise:
-            says += " Flips pull that towards 0: more labels do not help."
-    shift = ("Only the difference counts: add any number to both scores, and every chance and every loss stays. "
-             "A reward has no zero, and none that compares two prompts.")
+            says += " Flipped labels pull this minimum towards 0; more labels do not correct that."
+    shift = ("Only the difference of the scores counts: adding a number to both changes no probability and no loss. "
+             "So rewards have no absolute zero, and rewards of two prompts cannot be compared.")
     return [[Text(says, lead=True)], [left, right], [Text(shift)]]

@@ -51,10 +51,10 @@ def _rows(state: Mapping) -> list:
     edge = 1.9 * state["size"]
     low, high = (0, edge) if advantage > 0 else (-edge, 0)
     unclipped = Series("without clip, ρA", [(0.4, 0.4 * advantage), (1.8, 1.8 * advantage)], "dotted")
-    objective = Chart("The objective, to be raised", x, Axis("objective, units of A", low, high), [
+    objective = Chart("The objective (PPO maximises it)", x, Axis("objective, units of A", low, high), [
         unclipped, Series("min(ρA, clip(ρ)A)", torch.stack([places, value], 1), look),
         Series("this token", [(ratio, float(value_here))], look, line=False, big=True)], marks, [(*zone, "")])
-    gradient = Chart("Its slope: what pulls at the token", x,
+    gradient = Chart("Slope of the objective", x,
                      Axis("d objective / dρ, units of A", *sorted((-0.15 * advantage, 1.3 * advantage))),
                      [Series("slope", torch.stack([places, slope], 1), look),
                       Series("this token", [(ratio, float(slope_here))], look, line=False, big=True)], marks,
@@ -63,12 +63,13 @@ def _rows(state: Mapping) -> list:
     want = "likelier" if advantage > 0 else "rarer"
     if no_gradient:
         says = (f"No gradient: the token is {fixed(ratio)} times as likely as when it was sampled, beyond "
-                f"{fixed(1 + clip if advantage > 0 else 1 - clip)}. It is {want} already; this batch pulls no further.")
+                f"{fixed(1 + clip if advantage > 0 else 1 - clip)}. It is {want} already, "
+                "so this batch no longer moves it.")
     elif (ratio > 1 + clip) or (ratio < 1 - clip):
         says = (f"Full gradient, although ρ is outside the clip: the token moved the wrong way ({moved} likely), and "
-                "nothing keeps PPO from putting that right. The clip is one-sided.")
+                "PPO may correct that. The clip is one-sided.")
     else:
-        says = f"Inside the clip: the slope is A = {fixed(advantage, sign=True)}, and the token is made {want}."
+        says = f"Inside the clip: the slope is A = {fixed(advantage, sign=True)}, and the step makes the token {want}."
     edges = f"ρA = {fixed(ratio * advantage)}, clip(ρ)A = {fixed(min(max(ratio, 1 - clip), 1 + clip) * advantage)}"
     detail = (f"{edges}; the smaller is the objective, {fixed(float(value_here))}, "
               f"with slope {fixed(float(slope_here))}.")

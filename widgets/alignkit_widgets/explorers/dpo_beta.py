@@ -62,7 +62,7 @@ def _rows(state: Mapping) -> list:
     charts = [Chart("Loss of the pair", x, Axis("loss, nats" if kind == "sigmoid" else "loss", 0, top),
                     [Series("loss", torch.stack([places, losses], 1), "blue"),
                      Series("this pair", [(margin, loss)], "blue", **here)], mark),
-              Chart("Pull: chosen up, rejected down", x,
+              Chart("Gradient: chosen up, rejected down", x,
                     Axis("pull, a nat", min(0.0, 1.1 * float(pulls.min())), most),
                     [Series("pull", torch.stack([places, pulls], 1), "vermilion"),
                      Series("this pair", [(margin, pull)], "vermilion", **here)], mark)]
@@ -76,9 +76,9 @@ def _rows(state: Mapping) -> list:
         says += f" (ln 2 = 0.6931 at margin 0); weight of the pair in the gradient σ(−margin) = {fixed(pull / beta)}"
     says += f", pull β · {number(pull / beta)} = {number(pull)} a nat." if pull else ": no pull left."
     if pull < 0:
-        says += " Past the margin that this loss aims for: it pulls back."
+        says += " The margin is past this loss's target, so the gradient pulls it back."
     if (margin > 0) != (chosen > rejected):
-        says += (" Ranked rightly, and yet the rejected response is the likelier one" if margin > 0 else
-                 " Ranked wrongly, although the chosen response is the likelier one")
+        says += (" The pair is ranked correctly, yet the rejected response is the likelier one" if margin > 0 else
+                 " The pair is ranked wrongly, although the chosen response is the likelier one")
         says += ": only the change against the reference counts."
     return [[Text(says, lead=True)], charts, [table]]

@@ -60,7 +60,7 @@ class FrontierExplorer(Explorer):
             controls.append(Toggle("runs", True, "recorded runs"))
         if train is not None:
             controls.append(Button("train", "train this", lambda values: train(self.parameters(values))))
-        super().__init__("The reward that KL buys", controls, self._rows, state=state, hide=hide)
+        super().__init__("Reward against KL", controls, self._rows, state=state, hide=hide)
 
     def parameters(self, values: Mapping[str, object] | None = None) -> dict[str, float | int]:
         """The setting as notebook 03 takes it: {"kl_coef": β, "seed": s}."""
@@ -84,12 +84,12 @@ class FrontierExplorer(Explorer):
         peak = int(np.argmax(curve["gold"]))
         text = (f"At β = {number(beta)} the best policy is {fixed(here['kl'])} nats from SFT: "
                 f"proxy {fixed(here['proxy'])}, gold {fixed(here['gold'])} SFT-sd. "
-                f"From there, a nat more buys less than {number(beta)} of proxy. ")
+                f"One more nat of KL buys less than {number(beta)} of proxy. ")
         if 0 < peak < len(curve["gold"]) - 1 and beta < curve["beta"][peak] / 1.3:
             return text + (f"Gold was highest, {fixed(curve['gold'][peak])}, at β = {number(curve['beta'][peak], 2)}: "
-                           "since then more proxy has meant less of what it stands for.")
+                           "at lower prices a higher proxy comes with a lower gold.")
         bent = 0 < peak < len(curve["gold"]) - 1 and beta < 1.3 * curve["beta"][peak]
-        return text + ("Gold is at its highest about here." if bent else "A lower price buys more of both." if peak
+        return text + ("Gold peaks near this price." if bent else "A lower price raises proxy and gold." if peak
                        else "")
 
     def _plane(self, seed: int, beta: float, here: Mapping, runs: Mapping[str, list[RecordedRun]]) -> Chart:
@@ -132,12 +132,12 @@ class FrontierExplorer(Explorer):
         truth = self.truth
         best, ref = truth.optimum(which, beta), truth.ref_logps[which]
         now, before = truth.shares(which, best), truth.shares(which, ref)
-        bars = Bars("What is done with this prompt", {"SFT": "sft", "best at this β": "blue"},
+        bars = Bars("Behaviour on this prompt", {"SFT": "sft", "best at this β": "blue"},
                     [(name, before[name], now[name]) for name in now], "share of responses", percent=True)
         rows = [[text.strip() or "(nothing)", f"{100 * ref[i].exp():.1f} %", f"{100 * best[i].exp():.1f} %",
                  fixed(truth.proxy[which, i].item(), sign=True), fixed(truth.gold[which, i].item(), sign=True)]
                 for i, text in truth.likeliest(best)]
-        return bars, Table("Its likeliest responses", ["response", "SFT", "at this β", "proxy", "gold"], rows)
+        return bars, Table("The likeliest responses", ["response", "SFT", "at this β", "proxy", "gold"], rows)
 
     def _runs(self, seed: int) -> dict[str, list[RecordedRun]]:
         methods = dict.fromkeys(run.method for run in self.sweep.runs)

@@ -33,9 +33,9 @@ class GAEExplorer(Explorer):
         rewards, advantages = token_advantages(numbers, kl_coef=state["kl_coef"], gamma=gamma, gae_lambda=lam)
         best, worst = int(advantages.argmax()), int(advantages.argmin())
         if lam == 0:
-            kind = "λ = 0: each token is judged by one step, r + γV(next) − V. All rests on the critic."
+            kind = "λ = 0: the advantage is one step, r + γV(next) − V, and depends on the critic entirely."
         elif lam == 1 and gamma == 1:
-            kind = "λ = 1: each token gets the rest of the reward less V. The critic is a baseline only."
+            kind = "λ = 1: the advantage is the remaining reward minus V; the critic is a baseline only."
         else:
             kind = f"A surprise counts {fixed(gamma * lam)} one token earlier, {fixed((gamma * lam) ** 2)} two earlier."
         most, least = (f"“{numbers.tokens[i].strip()}” ({fixed(float(advantages[i]), sign=True)})"
@@ -46,7 +46,7 @@ class GAEExplorer(Explorer):
                 for lam_ in (0.0, 1.0)}
         values = [v for a in ends.values() for v in a.tolist()] + [0.0]
         margin = 0.15 * (max(values) - min(values)) + 0.05
-        chart = Chart("Between one step (λ = 0) and the whole rest (λ = 1)",
+        chart = Chart("Between one step (λ = 0) and the whole remaining reward (λ = 1)",
                       Axis("token", 0.7, len(numbers.tokens) + 0.3, whole=True),
                       Axis("advantage, SFT-sd", min(values) - margin, max(values) + margin),
                       [Series("λ = 0", list(zip(places, ends[0.0].tolist(), strict=True)), "dotted"),

@@ -24,7 +24,7 @@ class KLEstimatorsExplorer(Explorer):
     """
 
     def __init__(self, *, state: str = "", hide: Sequence[str] = ()) -> None:
-        samplers = {"policy": "the policy π, as it should be", "reference": "the reference π_ref: a mistake"}
+        samplers = {"policy": "the policy π (correct)", "reference": "the reference π_ref (a mistake)"}
         controls = [Slider("distance", np.linspace(0.05, 2, 40).round(2).tolist(), 0.3, "distance from π_ref"),
                     Slider("samples", (4, 8, 16, 32, 64, 128, 256, 512, 1024), 64, "samples", between=False),
                     Choice("sampler", samplers, "policy", "samples come from"),
@@ -53,20 +53,20 @@ def _rows(state: Mapping) -> list:
                   Axis("estimate, nats", -0.5 * reach, reach), [
         Series(s.name, [(x, y if -0.5 * reach <= y <= reach else None) for x, y in s.points], s.look) for s in series],
         [("y", exact, f"exact KL {fixed(exact, 3)}"), ("y", 0.0, "")], weight=1.3)
-    bars = Bars("One choice out of five", {"π_ref": "muted", "π": "blue"},
+    bars = Bars("A distribution over five tokens", {"π_ref": "muted", "π": "blue"},
                 list(zip(_WORDS, _REF.exp().tolist(), logps.exp().tolist(), strict=True)), "probability", percent=True)
-    table = Table(f"From {n:,} samples, and what they are worth",
+    table = Table(f"From {n:,} samples: estimate and error",
                   ["estimator", "these samples", "on average", "bias", "± (one sd)"],
                   [["exact KL", fixed(exact, 4), "", "", ""], *rows], hot=[0])
     k1, k3 = (float(estimates[name][0].mean()) for name in ("k1", "k3"))
     if wrong:
-        says = (f"From the wrong sampler none of them estimates KL(π ‖ π_ref) = {fixed(exact, 3)}: on average k1 is "
-                f"{fixed(estimates['k1'][1], 3)}, which is −KL(π_ref ‖ π), and more samples only make it surer.")
+        says = (f"With samples of the reference, no estimator estimates KL(π ‖ π_ref) = {fixed(exact, 3)}: "
+                f"on average k1 is {fixed(estimates['k1'][1], 3)}, which is −KL(π_ref ‖ π); more samples do not correct that.")
     elif k1 < 0:
-        says = (f"k1 is negative here, {fixed(k1, 4)}, and nothing is wrong: the mean of {n} samples is off by "
+        says = (f"k1 is negative here, {fixed(k1, 4)}, which is no error: the mean of {n} samples is off by "
                 f"± {number(estimates['k1'][2] / n**0.5, 2)}, and the KL is only {fixed(exact, 4)}. "
                 "k3 has the same mean and cannot be negative.")
     else:
         says = (f"The exact KL is {fixed(exact, 4)} nats; k1 says {fixed(k1, 4)}, k3 {fixed(k3, 4)}. k1 and k3 are "
-                f"right on average; k2 is off by {fixed(estimates['k2'][1] - exact, 4, sign=True)} for ever.")
+                f"right on average; k2 has a bias of {fixed(estimates['k2'][1] - exact, 4, sign=True)}.")
     return [[Text(says, lead=True)], [chart, bars], [table]]

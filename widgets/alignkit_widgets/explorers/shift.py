@@ -41,7 +41,7 @@ class ShiftViewer(Explorer):
         last = len(self.shift.names) - 1
         controls = [Slider("checkpoint", range(last + 1), last, "checkpoint", between=False, names=self.shift.names),
                     Choice("prompt", {str(i): prompt for i, prompt in enumerate(self.shift.prompts)}, "0", "prompt")]
-        super().__init__("What moved, checkpoint by checkpoint", controls, self._rows, state=state, hide=hide)
+        super().__init__("What changed from checkpoint to checkpoint", controls, self._rows, state=state, hide=hide)
 
     def _rows(self, state: Mapping) -> list:
         shift, at, prompt = self.shift, int(state["checkpoint"]), int(state["prompt"])
@@ -58,7 +58,7 @@ class ShiftViewer(Explorer):
         lines = [Series(other, _points(row), "dotted") for other,
                  row in zip(shift.names, every, strict=True) if other not in (name, first)]
         lines = [Series("" if i else "other checkpoints", s.points, s.look) for i, s in enumerate(lines)]
-        chart = Chart(f"How far it moved from {first}, by position",
+        chart = Chart(f"KL by position, from {first}, by position",
                       Axis("position in the response, tokens", 0.8, len(every[0]) + 0.2, whole=True),
                       Axis("KL, nats a token", 0, 1.1 * max([*known, 0.1])),
                       [*lines, Series(name, _points(every[at]), "blue", marks=True)])

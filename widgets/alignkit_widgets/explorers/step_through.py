@@ -42,7 +42,7 @@ class StepThroughExplorer(Explorer):
             (1, "log π_old", update.old, False), (2, "log π_ref", update.ref, False),
             (2, "KL: log π_old − log π_ref", update.kl, True),
             (3, f"reward: −{beta} · KL, + score at the end", update.rewards, True),
-            (4, "V, the critic's guess", numbers.values, True),
+            (4, "V, the critic's estimate", numbers.values, True),
             (4, "advantage A (γ = 1, λ = 0.95)", update.advantages, True), (5, "log π now", update.now, False),
             (5, "ratio ρ = π / π_old", update.ratio, False), (6, "objective min(ρA, clip(ρ)A)", update.objective, True)]
         rows = [[name, *(fixed(float(v), sign=signed) for v in values)] for at, name, values,
@@ -58,9 +58,9 @@ class StepThroughExplorer(Explorer):
             hot = [len(rows) - 2, len(rows) - 1]
         says = {
             1: "Sampled: the policy wrote these tokens, each with this log-probability. That policy is now π_old.",
-            2: "KL: how much likelier each token is than under the reference. On one sample it may well be negative.",
+            2: "KL: the log-ratio of policy and reference for each token. It can be negative on one sample.",
             3: f"Reward: each token pays {beta} a nat; the score, {fixed(numbers.score)}, comes with the last one.",
-            4: "Advantage: did it go better than the critic expected? Only now does the score reach earlier tokens.",
+            4: "Advantage: how much better the outcome was than the critic expected. Here the score reaches earlier tokens.",
             5: f"Ratio: after {int(state['steps'])} steps, how much likelier is each token than when it was sampled?"
                + (" Before the first step it is 1, exactly." if not state["steps"] else ""),
             6: f"Clip: {int(update.still.sum())} of {len(update.still)} tokens went past 1 ± {clip}: no gradient.",
@@ -72,7 +72,7 @@ class StepThroughExplorer(Explorer):
         name, unit = {1: ("log π", "nats"), 2: ("KL", "nats"), 3: ("r", "SFT-sd")}.get(stage, ("A", "SFT-sd"))
         strip = [[Tokens(f"Tokens, coloured by advantage ({source})", numbers.tokens, shown)]] if name == "A" else []
         columns = [f"{title} ({unit})" if stage < 4 else title, *(token.strip() for token in numbers.tokens)]
-        note = ("Here each position's logits are the parameters, and the step is plain gradient descent; a network "
-                "shares its weights, and a batch whitens its advantages first.")
+        note = ("Here the logits of each position are the parameters, and the step is plain gradient descent. A network "
+                "shares its weights between positions, and PPO first whitens the advantages of a batch.")
         return [[Text(f"{stage} of {len(STAGES)} · {says}", lead=True)], *strip, [Table("", columns, rows, hot)],
                 [Text(note)]]
