@@ -514,7 +514,7 @@ def test_the_worked_dpo_example_is_notebook_05s():
         text = BetaExplorer(state=f"beta={beta}").text()
         loss = math.log(1 + math.exp(-margin))
         assert f"Margin +{margin:.3f}, loss {loss:.4f}" in text and f"= {1 / (1 + math.exp(margin)):.2f}, pull" in text
-        assert "Ranked rightly, and yet the rejected response is the likelier one" in text
+        assert "The pair is ranked correctly, yet the rejected response is the likelier one" in text
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo", "hinge"])

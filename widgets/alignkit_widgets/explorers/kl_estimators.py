@@ -61,7 +61,8 @@ def _rows(state: Mapping) -> list:
     k1, k3 = (float(estimates[name][0].mean()) for name in ("k1", "k3"))
     if wrong:
         says = (f"With samples of the reference, no estimator estimates KL(π ‖ π_ref) = {fixed(exact, 3)}: "
-                f"on average k1 is {fixed(estimates['k1'][1], 3)}, which is −KL(π_ref ‖ π); more samples do not correct that.")
+                f"on average k1 is {fixed(estimates['k1'][1], 3)}, which is −KL(π_ref ‖ π); "
+                "more samples do not correct that.")
     elif k1 < 0:
         says = (f"k1 is negative here, {fixed(k1, 4)}, which is no error: the mean of {n} samples is off by "
                 f"± {number(estimates['k1'][2] / n**0.5, 2)}, and the KL is only {fixed(exact, 4)}. "
