@@ -72,7 +72,7 @@ class StepThroughExplorer(Explorer):
         name, unit = {1: ("log π", "nats"), 2: ("KL", "nats"), 3: ("r", "SFT-sd")}.get(stage, ("A", "SFT-sd"))
         strip = [[Tokens(f"Tokens, coloured by advantage ({source})", numbers.tokens, shown)]] if name == "A" else []
         columns = [f"{title} ({unit})" if stage < 4 else title, *(token.strip() for token in numbers.tokens)]
-        note = ("The logits of each position are the parameters here, and the step is plain gradient descent. A network "
-                "shares its weights between positions, and PPO first whitens the advantages of a batch.")
+        note = ("The logits of each position are the parameters here, and the step is plain gradient descent. A "
+                "network shares its weights between positions, and PPO first whitens the advantages of a batch.")
         return [[Text(f"{stage} of {len(STAGES)} · {says}", lead=True)], *strip, [Table("", columns, rows, hot)],
                 [Text(note)]]
