@@ -63,7 +63,7 @@ def alignkit(*arguments) -> int:
 
 
 # --- which notebook gets what ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("stage", ["ppo", "3", "03", "03b_ppo"])
+@pytest.mark.parametrize("stage", ["ppo", "3", "03", "03b", "03b_ppo"])
 def test_a_stage_is_its_name_or_its_notebooks_number_or_name_and_wins(known, stage):
     values = values_by_notebook(known, {f"{stage}.rate": "0.1", "rate": "0.2", "seed": 3})
     assert values == {"01_sft": {"rate": "0.2", "seed": 3}, "02_reward_model": {"seed": 3},
@@ -122,7 +122,7 @@ def test_a_value_for_one_stage_reruns_that_stage_and_what_comes_after_it(series,
     assert capsys.readouterr().out.startswith("rate=3: 01_sft, 03b_ppo; for one of them: -p ppo.rate=…\n")
     assert go(rate="3") == []
     assert go(rate="3", ppo__rate="4") == [("03b_ppo", 4.0)]
-    assert "03b_ppo                  again: rate was 3.0, now 4.0" in capsys.readouterr().out
+    assert "03b_ppo                 again: rate was 3.0, now 4.0" in capsys.readouterr().out
     assert go(sft__rate="3", ppo__rate="4") == []  # each got what it had
     given = json.loads((out / "jobs.json").read_text())
     assert (given["01_sft"]["given"], given["03b_ppo"]["given"]) == ({"rate": 3.0}, {"rate": 4.0})
@@ -223,7 +223,7 @@ def clock(monkeypatch):
 
 def test_a_terminal_shows_the_notebooks_own_progress_on_one_line(monkeypatch, clock):
     monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda *_, **__: shutil.os.terminal_size((70, 20)))
+    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda *_, **__: shutil.os.terminal_size((71, 20)))
     monkeypatch.setattr(threading_of(progress), "start", lambda self: None)
     line = Progress("03b_ppo", None)
     line.at(4, 10)
@@ -232,7 +232,7 @@ def test_a_terminal_shows_the_notebooks_own_progress_on_one_line(monkeypatch, cl
     shown = sys.stdout.getvalue()
     assert shown.startswith("\r\x1b[K03b_ppo") and "\n" not in shown
     visible = shown.removeprefix("\r\x1b[K")
-    assert len(visible) == 69 and visible.endswith("…") and "\x1b" not in visible
+    assert len(visible) == 70 and visible.endswith("…") and "\x1b" not in visible
     assert visible.startswith("03b_ppo cell 5 of 10, 0.0 s · PPO: iteration 7 of 40")  # there is no room for the bar
     monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda *_, **__: shutil.os.terminal_size((400, 20)))
     clock(line, iter([True]))
@@ -266,7 +266,7 @@ def test_a_log_gets_a_line_every_half_minute_at_most(monkeypatch, clock):
     assert set(waited) == {30}
     told = sys.stdout.getvalue().splitlines()
     assert [text.rpartition("· ")[2] for text in told] == ["step 2 of 3", "step 2 of 3", "step 3 of 3"]
-    assert all("\r" not in text and text.startswith("03b_ppo                  cell 5 of 10, ") for text in told)
+    assert all("\r" not in text and text.startswith("03b_ppo                 cell 5 of 10, ") for text in told)
 
 
 def test_what_a_cell_prints_reaches_the_progress_line(tmp_path, monkeypatch):
