@@ -70,6 +70,16 @@ def test_a_stage_is_its_name_or_its_notebooks_number_or_name_and_wins(known, sta
                       "03b_ppo": {"rate": "0.1", "seed": 3}}
 
 
+def test_of_two_lessons_with_one_number_the_digits_mean_the_one_that_makes_the_stage():
+    known = {name: notebook_parameters(notebooks.find_notebook(name)) for name in ("03a_ppo_by_hand", "03b_ppo")}
+    for stage, notebook in {"3": "03b_ppo", "ppo": "03b_ppo", "03b": "03b_ppo", "03a": "03a_ppo_by_hand",
+                            "3a": "03a_ppo_by_hand", "03a_ppo_by_hand": "03a_ppo_by_hand"}.items():
+        values = values_by_notebook(known, {f"{stage}.kl_coef": "0.1"})
+        assert {name for name, of_one in values.items() if of_one} == {notebook}, stage
+    with pytest.raises(ParameterError, match="03.kl_coef is for 03b_ppo, which is not what runs here"):
+        values_by_notebook({"03a_ppo_by_hand": known["03a_ppo_by_hand"]}, {"03.kl_coef": 1})
+
+
 @pytest.mark.parametrize("given, says", [
     ({"rat": 1}, r"rat: no notebook of the course has such a parameter; did you mean rate\? "
                  r"\(01_sft, 03b_ppo has it\)"),
@@ -366,8 +376,9 @@ def test_prompts_of_your_model_that_cannot_be_asked_are_refused_before_anything_
 
 
 def test_a_missing_stage_is_refused_and_leaves_nothing(tmp_path, no_kernel, capsys):
-    assert alignkit("run", "3", "--out", tmp_path / "run") == 1
-    assert "sft has no model: run notebook 01_sft" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    for notebook in ("3", "03a"):
+        assert alignkit("run", notebook, "--out", tmp_path / "run") == 1
+        assert "sft has no model: run notebook 01_sft" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_run_directory_that_takes_no_file_is_refused(series, tmp_path, no_kernel, monkeypatch):
