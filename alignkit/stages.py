@@ -1,5 +1,7 @@
 """The five stages of the relay, the notebooks that make them, and the files of a run."""
 
+import re
+
 STAGES = {  # the folder of RUN -> what the stage is called, what it does
     "sft": ("SFT", "imitate demonstrations"),
     "reward": ("Reward model", "learn what annotators prefer"),
@@ -11,12 +13,14 @@ CHAIN = {  # the notebooks of the course, in order, and the folder of RUN that i
     "00_the_world": None,
     "01_sft": "sft",
     "02_reward_model": "reward",
+    "03a_ppo_by_hand": None,
     "03b_ppo": "ppo",
     "04_freeze_and_evaluate": "frozen",
     "05_dpo": "dpo",
 }
 NEEDS = {  # the stages that a notebook reads, each with its model
     "02_reward_model": ("sft",),
+    "03a_ppo_by_hand": ("sft", "reward"),
     "03b_ppo": ("sft", "reward"),
     "04_freeze_and_evaluate": ("sft", "reward", "ppo"),
     "05_dpo": ("sft", "reward", "frozen"),
@@ -24,6 +28,17 @@ NEEDS = {  # the stages that a notebook reads, each with its model
 CARD = "README.md"  # the model card of a frozen checkpoint, which is written after its evaluation
 # records in a stage's folder, which later stages may add to
 RUN_FILES = ("results.json", "metrics.jsonl", "evaluation.json", "samples.json", "suites.json", CARD)
+
+
+def has_number(notebook: str, number: str) -> bool:
+    """Whether `number` means a notebook, by name: `03a` means 03a_ppo_by_hand; `3`, `03` and `03b` mean 03b_ppo.
+
+    Of two lessons with one number, the digits alone mean the one that makes a stage of RUN.
+    """
+    lesson, given = re.match(r"(\d+)([a-z]?)_", notebook, re.ASCII), re.fullmatch(r"(\d+)([a-z]?)", number, re.ASCII)
+    if not lesson or not given or int(lesson[1]) != int(given[1]):
+        return False
+    return lesson[2] == given[2] or (not given[2] and bool(CHAIN.get(notebook)))
 
 
 def in_order(stages) -> list[str]:

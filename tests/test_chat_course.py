@@ -66,7 +66,7 @@ def test_rewards_are_scored_on_the_ids_that_were_trained_on(course):
         said = dpo.response_ids[number][dpo.response_mask[number]].tolist()
         assert ids == dpo.prompt_ids[number][dpo.prompt_mask[number]].tolist() + said and ids[-1] == end
     assert end_after(tokenizer, rows[0]["prompt"]) == end
-    # what notebook 03 recorded as rewards of its evaluation is what the reward model says of these prompts and replies
+    # what notebook 03b recorded as rewards of its evaluation is what the reward model says of these prompts and replies
     evaluation = Evaluation.load(run / "ppo" / "evaluation.json")
     asked = [prompt for prompt in evaluation.set.prompts for _ in range(evaluation.set.samples)]
     again = scorer(asked, evaluation.columns["response"])

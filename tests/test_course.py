@@ -10,7 +10,8 @@ import nbformat
 import pytest
 
 STAGES = ("sft", "reward", "ppo", "frozen", "dpo")
-NOTEBOOKS = ("00_the_world", "01_sft", "02_reward_model", "03b_ppo", "04_freeze_and_evaluate", "05_dpo")
+NOTEBOOKS = ("00_the_world", "01_sft", "02_reward_model", "03a_ppo_by_hand", "03b_ppo", "04_freeze_and_evaluate",
+             "05_dpo")
 
 
 def alignkit(*arguments) -> subprocess.CompletedProcess:

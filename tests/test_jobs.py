@@ -362,7 +362,7 @@ def test_the_course_resumes_and_repeats_what_a_change_touches(tmp_path, monkeypa
     go(pairs="6")  # the notebook that knows the parameter, and what comes after it
     assert counts() == [1, 2, 2]
     assert "02_reward_model         again: pairs was 5, now 6" in (said := capsys.readouterr().out)
-    assert "03b_ppo                  again: an earlier stage changed" in said
+    assert "03b_ppo                 again: an earlier stage changed" in said
 
     (out / "sft" / "made.txt").write_text("by hand")
     (out / "sft" / "results.json").write_text("{}")  # records may change
@@ -434,7 +434,10 @@ def test_a_notebook_is_found_by_path_name_and_number(tmp_path, monkeypatch):
     path = notebook(tmp_path / "notebooks" / "03b_ppo.ipynb")
     monkeypatch.setattr(notebooks, "find_notebooks", lambda: {"03b_ppo": path})
     assert [notebooks.find_notebook(name) for name in (path, "03b_ppo", "03b_ppo.ipynb", "3", "03")] == [path] * 5
-    with pytest.raises(FileNotFoundError, match="expected a path to an .ipynb file or one of: 03b_ppo"):
+    by_hand = notebook(tmp_path / "notebooks" / "03a_ppo_by_hand.ipynb")
+    monkeypatch.setattr(notebooks, "find_notebooks", lambda: {"03a_ppo_by_hand": by_hand, "03b_ppo": path})
+    assert [notebooks.find_notebook(name) for name in ("3", "03", "03b", "03a")] == [path] * 3 + [by_hand]
+    with pytest.raises(FileNotFoundError, match="expected a path to an .ipynb file or one of: 03a_ppo_by_hand, 03b"):
         notebooks.find_notebook("04_other")
 
 

@@ -37,7 +37,7 @@ def test_a_notebook_is_committed_clean_and_has_the_course_shape(path):
             assert len(cell.source.splitlines()) <= 25, f"{cell.id} has more than 25 lines"
         if "report" in tags(cell):
             assert cell.source.startswith("# "), f"{cell.id}: a chart of report.html begins with its caption, a comment"
-    assert notebook.cells[0].source.startswith(f"# {path.stem[:2]} ")
+    assert notebook.cells[0].source.startswith(f"# {path.stem.partition('_')[0]} ")
     if path.stem in CHAIN:
         assert {"run", "model", "data", "seed"} <= set(notebook_parameters(path))
         assert tags(notebook.cells[1]) == ["parameters"]

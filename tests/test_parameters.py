@@ -63,11 +63,21 @@ def alignkit(*arguments) -> int:
 
 
 # --- which notebook gets what ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("stage", ["ppo", "3", "03", "03b_ppo"])
+@pytest.mark.parametrize("stage", ["ppo", "3", "03", "03b", "03b_ppo"])
 def test_a_stage_is_its_name_or_its_notebooks_number_or_name_and_wins(known, stage):
     values = values_by_notebook(known, {f"{stage}.rate": "0.1", "rate": "0.2", "seed": 3})
     assert values == {"01_sft": {"rate": "0.2", "seed": 3}, "02_reward_model": {"seed": 3},
                       "03b_ppo": {"rate": "0.1", "seed": 3}}
+
+
+def test_of_two_lessons_with_one_number_the_digits_mean_the_one_that_makes_the_stage():
+    known = {name: notebook_parameters(notebooks.find_notebook(name)) for name in ("03a_ppo_by_hand", "03b_ppo")}
+    for stage, notebook in {"3": "03b_ppo", "ppo": "03b_ppo", "03b": "03b_ppo", "03a": "03a_ppo_by_hand",
+                            "3a": "03a_ppo_by_hand", "03a_ppo_by_hand": "03a_ppo_by_hand"}.items():
+        values = values_by_notebook(known, {f"{stage}.kl_coef": "0.1"})
+        assert {name for name, of_one in values.items() if of_one} == {notebook}, stage
+    with pytest.raises(ParameterError, match="03.kl_coef is for 03b_ppo, which is not what runs here"):
+        values_by_notebook({"03a_ppo_by_hand": known["03a_ppo_by_hand"]}, {"03.kl_coef": 1})
 
 
 @pytest.mark.parametrize("given, says", [
@@ -122,7 +132,7 @@ def test_a_value_for_one_stage_reruns_that_stage_and_what_comes_after_it(series,
     assert capsys.readouterr().out.startswith("rate=3: 01_sft, 03b_ppo; for one of them: -p ppo.rate=…\n")
     assert go(rate="3") == []
     assert go(rate="3", ppo__rate="4") == [("03b_ppo", 4.0)]
-    assert "03b_ppo                  again: rate was 3.0, now 4.0" in capsys.readouterr().out
+    assert "03b_ppo                 again: rate was 3.0, now 4.0" in capsys.readouterr().out
     assert go(sft__rate="3", ppo__rate="4") == []  # each got what it had
     given = json.loads((out / "jobs.json").read_text())
     assert (given["01_sft"]["given"], given["03b_ppo"]["given"]) == ({"rate": 3.0}, {"rate": 4.0})
@@ -223,7 +233,7 @@ def clock(monkeypatch):
 
 def test_a_terminal_shows_the_notebooks_own_progress_on_one_line(monkeypatch, clock):
     monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda *_, **__: shutil.os.terminal_size((70, 20)))
+    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda *_, **__: shutil.os.terminal_size((71, 20)))
     monkeypatch.setattr(threading_of(progress), "start", lambda self: None)
     line = Progress("03b_ppo", None)
     line.at(4, 10)
@@ -232,7 +242,7 @@ def test_a_terminal_shows_the_notebooks_own_progress_on_one_line(monkeypatch, cl
     shown = sys.stdout.getvalue()
     assert shown.startswith("\r\x1b[K03b_ppo") and "\n" not in shown
     visible = shown.removeprefix("\r\x1b[K")
-    assert len(visible) == 69 and visible.endswith("…") and "\x1b" not in visible
+    assert len(visible) == 70 and visible.endswith("…") and "\x1b" not in visible
     assert visible.startswith("03b_ppo cell 5 of 10, 0.0 s · PPO: iteration 7 of 40")  # there is no room for the bar
     monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda *_, **__: shutil.os.terminal_size((400, 20)))
     clock(line, iter([True]))
@@ -266,7 +276,7 @@ def test_a_log_gets_a_line_every_half_minute_at_most(monkeypatch, clock):
     assert set(waited) == {30}
     told = sys.stdout.getvalue().splitlines()
     assert [text.rpartition("· ")[2] for text in told] == ["step 2 of 3", "step 2 of 3", "step 3 of 3"]
-    assert all("\r" not in text and text.startswith("03b_ppo                  cell 5 of 10, ") for text in told)
+    assert all("\r" not in text and text.startswith("03b_ppo                 cell 5 of 10, ") for text in told)
 
 
 def test_what_a_cell_prints_reaches_the_progress_line(tmp_path, monkeypatch):
@@ -366,8 +376,9 @@ def test_prompts_of_your_model_that_cannot_be_asked_are_refused_before_anything_
 
 
 def test_a_missing_stage_is_refused_and_leaves_nothing(tmp_path, no_kernel, capsys):
-    assert alignkit("run", "3", "--out", tmp_path / "run") == 1
-    assert "sft has no model: run notebook 01_sft" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    for notebook in ("3", "03a"):
+        assert alignkit("run", notebook, "--out", tmp_path / "run") == 1
+        assert "sft has no model: run notebook 01_sft" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_run_directory_that_takes_no_file_is_refused(series, tmp_path, no_kernel, monkeypatch):

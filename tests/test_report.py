@@ -162,6 +162,8 @@ def test_the_command_repeats_the_run_parameter_by_parameter(run):
     page = _Seen(build_report(run).read_text())
     assert "alignkit run your_model --out 'runs/a <b>run' -p model=org/name -p seed=3" in page.said
     assert "Your model" in page.said and ".new.ipynb" not in page.said
+    (run / "03a_ppo_by_hand.ipynb").write_bytes(source)
+    assert "PPO by hand" in _Seen(build_report(run).read_text()).said
 
 
 def test_every_table_has_a_caption_and_headings_and_every_picture_alt_text(run):

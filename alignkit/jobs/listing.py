@@ -75,7 +75,7 @@ def _head(path: Path) -> tuple[str, str]:
         text = "".join(first["source"]) if first["cell_type"] == "markdown" else ""
     except (KeyError, IndexError, TypeError):
         return "", ""
-    title = re.search(r"^#\s+(?:\d+\s*·\s*)?(.+)$", text, re.MULTILINE)
+    title = re.search(r"^#\s+(?:\d+[a-z]?\s*·\s*)?(.+)$", text, re.MULTILINE)
     question = re.search(r"^\*\*(.+)\*\*$", text, re.MULTILINE)
     return (one_line(title[1], 200) if title else "",
             one_line(re.sub(r"[*_`]", "", question[1]), 400) if question else "")

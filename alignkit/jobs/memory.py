@@ -10,7 +10,8 @@ from alignkit.jobs.parameters import notebook_parameters
 # what takes memory, what helps most first; max_new_tokens and max_length cost more than their share (attention)
 LOWER = ("minibatch_size", "batch_size", "tokens_per_pass", "prompts_per_iteration", "max_new_tokens", "max_length",
          "pairs", "demonstrations")
-CONFIGS = {"01_sft": SFTConfig, "02_reward_model": RewardConfig, "03b_ppo": PPOConfig, "05_dpo": DPOConfig}
+CONFIGS = {"01_sft": SFTConfig, "02_reward_model": RewardConfig, "03a_ppo_by_hand": PPOConfig, "03b_ppo": PPOConfig,
+           "05_dpo": DPOConfig}
 
 
 def memory_advice(notebook: Path, given: Mapping[str, object], error: str = "") -> str:

@@ -34,7 +34,7 @@ from alignkit.runs.stage_folders import (
     set_aside_unfinished,
 )
 from alignkit.sources import local_path
-from alignkit.stages import CHAIN, NEEDS
+from alignkit.stages import CHAIN, NEEDS, has_number
 from alignkit.storage import plain, read_json, write_json
 
 
@@ -48,13 +48,16 @@ def find_notebooks() -> dict[str, Path]:
 
 
 def find_notebook(notebook: str | Path) -> Path:
-    """A notebook by path, by name (`03b_ppo`) or by number (`3`, `03`). Raises FileNotFoundError that lists them."""
+    """A notebook by path, by name (`03b_ppo`) or by number (`3`, `03`, `03a`).
+
+    Of two lessons with one number, the digits alone mean the one that makes a stage: `3` is 03b_ppo. Raises
+    FileNotFoundError that lists them.
+    """
     path, known = Path(notebook), find_notebooks()
     if path.suffix == ".ipynb" and path.is_file():
         return path.absolute()
     name = path.stem if path.suffix == ".ipynb" else str(notebook)
-    number = name.zfill(2) + "_" if name.isdecimal() else None
-    chosen = known.get(name) or next((known[other] for other in known if number and other.startswith(number)), None)
+    chosen = known.get(name) or next((known[other] for other in known if has_number(other, name)), None)
     if not chosen:
         raise FileNotFoundError(
             f"no notebook {str(notebook)!r}; expected a path to an .ipynb file or one of: {', '.join(known) or 'none'}"
@@ -385,7 +388,8 @@ def _environment(job: Job) -> dict[str, str]:
 
 def _needs(job: Job) -> Iterator[tuple[str, str]]:
     """The stages that a job reads, each with the notebook that makes it; of a user's own notebook nothing is known."""
-    for stage in NEEDS.get(job.name, ()) if job.builds_beside else ():
+    reads_stages = job.builds_beside or CHAIN.get(job.name, "") is None  # a lesson of the course that makes no stage
+    for stage in NEEDS.get(job.name, ()) if reads_stages else ():
         if stage != "reward" or not job.settings.get("reward"):
             yield stage, next(name for name, folder in CHAIN.items() if folder == stage)
 

@@ -13,8 +13,8 @@ from alignkit.errors import DataError, ParameterError, RunError
 from alignkit.jobs.job import Job
 from alignkit.stages import CHAIN
 
-CONFIGS = {"01_sft": (SFTConfig,), "02_reward_model": (RewardConfig,), "03b_ppo": (PPOConfig,), "05_dpo": (DPOConfig,),
-           "your_model": (PPOConfig, DPOConfig)}
+CONFIGS = {"01_sft": (SFTConfig,), "02_reward_model": (RewardConfig,), "03a_ppo_by_hand": (PPOConfig,),
+           "03b_ppo": (PPOConfig,), "05_dpo": (DPOConfig,), "your_model": (PPOConfig, DPOConfig)}
 LEAST = {"demonstrations": 1, "pairs": 1, "heldout_pairs": 1, "scale_samples": 2, "eval_prompts": 1, "eval_samples": 1,
          "lora_rank": 0}  # of parameters that no config checks
 READ_THE_MODEL = ("00_the_world", "01_sft", "your_model")  # the notebooks after them take it from a stage of the run

@@ -7,6 +7,7 @@ from RUN/STAGE/samples.json: [{"prompt", "response", "stage", "kind"}, …].
 
 import base64
 import binascii
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -251,7 +252,7 @@ def _notebook(seen: _Run, notebook: Path) -> dict | None:
     """A section about one notebook; None if there is nothing to show."""
     stage = CHAIN.get(notebook.stem)
     results = seen.stages.get(stage, {})
-    heading = _name(stage) if stage else notebook.stem.lstrip("0123456789_").replace("_", " ").capitalize()
+    heading = _name(stage) if stage else _words(notebook.stem)
     charts, readings = _charts(notebook), _readings(notebook)
     figures = _figures(POLICY_FIGURES + REWARD_FIGURES, [results]) if stage == "reward" else []
     rows, grids = _details(heading, results)
@@ -326,6 +327,13 @@ def _given(seen: _Run, names: Sequence[str]) -> list[str]:
 def _label(name: str) -> str:
     words = METRICS[name].label.format(reference="SFT")
     return words[:1].upper() + words[1:]
+
+
+def _words(notebook: str) -> str:
+    """A notebook's name as a heading, without its number: 03a_ppo_by_hand -> PPO by hand."""
+    words = re.sub(r"^\d+[a-z]?_", "", notebook).split("_")
+    words = [word.upper() if word in ("sft", "ppo", "dpo", "kl") else word for word in words]
+    return " ".join([words[0][:1].upper() + words[0][1:], *words[1:]])
 
 
 def _name(stage: str) -> str:

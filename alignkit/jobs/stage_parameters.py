@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from alignkit.errors import ParameterError
 from alignkit.jobs.parameters import Parameter, check_name, unknown_name
 from alignkit.safe_text import one_line
-from alignkit.stages import CHAIN
+from alignkit.stages import CHAIN, has_number
 
 OF_THE_RUN = ("run", "model", "data", "seed")  # one value for all notebooks of a run
 READING = ("kind", "split", "columns")  # how its data is read
@@ -19,7 +19,7 @@ def values_by_notebook(
     """What each notebook gets of `given`: notebook -> name -> value, not converted.
 
     known: notebook -> its parameters. given: a name, or STAGE.NAME, -> value; a stage is its name (`ppo`), or its
-    notebook's number (`03`) or name (`03b_ppo`). The value of a stage wins over the one of the bare name. Raises
+    notebook's number (`03`, `03a`) or name (`03b_ppo`). The value of a stage wins over the one of the bare name. Raises
     ParameterError on a name that no notebook knows, or that the stage does not know, on a stage that is none, and on a
     parameter that is given twice, or to one stage although it is the whole run's.
     """
@@ -85,9 +85,7 @@ def _is_addressed(name: object) -> bool:
 def _notebook(stage: str, address: str, known: Mapping[str, object]) -> str:
     """The notebook in `known` that `stage` means."""
     def meant(notebook: str) -> bool:
-        number = re.match(r"(\d+)_", notebook)
-        return stage in (notebook, CHAIN.get(notebook)) or bool(
-            number and stage.isdecimal() and int(stage) == int(number[1]))
+        return stage in (notebook, CHAIN.get(notebook)) or has_number(notebook, stage)
 
     if chosen := next(filter(meant, known), None):
         return chosen

@@ -12,6 +12,7 @@ from alignkit.plots.evaluation import (
     plot_reward_kl_plane,
     plot_tradeoff,
 )
+from alignkit.plots.ppo_by_hand import plot_ratios
 from alignkit.plots.shift import plot_behaviour, plot_histogram, plot_kl_by_class, plot_kl_by_position, plot_next_token
 from alignkit.plots.style import (
     BEHAVIOUR_FACES,
@@ -45,6 +46,6 @@ __all__ = [
     "Picture", "describe", "plot_advantage_tokens", "plot_behaviour", "plot_clip", "plot_dpo_logps",
     "plot_gold_vs_proxy", "plot_histogram", "plot_intervals", "plot_intervals_panels", "plot_kl_by_class",
     "plot_kl_by_position", "plot_margin_accuracy", "plot_margins", "plot_metrics", "plot_next_token",
-    "plot_ppo_panels", "plot_refusals", "plot_relay", "plot_reliability", "plot_reward_kl_plane", "plot_tradeoff",
-    "save_figure",
+    "plot_ppo_panels", "plot_ratios", "plot_refusals", "plot_relay", "plot_reliability", "plot_reward_kl_plane",
+    "plot_tradeoff", "save_figure",
 ]

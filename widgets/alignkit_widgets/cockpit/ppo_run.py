@@ -1,4 +1,4 @@
-"""PPO in a cockpit, the same in notebook 03 and in `alignkit app`: its charts, its sliders, and what a row holds."""
+"""PPO in a cockpit, the same in notebook 03b and in `alignkit app`: its charts, its sliders, and what a row holds."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class FrontierExplorer(Explorer):
         super().__init__("Reward against KL", controls, self._rows, state=state, hide=hide)
 
     def parameters(self, values: Mapping[str, object] | None = None) -> dict[str, float | int]:
-        """The setting as notebook 03 takes it: {"kl_coef": β, "seed": s}."""
+        """The setting as notebook 03b takes it: {"kl_coef": β, "seed": s}."""
         values = self.values if values is None else values
         return {"kl_coef": values["beta"], "seed": int(values["seed"])}
 
