@@ -27,7 +27,7 @@ _MODULES = {
     "evaluate.adviser": ["advice", "chance_warning"],
     "evaluate.comparison": ["Comparison", "compare", "compare_directories"],
     "evaluate.evaluation": ["Evaluation", "EvaluationSet", "difference", "evaluation_set", "win_rate"],
-    "evaluate.readings": ["Reading", "reading", "readings_of"],
+    "evaluate.readings": ["Reading", "clustered_mean", "reading", "readings_of"],
     "evaluate.refusals": ["over_refusal", "read_refusal_prompts", "refusal_class"],
     "evaluate.reward_model": ["retrain", "reward_report"],
     "evaluate.reward_table": ["best_of_n_gold", "reward_model_table"],

@@ -58,6 +58,8 @@ CASES = {  # a small picture from each function, with a name of the caller's cho
     "plot_reliability": lambda name: plots.plot_reliability(BINS, title=name),
     "plot_margin_accuracy": lambda name: plots.plot_margin_accuracy(BINS, title=name),
     "plot_gold_vs_proxy": lambda name: plots.plot_gold_vs_proxy(KL, GOLD, PROXY, xlabel=name + " nats", unit=name),
+    "plot_greetings": lambda name: plots.plot_greetings({"proxy": [0, 1], name: [1, 0]}, title=name),
+    "plot_kl_panels": lambda name: plots.plot_kl_panels({name: [0, 1]}, [1, 2], [name, "risky"], {name: 0.5}),
     "plot_tradeoff": lambda name: plots.plot_tradeoff(
         [{"name": name, "over_refusal_rate": 0.1, "risky_failure_rate": 0.4}]
     ),
@@ -88,6 +90,8 @@ EMPTY = {
     "plot_reliability": lambda: plots.plot_reliability(BINS[2:]),
     "plot_margin_accuracy": lambda: plots.plot_margin_accuracy([]),
     "plot_gold_vs_proxy": lambda: plots.plot_gold_vs_proxy([], [], []),
+    "plot_greetings": lambda: plots.plot_greetings({}),
+    "plot_kl_panels": lambda: plots.plot_kl_panels({}, [], [], {}),
     "plot_tradeoff": lambda: plots.plot_tradeoff([]),
     "plot_refusals": lambda: plots.plot_refusals({}),
     "plot_intervals": lambda: plots.plot_intervals({}, "gold"),

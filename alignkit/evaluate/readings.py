@@ -8,10 +8,13 @@ import functools
 import html
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from alignkit.formulas.intervals import Estimate
+import numpy as np
+
+from alignkit.formulas.intervals import Bootstrap, Estimate
 from alignkit.storage import read_json
 
 VERDICTS = {"holds": "Holds", "fails": "Not here", "unclear": "Cannot be told"}
@@ -101,6 +104,20 @@ def reading(name: str, what: str, statistic: Estimate | float, *, above: float |
         statistic = Estimate(float(statistic), float(statistic), float(statistic))
     return Reading(name, what, float(statistic.value), *(None if end is None else float(end) for end in (
         statistic.low, statistic.high)), above, below, holds, fails, unclear)
+
+
+def clustered_mean(values: Sequence[float], clusters: Sequence) -> Estimate:
+    """The mean of values (N,) with the 95 % interval of a bootstrap that draws whole clusters again.
+
+    clusters: what each value belongs to (N,), such as its question: values of one cluster resemble each other, and an
+    interval that took them for independent would be too narrow. Raises ValueError if the lengths differ.
+    (`alignkit.formulas.intervals`)
+    """
+    if len(values) != len(clusters):
+        raise ValueError(f"clusters has length {len(clusters)}, expected {len(values)} (the length of values)")
+    _, number = np.unique(clusters, return_inverse=True)
+    sums, sizes = np.bincount(number, np.asarray(values, dtype=float)), np.bincount(number)
+    return Bootstrap(np.zeros(len(sizes))).estimates(sums[None], sizes[None].astype(float))[0]
 
 
 def readings_of(notebook: str | Path) -> list[dict]:

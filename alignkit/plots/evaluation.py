@@ -284,6 +284,52 @@ def plot_reward_kl_plane(proxy=None, gold_along=None, gold_frontier=None, best_o
     return ax
 
 
+def plot_greetings(scores: Mapping[str, Floats], ax: Axes | None = None, *, title: str | None = None) -> Axes:
+    """Scores of one right answer by the number of greetings in front of it: what a reward model believes, what is true.
+
+    scores: "proxy" and "gold" (or other names) -> mean scores (N,), SFT standard deviations, of 0 … N − 1 greetings.
+    Raises ValueError if there are none or lengths differ.
+    """
+    _require("scores", scores)
+    ax, styles = _axes(ax, 7.5, 3.2), _styles(scores)
+    first = next(iter(scores))
+    for name, values in scores.items():
+        _same_length(first, scores[first], name, values)
+        colour, marker, line, _ = KNOWN.get(name, styles[name])
+        ax.plot(_array(name, values), color=colour, marker=marker, ls=line, lw=2, ms=8)
+    ax.set_xticks(range(len(scores[first])))
+    _finish(ax, "Proxy and gold of a right answer behind greetings", "greetings before the right answer",
+            "score, SFT standard deviations", title)
+    _legend(ax, ax.lines, scores, loc="upper left")
+    return ax
+
+
+def plot_kl_panels(predictors: Mapping[str, Floats], kl: Floats, kinds: Sequence[str],
+                   correlations: Mapping[str, float]) -> Figure:
+    """KL of each prompt against each of several predictors, a panel each, prompt classes by colour. Returns a Figure.
+
+    predictors: name with unit -> values (P,). kl: (P,), nats a response. kinds: class of each prompt (P,).
+    correlations: name -> rank correlation of predictor and KL, written in the panel's title. Raises ValueError if there
+    are no predictors or lengths differ.
+    """
+    _require("predictors", predictors)
+    figure = Picture(figsize=(3.1 * len(predictors) + 0.1, 3.3), layout="constrained", facecolor="white")
+    kl, kinds, styles = _array("kl", kl), np.array(kinds), _styles(kinds)
+    for place, (name, values) in enumerate(predictors.items()):
+        values = _array(name, values)
+        _same_length("kl", kl, name, values)
+        ax = figure.add_subplot(1, len(predictors), place + 1, axes_class=Chart)
+        for kind, (colour, marker, _, _) in styles.items():
+            ax.plot(values[kinds == kind], kl[kinds == kind], marker, color=colour, ms=4.5, alpha=0.7)
+        _finish(ax, f"rank correlation {_signed(correlations[name])}", name, "KL to SFT, nats a response", small=True)
+    handles = [Line2D([], [], ls="", marker=marker, color=colour) for colour, marker, _, _ in styles.values()]
+    legend = figure.legend(handles, [_short(kind, 24) for kind in styles], frameon=False, fontsize=8,
+                           loc="outside lower center", ncols=4)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
 def _cross(ax: Axes, x: float, y: float, across: Interval | None, up: Interval | None, colour: str) -> None:
     if across is not None and np.ptp(across) > 0:
         ax.plot(across, (y, y), color=colour, lw=1.6, solid_capstyle="butt")
