@@ -1,6 +1,7 @@
 """Pictures, one style: `plot_*(…, ax=None) -> Axes`."""
 
 from alignkit.metrics import METRICS
+from alignkit.plots.agreement import plot_beside_frontier, plot_distance_to_optimum
 from alignkit.plots.diagrams import plot_advantage_tokens, plot_clip, plot_relay
 from alignkit.plots.evaluation import (
     plot_gold_vs_proxy,
@@ -42,7 +43,8 @@ from alignkit.plots.training import PPO_PANELS, plot_dpo_logps, plot_margins, pl
 __all__ = [
     "BEHAVIOUR_FACES", "BLUE", "DASHED", "DASH_DOT", "DOTTED", "EDGE", "FOR_TEXT", "GREEN", "GRID", "INK", "KNOWN",
     "METRICS", "MUTED", "ORANGE", "PPO_PANELS", "PURPLE", "SERIES", "SKY", "VERMILION", "YELLOW", "Chart",
-    "Picture", "describe", "plot_advantage_tokens", "plot_behaviour", "plot_clip", "plot_dpo_logps",
+    "Picture", "describe", "plot_advantage_tokens", "plot_behaviour", "plot_beside_frontier", "plot_clip",
+    "plot_distance_to_optimum", "plot_dpo_logps",
     "plot_gold_vs_proxy", "plot_histogram", "plot_intervals", "plot_intervals_panels", "plot_kl_by_class",
     "plot_kl_by_position", "plot_margin_accuracy", "plot_margins", "plot_metrics", "plot_next_token",
     "plot_ppo_panels", "plot_refusals", "plot_relay", "plot_reliability", "plot_reward_kl_plane", "plot_tradeoff",
