@@ -48,7 +48,7 @@ def plot_beside_frontier(points: Sequence[Mapping], frontier: tuple[Floats, Floa
     """Policies in the plane of KL and reward, below the most reward that any policy has at that KL.
 
     points: dicts with "name" (its group, such as "PPO"), "label", "kl" (nats a response) and "reward". frontier: (kl,
-    reward), (N,) each. The reward is in SFT standard deviations. Raises ValueError if there is no point.
+    reward), (N,) each, KL increasing. The reward is in SFT standard deviations. Raises ValueError if there is no point.
     """
     _require("points", points)
     kl, reward = frontier
@@ -61,8 +61,10 @@ def plot_beside_frontier(points: Sequence[Mapping], frontier: tuple[Floats, Floa
         members = [point for point in points if point["name"] == name]
         handles += ax.plot([point["kl"] for point in members], [point["reward"] for point in members], marker,
                            color=colour, ms=8, mec="white", ls="")
-        for point in members:
-            _beside(ax, (point["kl"], point["reward"]), point["label"], (7, -11), colour, 8)
+        for point in members:  # above the curve for what lies on it, below the mark for what lies under it
+            on_curve = point["reward"] > np.interp(point["kl"], kl, reward) - 0.02 * np.ptp(reward)
+            placed = {"offset": (-6, 7), "ha": "right"} if on_curve and point["kl"] > kl[0] else {"offset": (7, -11)}
+            _beside(ax, (point["kl"], point["reward"]), point["label"], colour=colour, size=8, **placed)
     _legend(ax, handles, ["the best possible at this KL", *styles], loc="lower right")
     _finish(ax, "How much of the possible reward each policy has", "KL(π ‖ π_ref), nats a response",
             "reward, SFT standard deviations", title)
