@@ -17,6 +17,7 @@ SMALL = {  # notebook -> parameters with which its solutions are run, in this or
     "00_the_world": {},
     "01_sft": {"demonstrations": 2400, "epochs": 2.0, "eval_prompts": 64, "eval_samples": 4},
     "02_reward_model": {"pairs": 1000, "heldout_pairs": 400, "epochs": 2.0, "scale_samples": 256},
+    "08_dpo_is_ppo_when": {"pairs": 400, "prompts": 4, "ppo_iterations": 1},
 }
 
 

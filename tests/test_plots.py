@@ -76,6 +76,10 @@ CASES = {  # a small picture from each function, with a name of the caller's cho
     "plot_relay": lambda name: plots.plot_relay({"sft": name, "dpo": name}, here="ppo", title=name),
     "plot_advantage_tokens": lambda name: plots.plot_advantage_tokens([name, "b"], [0.3, -0.5], rows={name: [1, 2]}),
     "plot_clip": lambda name: plots.plot_clip(title=name),
+    "plot_distance_to_optimum": lambda name: plots.plot_distance_to_optimum([10, 100], {name: [[1, 2], [3, 4]]}, 0.5),
+    "plot_beside_frontier": lambda name: plots.plot_beside_frontier(
+        [{"name": name, "label": name, "kl": 1, "reward": 0.5}], (KL, PROXY)
+    ),
 }
 EMPTY = {
     "plot_behaviour": lambda: plots.plot_behaviour({}),
@@ -100,6 +104,8 @@ EMPTY = {
     "plot_relay": lambda: plots.plot_relay({"pretraining": "1"}),
     "plot_advantage_tokens": lambda: plots.plot_advantage_tokens([], []),
     "plot_clip": lambda: plots.plot_clip(0.0),
+    "plot_distance_to_optimum": lambda: plots.plot_distance_to_optimum([10], {}, 0.5),
+    "plot_beside_frontier": lambda: plots.plot_beside_frontier([], (KL, PROXY)),
 }
 
 

@@ -1,6 +1,7 @@
 """Pictures, one style: `plot_*(…, ax=None) -> Axes`."""
 
 from alignkit.metrics import METRICS
+from alignkit.plots.agreement import plot_beside_frontier, plot_distance_to_optimum
 from alignkit.plots.diagrams import plot_advantage_tokens, plot_clip, plot_relay
 from alignkit.plots.evaluation import (
     plot_gold_vs_proxy,
@@ -80,7 +81,9 @@ __all__ = [
     "describe",
     "plot_advantage_tokens",
     "plot_behaviour",
+    "plot_beside_frontier",
     "plot_clip",
+    "plot_distance_to_optimum",
     "plot_dpo_logps",
     "plot_gold_vs_proxy",
     "plot_greetings",
