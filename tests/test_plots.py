@@ -74,6 +74,10 @@ CASES = {  # a small picture from each function, with a name of the caller's cho
     "plot_relay": lambda name: plots.plot_relay({"sft": name, "dpo": name}, here="ppo", title=name),
     "plot_advantage_tokens": lambda name: plots.plot_advantage_tokens([name, "b"], [0.3, -0.5], rows={name: [1, 2]}),
     "plot_clip": lambda name: plots.plot_clip(title=name),
+    "plot_price_of_kl": lambda name: plots.plot_price_of_kl({name: ([0.1, 1.0], [2.0, 0.2])}, title=name),
+    "plot_sampled_frontier": lambda name: plots.plot_sampled_frontier({8: ([0, 1], [0, 1])}, (KL, PROXY), title=name),
+    "plot_estimates": lambda name: plots.plot_estimates({name: ([0], [Estimate(0.1, 0.0, 0.2)])}, name + ", share"),
+    "plot_loss_gold_panels": lambda name: plots.plot_loss_gold_panels([0], [0.7], [Estimate(0.1, 0, 1)], title=name),
 }
 EMPTY = {
     "plot_behaviour": lambda: plots.plot_behaviour({}),
@@ -96,6 +100,10 @@ EMPTY = {
     "plot_relay": lambda: plots.plot_relay({"pretraining": "1"}),
     "plot_advantage_tokens": lambda: plots.plot_advantage_tokens([], []),
     "plot_clip": lambda: plots.plot_clip(0.0),
+    "plot_price_of_kl": lambda: plots.plot_price_of_kl({}),
+    "plot_sampled_frontier": lambda: plots.plot_sampled_frontier({}, (KL, PROXY)),
+    "plot_estimates": lambda: plots.plot_estimates({}, "risky failures, share"),
+    "plot_loss_gold_panels": lambda: plots.plot_loss_gold_panels([], [], []),
 }
 
 
