@@ -80,6 +80,10 @@ CASES = {  # a small picture from each function, with a name of the caller's cho
     "plot_beside_frontier": lambda name: plots.plot_beside_frontier(
         [{"name": name, "label": name, "kl": 1, "reward": 0.5}], (KL, PROXY)
     ),
+    "plot_price_of_kl": lambda name: plots.plot_price_of_kl({name: ([0.1, 1.0], [2.0, 0.2])}, title=name),
+    "plot_sampled_frontier": lambda name: plots.plot_sampled_frontier({8: ([0, 1], [0, 1])}, (KL, PROXY), title=name),
+    "plot_estimates": lambda name: plots.plot_estimates({name: ([0], [Estimate(0.1, 0.0, 0.2)])}, name + ", share"),
+    "plot_loss_gold_panels": lambda name: plots.plot_loss_gold_panels([0], [0.7], [Estimate(0.1, 0, 1)], title=name),
 }
 EMPTY = {
     "plot_behaviour": lambda: plots.plot_behaviour({}),
@@ -106,6 +110,10 @@ EMPTY = {
     "plot_clip": lambda: plots.plot_clip(0.0),
     "plot_distance_to_optimum": lambda: plots.plot_distance_to_optimum([10], {}, 0.5),
     "plot_beside_frontier": lambda: plots.plot_beside_frontier([], (KL, PROXY)),
+    "plot_price_of_kl": lambda: plots.plot_price_of_kl({}),
+    "plot_sampled_frontier": lambda: plots.plot_sampled_frontier({}, (KL, PROXY)),
+    "plot_estimates": lambda: plots.plot_estimates({}, "risky failures, share"),
+    "plot_loss_gold_panels": lambda: plots.plot_loss_gold_panels([], [], []),
 }
 
 

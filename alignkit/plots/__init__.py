@@ -15,6 +15,7 @@ from alignkit.plots.evaluation import (
     plot_reward_kl_plane,
     plot_tradeoff,
 )
+from alignkit.plots.frontier import plot_estimates, plot_loss_gold_panels, plot_price_of_kl, plot_sampled_frontier
 from alignkit.plots.ppo_by_hand import plot_ratios
 from alignkit.plots.shift import (
     plot_behaviour,
@@ -85,6 +86,7 @@ __all__ = [
     "plot_clip",
     "plot_distance_to_optimum",
     "plot_dpo_logps",
+    "plot_estimates",
     "plot_gold_vs_proxy",
     "plot_greetings",
     "plot_histogram",
@@ -93,16 +95,19 @@ __all__ = [
     "plot_kl_by_class",
     "plot_kl_by_position",
     "plot_kl_panels",
+    "plot_loss_gold_panels",
     "plot_margin_accuracy",
     "plot_margins",
     "plot_metrics",
     "plot_next_token",
     "plot_ppo_panels",
+    "plot_price_of_kl",
     "plot_ratios",
     "plot_refusals",
     "plot_relay",
     "plot_reliability",
     "plot_reward_kl_plane",
+    "plot_sampled_frontier",
     "plot_tradeoff",
     "save_figure",
 ]
