@@ -12,6 +12,8 @@ from alignkit.plots.evaluation import (
     plot_reward_kl_plane,
     plot_tradeoff,
 )
+from alignkit.plots.gradients import plot_clip_gradient_panels, plot_gradient_noise_panels
+from alignkit.plots.movement import plot_rank_correlations, plot_variance_law_panels
 from alignkit.plots.shift import plot_behaviour, plot_histogram, plot_kl_by_class, plot_kl_by_position, plot_next_token
 from alignkit.plots.style import (
     BEHAVIOUR_FACES,
@@ -41,10 +43,10 @@ from alignkit.plots.training import PPO_PANELS, plot_dpo_logps, plot_margins, pl
 
 __all__ = [
     "BEHAVIOUR_FACES", "BLUE", "DASHED", "DASH_DOT", "DOTTED", "EDGE", "FOR_TEXT", "GREEN", "GRID", "INK", "KNOWN",
-    "METRICS", "MUTED", "ORANGE", "PPO_PANELS", "PURPLE", "SERIES", "SKY", "VERMILION", "YELLOW", "Chart",
-    "Picture", "describe", "plot_advantage_tokens", "plot_behaviour", "plot_clip", "plot_dpo_logps",
-    "plot_gold_vs_proxy", "plot_histogram", "plot_intervals", "plot_intervals_panels", "plot_kl_by_class",
-    "plot_kl_by_position", "plot_margin_accuracy", "plot_margins", "plot_metrics", "plot_next_token",
-    "plot_ppo_panels", "plot_refusals", "plot_relay", "plot_reliability", "plot_reward_kl_plane", "plot_tradeoff",
-    "save_figure",
+    "METRICS", "MUTED", "ORANGE", "PPO_PANELS", "PURPLE", "SERIES", "SKY", "VERMILION", "YELLOW", "Chart", "Picture",
+    "describe", "plot_advantage_tokens", "plot_behaviour", "plot_clip", "plot_clip_gradient_panels", "plot_dpo_logps",
+    "plot_gold_vs_proxy", "plot_gradient_noise_panels", "plot_histogram", "plot_intervals", "plot_intervals_panels",
+    "plot_kl_by_class", "plot_kl_by_position", "plot_margin_accuracy", "plot_margins", "plot_metrics",
+    "plot_next_token", "plot_ppo_panels", "plot_rank_correlations", "plot_refusals", "plot_relay", "plot_reliability",
+    "plot_reward_kl_plane", "plot_tradeoff", "plot_variance_law_panels", "save_figure",
 ]
