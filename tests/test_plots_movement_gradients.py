@@ -51,7 +51,7 @@ def test_the_variance_law_is_a_straight_line_through_the_origin():
         assert law == [[0.0, 0.0], [4.0, 4.0 / (2 * beta**2)]]
         assert f"{beta:g}" in ax.get_title("left") and ax.get_xlabel() and ax.get_ylabel()
     assert benign == [[1.0, 1.0], [4.0, 2.0]]
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["benign", "risky", "Var / 2β²"]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["benign", "risky", "Var / 2β²"]
 
 
 def test_rank_correlations_have_a_line_and_a_band_for_each_predictor():

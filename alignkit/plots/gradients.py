@@ -84,6 +84,7 @@ def plot_clip_gradient_panels(estimates: Mapping[tuple[int, str], Floats]) -> Fi
         ax.axhline(0, color=INK, lw=0.8)
         ax.set_xticks(range(len(epochs)), [str(e) for e in epochs])
         _finish(ax, "", "epochs on one rollout", label, "", small=True)
+    panels[1].axhline(1, color=INK, lw=0.8, ls=":")
     handles = [container[0] for container in panels[0].containers]
     _legend(panels[0], handles, [_short(name, 26) for name in names], loc="upper left")
     return figure

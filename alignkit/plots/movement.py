@@ -47,7 +47,7 @@ def plot_variance_law_panels(variances: Floats, kl: Mapping[float, Floats], kind
         ax.set_ylim(0, 1.15 * max(values.max(), 1e-9))
         _finish(ax, f"exact optimum, β = {beta:g}", "Var_ref(r), in (SFT-sd)²", "KL(π* ‖ π_ref), nats a response",
                 small=True)
-    _legend(ax, handles, [*(_short(kind, 20) for kind in classes), "Var / 2β²"], loc="best")
+    _legend(figure.axes[0], handles, [*(_short(kind, 20) for kind in classes), "Var / 2β²"], loc="lower right")
     return figure
 
 
