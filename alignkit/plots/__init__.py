@@ -16,6 +16,8 @@ from alignkit.plots.evaluation import (
     plot_tradeoff,
 )
 from alignkit.plots.frontier import plot_estimates, plot_loss_gold_panels, plot_price_of_kl, plot_sampled_frontier
+from alignkit.plots.gradients import plot_clip_gradient_panels, plot_gradient_noise_panels
+from alignkit.plots.movement import plot_rank_correlations, plot_variance_law_panels
 from alignkit.plots.ppo_by_hand import plot_ratios
 from alignkit.plots.shift import (
     plot_behaviour,
@@ -84,10 +86,12 @@ __all__ = [
     "plot_behaviour",
     "plot_beside_frontier",
     "plot_clip",
+    "plot_clip_gradient_panels",
     "plot_distance_to_optimum",
     "plot_dpo_logps",
     "plot_estimates",
     "plot_gold_vs_proxy",
+    "plot_gradient_noise_panels",
     "plot_greetings",
     "plot_histogram",
     "plot_intervals",
@@ -102,6 +106,7 @@ __all__ = [
     "plot_next_token",
     "plot_ppo_panels",
     "plot_price_of_kl",
+    "plot_rank_correlations",
     "plot_ratios",
     "plot_refusals",
     "plot_relay",
@@ -109,5 +114,6 @@ __all__ = [
     "plot_reward_kl_plane",
     "plot_sampled_frontier",
     "plot_tradeoff",
+    "plot_variance_law_panels",
     "save_figure",
 ]
