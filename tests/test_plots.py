@@ -74,6 +74,10 @@ CASES = {  # a small picture from each function, with a name of the caller's cho
     "plot_relay": lambda name: plots.plot_relay({"sft": name, "dpo": name}, here="ppo", title=name),
     "plot_advantage_tokens": lambda name: plots.plot_advantage_tokens([name, "b"], [0.3, -0.5], rows={name: [1, 2]}),
     "plot_clip": lambda name: plots.plot_clip(title=name),
+    "plot_fit_panels": lambda name: plots.plot_fit_panels({name: (KL, GOLD)}, {name: {name: (KL, PROXY)}}),
+    "plot_gold_panels": lambda name: plots.plot_gold_panels({name: {name: (KL, GOLD)}}),
+    "plot_stopping_panels": lambda name: plots.plot_stopping_panels(
+        {name: {"kl": KL, "proxy": PROXY, "gold": GOLD}}, {name: {"kl": [1], "proxy": [1], "gold": [0.5]}}),
 }
 EMPTY = {
     "plot_behaviour": lambda: plots.plot_behaviour({}),
@@ -96,6 +100,9 @@ EMPTY = {
     "plot_relay": lambda: plots.plot_relay({"pretraining": "1"}),
     "plot_advantage_tokens": lambda: plots.plot_advantage_tokens([], []),
     "plot_clip": lambda: plots.plot_clip(0.0),
+    "plot_fit_panels": lambda: plots.plot_fit_panels({}, {}),
+    "plot_gold_panels": lambda: plots.plot_gold_panels({}),
+    "plot_stopping_panels": lambda: plots.plot_stopping_panels({}, {}),
 }
 
 

@@ -12,6 +12,7 @@ from alignkit.plots.evaluation import (
     plot_reward_kl_plane,
     plot_tradeoff,
 )
+from alignkit.plots.over_optimisation import plot_fit_panels, plot_gold_panels, plot_stopping_panels
 from alignkit.plots.shift import plot_behaviour, plot_histogram, plot_kl_by_class, plot_kl_by_position, plot_next_token
 from alignkit.plots.style import (
     BEHAVIOUR_FACES,
@@ -43,8 +44,8 @@ __all__ = [
     "BEHAVIOUR_FACES", "BLUE", "DASHED", "DASH_DOT", "DOTTED", "EDGE", "FOR_TEXT", "GREEN", "GRID", "INK", "KNOWN",
     "METRICS", "MUTED", "ORANGE", "PPO_PANELS", "PURPLE", "SERIES", "SKY", "VERMILION", "YELLOW", "Chart",
     "Picture", "describe", "plot_advantage_tokens", "plot_behaviour", "plot_clip", "plot_dpo_logps",
-    "plot_gold_vs_proxy", "plot_histogram", "plot_intervals", "plot_intervals_panels", "plot_kl_by_class",
-    "plot_kl_by_position", "plot_margin_accuracy", "plot_margins", "plot_metrics", "plot_next_token",
-    "plot_ppo_panels", "plot_refusals", "plot_relay", "plot_reliability", "plot_reward_kl_plane", "plot_tradeoff",
-    "save_figure",
+    "plot_fit_panels", "plot_gold_panels", "plot_gold_vs_proxy", "plot_histogram", "plot_intervals",
+    "plot_intervals_panels", "plot_kl_by_class", "plot_kl_by_position", "plot_margin_accuracy", "plot_margins",
+    "plot_metrics", "plot_next_token", "plot_ppo_panels", "plot_refusals", "plot_relay", "plot_reliability",
+    "plot_reward_kl_plane", "plot_stopping_panels", "plot_tradeoff", "save_figure",
 ]
