@@ -16,7 +16,7 @@ import numpy as np
 from alignkit.formulas.intervals import Estimate, mean_estimate
 
 FILE = Path(__file__).with_name("causes.json")
-FAR = 4.0  # nats: the distance at which "far" is read
+FAR = 6.0  # nats: the distance at which "far" is read
 AT = (1.0, 2.0)  # nats: the distances at which gold is compared with the most that any policy can have
 FACTORS = ("bias", "noise", "interaction")
 
