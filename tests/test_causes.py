@@ -23,8 +23,8 @@ def judged(arm: str, peak: float, world: int = 0) -> Judge:
 def record_of(values: dict[str, list[float]]) -> Causes:
     """A record with one training in each world: arm -> the peak in each world."""
     judges = [judged(arm, peak, world) for arm, peaks in values.items() for world, peak in enumerate(peaks)]
-    worlds = range(len(next(iter(values.values()))))
-    return Causes("command", {}, {}, {arm: {} for arm in values}, [0.0], dict.fromkeys(worlds, [0.0]), tuple(judges))
+    best = {world: [0.0] for world in range(len(next(iter(values.values()))))}
+    return Causes("command", {}, {}, {arm: {} for arm in values}, [0.0], best, tuple(judges))
 
 
 # ---- where gold turns
@@ -60,7 +60,7 @@ def test_effects_worked_by_hand():
 
 
 def test_unknown_names_are_refused(tmp_path):
-    record = record_of(dict.fromkeys(FACTORIAL, [0.0]))
+    record = record_of({arm: [0.0] for arm in FACTORIAL})
     with pytest.raises(ValueError, match="'politeness'.*'neither'"):
         record.select("politeness")
     with pytest.raises(ValueError, match="'luck'.*interaction"):
@@ -114,7 +114,8 @@ def test_arms_of_a_training_share_their_responses_and_more_pairs_contain_fewer(s
         return [(row["prompt"], frozenset((row["chosen"], row["rejected"]))) for row in rows[name]]
 
     assert texts("bias and noise") == texts("neither")
-    quarter, course, more = (rows[name] for name in ("a quarter of the pairs", "bias and noise", "four times the pairs"))
+    quarter, course, more = (rows[name] for name in ("a quarter of the pairs", "bias and noise",
+                                                     "four times the pairs"))
     assert 0 < len(quarter) < len(course) < len(more)
     assert quarter == course[:len(quarter)] and course == more[:len(course)]
     assert ground.labels(maker.ARMS["neither"], 1) != rows["neither"]
