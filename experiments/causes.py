@@ -152,23 +152,23 @@ class Ground:
                 "against gold": float((chosen < rejected)[differs].mean())}
 
 
-def run(worlds: list[int], trainings: int, folder: Path, size: Size) -> dict:
-    """Make what is not there yet; returns what goes into the file."""
+def run(worlds: list[int], trainings: int, folder: Path, size: Size, factorial: bool = False) -> dict:
+    """Make what is not there yet; returns what goes into the file. factorial: the 2 × 2 alone."""
     grounds, judges = {world: Ground(world, folder, size) for world in worlds}, []
-    factorial, others = list(ARMS)[:4], list(ARMS)[4:]
-    for training, name, world in [*itertools.product(range(trainings), factorial, worlds),
-                                  *itertools.product(range(trainings), others, worlds)]:
+    arms = dict(list(ARMS.items())[:4]) if factorial else ARMS
+    for training, name, world in [*itertools.product(range(trainings), list(arms)[:4], worlds),
+                                  *itertools.product(range(trainings), list(arms)[4:], worlds)]:
         path = folder / f"world-{world}" / f"{name.replace(' ', '-')}-{training}.json"
         key = plain({"arm": ARMS[name], "annotator": ARMS[name].annotator, "size": size})
         judges.append(kept(path, key, functools.partial(grounds[world].judge, name, training)))
         shown = "  ".join(f"{figure} {value:5.2f}" for figure, value in judges[-1]["figures"].items())
         print(f"world {world} training {training} {name:<23} {shown}", flush=True)
     seconds = sum(judge.pop("cpu_seconds") for judge in judges)
-    arms = {name: {"biased": arm.biased, "noisy": arm.noisy, "pairs": int(size.pairs * arm.share)}
-            for name, arm in ARMS.items()}
+    command = f"python -m experiments.causes --worlds {' '.join(map(str, worlds))} --trainings {trainings}"
     return plain({
-        "command": f"python -m experiments.causes --worlds {' '.join(map(str, worlds))} --trainings {trainings}",
-        "versions": versions(), "cpu_seconds": round(seconds), "arms": arms,
+        "command": command + " --factorial" * factorial, "versions": versions(), "cpu_seconds": round(seconds),
+        "arms": {name: {"biased": arm.biased, "noisy": arm.noisy, "pairs": int(size.pairs * arm.share)}
+                 for name, arm in arms.items()},
         "settings": {"size": size, "clean": CLEAN, "unbiased": UNBIASED, "default": ANNOTATORS["default"]},
         "kl": list(GRID), "judges": judges,
         "best": {str(world): ground.best.reward_at(torch.tensor(GRID)).tolist() for world, ground in grounds.items()}})
@@ -205,12 +205,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.causes", description=__doc__.split("\n")[0])
     parser.add_argument("--worlds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--trainings", type=int, default=3)
+    parser.add_argument("--factorial", action="store_true", help="the 2 × 2 alone, without the arms of other pairs")
     parser.add_argument("--out", type=Path, default=Path("runs/causes"), help="where finished reward models are kept")
     parser.add_argument("--json", type=Path, default=FILE)
     parser.add_argument("--table", type=Path, default=Path("docs/causes.md"))
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    write_compact(given.json, run(given.worlds, given.trainings, given.out, Size()))
+    write_compact(given.json, run(given.worlds, given.trainings, given.out, Size(), given.factorial))
     given.table.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(given.table, table(load_causes(given.json)))
     print(given.table.read_text(encoding="utf-8"))
