@@ -35,6 +35,7 @@ _MODULES = {
     "evaluate.shift": ["measure_shift"],
     "evaluate.suites": ["run_suites"],
     "evaluate.wins": ["length_controlled", "win_rates"],
+    "exact.causes": ["Causes", "load_causes"],
     "exact.enumeration": ["response_logps"],
     "exact.gradient": ["exact_gradient"],
     "exact.prompts": ["enumerate_world"],

@@ -425,6 +425,13 @@ MUTANTS = [
            "a held-out question is trained on in other words",
            "test_world.py::test_train_and_held_out_prompts_share_neither_text_nor_key"),
     # the exact truth
+    Mutant("exact/causes.py", "near = gold[kl <= FAR]", "near = gold", "a peak beyond FAR counts as a fall before it",
+           "test_causes.py::test_a_curve_that_still_rises_has_not_fallen"),
+    Mutant("exact/causes.py", '"noise": (both - bias + noise - neither) / 2',
+           '"noise": (both - noise + bias - neither) / 2', "the effect of bias is told as that of noise",
+           "test_causes.py::test_effects_worked_by_hand"),
+    Mutant("exact/causes.py", "(both - noise) - (bias - neither)", "(both - noise) + (bias - neither)",
+           "the interaction is a sum", "test_causes.py::test_effects_worked_by_hand"),
     Mutant("exact/truth.py", "ref_logps + rewards / beta", "ref_logps - rewards / beta", "sign of the optimum",
            "test_exact.py::test_the_optimum_is_better_than_its_neighbours"),
     Mutant("exact/truth.py", "(ordered.diff(dim=1) > _rounding(rewards))", "(ordered.diff(dim=1) >= 0)",

@@ -85,6 +85,10 @@ CASES = {  # a small picture from each function, with a name of the caller's cho
     "plot_sampled_frontier": lambda name: plots.plot_sampled_frontier({8: ([0, 1], [0, 1])}, (KL, PROXY), title=name),
     "plot_estimates": lambda name: plots.plot_estimates({name: ([0], [Estimate(0.1, 0.0, 0.2)])}, name + ", share"),
     "plot_loss_gold_panels": lambda name: plots.plot_loss_gold_panels([0], [0.7], [Estimate(0.1, 0, 1)], title=name),
+    "plot_fit_panels": lambda name: plots.plot_fit_panels({name: (KL, GOLD)}, {name: {name: (KL, PROXY)}}),
+    "plot_gold_panels": lambda name: plots.plot_gold_panels({name: {name: (KL, GOLD)}}),
+    "plot_stopping_panels": lambda name: plots.plot_stopping_panels(
+        {name: {"kl": KL, "proxy": PROXY, "gold": GOLD}}, {name: {"kl": [1], "proxy": [1], "gold": [0.5]}}),
 }
 EMPTY = {
     "plot_behaviour": lambda: plots.plot_behaviour({}),
@@ -115,6 +119,9 @@ EMPTY = {
     "plot_sampled_frontier": lambda: plots.plot_sampled_frontier({}, (KL, PROXY)),
     "plot_estimates": lambda: plots.plot_estimates({}, "risky failures, share"),
     "plot_loss_gold_panels": lambda: plots.plot_loss_gold_panels([], [], []),
+    "plot_fit_panels": lambda: plots.plot_fit_panels({}, {}),
+    "plot_gold_panels": lambda: plots.plot_gold_panels({}),
+    "plot_stopping_panels": lambda: plots.plot_stopping_panels({}, {}),
 }
 
 

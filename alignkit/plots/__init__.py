@@ -18,6 +18,7 @@ from alignkit.plots.evaluation import (
 from alignkit.plots.frontier import plot_estimates, plot_loss_gold_panels, plot_price_of_kl, plot_sampled_frontier
 from alignkit.plots.gradients import plot_clip_gradient_panels, plot_gradient_noise_panels
 from alignkit.plots.movement import plot_rank_correlations, plot_variance_law_panels
+from alignkit.plots.over_optimisation import plot_fit_panels, plot_gold_panels, plot_stopping_panels
 from alignkit.plots.ppo_by_hand import plot_ratios
 from alignkit.plots.shift import (
     plot_behaviour,
@@ -90,6 +91,8 @@ __all__ = [
     "plot_distance_to_optimum",
     "plot_dpo_logps",
     "plot_estimates",
+    "plot_fit_panels",
+    "plot_gold_panels",
     "plot_gold_vs_proxy",
     "plot_gradient_noise_panels",
     "plot_greetings",
@@ -113,6 +116,7 @@ __all__ = [
     "plot_reliability",
     "plot_reward_kl_plane",
     "plot_sampled_frontier",
+    "plot_stopping_panels",
     "plot_tradeoff",
     "plot_variance_law_panels",
     "save_figure",

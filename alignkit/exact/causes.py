@@ -1,0 +1,122 @@
+"""The recorded causes of over-optimisation: reward models from biased or unbiased, noisy or clean labels. Notebook 07
+reads them; `python -m experiments.causes` makes `causes.json`.
+
+The factors are *bias* (the annotator likes politeness and length, or does not) and *noise* (the default annotator's
+soft decisions and flipped labels, or almost none). Each reward model is handed to the exact optimiser of its own score,
+so that no policy's training is part of any figure.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from alignkit.formulas.intervals import Estimate, mean_estimate
+
+FILE = Path(__file__).with_name("causes.json")
+FAR = 6.0  # nats: the distance at which "far" is read
+AT = (1.0, 2.0)  # nats: the distances at which gold is compared with the most that any policy can have
+FACTORS = ("bias", "noise", "interaction")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where gold turns along a curve. peak, far and fall in the unit of gold, peak_kl in nats."""
+
+    peak: float  # the highest gold
+    peak_kl: float  # its KL
+    far: float  # gold at FAR nats, or at the end of a shorter curve
+    fall: float  # from the highest gold up to FAR nats to `far`: 0 where gold has not fallen by then
+
+
+def turn(kl: Sequence[float], gold: Sequence[float]) -> Turn:
+    """Where gold (N,) turns along a curve of KLs (N,), nats in increasing order, with lines between the points.
+
+    Raises ValueError if KL does not increase from point to point.
+    """
+    kl, gold = np.asarray(kl, dtype=float), np.asarray(gold, dtype=float)
+    if kl.shape != gold.shape or kl.ndim != 1 or not (np.diff(kl) >= 0).all():
+        raise ValueError(f"kl has shape {kl.shape} and gold {gold.shape}, expected twice (N,), with kl increasing")
+    peak, far = int(gold.argmax()), float(np.interp(FAR, kl, gold))
+    near = gold[kl <= FAR]
+    return Turn(float(gold[peak]), float(kl[peak]), far, max(0.0, float(near.max()) - far) if len(near) else 0.0)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """One reward model and the exact optimum of its score. Gold and proxy in SFT-sd, over SFT.
+
+    arm: its labels and their number. world: world seed. training: number of the response, label and training seed.
+    figures: "peak", "peak_kl", "far", "fall" (see `Turn`), "lost at 1" and "lost at 2" (the most gold that any policy
+    has at so many nats − gold), "proxy at 2". labels: "turned" (share of labels that are not the annotator's likelier
+    choice), "against gold" (share that prefer the response with less gold, where gold differs). gold, proxy: along the
+    record's `kl`.
+    """
+
+    arm: str
+    world: int
+    training: int
+    figures: dict[str, float]
+    labels: dict[str, float]
+    gold: list[float]
+    proxy: list[float]
+
+
+@dataclass(frozen=True)
+class Causes:
+    """All recorded reward models. arms: name -> {"biased", "noisy", "pairs"}; kl: the grid of the curves, nats.
+
+    best: world -> the most gold that any policy has at each KL of the grid. command, settings, versions: what made it.
+    """
+
+    command: str
+    settings: dict
+    versions: dict[str, str]
+    arms: dict[str, dict]
+    kl: list[float]
+    best: dict[int, list[float]]
+    judges: tuple[Judge, ...]
+
+    @property
+    def worlds(self) -> list[int]:
+        """The world seeds, in order."""
+        return sorted(self.best)
+
+    def select(self, arm: str) -> list[Judge]:
+        """The reward models of an arm by world, then training. Raises ValueError on another arm."""
+        if arm not in self.arms:
+            raise ValueError(f"arm is {arm!r}, expected one of {', '.join(map(repr, self.arms))}")
+        return sorted((each for each in self.judges if each.arm == arm), key=lambda each: (each.world, each.training))
+
+    def values(self, arm: str, figure: str) -> np.ndarray:
+        """A figure of an arm's reward models, (worlds × trainings,): the same order in every arm, so that they pair."""
+        return np.array([each.figures[figure] for each in self.select(arm)])
+
+    def contrast(self, factor: str, figure: str) -> np.ndarray:
+        """What a factor does to a figure in each world and training, (worlds × trainings,).
+
+        "bias", "noise": with the factor − without it, mean over the levels of the other factor. "interaction": what
+        bias does where labels are noisy − what it does where they are clean. Raises ValueError on another factor.
+        """
+        if factor not in FACTORS:
+            raise ValueError(f"factor is {factor!r}, expected one of {', '.join(FACTORS)}")
+        both, noise, bias, neither = (self.values(arm, figure) for arm in list(self.arms)[:4])
+        return {"bias": (both - noise + bias - neither) / 2, "noise": (both - bias + noise - neither) / 2,
+                "interaction": (both - noise) - (bias - neither)}[factor]
+
+    def effect(self, factor: str, figure: str) -> Estimate:
+        """The mean of `contrast` with Student's 95 % interval; each world and training counts as one repeat."""
+        return mean_estimate(self.contrast(factor, figure))
+
+
+def load_causes(path: str | Path | None = None) -> Causes:
+    """The record that comes with alignkit, or the one in `path`. Raises FileNotFoundError that says how to make one."""
+    path = FILE if path is None else Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; make it with: python -m experiments.causes --json {path}")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    best = {int(world): curve for world, curve in stored["best"].items()}
+    return Causes(stored["command"], stored["settings"], stored["versions"], stored["arms"], stored["kl"], best,
+                  tuple(Judge(**judge) for judge in stored["judges"]))
