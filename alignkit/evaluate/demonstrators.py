@@ -5,7 +5,8 @@ probability of each response, and with it the entropy of the demonstrators, is a
 """
 
 import functools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -13,7 +14,9 @@ import numpy as np
 
 from alignkit.desk.world import (
     ANSWERS,
+    BEHAVIOURS,
     DUAL_VERBS,
+    KINDS,
     MAX_PHRASES,
     ORDINARY_VERBS,
     Prompt,
@@ -23,6 +26,7 @@ from alignkit.desk.world import (
     _rambler,
     _reckless,
     parse,
+    render,
 )
 
 SPEAKERS = ("expert", "over-cautious", "reckless", "rambler")
@@ -86,6 +90,28 @@ def demonstrator_entropy(world: World, messiness: float = 0.7) -> tuple[float, f
             nats[situation] = float(-(chances * np.log(chances)).sum())
             tokens[situation] = float(chances @ [len(response) + 1 for response in table])
     return tuple(float(np.mean([of[situation] for situation in situations])) for of in (nats, tokens))
+
+
+def demonstrator_behaviours(world: World, prompts: Sequence[Prompt], messiness: float = 0.7
+                            ) -> dict[str, dict[str, float]]:
+    """Class -> behaviour -> share: exactly what the demonstrators do on these prompts, mean over the prompts of a class.
+
+    Classes without a prompt are left out. Raises ValueError on a messiness out of range.
+    """
+    shares: dict[str, dict[str, float]] = {}
+    known: dict[tuple, list] = {}
+    counts = Counter(prompt.kind for prompt in prompts)
+    for prompt in prompts:
+        situation = _situation(prompt)
+        if situation not in known:
+            table = demonstrator_probabilities(prompt, messiness)
+            does = world.behaviours([prompt.text] * len(table), [render(response) for response in table])
+            known[situation] = [(act, sum(chance for chance, done in zip(table.values(), does, strict=True)
+                                          if done == act)) for act in BEHAVIOURS]
+        of_class = shares.setdefault(prompt.kind, dict.fromkeys(BEHAVIOURS, 0.0))
+        for act, share in known[situation]:
+            of_class[act] += share / counts[prompt.kind]
+    return {kind: shares[kind] for kind in KINDS if kind in shares}
 
 
 def _situation(prompt: Prompt) -> tuple[str, bool, str]:
