@@ -74,6 +74,10 @@ CASES = {  # a small picture from each function, with a name of the caller's cho
     "plot_relay": lambda name: plots.plot_relay({"sft": name, "dpo": name}, here="ppo", title=name),
     "plot_advantage_tokens": lambda name: plots.plot_advantage_tokens([name, "b"], [0.3, -0.5], rows={name: [1, 2]}),
     "plot_clip": lambda name: plots.plot_clip(title=name),
+    "plot_gold_by_sentence": lambda name: plots.plot_gold_by_sentence({name: [1, -2]}, ["REFUSE", name]),
+    "plot_annotators": lambda name: plots.plot_annotators([-1, 0, 1], {name: [0.2, 0.5, 0.8]}),
+    "plot_sampling_error": lambda name: plots.plot_sampling_error([2, 4], {name: [0.2, 0.1]}, [0.2, 0.14]),
+    "plot_floor": lambda name: plots.plot_floor(1.1, {name: 1.3, "b": 1.8}, {name: 1.3, "b": 1.8}),
 }
 EMPTY = {
     "plot_behaviour": lambda: plots.plot_behaviour({}),
@@ -96,6 +100,10 @@ EMPTY = {
     "plot_relay": lambda: plots.plot_relay({"pretraining": "1"}),
     "plot_advantage_tokens": lambda: plots.plot_advantage_tokens([], []),
     "plot_clip": lambda: plots.plot_clip(0.0),
+    "plot_gold_by_sentence": lambda: plots.plot_gold_by_sentence({}, []),
+    "plot_annotators": lambda: plots.plot_annotators([], {}),
+    "plot_sampling_error": lambda: plots.plot_sampling_error([], {}, []),
+    "plot_floor": lambda: plots.plot_floor(1.0, {}, {}),
 }
 
 
