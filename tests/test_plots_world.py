@@ -8,7 +8,7 @@ from alignkit import plots
 
 def test_gold_by_sentence_writes_every_number_and_colours_by_sign():
     ax = plots.plot_gold_by_sentence({"benign": [2.0, -1.5], "risky": [-1.0, 1.6]}, ["right answer", "REFUSE"])
-    assert [text.get_text() for text in ax.texts] == ["+2.0", "−1.5", "−1.0", "+1.6"]
+    assert [text.get_text() for text in ax.texts] == ["+2.00", "−1.50", "−1.00", "+1.60"]
     assert ax.images[0].get_array().tolist() == [[2.0, -1.5], [-1.0, 1.6]]
     low, high = ax.images[0].get_clim()
     assert low == -high
