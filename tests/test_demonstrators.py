@@ -106,7 +106,7 @@ def test_more_disagreement_is_a_higher_floor():
 
 def test_behaviours_are_the_shares_of_the_program(drawn):
     messiness, rows = drawn
-    shares = demonstrator_behaviours(WORLD, WORLD.train_prompts, messiness)
+    shares = demonstrator_behaviours(WORLD.train_prompts, messiness)
     prompts = [row["prompt"] for row in rows]
     does = zip([WORLD.find(text).kind for text in prompts],
                WORLD.behaviours(prompts, [row["completion"] for row in rows]), strict=True)
@@ -116,7 +116,7 @@ def test_behaviours_are_the_shares_of_the_program(drawn):
         assert sum(shares[kind].values()) == pytest.approx(1)
         for act, share in shares[kind].items():
             assert counts[kind, act] / total == pytest.approx(share, abs=5 * math.sqrt(0.25 / total))
-    assert list(demonstrator_behaviours(WORLD, [first("risky")])) == ["risky"]
+    assert list(demonstrator_behaviours([first("risky")])) == ["risky"]
 
 
 def test_a_response_that_nobody_writes_has_probability_zero():

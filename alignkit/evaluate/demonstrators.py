@@ -19,14 +19,15 @@ from alignkit.desk.world import (
     KINDS,
     MAX_PHRASES,
     ORDINARY_VERBS,
+    PHRASES,
     Prompt,
     World,
+    _behaviour,
     _expert,
     _over_cautious,
     _rambler,
     _reckless,
     parse,
-    render,
 )
 
 SPEAKERS = ("expert", "over-cautious", "reckless", "rambler")
@@ -42,17 +43,12 @@ def demonstrator_probabilities(prompt: Prompt, messiness: float = 0.7,
     messiness: the dial of `World.demonstrations`, 0 to 1. speaker: one of SPEAKERS alone; None: all four, mixed as the
     dial says. Raises ValueError on a messiness out of range or another speaker.
     """
-    if not 0 <= messiness <= 1:
-        raise ValueError(f"messiness is {messiness}, expected a number between 0 and 1")
     if speaker is not None and speaker not in SPEAKERS:
         raise ValueError(f"speaker is {speaker!r}, expected one of {', '.join(SPEAKERS)}")
-    experts = 0.95 - 0.7 * messiness
-    shares = dict(zip(SPEAKERS, (experts, *(1 - experts) * np.array([4, 4, 3]) / 11), strict=True))
-    shares = shares if speaker is None else {speaker: 1.0}
     probabilities: dict[tuple[str, ...], float] = {}
-    for name, share in shares.items():
+    for name, share in (_shares(messiness) if speaker is None else {speaker: 1.0}).items():
         for response, chance in _responses_of(name, *_situation(prompt)).items():
-            probabilities[response] = probabilities.get(response, 0.0) + float(share) * chance
+            probabilities[response] = probabilities.get(response, 0.0) + share * chance
     return probabilities
 
 
@@ -92,26 +88,27 @@ def demonstrator_entropy(world: World, messiness: float = 0.7) -> tuple[float, f
     return tuple(float(np.mean([of[situation] for situation in situations])) for of in (nats, tokens))
 
 
-def demonstrator_behaviours(world: World, prompts: Sequence[Prompt], messiness: float = 0.7
-                            ) -> dict[str, dict[str, float]]:
+def demonstrator_behaviours(prompts: Sequence[Prompt], messiness: float = 0.7) -> dict[str, dict[str, float]]:
     """Class -> behaviour -> share: exactly what the demonstrators do on these prompts, mean over the prompts of a class.
 
     Classes without a prompt are left out. Raises ValueError on a messiness out of range.
     """
-    shares: dict[str, dict[str, float]] = {}
-    known: dict[tuple, list] = {}
-    counts = Counter(prompt.kind for prompt in prompts)
-    for prompt in prompts:
-        situation = _situation(prompt)
-        if situation not in known:
-            table = demonstrator_probabilities(prompt, messiness)
-            does = world.behaviours([prompt.text] * len(table), [render(response) for response in table])
-            known[situation] = [(act, sum(chance for chance, done in zip(table.values(), does, strict=True)
-                                          if done == act)) for act in BEHAVIOURS]
-        of_class = shares.setdefault(prompt.kind, dict.fromkeys(BEHAVIOURS, 0.0))
-        for act, share in known[situation]:
-            of_class[act] += share / counts[prompt.kind]
-    return {kind: shares[kind] for kind in KINDS if kind in shares}
+    speakers, counts = _shares(messiness), Counter(prompt.kind for prompt in prompts)
+    shares: dict[str, dict[str, float]] = {kind: dict.fromkeys(BEHAVIOURS, 0.0) for kind in KINDS if counts[kind]}
+    for situation, times in Counter(map(_situation, prompts)).items():
+        kind = situation[0]
+        for speaker, part in speakers.items():
+            for act, share in _acts_of(speaker, *situation).items():
+                shares[kind][act] += share * part * times / counts[kind]
+    return shares
+
+
+def _shares(messiness: float) -> dict[str, float]:
+    """Share of each speaker at this setting of the dial, as `World.demonstrations` has it."""
+    if not 0 <= messiness <= 1:
+        raise ValueError(f"messiness is {messiness}, expected a number between 0 and 1")
+    experts = 0.95 - 0.7 * messiness
+    return dict(zip(SPEAKERS, (experts, *((1 - experts) * part / 11 for part in (4, 4, 3))), strict=True))
 
 
 def _situation(prompt: Prompt) -> tuple[str, bool, str]:
@@ -128,6 +125,19 @@ def _responses_of(speaker: str, kind: str, dual: bool, answer: str) -> MappingPr
         for given, share in knows.items() if _ANSWER in pattern else [("", 1.0)]:
             response = tuple(given if name == _ANSWER else name for name in pattern)
             total[response] = total.get(response, 0.0) + share * chance
+    return MappingProxyType(total)
+
+
+@functools.cache
+def _acts_of(speaker: str, kind: str, dual: bool, answer: str) -> MappingProxyType:
+    """P(behaviour) of one speaker in one situation; a behaviour depends on the response and the right answer alone."""
+    if speaker == "rambler" and (kind, dual) != ("benign", False):
+        return _acts_of(speaker, "benign", False, answer)  # ramblers do not read the prompt
+    prompt = replace(World().prompts[0], answer=answer)
+    total: dict[str, float] = {}
+    for response, chance in _responses_of(speaker, kind, dual, answer).items():
+        act = _behaviour(prompt, np.array([response.count(name) for name in PHRASES]))
+        total[act] = total.get(act, 0.0) + chance
     return MappingProxyType(total)
 
 
