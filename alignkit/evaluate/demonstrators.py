@@ -89,7 +89,7 @@ def demonstrator_entropy(world: World, messiness: float = 0.7) -> tuple[float, f
 
 
 def demonstrator_behaviours(prompts: Sequence[Prompt], messiness: float = 0.7) -> dict[str, dict[str, float]]:
-    """Class -> behaviour -> share: exactly what the demonstrators do on these prompts, mean over the prompts of a class.
+    """Class -> behaviour -> share: exactly what the demonstrators do, mean over the prompts of a class.
 
     Classes without a prompt are left out. Raises ValueError on a messiness out of range.
     """
@@ -163,7 +163,7 @@ def _every_path(program: Callable) -> dict:
 
 
 class _Path:
-    """Stands in for a numpy generator: repeats the given outcomes, then takes the first of each and notes the others."""
+    """Stands in for a numpy generator: repeats given outcomes, then takes the first of each and notes the others."""
 
     def __init__(self, outcomes: list[int]):
         self.outcomes, self.place, self.chance, self.others = outcomes, 0, 1.0, []

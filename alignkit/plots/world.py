@@ -1,4 +1,4 @@
-"""The desk world in pictures: what sentences are worth, how annotators decide, how well sampling estimates, the floor."""
+"""The desk world in pictures: what sentences are worth, how annotators decide, the error of a sample, the floor."""
 
 from collections.abc import Mapping, Sequence
 
