@@ -26,6 +26,10 @@ _MODULES = {
     ],
     "evaluate.adviser": ["advice", "chance_warning"],
     "evaluate.comparison": ["Comparison", "compare", "compare_directories"],
+    "evaluate.demonstrators": [
+        "SPEAKERS", "demonstrator_behaviours", "demonstrator_entropy", "demonstrator_logps",
+        "demonstrator_probabilities",
+    ],
     "evaluate.evaluation": ["Evaluation", "EvaluationSet", "difference", "evaluation_set", "win_rate"],
     "evaluate.readings": ["Reading", "clustered_mean", "reading", "readings_of"],
     "evaluate.refusals": ["over_refusal", "read_refusal_prompts", "refusal_class"],

@@ -89,6 +89,10 @@ CASES = {  # a small picture from each function, with a name of the caller's cho
     "plot_gold_panels": lambda name: plots.plot_gold_panels({name: {name: (KL, GOLD)}}),
     "plot_stopping_panels": lambda name: plots.plot_stopping_panels(
         {name: {"kl": KL, "proxy": PROXY, "gold": GOLD}}, {name: {"kl": [1], "proxy": [1], "gold": [0.5]}}),
+    "plot_gold_by_sentence": lambda name: plots.plot_gold_by_sentence({name: [1, -2]}, ["REFUSE", name]),
+    "plot_annotators": lambda name: plots.plot_annotators([-1, 0, 1], {name: [0.2, 0.5, 0.8]}),
+    "plot_sampling_error": lambda name: plots.plot_sampling_error([2, 4], {name: [0.2, 0.1]}, [0.2, 0.14]),
+    "plot_floor": lambda name: plots.plot_floor(1.1, {name: 1.3, "b": 1.8}, {name: 1.3, "b": 1.8}),
 }
 EMPTY = {
     "plot_behaviour": lambda: plots.plot_behaviour({}),
@@ -122,6 +126,10 @@ EMPTY = {
     "plot_fit_panels": lambda: plots.plot_fit_panels({}, {}),
     "plot_gold_panels": lambda: plots.plot_gold_panels({}),
     "plot_stopping_panels": lambda: plots.plot_stopping_panels({}, {}),
+    "plot_gold_by_sentence": lambda: plots.plot_gold_by_sentence({}, []),
+    "plot_annotators": lambda: plots.plot_annotators([], {}),
+    "plot_sampling_error": lambda: plots.plot_sampling_error([], {}, []),
+    "plot_floor": lambda: plots.plot_floor(1.0, {}, {}),
 }
 
 

@@ -58,6 +58,7 @@ from alignkit.plots.training import (
     plot_metrics,
     plot_ppo_panels,
 )
+from alignkit.plots.world import plot_annotators, plot_floor, plot_gold_by_sentence, plot_sampling_error
 
 __all__ = [
     "BEHAVIOUR_FACES",
@@ -84,6 +85,7 @@ __all__ = [
     "Picture",
     "describe",
     "plot_advantage_tokens",
+    "plot_annotators",
     "plot_behaviour",
     "plot_beside_frontier",
     "plot_clip",
@@ -92,6 +94,8 @@ __all__ = [
     "plot_dpo_logps",
     "plot_estimates",
     "plot_fit_panels",
+    "plot_floor",
+    "plot_gold_by_sentence",
     "plot_gold_panels",
     "plot_gold_vs_proxy",
     "plot_gradient_noise_panels",
@@ -116,6 +120,7 @@ __all__ = [
     "plot_reliability",
     "plot_reward_kl_plane",
     "plot_sampled_frontier",
+    "plot_sampling_error",
     "plot_stopping_panels",
     "plot_tradeoff",
     "plot_variance_law_panels",
