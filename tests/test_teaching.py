@@ -103,6 +103,17 @@ def test_hidden_inputs_differ_between_gradings_and_not_between_files():
     assert calls[0] == calls[1] and all(one != other for one, other in zip(calls[0], calls[2], strict=True))
 
 
+def test_every_notebook_has_a_plan_for_the_teacher_with_all_its_parts():
+    text = (Path(__file__).parents[1] / "docs" / "teaching.md").read_text(encoding="utf-8")
+    plans = dict(re.findall(r"^### (\w+)(.*?)(?=^##)", text, re.MULTILINE | re.DOTALL))
+    for name in find_notebooks():
+        plan = plans[name if name == "your_model" else name.partition("_")[0]]
+        for part in ("Time", "Goal", "Project", "Pause", "Questions", "Misunderstandings", "Exercises"):
+            assert f"**{part}**" in plan, f"the plan of {name} does not say: {part}"
+        assert 3 <= len(re.findall(r"^  \d\. \*.+\*", plan, re.MULTILINE)) <= 5, f"questions of {name}"
+    assert str(len(TASKS)) == "8" and "eight tasks" in text
+
+
 # --- what comes back from a kernel -----------------------------------------------------------------------------------
 def test_an_answer_is_compared_by_value_and_shape_and_nan_is_never_right():
     assert same([[1.0, 2.0]], torch.tensor([[1.0, 2.0]])) and same([3.0], 3.0) and same({"text": "a"}, "a")
@@ -286,9 +297,10 @@ def hostile(tmp_path_factory) -> tuple[Grade, Grade]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task, reason", [
-    ("masked-mean", "not done after 8 s"), ("reward-loss", "killed by signal 9"), ("sampled-kl", "more than 5000 parts"),
-    ("advantages", "MemoryError"), ("silent-bug", "reply of more than 1,048,576 bytes"),
-    ("checkpoint", "SystemExit: =1\\+1"), ("dpo", "SystemExit: 1")])
+    ("masked-mean", "not done after 8 s"), ("reward-loss", "killed by signal 9"),
+    ("sampled-kl", "more than 5000 parts"), ("advantages", "MemoryError"),
+    ("silent-bug", "reply of more than 1,048,576 bytes"), ("checkpoint", "SystemExit: =1\\+1"),
+    ("dpo", "SystemExit: 1")])
 def test_an_answer_that_attacks_its_kernel_costs_its_own_points_and_says_why(hostile, task, reason):
     assert hostile[0].points[task] == 0 and re.search(reason, hostile[0].reasons[task])
 
@@ -317,8 +329,8 @@ def test_a_student_version_has_no_solution_and_keeps_stubs_and_checks(path):
 
 
 def test_short_answers_and_hints_stay_unless_answers_are_left_out(tmp_path):
-    source = "text\n\n<details><summary>Hint</summary>h</details>\n\n<details><summary>Short answers</summary>\n\n1. a\n" \
-             "</details>\n\n<details>\n<summary>Solution of 3</summary>s</details>\nmore"
+    source = ("text\n\n<details><summary>Hint</summary>h</details>\n\n<details><summary>Short answers</summary>\n\n"
+              "1. a\n</details>\n\n<details>\n<summary>Solution of 3</summary>s</details>\nmore")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(source)])
     nbformat.write(notebook, tmp_path / "n.ipynb")
     kept, without = (json.loads(student_version(tmp_path / "n.ipynb", answers=answers))["cells"][0]["source"]

@@ -77,8 +77,8 @@ def grade_file(file: str | Path, tasks: Sequence[Task], seconds: float) -> Grade
         return Grade(str(file), nothing, {}, str(error))
     try:
         points, reasons = run_sync(_grade_answers)(submission.answers, tasks, seconds)
-    except (OSError, RuntimeError) as error:
-        return Grade(str(file), None, {}, f"not graded, because the grader's own kernel failed: {error}")
+    except Exception as error:  # one file must not stop the others
+        return Grade(str(file), None, {}, f"not graded: the kernel could not be used ({type(error).__name__}: {error})")
     return Grade(str(file), nothing | points, submission.problems | reasons)
 
 
@@ -95,7 +95,7 @@ def table(grades: Sequence[Grade], tasks: Sequence[Task]) -> str:
         points = each.points or {}
         row = [each.file, Path(each.file).stem, "" if each.total is None else each.total, possible,
                *(points.get(name, "") for name in names), each.error, *(each.reasons.get(name, "") for name in names)]
-        writer.writerow([csv_cell(one_line(value, 300)) if isinstance(value, str) else value for value in row])
+        writer.writerow([csv_cell(value) for value in row])
     return text.getvalue()
 
 
