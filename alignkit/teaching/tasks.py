@@ -124,15 +124,16 @@ def _reward_loss(generator: torch.Generator) -> Task:
 # --- KL --------------------------------------------------------------------------------------------------------------
 def _sampled_kl(generator: torch.Generator) -> Task:
     draws = 20_000
-    while True:
+    while True:  # until wrong samplers, signs and estimators can be told from the right ones
         policy, ref = (_drawn(generator, 6).softmax(-1) for _ in range(2))
-        terms = k3(policy.log(), ref.log())
-        kl = (policy * (policy / ref).log()).sum()
-        error = float((policy * (terms - kl).square()).sum() / draws) ** 0.5
-        wrong = (ref * terms).sum(), (ref * (ref / policy).log()).sum(), (policy * k3(ref.log(), policy.log())).sum()
-        if min(abs(kl - each) for each in wrong) > 12 * error + 0.05 and 0.2 < kl < 1:
+        terms, ratios = k3(policy.log(), ref.log()), policy.log() - ref.log()
+        kl = (policy * ratios).sum()
+        error = max(float((policy * (each - kl).square()).sum() / draws) ** 0.5 for each in (terms, ratios))
+        wrong = (ref * terms).sum(), -(ref * ratios).sum(), (policy * k3(ref.log(), policy.log())).sum()
+        negative = float(policy[ratios < 0].sum())  # the chance that k1 of a draw is below 0
+        if min(abs(kl - each) for each in wrong) > 12 * error + 0.05 and 0.2 < kl < 1 and negative > 0.3:
             break
-    seeds = torch.randint(10**6, (30,), generator=generator).tolist()
+    seeds = torch.randint(10**6, (40,), generator=generator).tolist()
     return Task("sampled-kl", "sampled_kl", (
         Check(2, "KL(policy ‖ reference) from 20,000 draws (whose samples? which sign?)",
               [(policy, ref, draws, seed) for seed in seeds[:2]],
