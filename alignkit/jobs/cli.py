@@ -17,6 +17,7 @@ from pathlib import Path
 from alignkit import __version__
 from alignkit.errors import AlignkitError, ParameterError
 from alignkit.safe_text import one_line
+from alignkit.teaching.commands import add_teaching
 
 
 class Refused(AlignkitError, ValueError):
@@ -101,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     suites.add_argument("--seed", type=int, default=0, metavar="N", help="of what a task draws (default: 0)")
     suites.add_argument("--run-model-code", action="store_true", help="let programs that the model wrote run here")
     suites.add_argument("--out", type=folder, metavar="DIR", help="where suites.json goes (default: the checkpoint)")
+
+    add_teaching(add)
 
     for verb in importlib.metadata.entry_points(group="alignkit.commands"):  # those of other packages, such as `app`
         verb.load()(add)
