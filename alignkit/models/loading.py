@@ -101,8 +101,8 @@ def check_model(model: str | Path, *, scored: bool = False) -> None:
         if scored and type(config) not in scores and type(config.get_text_config()) not in scores:
             raise ManifestError(f"model {str(model)!r} cannot become a reward model: {config.model_type} models have "
                                 "no class that scores a text (…ForSequenceClassification) in transformers; use another "
-                                "architecture, or a function as the reward of notebook 03b (-p reward=module:function), "
-                                "run without notebook 02", ["config.json"])
+                                "architecture, or run notebook 03b without 02, with a function as reward (-p "
+                                "reward=module:function)", ["config.json"])
 
 
 def save_model(model: nn.Module, tokenizer, directory: str | Path) -> Path:
