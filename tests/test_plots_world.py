@@ -33,6 +33,11 @@ def test_floor_splits_each_loss_in_entropy_and_kl():
     assert widths == pytest.approx([1.1, 1.1, 1.4, 0.2])
     assert [bar.get_x() for bar in ax.patches[2:]] == pytest.approx([1.1, 1.1])
     assert np.asarray(ax.collections[0].get_offsets())[:, 0] == pytest.approx([2.4, 1.35])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+        "entropy of the demonstrators", "KL(demonstrators ‖ model)", "the model's own entropy"]
+    ax.get_figure().draw_without_rendering()
+    frame, figure = ax.get_legend().get_window_extent(), ax.get_figure().bbox
+    assert figure.x0 <= frame.x0 and frame.x1 <= figure.x1 and figure.y0 <= frame.y0
 
 
 @pytest.mark.parametrize("draw", [

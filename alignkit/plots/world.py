@@ -110,7 +110,7 @@ def plot_floor(floor: float, losses: Mapping[str, float], entropies: Mapping[str
     _require("losses", losses)
     _same_length("losses", losses, "entropies", entropies)
     loss, own = _array("losses", list(losses.values())), _array("entropies", list(entropies.values()))
-    ax = _axes(ax, 7.5, 1.2 + 0.5 * len(losses))
+    ax = _axes(ax, 7.5, 1.4 + 0.5 * len(losses))
     places = np.arange(len(losses))[::-1]
     floor_bar = ax.barh(places, np.full(len(loss), floor), color=BLUE, alpha=0.45, height=0.6)
     kl_bar = ax.barh(places, loss - floor, left=floor, color=VERMILION, alpha=0.6, height=0.6, hatch="////")
@@ -118,6 +118,7 @@ def plot_floor(floor: float, losses: Mapping[str, float], entropies: Mapping[str
     _finish(ax, "Loss = entropy of the demonstrators + KL", "nats a token", "model", title, grid="x")
     ax.set_yticks(places, [_short(name, 34) for name in losses], parse_math=False)
     ax.set_xlim(0, 1.08 * max(loss.max(), own.max(), floor))
+    ax.set_ylim(-1.4, len(loss) - 0.5)  # room for the legend
     _legend(ax, [floor_bar, kl_bar, marks], ["entropy of the demonstrators", "KL(demonstrators ‖ model)",
-            "the model's own entropy"], loc="upper center", bbox_to_anchor=(0.5, -0.35 - 0.6 / len(losses)), ncols=3)
+            "the model's own entropy"], loc="lower left", ncols=3, fontsize=8, columnspacing=1.2, handlelength=1.5)
     return ax
