@@ -136,7 +136,7 @@ def causes():
 def test_the_record_has_every_cell(causes):
     assert len(causes.worlds) >= 3 and list(causes.arms)[:4] == list(FACTORIAL)
     cells = [(judge.world, judge.training) for judge in causes.select("neither")]
-    assert len(set(cells)) == len(cells) and len(cells) % len(causes.worlds) == 0
+    assert len(set(cells)) == len(cells) >= 3 * len(causes.worlds)
     for arm in causes.arms:
         assert [(judge.world, judge.training) for judge in causes.select(arm)] == cells, arm
 
