@@ -77,7 +77,7 @@ def test_a_card_says_what_the_records_say(run, suites):
     assert "| frozen |" in text and "| sft |" in text and "| kl\\_coef | 0.2 |" in text
     assert "acc<br>0 shots, 100 items | 50.0% | 40.0% to 60.0% |" in text and "75.0% |" not in text
     assert "| gsm8k (cut: limit 8)<br>reasoning, exact\\_match, 0 shots, 8 items | 25.0% | none |" in text
-    assert "cannot be told from a coin" not in text and "Read by 03\\_ppo with: kind pairs" in text
+    assert "cannot be told from a coin" not in text and "Read by 03b\\_ppo with: kind pairs" in text
     weights = hashlib.sha256((run / "frozen" / "model.safetensors").read_bytes()).hexdigest()
     assert f"| model.safetensors | {(run / 'frozen' / 'model.safetensors').stat().st_size:,} | {weights} |" in text
 
