@@ -205,7 +205,7 @@ class Line:
 
     @property
     def cut(self) -> str:
-        """What is said beside a figure of which not all items were asked."""
+        """The remark for a figure that was measured on a part of the items."""
         return "" if self.limit is None else f" (cut: limit {self.limit})"
 
     def __str__(self) -> str:
@@ -213,7 +213,7 @@ class Line:
 
     @property
     def spec(self) -> str:
-        """How a score is written: as a share where it can be one."""
+        """The format of a score: as a percentage if possible."""
         return ".1%" if 0 <= self.score.value <= 1 else ".3g"
 
 

@@ -294,7 +294,7 @@ def _path_error(reader: _Reader, prompt_ids: Tensor, prompt_mask: Tensor, levels
     size = max(1, reader.queries // (prompt_ids.shape[1] + steps))
     for start in range(0, len(prompt_ids), size):
         prompt = torch.arange(start, min(start + size, len(prompt_ids)))
-        path = (prompt[:, None] + 3 * torch.arange(steps - 1)) % k  # (prompts, T − 1): another one for each prompt
+        path = (prompt[:, None] + 3 * torch.arange(steps - 1)) % k  # (prompts, T − 1): a different path for each prompt
         ids = torch.cat([prompt_ids[prompt].to(reader.children), reader.children[path]], 1)
         mask = torch.nn.functional.pad(prompt_mask[prompt].bool(), (0, steps - 1), value=True).to(ids.device)
         values = reader(ids, mask.long(), position_ids(mask))[0][:, -steps:].cpu()
