@@ -41,20 +41,20 @@ from alignkit.storage import data_hash
 class DPOStats:
     """Statistics of one DPO step, measured before the step. `log()` returns them under TRL's names."""
 
-    step: int = stat("step", "optimiser steps so far, this one included")
+    step: int = stat("step", "number of optimiser steps so far, including this one")
     loss: float = stat("loss", "mean DPO loss; ln 2 at step 0 for the sigmoid")
     chosen_reward: float = stat("rewards/chosen", "mean implicit reward β log(π / π_ref) of the chosen responses")
-    rejected_reward: float = stat("rewards/rejected", "the same of the rejected responses")
+    rejected_reward: float = stat("rewards/rejected", "the same for the rejected responses")
     accuracy: float = stat("rewards/accuracies", "share of pairs whose chosen response has the larger implicit reward")
     margin: float = stat("rewards/margins", "mean implicit reward, chosen minus rejected")
-    chosen_logps: float = stat("logps/chosen", "mean log π of the chosen responses, nats a response")
-    rejected_logps: float = stat("logps/rejected", "the same of the rejected responses")
+    chosen_logps: float = stat("logps/chosen", "mean log π of the chosen responses, nats per response")
+    rejected_logps: float = stat("logps/rejected", "the same for the rejected responses")
     chosen_shift: float = stat(
-        "logps/chosen_shift", "mean log π − log π_ref of the chosen responses: below 0 the chosen ones became rarer"
+        "logps/chosen_shift", "mean log π − log π_ref of the chosen responses: below 0 they became less likely"
     )
-    rejected_shift: float = stat("logps/rejected_shift", "the same of the rejected responses")
-    grad_norm: float = stat("grad_norm", "gradient norm before the clip")
-    learning_rate: float = stat("learning_rate", "in force at this step")
+    rejected_shift: float = stat("logps/rejected_shift", "the same for the rejected responses")
+    grad_norm: float = stat("grad_norm", "gradient norm before clipping")
+    learning_rate: float = stat("learning_rate", "learning rate at this step")
 
     def log(self) -> dict[str, float]:
         """The statistics under their plot names."""

@@ -1,8 +1,7 @@
-"""The `alignkit` command: notebooks as jobs, data and checkpoints checked, checkpoints compared.
+"""The `alignkit` command: run notebooks as jobs, check data and checkpoints, compare checkpoints.
 
-Exit codes: 0 done; 1 it did not work, with one message and no traceback; 2 wrong usage; 130 interrupted.
-ALIGNKIT_TRACEBACK=1 shows tracebacks all the same. What a command needs is imported when it runs, so that
-`alignkit --help` is quick.
+Exit codes: 0 success; 1 failure, with one message and no traceback; 2 wrong usage; 130 interrupted.
+ALIGNKIT_TRACEBACK=1 shows tracebacks. Each command imports its dependencies when it runs, so `alignkit --help` is fast.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from alignkit.teaching.commands import add_teaching
 
 
 class Refused(AlignkitError, ValueError):
-    """What a command was asked to do cannot be done with what it was given."""
+    """A command cannot be carried out with the given arguments."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_teaching(add)
 
-    for verb in importlib.metadata.entry_points(group="alignkit.commands"):  # those of other packages, such as `app`
+    for verb in importlib.metadata.entry_points(group="alignkit.commands"):  # commands of other packages, such as `app`
         verb.load()(add)
 
     report = add("report", _report, "write report.html of a run directory again")
@@ -230,7 +229,7 @@ def _prune(options: argparse.Namespace) -> None:
     from alignkit.runs.stage_folders import prune, removable
     from alignkit.safe_text import visible
 
-    removable(options.run)  # is it a run?
+    removable(options.run)  # raises if it is not a run
     with run_lock(options.run):
         folders = removable(options.run)
         for folder in folders:
@@ -268,7 +267,7 @@ def _add_jobs(add) -> None:
 
 
 class _NotebookHelp(argparse.Action):
-    """--help, which also lists the parameters of the notebook that was named before it."""
+    """--help, which also lists the parameters of the notebook named before it."""
 
     def __call__(self, parser, options, values, option_string=None):
         parser.print_help()
@@ -294,7 +293,7 @@ def add_data(command: argparse.ArgumentParser) -> None:
 
 
 def add_job(command: argparse.ArgumentParser) -> None:
-    """Add what a job of notebooks takes to a command: --out, -p, --timeout and --track."""
+    """Add the arguments of a notebook job to a command: --out, -p, --timeout and --track."""
     add_out(command)
     about = "a parameter of the notebooks, or STAGE.NAME=VALUE, of one: ppo.kl_coef=0.1; may be repeated"
     command.add_argument(
@@ -306,7 +305,7 @@ def add_job(command: argparse.ArgumentParser) -> None:
 
 
 def add_reading(command: argparse.ArgumentParser) -> None:
-    """Add what says how data is read to a command: --kind, --split and --columns."""
+    """Add the arguments that say how to read data to a command: --kind, --split and --columns."""
     command.add_argument("--kind", choices=("pairs", "demonstrations", "prompts"),
                          help="what the data is (default: what its columns say)")
     command.add_argument("--split", metavar="S", help="which split of a data set (default: train, or the only one)")
@@ -328,7 +327,7 @@ def _assignment(text: str) -> tuple[str, str]:
 
 
 def _columns(text: str) -> str:
-    """FIELD=COLUMN,…, checked, as it was written."""
+    """FIELD=COLUMN,…, checked but returned as written."""
     from alignkit.data.layouts import columns_of
 
     try:
@@ -339,7 +338,7 @@ def _columns(text: str) -> str:
 
 
 def folder(text: str) -> Path:
-    """A folder named on the command line; it need not be there."""
+    """A folder named on the command line; it need not exist."""
     if not text.strip():
         raise argparse.ArgumentTypeError("expected a folder, got an empty name")
     return Path(text).expanduser()
