@@ -78,7 +78,7 @@ class PPOStats:
         "loss/policy_avg", "clipped surrogate loss; about 0 by construction, not a measure of progress"
     )
     value_loss: float = stat("loss/value_avg", "half the clipped squared error of the critic")
-    ptx_loss: float = stat("loss/ptx_avg", "SFT loss on the mixed-in demonstrations: nats per token; 0 without ptx_coef")
+    ptx_loss: float = stat("loss/ptx_avg", "SFT loss on mixed-in demonstrations: nats per token; 0 without ptx_coef")
     clip_fraction: float = stat(
         "policy/clipfrac_avg", "share of tokens whose policy gradient is exactly 0 because of clipping"
     )

@@ -212,7 +212,7 @@ def _array_records(stream: io.BufferedIOBase) -> Iterator[tuple[int, object]]:
                     error = f"not valid JSON: {problem.msg}"
             after = re.compile(r"\s*([,\]])").match(text, end) if end else None
             if after is None and more and len(text) - position <= LINE_LIMIT:
-                piece = source.read(max(2**20, len(text) - position))  # doubles each time: an item is parsed O(log size) times
+                piece = source.read(max(2**20, len(text) - position))  # doubles: an item is parsed O(log size) times
                 text, position, more = text[position:] + piece, 0, bool(piece)
                 continue
             row += 1

@@ -266,8 +266,7 @@ class World:
         return rows
 
     def _alike(self, prompts: list[str]) -> list[tuple[Prompt, list[int]]]:
-        """Group prompts for which gold and annotators behave identically: row numbers and one prompt of each large
-        group."""
+        """Rows of prompts for which gold and annotators are the same, with one such prompt each: a few large groups."""
         rows: dict[tuple, list[int]] = {}
         for row, text in enumerate(prompts):
             prompt = self.find(text)

@@ -90,7 +90,7 @@ class ThisPython(KernelSpecManager):
         return KernelSpec(
             argv=[sys.executable, "-P", str(LAUNCHER), "-f", "{connection_file}",
                   "--IPKernelApp.ignore_cwd=True",  # IPython before 9.7 does not support -P
-                  "--IPKernelApp.log_level=ERROR",  # otherwise its warnings come first in the error output of every kernel that dies
+                  "--IPKernelApp.log_level=ERROR",  # otherwise its warnings precede every kernel's last error
                   f"--IPKernelApp.exec_lines={QUICK_END}"],
             display_name="Python 3",
             language="python",

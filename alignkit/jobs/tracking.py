@@ -90,7 +90,7 @@ def following(name: str | None, run: Path, stage: str, folders: Callable[[], Pat
     follower = _Follower(name, run, stage, folders, content_hash(key), settings, anew)
     with contextlib.suppress(OSError, RunError):  # the run's record contains it too
         write_json(run / "run.json", {**run_facts(run), "track": name})
-    thread = threading.Thread(target=follower.follow, args=(over,), daemon=True)  # a tracker that hangs ends with this process
+    thread = threading.Thread(target=follower.follow, args=(over,), daemon=True)  # a hanging tracker ends with us
     thread.start()
     try:
         yield
