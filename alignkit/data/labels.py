@@ -79,7 +79,7 @@ class ChoiceLog:
         self.log = _log_of(self.path)
         self.items = {item.id: item for item in items}
         if not self.log.exists() and self.path.exists() and self.path.stat().st_size:
-            raise FileExistsError(f"{self.path} is there, and was not made here (there is no {self.log.name} beside "
+            raise FileExistsError(f"{self.path} exists, but not by alignkit (there is no {self.log.name} beside "
                                   "it); choose another name for your labels")
         self._history = _fold(trim_metrics(self.log), self.log)
         if self.log.exists():

@@ -39,7 +39,7 @@ def prepare(options) -> None:
     configs = _configs(manager, suite.task)
     if any(config.get("unsafe_code") for config in configs) and not options.run_model_code:
         raise ParameterError(
-            f"{suite.name} runs programs that the model wrote, with all that you may do on this machine, and lm-eval "
+            f"{suite.name} runs programs that the model wrote, with all your permissions on this machine, and lm-eval "
             "fetches the program that runs them (code_eval) from the Hub; in a container or a virtual machine, say "
             "--run-model-code")
     try:

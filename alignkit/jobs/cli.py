@@ -69,18 +69,18 @@ def _parser() -> argparse.ArgumentParser:
 
     card = add("card", _card, "write the model card of a frozen checkpoint, README.md beside its manifest")
     card.add_argument("checkpoint", type=folder, metavar="DIR")
-    card.add_argument("--out", type=Path, metavar="FILE", help="write it there instead")
-    push = add("push", _push, "send a frozen checkpoint to the Hugging Face Hub: private, and after asking")
+    card.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: README.md in DIR)")
+    push = add("push", _push, "push a frozen checkpoint to the Hugging Face Hub: private by default, asks first")
     push.add_argument("checkpoint", type=folder, metavar="DIR")
     push.add_argument("repo", metavar="REPO_ID", help="OWNER/NAME")
-    push.add_argument("--public", action="store_true", help="for everybody to see (default: private)")
-    push.add_argument("--yes", action="store_true", help="do not ask")
+    push.add_argument("--public", action="store_true", help="make the repository public (default: private)")
+    push.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     for command in (card, push):
-        command.add_argument("--licence", metavar="L", help="such as mit or apache-2.0 (default: unknown)")
+        command.add_argument("--licence", metavar="L", help="the licence, such as mit or apache-2.0 (default: unknown)")
 
-    export = add("export", _export, "write a run's data and settings for another tool to start from")
+    export = add("export", _export, "export a run's data and settings to another tool")
     export.add_argument("run", type=folder, metavar="RUN")
-    export.add_argument("--to", required=True, choices=("llama-factory", "trl"), help="the tool")
+    export.add_argument("--to", required=True, choices=("llama-factory", "trl"), help="the tool to export to")
     add_out(export)
 
     compare = add("compare", _compare, "evaluate checkpoints side by side on the frozen evaluation set")
@@ -95,12 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     suites.add_argument("checkpoint", type=folder, metavar="DIR")
     suites.add_argument("--suite", required=True, metavar="NAME,…", help="suites, or tasks of lm-eval; "
                         "xstest=FILE, rewardbench=FILE (of a reward model)")
-    suites.add_argument("--tasks", type=folder, metavar="FOLDER", help="lm-eval task files of your own; they are code")
-    suites.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task: a try-out")
-    suites.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences read at once (default: 8)")
-    suites.add_argument("--seed", type=int, default=0, metavar="N", help="of what a task draws (default: 0)")
-    suites.add_argument("--run-model-code", action="store_true", help="let programs that the model wrote run here")
-    suites.add_argument("--out", type=folder, metavar="DIR", help="where suites.json goes (default: the checkpoint)")
+    suites.add_argument("--tasks", type=folder, metavar="FOLDER", help="your own lm-eval task files; they can run code")
+    suites.add_argument("--limit", type=int, metavar="N", help="use only the first N items of each task")
+    suites.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences read together (default: 8)")
+    suites.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the tasks (default: 0)")
+    suites.add_argument("--run-model-code", action="store_true", help="allow programs that the model wrote to run")
+    suites.add_argument("--out", type=folder, metavar="DIR", help="folder for suites.json (default: the checkpoint's)")
 
     add_teaching(add)
 
@@ -110,12 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     report = add("report", _report, "write report.html of a run directory again")
     report.add_argument("run", type=folder, metavar="DIR")
 
-    runs = add("runs", None, "look after run directories").add_subparsers(required=True, metavar="ACTION")
-    about = "list what a run has set aside, and what killed processes left; --yes deletes it"
+    runs = add("runs", None, "manage run directories").add_subparsers(required=True, metavar="ACTION")
+    about = "list the folders that a run has set aside and the leftovers of killed processes; --yes deletes them"
     prune = runs.add_parser("prune", help=about, description=f"{about[0].upper()}{about[1:]}.")
     prune.set_defaults(command=_prune)
     prune.add_argument("run", type=folder, metavar="DIR")
-    prune.add_argument("--yes", action="store_true", help="delete what is listed")
+    prune.add_argument("--yes", action="store_true", help="delete the listed folders")
     return parser
 
 
@@ -239,31 +239,31 @@ def _prune(options: argparse.Namespace) -> None:
             prune(folders)
             print(f"deleted: {total}")
         else:
-            print(f"{total}; with --yes they are deleted" if folders else "there is nothing to delete")
+            print(f"{total}; --yes deletes them" if folders else "nothing to delete")
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
 def _add_jobs(add) -> None:
     """The verbs that run notebooks: course, notebooks and run."""
-    course = add("course", _course, "run the series of notebooks as one job; run again, it resumes")
+    course = add("course", _course, "run the series of notebooks as one job; repeat the command to resume")
     course.add_argument("--model", default="tiny", metavar="MODEL", help="`tiny`, a folder or a Hub id (default: tiny)")
     add_data(course)
     add_reading(course)
     add_job(course)
     add_restart(course)
 
-    add("notebooks", _notebooks, "list the notebooks: what each asks, needs and takes")
+    add("notebooks", _notebooks, "list the notebooks: question, required stages and duration of each")
 
     run = add("run", _run, "run one notebook as a job; `run NOTEBOOK --help` lists its parameters", add_help=False)
     run.add_argument("-h", "--help", nargs=0, action=_NotebookHelp,
-                     help="show this, and after NOTEBOOK its parameters too, and exit")
+                     help="show this help (after NOTEBOOK also its parameters) and exit")
     run.add_argument(
         "notebook", metavar="NOTEBOOK", help="a path, or the name or number of one of alignkit's notebooks"
     )
     add_reading(run)
     add_job(run)
     add_restart(run)
-    run.add_argument("--force", action="store_true", help="run it even if it was done already")
+    run.add_argument("--force", action="store_true", help="run the notebook even if it has already finished")
 
 
 class _NotebookHelp(argparse.Action):
@@ -295,28 +295,28 @@ def add_data(command: argparse.ArgumentParser) -> None:
 def add_job(command: argparse.ArgumentParser) -> None:
     """Add the arguments of a notebook job to a command: --out, -p, --timeout and --track."""
     add_out(command)
-    about = "a parameter of the notebooks, or STAGE.NAME=VALUE, of one: ppo.kl_coef=0.1; may be repeated"
+    about = "a parameter of all notebooks, or of one as STAGE.NAME=VALUE (ppo.kl_coef=0.1); may be repeated"
     command.add_argument(
         "-p", dest="parameters", action="append", default=[], type=_assignment, metavar="NAME=VALUE", help=about
     )
-    command.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="stop a notebook after so many")
+    command.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="stop a notebook after this time")
     command.add_argument("--track", choices=("tensorboard", "wandb", "mlflow", "trackio"),
-                         help="also send what the training logs there (default: nowhere)")
+                         help="also send the training's metrics to this tracker (default: none)")
 
 
 def add_reading(command: argparse.ArgumentParser) -> None:
     """Add the arguments that say how to read data to a command: --kind, --split and --columns."""
     command.add_argument("--kind", choices=("pairs", "demonstrations", "prompts"),
-                         help="what the data is (default: what its columns say)")
-    command.add_argument("--split", metavar="S", help="which split of a data set (default: train, or the only one)")
+                         help="the kind of data (default: detected from its columns)")
+    command.add_argument("--split", metavar="S", help="the split of a data set (default: train, or the only one)")
     command.add_argument("--columns", type=_columns, metavar="FIELD=COLUMN,…",
-                         help="which column is what: prompt=question,chosen=good; system= leaves a column out")
+                         help="the column of each field: prompt=question,chosen=good; system= ignores a column")
 
 
 def add_restart(command: argparse.ArgumentParser) -> None:
     """Add --restart to a command."""
-    command.add_argument("--restart", action="store_true", help="begin anew, instead of going on from the last "
-                         "checkpoint; what is there is set aside")
+    command.add_argument("--restart", action="store_true", help="start again instead of continuing from the last "
+                         "checkpoint; existing results are set aside")
 
 
 def _assignment(text: str) -> tuple[str, str]:

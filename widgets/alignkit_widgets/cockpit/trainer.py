@@ -50,7 +50,7 @@ class CockpitCallback(TrainerCallback):
 
 
 def _at_the_end_of_the_cell(session) -> None:
-    """Close the session when the cell is over, in case the Trainer did not come to its end."""
+    """Close the session when the cell ends, in case the Trainer did not finish."""
     from IPython import get_ipython
 
     shell = get_ipython()
