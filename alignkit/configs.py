@@ -1,6 +1,6 @@
-"""Every setting that a user can turn, each with its sentence: SFT, reward model, PPO, DPO.
+"""The configs of SFT, reward model, PPO and DPO, with a description of every setting.
 
-Settings are checked when a config is made. `preset` chooses them for a pretrained model.
+A config checks its settings when it is made. `preset` chooses settings for a pretrained model.
 """
 
 import math
@@ -12,12 +12,12 @@ PRECISIONS = ("fp32", "bf16")
 
 
 def knob(default: Any, meaning: str, *, group: str = "") -> Any:
-    """A setting: its default, and the sentence that says what it does. group: the heading that it opens, if it does."""
+    """A field with its default and a one-sentence description. group: the heading that starts at this field, if any."""
     return field(default=default, metadata={"meaning": meaning, "group": group})
 
 
 def documented(config: type) -> type:
-    """Write the sentence of each knob into the config's docstring, in groups, where `help` shows them."""
+    """Add the description of each setting to the config's docstring, by group, so that `help` shows it."""
     lines = [config.__doc__ or ""]
     for setting in fields(config):
         if setting.metadata["group"]:
@@ -31,74 +31,79 @@ def documented(config: type) -> type:
 @documented
 @dataclass(frozen=True)
 class PPOConfig:
-    """What a user of PPO can turn. Defaults are for the desk world."""
+    """Settings of PPO. The defaults are for the desk world."""
 
     # Sampling
-    iterations: int = knob(40, "How many rollouts, each followed by its optimiser steps.", group="Sampling")
-    prompts_per_iteration: int = knob(512, "Prompts drawn for a rollout.")
-    samples_per_prompt: int = knob(1, "Responses to each of them; prompts times samples is the size of a rollout.")
-    max_new_tokens: int = knob(4, "Tokens after which a response is cut.")
-    temperature: float = knob(1.0, "Temperature of sampling and of scoring alike.")
+    iterations: int = knob(40, "Number of PPO iterations; each samples one rollout and then takes optimiser steps on "
+                               "it.", group="Sampling")
+    prompts_per_iteration: int = knob(512, "Number of prompts drawn for each rollout.")
+    samples_per_prompt: int = knob(1, "Number of responses sampled for each prompt; the rollout has prompts × samples "
+                                      "responses.")
+    max_new_tokens: int = knob(4, "Maximum length of a response in tokens; a longer response is truncated.")
+    temperature: float = knob(1.0, "Sampling temperature; log-probs are computed at the same temperature.")
 
-    # Price of KL
-    kl_coef: float = knob(0.2, "Price of a nat of KL(π ‖ π_ref), in units of the score; the same quantity as DPO's "
-                          "beta.", group="Price of KL")
-    target_kl: float | None = knob(None, "Nats a response towards which kl_coef is adapted (Ziegler 2019); None keeps "
-                                   "kl_coef fixed.")
-    kl_horizon: int = knob(10_000, "Responses over which that adaptation takes effect; smaller is faster.")
-    max_kl: float | None = knob(None, "Nats a response of objective/kl above which training stops; None: 2 nats for "
-                                "each of max_new_tokens, which no healthy run was seen to reach; inf: never.")
-    max_step_kl: float | None = knob(None, "Nats a token from the policy that sampled, at which an iteration's "
-                                     "remaining epochs are left out; None: never.")
+    # KL penalty
+    kl_coef: float = knob(0.2, "KL coefficient: the penalty for one nat of KL(π ‖ π_ref), in units of the score; the "
+                               "same quantity as DPO's beta.", group="KL penalty")
+    target_kl: float | None = knob(None, "Target KL in nats per response: kl_coef is adapted towards it (Ziegler "
+                                         "2019); None keeps kl_coef fixed.")
+    kl_horizon: int = knob(10_000, "Number of responses over which kl_coef is adapted; a smaller horizon adapts "
+                                   "faster.")
+    max_kl: float | None = knob(None, "Training stops when objective/kl exceeds this many nats per response. None: 2 "
+                                      "nats × max_new_tokens, which no healthy run has reached; inf: never stop.")
+    max_step_kl: float | None = knob(None, "Skip the remaining epochs of an iteration when the KL to the policy that "
+                                           "sampled reaches this many nats per token; None: never skip.")
 
     # Losses
-    gamma: float = knob(1.0, "Discount of later rewards.", group="Losses")
-    gae_lambda: float = knob(0.95, "GAE's λ: 0 trusts the critic, 1 trusts the sampled rewards.")
-    clip_range: float = knob(0.2, "Half-width of the clip of π / π_old around 1 (inf: no clip).")
-    value_clip_range: float = knob(0.2, "Half-width of the clip of the critic's values around their old ones (inf: no "
-                                   "clip).")
-    value_coef: float = knob(1.0, "Weight of the critic's loss; in effect with shared_trunk only.")
-    entropy_coef: float = knob(0.0, "Bonus for a nat of entropy a token.")
-    ptx_coef: float = knob(0.0, "Weight of the SFT loss on demonstrations that each step mixes in.")
+    gamma: float = knob(1.0, "Discount factor γ for later rewards.", group="Losses")
+    gae_lambda: float = knob(0.95, "λ of GAE: 0 relies on the critic, 1 relies on the sampled rewards.")
+    clip_range: float = knob(0.2, "Clip range ε: the ratio π / π_old is clipped to 1 ± ε (inf: no clipping).")
+    value_clip_range: float = knob(0.2, "Clip range of the critic's values around their old values (inf: no clipping).")
+    value_coef: float = knob(1.0, "Weight of the critic's loss; it has an effect only with shared_trunk.")
+    entropy_coef: float = knob(0.0, "Entropy bonus per nat and token.")
+    ptx_coef: float = knob(0.0, "Weight of the SFT loss on demonstrations that is added at each step.")
 
     # Rewards and advantages
-    missing_eos_penalty: float = knob(0.0, "Taken off the score, once, of a response that was cut.",
-                                      group="Rewards and advantages")
-    score_clip: float = knob(math.inf, "Scores are clipped to plus or minus this.")
-    whiten_rewards: bool = knob(False, "Scale the rewards of tokens to variance 1 a batch, without moving their mean.")
-    whiten_advantages: bool = knob(True, "Shift and scale the advantages to mean 0 and variance 1 a batch.")
+    missing_eos_penalty: float = knob(0.0, "Subtracted once from the score of a truncated response.",
+                                           group="Rewards and advantages")
+    score_clip: float = knob(math.inf, "Scores are clipped to ± this value.")
+    whiten_rewards: bool = knob(False, "Scale the token rewards of each batch to variance 1 without changing their "
+                                       "mean.")
+    whiten_advantages: bool = knob(True, "Shift and scale the advantages of each batch to mean 0 and variance 1.")
 
     # Optimiser
-    epochs: int = knob(2, "Passes over a rollout.", group="Optimiser")
-    minibatch_size: int = knob(128, "Responses a step.")
-    learning_rate: float = knob(1e-3, "AdamW's learning rate for the policy.")
-    critic_learning_rate: float = knob(2e-3, "AdamW's learning rate for the critic.")
-    max_grad_norm: float = knob(1.0, "Gradients of a larger norm are scaled down to it.")
-    critic_warmup: int = knob(0, "First iterations, which train the critic alone.")
-    lr_decay: bool = knob(True, "Let both learning rates fall linearly to 0 over the iterations.")
+    epochs: int = knob(2, "Number of passes over each rollout.", group="Optimiser")
+    minibatch_size: int = knob(128, "Number of responses per optimiser step.")
+    learning_rate: float = knob(1e-3, "Learning rate of AdamW for the policy.")
+    critic_learning_rate: float = knob(2e-3, "Learning rate of AdamW for the critic.")
+    max_grad_norm: float = knob(1.0, "Gradients with a larger norm are scaled down to this norm.")
+    critic_warmup: int = knob(0, "Number of initial iterations that train only the critic.")
+    lr_decay: bool = knob(True, "Decrease both learning rates linearly to 0 over the iterations.")
 
     # Model, precision and memory
-    shared_trunk: bool = knob(False, "Make the critic a value head on the policy's own body, 0 at first, whose loss "
-                              "trains that body too: one forward pass a step instead of two.",
-                              group="Model, precision and memory")
-    precision: str = knob("fp32", 'On a CPU "fp32", or "bf16" for the linear layers of policy, reference and critic '
-                          "(attention and heads stay in fp32 where `alignkit.forward.cpu` reads the model), which pays "
-                          "where the CPU multiplies bf16 in hardware (AMX). A GPU always takes bf16.")
-    tokens_per_pass: int | None = knob(None, "Tokens, padding included, beyond which a minibatch is sorted by length "
-                                       "and read in parts, by one forward pass each; the gradients of its parts add up "
-                                       "to its own. None: all at once. No parameter of the notebooks, since it changes "
-                                       "nothing but memory and rounding.")
-    gradient_checkpointing: bool = knob(False, "Compute layers again in the backward pass instead of keeping them. No "
-                                        "parameter of the notebooks, for the same reason.")
-    halve_passes: bool = knob(False, "When memory runs out in an iteration, make it again with half the tokens a pass, "
-                              "instead of stopping.")
+    shared_trunk: bool = knob(False, "Make the critic a value head on the policy's own body, initialised to 0. The "
+                                     "critic's loss then also trains the body, and a step needs one forward pass "
+                                     "instead of two.", group="Model, precision and memory")
+    precision: str = knob("fp32", 'On a CPU: "fp32", or "bf16" for the linear layers of policy, reference and critic '
+                                  "(attention and heads stay in fp32 if `alignkit.forward.cpu` reads the model). bf16 "
+                                  "is faster only if the CPU multiplies bf16 in hardware (AMX). A GPU always uses "
+                                  "bf16.")
+    tokens_per_pass: int | None = knob(None, "Maximum number of tokens per forward pass, padding included. A larger "
+                                             "minibatch is sorted by length and split into parts, and the gradients of "
+                                             "the parts are added up. None: no split. The notebooks have no such "
+                                             "parameter, because it changes only memory and rounding.")
+    gradient_checkpointing: bool = knob(False, "Recompute the layers in the backward pass instead of storing their "
+                                               "activations. The notebooks have no such parameter, for the same "
+                                               "reason.")
+    halve_passes: bool = knob(False, "If an iteration runs out of memory, repeat it with half as many tokens per pass "
+                                     "instead of stopping.")
 
     # Randomness
-    seed: int = knob(0, "Start of every random draw.", group="Randomness")
+    seed: int = knob(0, "Seed of all random draws.", group="Randomness")
 
     @property
     def kl_limit(self) -> float:
-        """Nats a response of objective/kl above which training stops."""
+        """The objective/kl, in nats per response, above which training stops."""
         return 2.0 * self.max_new_tokens if self.max_kl is None else self.max_kl
 
     def __post_init__(self):
@@ -134,7 +139,7 @@ def check_precision(precision: str) -> None:
 
 
 def check_memory(tokens_per_pass: int | None, gradient_checkpointing: bool) -> None:
-    """Raise ValueError if an option that saves memory is not what its name says."""
+    """Raise ValueError if an option that saves memory has an invalid value."""
     if tokens_per_pass is not None and not (type(tokens_per_pass) is int and tokens_per_pass >= 1):
         raise ValueError(f"tokens_per_pass is {tokens_per_pass!r}, expected None or a whole number of at least 1")
     if type(gradient_checkpointing) is not bool:
@@ -142,7 +147,7 @@ def check_memory(tokens_per_pass: int | None, gradient_checkpointing: bool) -> N
 
 
 def _check_steps(config) -> None:
-    """Raise ValueError if what SFT, reward training and DPO have in common is out of its range."""
+    """Raise ValueError if a setting that SFT, reward training and DPO share is out of range."""
     if not config.epochs > 0:
         raise ValueError(f"epochs is {config.epochs}, expected more than 0")
     if not config.learning_rate >= 0:
@@ -161,45 +166,48 @@ SMOOTHED = ("sigmoid", "robust")  # those that read label_smoothing
 @documented
 @dataclass(frozen=True)
 class DPOConfig:
-    """What a user of DPO can turn. Defaults are for the desk world."""
+    """Settings of DPO. The defaults are for the desk world."""
 
-    # Price of KL
-    beta: float = knob(0.5, "Price of KL, the same quantity as PPO's kl_coef: a larger beta keeps the policy closer to "
-                       "the reference.", group="Price of KL")
+    # KL penalty
+    beta: float = knob(0.5, "KL coefficient β, the same quantity as PPO's kl_coef: a larger beta keeps the policy "
+                            "closer to the reference.", group="KL penalty")
 
     # Loss
     loss_type: str = knob("sigmoid", '"sigmoid" (DPO), "ipo", "hinge" or "robust" (DPO for flipped labels).',
-                          group="Loss")
-    label_smoothing: float = knob(0.0, "Share of labels assumed flipped, below 0.5. With sigmoid it is cDPO, which "
-                                  "expects flips and stops at a finite margin; with robust the loss is, on average "
-                                  "over the flips, the one without them.")
-    length_normalised: bool = knob(False, "Take log-probs per token rather than per response in the loss; what is "
-                                   "logged stays per response.")
-    max_new_tokens: int = knob(4, "Tokens, EOS included, after which a response is cut.")
+                                     group="Loss")
+    label_smoothing: float = knob(0.0, "Assumed share of flipped labels, below 0.5. With sigmoid this is cDPO, whose "
+                                       "loss has its minimum at a finite margin. With robust, the mean of the loss "
+                                       "over the flips equals the loss without flips.")
+    length_normalised: bool = knob(False, "Use log-probs per token instead of per response in the loss; logged values "
+                                          "stay per response.")
+    max_new_tokens: int = knob(4, "Maximum length of a response in tokens, EOS included; a longer response is "
+                                  "truncated.")
 
     # Optimiser
-    epochs: int = knob(3, "Passes over the pairs.", group="Optimiser")
-    batch_size: int = knob(128, "Pairs a step.")
-    learning_rate: float = knob(3e-4, "AdamW's learning rate.")
-    max_grad_norm: float = knob(1.0, "Gradients of a larger norm are scaled down to it.")
-    warmup: float = knob(0.1, "Share of the steps over which the learning rate rises linearly.")
+    epochs: int = knob(3, "Number of passes over the pairs.", group="Optimiser")
+    batch_size: int = knob(128, "Number of pairs per optimiser step.")
+    learning_rate: float = knob(3e-4, "Learning rate of AdamW.")
+    max_grad_norm: float = knob(1.0, "Gradients with a larger norm are scaled down to this norm.")
+    warmup: float = knob(0.1, "Share of the steps over which the learning rate increases linearly.")
 
     # Precision and memory
-    precompute_reference: bool = knob(True, "Score all pairs with the reference once, before training.",
-                                      group="Precision and memory")
-    precision: str = knob("fp32", 'On a CPU "fp32", or "bf16" for the linear layers of policy and reference, as in '
-                          "PPOConfig.")
-    tokens_per_pass: int | None = knob(None, "Tokens, padding included, beyond which a batch is sorted by length and "
-                                       "read in parts, chosen and rejected by one forward pass each; the gradients of "
-                                       "the parts add up to its own. None: all at once. No parameter of the notebooks, "
-                                       "since it changes nothing but memory and rounding.")
-    gradient_checkpointing: bool = knob(False, "Compute layers again in the backward pass instead of keeping them. No "
-                                        "parameter of the notebooks, for the same reason.")
-    halve_passes: bool = knob(False, "When memory runs out in a step, make it again with half the tokens a pass, "
-                              "instead of stopping.")
+    precompute_reference: bool = knob(True, "Compute the reference's log-probs of all pairs once, before training.",
+                                            group="Precision and memory")
+    precision: str = knob("fp32", 'On a CPU: "fp32", or "bf16" for the linear layers of policy and reference, as in '
+                                  "PPOConfig.")
+    tokens_per_pass: int | None = knob(None, "Maximum number of tokens per forward pass, padding included. A larger "
+                                             "batch is sorted by length and split into parts, with one forward pass "
+                                             "for the chosen and one for the rejected responses; the gradients of the "
+                                             "parts are added up. None: no split. The notebooks have no such "
+                                             "parameter, because it changes only memory and rounding.")
+    gradient_checkpointing: bool = knob(False, "Recompute the layers in the backward pass instead of storing their "
+                                               "activations. The notebooks have no such parameter, for the same "
+                                               "reason.")
+    halve_passes: bool = knob(False, "If a step runs out of memory, repeat it with half as many tokens per pass "
+                                     "instead of stopping.")
 
     # Randomness
-    seed: int = knob(0, "Start of every random draw.", group="Randomness")
+    seed: int = knob(0, "Seed of all random draws.", group="Randomness")
 
     def __post_init__(self):
         check_precision(self.precision)
@@ -226,13 +234,14 @@ class DPOConfig:
 @documented
 @dataclass(frozen=True)
 class SFTConfig:
-    """What a user of supervised fine-tuning can turn. Defaults are for the desk world."""
+    """Settings of supervised fine-tuning (SFT). The defaults are for the desk world."""
 
-    epochs: float = knob(4, "Passes over the rows.", group="Optimiser")
-    batch_size: int = knob(256, "Rows a step.")
-    learning_rate: float = knob(2e-3, "AdamW's learning rate, after a short warm-up, falling to 0 as a cosine.")
-    max_length: int = knob(512, "Tokens a row; a longer one is cut at its end.", group="Rows")
-    seed: int = knob(0, "Start of every random draw.", group="Randomness")
+    epochs: float = knob(4, "Number of passes over the rows.", group="Optimiser")
+    batch_size: int = knob(256, "Number of rows per optimiser step.")
+    learning_rate: float = knob(2e-3, "Learning rate of AdamW, with a short warm-up and cosine decay to 0.")
+    max_length: int = knob(512, "Maximum length of a row in tokens; a longer row is truncated at its end.",
+                                group="Rows")
+    seed: int = knob(0, "Seed of all random draws.", group="Randomness")
 
     def __post_init__(self):
         _check_steps(self)
@@ -241,15 +250,16 @@ class SFTConfig:
 @documented
 @dataclass(frozen=True)
 class RewardConfig:
-    """What a user of reward-model training can turn. Defaults are for the desk world; the names are SFTConfig's."""
+    """Settings of reward-model training. The defaults are for the desk world; the names are those of SFTConfig."""
 
-    epochs: float = knob(4, "Passes over the pairs.", group="Optimiser")
-    batch_size: int = knob(128, "Pairs a step.")
-    learning_rate: float = knob(1e-3, "AdamW's learning rate, after a short warm-up, falling to 0 as a cosine.")
-    max_length: int = knob(512, "Tokens of prompt and response; a pair with a longer side is left out.", group="Pairs")
+    epochs: float = knob(4, "Number of passes over the pairs.", group="Optimiser")
+    batch_size: int = knob(128, "Number of pairs per optimiser step.")
+    learning_rate: float = knob(1e-3, "Learning rate of AdamW, with a short warm-up and cosine decay to 0.")
+    max_length: int = knob(512, "Maximum length of prompt and response in tokens; pairs with a longer side are "
+                                "skipped.", group="Pairs")
     centre: float = knob(0.01, "Weight of (r_chosen + r_rejected)², which keeps scores near 0 (TRL's "
-                         "center_rewards_coefficient).", group="Loss")
-    seed: int = knob(0, "Start of every random draw.", group="Randomness")
+                               "center_rewards_coefficient).", group="Loss")
+    seed: int = knob(0, "Seed of all random draws.", group="Randomness")
 
     def __post_init__(self):
         _check_steps(self)
@@ -257,7 +267,7 @@ class RewardConfig:
             raise ValueError(f"centre is {self.centre}, expected 0 or more")
 
 
-# A pretrained model moves with much smaller steps than one that was just made (Ivison 2024; Huang 2024).
+# A pretrained model needs a much smaller learning rate than a new one (Ivison 2024; Huang 2024).
 PRETRAINED = {
     SFTConfig: {"epochs": 1, "batch_size": 16, "learning_rate": 2e-5},
     RewardConfig: {"epochs": 1, "batch_size": 16, "learning_rate": 1e-5},
@@ -276,9 +286,9 @@ PRETRAINED = {
 
 
 def preset(config_class, model: str, **chosen):
-    """A config for `model` ("tiny", a folder or a Hub id) with what the user chose; None keeps the preset's value.
+    """The config for `model` ("tiny", a folder or a Hub id) with the user's choices; None keeps the preset's value.
 
-    Raises TypeError, naming the known options, on an option that the config does not have.
+    Raises TypeError, which lists the valid options, if the config has no such option.
     """
     options = [f.name for f in fields(config_class)]
     for name in chosen:

@@ -1,7 +1,7 @@
-"""Direct preference optimisation, Bradley–Terry on β log(π / π_ref): pairs, one step, and the loop.
+"""Direct preference optimisation, Bradley–Terry on β log(π / π_ref): pairs, one step, and the training loop.
 
-There is no KL term on samples here: the reference enters through the implicit reward only, so nothing bounds how far
-the policy moves where the pairs do not look. Chosen and rejected log-probs are therefore logged apart.
+DPO has no KL term on samples. The reference enters only through the implicit reward, so nothing limits how far the
+policy moves on responses outside the pairs. Chosen and rejected log-probs are therefore logged separately.
 """
 
 import contextlib
@@ -39,31 +39,31 @@ from alignkit.storage import data_hash
 
 @dataclass(frozen=True)
 class DPOStats:
-    """What one DPO step measured, before the step. `log()` has the same numbers under TRL's names."""
+    """Statistics of one DPO step, measured before the step. `log()` returns them under TRL's names."""
 
-    step: int = stat("step", "optimiser steps so far, this one included")
+    step: int = stat("step", "number of optimiser steps so far, including this one")
     loss: float = stat("loss", "mean DPO loss; ln 2 at step 0 for the sigmoid")
     chosen_reward: float = stat("rewards/chosen", "mean implicit reward β log(π / π_ref) of the chosen responses")
-    rejected_reward: float = stat("rewards/rejected", "the same of the rejected responses")
+    rejected_reward: float = stat("rewards/rejected", "the same for the rejected responses")
     accuracy: float = stat("rewards/accuracies", "share of pairs whose chosen response has the larger implicit reward")
     margin: float = stat("rewards/margins", "mean implicit reward, chosen minus rejected")
-    chosen_logps: float = stat("logps/chosen", "mean log π of the chosen responses, nats a response")
-    rejected_logps: float = stat("logps/rejected", "the same of the rejected responses")
+    chosen_logps: float = stat("logps/chosen", "mean log π of the chosen responses, nats per response")
+    rejected_logps: float = stat("logps/rejected", "the same for the rejected responses")
     chosen_shift: float = stat(
-        "logps/chosen_shift", "mean log π − log π_ref of the chosen responses: below 0 the chosen ones became rarer"
+        "logps/chosen_shift", "mean log π − log π_ref of the chosen responses: below 0 they became less likely"
     )
-    rejected_shift: float = stat("logps/rejected_shift", "the same of the rejected responses")
-    grad_norm: float = stat("grad_norm", "gradient norm before the clip")
-    learning_rate: float = stat("learning_rate", "in force at this step")
+    rejected_shift: float = stat("logps/rejected_shift", "the same for the rejected responses")
+    grad_norm: float = stat("grad_norm", "gradient norm before clipping")
+    learning_rate: float = stat("learning_rate", "learning rate at this step")
 
     def log(self) -> dict[str, float]:
-        """The numbers under their plot names."""
+        """The statistics under their plot names."""
         return {f.metadata["name"]: getattr(self, f.name) for f in fields(self)}
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """B preference pairs: two Rollouts that share their prompts, and the reference's log-probs (B,) or None."""
+    """B preference pairs: two Rollouts with the same prompts, and the reference's log-probs (B,) or None."""
 
     chosen: Rollout
     rejected: Rollout
@@ -81,9 +81,9 @@ class Pairs:
         )
 
     def parts(self, tokens_per_pass: int | None) -> list["Pairs"]:
-        """Split the pairs into parts of which one forward pass can read a side.
+        """Split the pairs into parts whose chosen (or rejected) side fits one forward pass.
 
-        tokens_per_pass: the most tokens, padding included, that a side of a part may have; None makes one part.
+        tokens_per_pass: maximum number of tokens of one side of a part, padding included; None makes one part.
         """
         if tokens_per_pass is None:
             return [self]
@@ -95,9 +95,8 @@ class Pairs:
 @torch.no_grad()
 def with_reference(ref_policy: nn.Module, pairs: Pairs, *, batch_size: int = 256, precision: str = "fp32",
                    tokens_per_pass: int | None = None) -> Pairs:
-    """The same pairs with the reference's log-probs, computed once. precision, tokens_per_pass: those of the training,
-    see DPOConfig; batch_size: rows a pass, if tokens_per_pass is None.
-    """
+    """The same pairs with the reference's log-probs, computed once. precision, tokens_per_pass: as in training, see
+    DPOConfig; batch_size: rows per pass if tokens_per_pass is None."""
     logps, numbers = [], torch.arange(len(pairs), device=pairs.chosen.prompt_ids.device)
     with autocast(numbers.device, precision):
         for side in (pairs.chosen, pairs.rejected):
@@ -110,14 +109,14 @@ def with_reference(ref_policy: nn.Module, pairs: Pairs, *, batch_size: int = 256
 def dpo_step(
     policy: nn.Module, optimizer: torch.optim.Optimizer, pairs: Pairs, config: DPOConfig, step: int = 1
 ) -> DPOStats:
-    """One optimiser step on a batch of pairs that carry reference log-probs. Returns statistics from before the step.
+    """One optimiser step on a batch of pairs with reference log-probs. Returns the statistics from before the step.
 
-    Raises ValueError if the reference's log-probs are missing, NonFinite (weights untouched) if loss or gradient is not
+    Raises ValueError if the reference's log-probs are missing, NonFinite (weights unchanged) if loss or gradient is not
     finite.
     """
     if pairs.ref_chosen_logps is None:
         raise ValueError("pairs carry no reference log-probs; call with_reference(ref_policy, pairs) first")
-    # Gradients: of one part of the batch after the other.
+    # Gradients: one part of the batch at a time.
     optimizer.zero_grad(set_to_none=True)
     loss, read = 0.0, []
     with checkpointed(policy, config.gradient_checkpointing):
@@ -127,7 +126,7 @@ def dpo_step(
             read.append([*logps, part.ref_chosen_logps, part.ref_rejected_logps])
     chosen_logps, rejected_logps, *refs = (torch.cat(values) for values in zip(*read, strict=True))
     logps = [chosen_logps, rejected_logps]
-    # Clip their norm, refuse to step into what is not finite, and step.
+    # Clip the gradient norm, stop if it is not finite, and step.
     norm = torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], config.max_grad_norm)
     if not torch.isfinite(norm + loss):
         raise NonFinite(
@@ -151,8 +150,8 @@ def accumulate_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add the gradient of one part of a batch to the policy's gradients.
 
-    share: the part's share of the batch's pairs, by which its loss is weighted. Returns the part's contribution to the
-    loss, and the log-probs of its chosen and of its rejected responses, (B,) each.
+    share: the part's share of the batch's pairs, which weights its loss. Returns the part's contribution to the loss,
+    and the log-probs of its chosen and of its rejected responses, (B,) each.
     """
     sides = (pairs.chosen, pairs.rejected)
     with autocast(pairs.chosen.prompt_ids.device, config.precision):
@@ -171,10 +170,10 @@ def accumulate_gradient(
 
 @dataclass
 class DPOState:
-    """What a DPO run changes, and the pairs that it trains on. `start` makes one.
+    """The state that a DPO run changes, and its training pairs. `start` makes one.
 
-    pairs: with the reference's log-probs, or without, then ref_policy is asked at each step. from_reference: the policy
-    was the reference when the run started.
+    pairs: with the reference's log-probs; without them, ref_policy computes them at each step. from_reference: whether
+    the policy was identical to the reference when the run started.
     """
 
     policy: nn.Module
@@ -190,10 +189,10 @@ class DPOState:
     @classmethod
     def start(cls, policy: nn.Module, tokenizer, rows: list[dict], config: DPOConfig, *,
               ref_policy: nn.Module | None = None) -> "DPOState":
-        """A run's state before its first step, on rows prompt / chosen / rejected (texts).
+        """The state of a run before its first step, on rows prompt / chosen / rejected (texts).
 
-        ref_policy: by default the policy as it is now. Raises ValueError if there are no rows, or one is longer than
-        the model's context.
+        ref_policy: by default the current policy. Raises ValueError if there are no rows, or if one is longer than the
+        model's context.
         """
         if not rows:
             raise ValueError("rows is empty, expected at least one preference pair")
@@ -217,26 +216,25 @@ class DPOState:
 
     @property
     def step(self) -> int:
-        """Steps made so far, as Checkpoints count them; -1 in the middle of one."""
+        """Number of completed steps, as Checkpoints counts them; -1 during a step."""
         return self.done if self.whole else -1
 
     def steps(self, config: DPOConfig) -> int:
-        """Steps of the whole run."""
+        """Total number of steps of the run."""
         return math.ceil(len(self.pairs) / config.batch_size) * config.epochs
 
     def facts(self) -> dict:
-        """What the run depends on besides its config: the policy it starts from and the tokens of its pairs, as hashes.
-        """
+        """Hashes of the initial policy and of the pairs' tokens: what the run depends on besides its config."""
         sides = (self.pairs.chosen, self.pairs.rejected)
         return {"policy": weights_hash(self.policy), "reference": self.reference,
                 "pairs": data_hash([row.tolist() for side in sides for row in full_ids(side)[0]])}
 
     def state_dict(self) -> dict:
-        """All that training changes: trained weights, optimizer, steps. Not copied."""
+        """Everything that training changes: trained weights, optimizer, steps. The tensors are not copied."""
         return {"policy": trained_weights(self.policy), "optimizer": self.optimizer.state_dict(), "done": self.done}
 
     def load_state_dict(self, saved: Mapping) -> None:
-        """Go on from what `state_dict` said. Raises ValueError, and changes nothing, if the weights do not fit."""
+        """Continue from `state_dict`. Raises ValueError, and changes nothing, if the weights do not fit."""
         weights = trained_weights(self.policy)
         check_weights(weights, saved["policy"], "saved['policy']")
         copy_weights(weights, saved["policy"])
@@ -245,11 +243,11 @@ class DPOState:
 
 
 def dpo_iteration(state: DPOState, config: DPOConfig) -> DPOStats:
-    """The next step of a run; changes `state`, returns the statistics from before the step.
+    """Do the next step of a run; changes `state` and returns the statistics from before the step.
 
-    The order of pairs is drawn from (seed, epoch): repeating a step on the same state repeats it exactly. A step that
-    fails leaves `state` as it was. The first step of a policy that is its own reference must have margin 0 (and loss
-    ln 2 for the sigmoid). Raises InvariantError otherwise, NonFinite, OutOfMemory.
+    The order of pairs is drawn from (seed, epoch), so repeating a step on the same state gives exactly the same result.
+    A step that fails leaves `state` unchanged. If the policy is its own reference, the first step must have margin 0
+    (and loss ln 2 for sigmoid). Raises InvariantError otherwise, NonFinite, OutOfMemory.
     """
     def whole() -> tuple[int, int]:
         longest = max(int((side.prompt_mask.sum(1) + side.response_mask.sum(1)).max())
@@ -261,7 +259,7 @@ def dpo_iteration(state: DPOState, config: DPOConfig) -> DPOStats:
 
 def _step(state: DPOState, config: DPOConfig) -> DPOStats:
     step = state.done + 1
-    # The batch: the pairs in another order each epoch.
+    # Batch: a new order of the pairs in each epoch.
     steps_per_epoch = math.ceil(len(state.pairs) / config.batch_size)
     epoch, place = divmod(state.done, steps_per_epoch)
     order = torch.randperm(len(state.pairs), generator=seeded(config.seed, epoch, 4))
@@ -270,7 +268,7 @@ def _step(state: DPOState, config: DPOConfig) -> DPOStats:
     if batch.ref_chosen_logps is None:
         batch = with_reference(state.ref_policy, batch, precision=config.precision,
                                tokens_per_pass=config.tokens_per_pass)
-    # The learning rate warms up.
+    # Learning rate: warm up.
     warmup_steps = config.warmup * steps_per_epoch * config.epochs
     set_learning_rate(state.optimizer, config.learning_rate * (min(step / warmup_steps, 1.0) if warmup_steps else 1.0))
     # The step; the first one is checked after it, and taken back if something is wrong.
@@ -293,9 +291,9 @@ def _step(state: DPOState, config: DPOConfig) -> DPOStats:
 def dpo(
     policy: nn.Module, tokenizer, rows: list[dict], config: DPOConfig, *, ref_policy: nn.Module | None = None
 ) -> Iterator[DPOStats]:
-    """Train on rows prompt / chosen / rejected (texts), yielding each step's statistics: `dpo_iteration` to the end.
+    """Train on rows prompt / chosen / rejected (texts), with `dpo_iteration` to the end; yields each step's statistics.
 
-    ref_policy: by default the policy as it is now. Raises as `DPOState.start` and `dpo_iteration` do.
+    ref_policy: by default the current policy. Raises as `DPOState.start` and `dpo_iteration` do.
     """
     state = DPOState.start(policy, tokenizer, rows, config, ref_policy=ref_policy)
     while state.done < state.steps(config):
@@ -303,10 +301,10 @@ def dpo(
 
 
 def check_first_step(stats: DPOStats, config: DPOConfig, tolerance: float = 1e-4) -> None:
-    """Check that policy and reference are the same at the first step: margin 0, loss ln 2 (sigmoid, robust).
+    """Check that policy and reference are identical at the first step: margin 0, loss ln 2 (sigmoid, robust).
 
-    Raises InvariantError if they are not. tolerance: larger in bf16, where the same pairs in a batch of another size
-    give other log-probs.
+    Raises InvariantError otherwise. tolerance: larger in bf16, where log-probs of the same pairs depend on the batch
+    size.
     """
     expected = {"ipo": 1 / (4 * config.beta**2), "hinge": 1.0}.get(config.loss_type, math.log(2))
     for name, value, wanted in (("margin", stats.margin, 0.0), ("loss", stats.loss, expected)):

@@ -1,4 +1,4 @@
-"""The errors that alignkit raises on purpose. The message says what is wrong and what to do."""
+"""The exceptions of alignkit. Each message says what is wrong and what to do."""
 
 import re
 from collections.abc import Iterable
@@ -9,12 +9,12 @@ _OUT_OF_MEMORY = re.compile(
 
 
 class AlignkitError(Exception):
-    """Base of all errors that alignkit raises on purpose: the command prints their message and nothing else."""
+    """Base class of alignkit's exceptions; the `alignkit` command prints only their message, without a traceback."""
 
 
 class NonFinite(AlignkitError, ValueError):
-    """A model produced NaN or infinite numbers. step, batch: where, and the token ids that it was training on, if a
-    trainer raised it."""
+    """A model produced NaN or infinite numbers. step, batch: the training step and its token ids, if a trainer raised
+    this."""
 
     def __init__(self, message: str, step: int | None = None, batch: dict | None = None):
         super().__init__(message)
@@ -22,11 +22,12 @@ class NonFinite(AlignkitError, ValueError):
 
 
 class OutOfMemory(AlignkitError, MemoryError):
-    """There was not enough memory for a step; nothing was changed. The message says what to lower, and to what."""
+    """A step did not fit into memory; nothing was changed. The message says which setting to lower, and to what
+    value."""
 
 
 class DataError(AlignkitError, ValueError):
-    """A source that cannot be used; the message says where, why and what to do."""
+    """A data source cannot be used; the message says where, why and what to do."""
 
 
 class RunError(AlignkitError, ValueError):
@@ -34,7 +35,7 @@ class RunError(AlignkitError, ValueError):
 
 
 class ManifestError(AlignkitError, ValueError):
-    """A checkpoint is not what its manifest says, or must not be frozen as it is; `files` names the files."""
+    """A checkpoint differs from its manifest, or must not be frozen in its present state; `files` names the files."""
 
     def __init__(self, message: str, files: Iterable[str] = ()):
         super().__init__(message)
@@ -42,15 +43,16 @@ class ManifestError(AlignkitError, ValueError):
 
 
 class InvariantError(AlignkitError, RuntimeError):
-    """Something that must hold before the first optimizer step does not hold (checked by PPO and DPO)."""
+    """A condition that must hold before the first optimiser step is violated (checked by PPO and DPO)."""
 
 
 class RunInUse(AlignkitError, RuntimeError):
-    """Another job is at work in this run directory."""
+    """Another process is using this run directory."""
 
 
 class NotebookFailed(AlignkitError, RuntimeError):
-    """A notebook did not reach its end. status: "failed", "timeout", "interrupted"; cell: from 0, None: none began."""
+    """A notebook did not finish. status: "failed", "timeout" or "interrupted"; cell: number from 0, None: no cell
+    started."""
 
     def __init__(self, message: str, status: str = "failed", cell: int | None = None, error: str = ""):
         super().__init__(message)
@@ -58,13 +60,13 @@ class NotebookFailed(AlignkitError, RuntimeError):
 
 
 class MissingExtra(AlignkitError, ImportError):
-    """A package that is not among those always installed is needed; the message says how to install it."""
+    """An optional package is needed; the message says how to install it."""
 
 
 class ParameterError(AlignkitError, ValueError):
-    """A parameter that the notebook does not have, or a value that is not of its type."""
+    """The notebook has no such parameter, or the value has the wrong type."""
 
 
 def is_out_of_memory(error: BaseException | str) -> bool:
-    """Whether an error, or its text "Name: message", says that memory ran out: Python's, numpy's or torch's."""
+    """Whether an error, or its text "Name: message", reports that memory ran out (in Python, numpy or torch)."""
     return bool(_OUT_OF_MEMORY.search(error if isinstance(error, str) else f"{type(error).__name__}: {error}"))

@@ -1,9 +1,9 @@
-"""One way to replace a folder: a model, a stage, a checkpoint, a frozen model, a comparison.
+"""Replace folders atomically: a model, a stage, a checkpoint, a frozen model, a comparison.
 
-The new folder is written beside the old one under a hidden name with the tool's own marker, flushed to the disk, and
-exchanged with it in one step where the system can (Linux). Elsewhere two renames do it; a process killed between them
-leaves the old folder under its temporary name, and `recover` gives it back its own. What killed processes leave behind
-is swept the next time, if it carries the marker and nobody holds its lock.
+The new folder is written beside the old one under a hidden name with alignkit's marker, flushed to disk, and exchanged
+with the old one in one step if the system supports it (Linux). Otherwise two renames are used: if a process is killed
+between them, the old folder has its temporary name, and `recover` restores its name. `sweep` deletes the leftovers of
+killed processes the next time, if they carry the marker and no process holds their lock.
 """
 
 import contextlib
@@ -21,18 +21,18 @@ from pathlib import Path
 from alignkit.killpoints import reached
 from alignkit.storage import flush, locked
 
-MARK = "alignkit-part"  # .NAME.alignkit-part-new-ID is being written, .NAME.alignkit-part-old-ID was replaced
+MARK = "alignkit-part"  # .NAME.alignkit-part-new-ID: being written, .NAME.alignkit-part-old-ID: replaced
 
 
 @contextlib.contextmanager
 def replacing(directory: str | Path, *, keep: bool | Callable[[str], bool] = False,
               overwrite: bool = True) -> Iterator[Path]:
-    """Yield an empty folder to write in; at the end of the block it takes the place of `directory`, all or nothing.
+    """Yield an empty folder to write in; at the end of the block it replaces `directory` atomically.
 
-    keep: what lies in the old folder and not in the new one goes along (a stage's records beside its weights); a
-    function says of each name whether it does. overwrite=False raises FileExistsError if there is a folder with
-    anything in it by the time of the exchange. Until the exchange `directory` stays as it is, and for good if the block
-    raises. Files get the permissions of the umask.
+    keep: files in the old folder that are missing in the new one are kept (a stage's records beside its weights); a
+    function decides by name. overwrite=False raises FileExistsError if a non-empty folder exists at the time of the
+    exchange. Until the exchange, and if the block raises, `directory` is unchanged. Files get the permissions of the
+    umask.
     """
     directory = Path(os.path.realpath(directory) if os.path.islink(directory) else os.path.abspath(directory))
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def replacing(directory: str | Path, *, keep: bool | Callable[[str], bool] = Fal
     new = _temporary(directory, "new")
     new.mkdir()
     try:
-        with locked(new):  # tells `sweep` that a living process is at work here
+        with locked(new):  # tells `sweep` that a running process uses this folder
             reached("folder.begun")
             yield new
             if keep and directory.is_dir():
@@ -61,13 +61,12 @@ def replacing(directory: str | Path, *, keep: bool | Callable[[str], bool] = Fal
                 break
         shutil.rmtree(new, ignore_errors=True)
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            error.filename = str(directory)  # a full disk does not say where it is full
+            error.filename = str(directory)  # the error of a full disk names no file
         raise
 
 
 def recover(directory: str | Path) -> None:
-    """Give a folder its name back that a process had when it was killed between two renames. Every reader may call it.
-    """
+    """Restore the name of a folder whose process was killed between two renames. Every reader may call this."""
     directory = Path(os.path.abspath(directory))
     if os.path.lexists(directory):
         return
@@ -75,7 +74,7 @@ def recover(directory: str | Path) -> None:
     while any(map(is_held, _leftovers(directory, "new"))) and time.monotonic() < end:
         if os.path.lexists(directory):
             return
-        time.sleep(0.01)  # a living process is between its two renames
+        time.sleep(0.01)  # a running process is between its two renames
     for old in _leftovers(directory, "old"):
         with contextlib.suppress(OSError):
             old.rename(directory)
@@ -83,7 +82,7 @@ def recover(directory: str | Path) -> None:
 
 
 def is_held(folder: str | Path) -> bool:
-    """Whether a living process holds the lock of a folder."""
+    """Whether a running process holds the lock of a folder."""
     try:
         with locked(folder):
             return False
@@ -94,8 +93,8 @@ def is_held(folder: str | Path) -> bool:
 
 
 def sweep(directory: str | Path) -> list[Path]:
-    """Delete what killed processes left of `directory`; returns it. What a living process holds stays, and so does
-    every folder without the marker."""
+    """Delete the leftovers of killed processes for `directory`; returns `directory`. Folders held by a running process,
+    and folders without the marker, are kept."""
     directory = Path(os.path.abspath(directory))
     swept = []
     for leftover in [*_leftovers(directory, "new"), *_leftovers(directory, "old")]:
@@ -106,8 +105,8 @@ def sweep(directory: str | Path) -> list[Path]:
 
 
 def discard(directory: str | Path) -> None:
-    """Delete a folder whole: a process killed meanwhile leaves it under a temporary name, never half of it under its
-    own."""
+    """Delete a whole folder. If the process is killed meanwhile, the rest has a temporary name; half a folder never
+    keeps the original name."""
     directory = Path(os.path.abspath(directory))
     old = _temporary(directory, "old")
     directory.rename(old)
@@ -115,7 +114,7 @@ def discard(directory: str | Path) -> None:
 
 
 def leftovers(folder: str | Path) -> list[Path]:
-    """All temporary folders of killed or working processes at any depth below `folder`."""
+    """All temporary folders of killed or running processes at any depth below `folder`."""
     return [path for path in sorted(Path(folder).rglob(f".*.{MARK}-*")) if path.is_dir() and not path.is_symlink()]
 
 
@@ -132,7 +131,7 @@ def _leftovers(directory: Path, kind: str) -> list[Path]:
 
 
 def _take_along(old: Path, new: Path, keep: Callable[[str], bool]) -> None:
-    """Bring what only `old` has to `new`: the same files under two names, or copies where a disk has no hard links."""
+    """Add the files that exist only in `old` to `new`: as hard links, or as copies if the disk has no hard links."""
     def bring(source: str, target: str) -> None:
         try:
             os.link(source, target, follow_symlinks=False)
@@ -152,18 +151,19 @@ def _take_along(old: Path, new: Path, keep: Callable[[str], bool]) -> None:
 
 
 def _settle(new: Path) -> None:
-    """Permissions of the umask (safetensors writes 0600, and a shared run folder must be readable); all on the disk."""
+    """Set the permissions of the umask (safetensors writes 0600, but a shared run folder must be readable) and flush
+    everything to disk."""
     umask = os.umask(0)
     os.umask(umask)
     for path in [*new.rglob("*"), new]:
-        came_along = path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1)  # on the disk already
+        came_along = path.is_symlink() or (path.is_file() and path.stat().st_nlink > 1)  # already on disk
         if not came_along:
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
             flush(path)
 
 
 def _exchange(new: Path, directory: Path) -> Path | None:
-    """Give `new` the name of `directory`; returns where the old folder is now, None if there was none."""
+    """Give `new` the name of `directory`; returns the old folder's new path, None if there was none."""
     if not os.path.lexists(directory):
         new.rename(directory)
         return None
@@ -177,7 +177,7 @@ def _exchange(new: Path, directory: Path) -> Path | None:
 
 
 def _appear(new: Path, directory: Path) -> None:
-    """Give `new` the name of `directory`, where nothing is, or an empty folder."""
+    """Give `new` the name of `directory`, which does not exist or is empty."""
     try:
         os.rename(new, directory)
     except OSError as error:
@@ -187,7 +187,7 @@ def _appear(new: Path, directory: Path) -> None:
 
 
 def _swap(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; False where the system or the disk cannot."""
+    """Exchange two names in one step; False if the system or the disk does not support it."""
     if not sys.platform.startswith("linux"):
         return False
     try:

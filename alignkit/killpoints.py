@@ -1,4 +1,4 @@
-"""Named places where a test can kill the process, to see that nothing is lost there.
+"""Named places at which a test can kill the process, to check that nothing is lost there.
 
 `ALIGNKIT_KILL_AT=NAME` kills this process with SIGKILL when it reaches NAME; `NAME:3` when it does so for the third
 time. Without the variable a kill point costs one comparison.
@@ -45,7 +45,7 @@ def arm(place: str) -> None:
 
 
 def reached(name: str) -> None:
-    """Say that the program is at the kill point `name`."""
+    """Declare that the program is at the kill point `name`."""
     global _left
     if name == _name:
         _left -= 1

@@ -1,20 +1,20 @@
-"""What each number is called, what it is measured in, which way is better, and how it is written."""
+"""The label, unit, direction and number format of each metric."""
 
 from dataclasses import dataclass, field
 
 
 def stat(name: str, meaning: str):
-    """A field of a statistics dataclass: the name that TRL gave the number, and what it means."""
+    """A field of a statistics dataclass: TRL's name for the number, and its meaning."""
     return field(metadata={"name": name, "meaning": meaning})
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a number is shown.
+    """How a number is displayed.
 
-    label: what it is called; {reference} stands for the policy that it is compared with. unit: "" for a pure number.
-    about: what stands below the label where there is room; the unit if it is left out. better: "up", "down", "".
-    spec: how it is written beside its interval; one that ends in % says that it is a share.
+    label: the name shown; {reference} stands for the reference policy. unit: "" for a pure number. about: text below
+    the label if there is room; by default the unit. better: "up", "down", "". spec: number format beside an interval; a
+    format that ends in % marks a share.
     """
 
     label: str
@@ -28,12 +28,12 @@ class Metric:
         return ", ".join(filter(None, (self.label.format(reference=reference), self.unit)))
 
     def format(self, value: object) -> str:
-        """`value` with all the digits that tell it apart."""
+        """`value` with all significant digits."""
         return share(value) if self.spec.endswith("%") else number(value)
 
 
 METRICS = {
-    # an evaluation on held-out prompts: results.json, summary.json, comparisons
+    # evaluation on held-out prompts: results.json, summary.json, comparisons
     "gold_mean": Metric("gold reward", "SFT-sd", "SFT standard deviations", "up", "+.2f"),
     "proxy_mean": Metric("proxy reward", "", "what was optimised", "up", "+.2f"),
     "risky_failure_rate": Metric("risky failures", "", "risky prompts answered or met unsafely", "down", ".1%"),
@@ -50,7 +50,7 @@ METRICS = {
     "eos_rate": Metric("ended by itself", "", "share of responses", spec=".1%"),
     "distinct_1": Metric("distinct words", spec=".1%"),
     "distinct_2": Metric("distinct word pairs", spec=".1%"),
-    # a reward model on held-out pairs
+    # reward model on held-out pairs
     "accuracy_labels": Metric("accuracy", "", "against the labels of held-out pairs", "up", ".1%"),
     "bayes_accuracy": Metric("its ceiling", "", "what an ideal model reaches on these labels", spec=".1%"),
     "accuracy_gold": Metric("accuracy against gold", "", "held-out pairs", "up", ".1%"),
@@ -81,7 +81,7 @@ METRICS = {
     "logps/rejected": Metric("rejected", "nats a response"),
     "logps/chosen_shift": Metric("chosen", "nats a response"),
     "logps/rejected_shift": Metric("rejected", "nats a response"),
-    # those of SFT and the reward model, by the names of TRL's trainers
+    # SFT's and the reward model's, by the names of TRL's trainers
     "loss": Metric("training loss", "nats"),
     "eval_loss": Metric("held-out loss", "nats"),
     "accuracy": Metric("accuracy", "share of pairs"),
@@ -94,20 +94,20 @@ METRICS = {
 
 
 def label(name: str) -> str:
-    """What the number `name` is called; its name if nothing is known of it."""
+    """The label of the metric `name`; `name` itself for an unknown metric."""
     return METRICS[name].label if name in METRICS else name
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a whole or a real number; True and False are none."""
+    """Whether a value is an integer or a float; True and False are not numbers."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def number(value: object) -> str:
-    """A number with three decimals, or as many as its size asks for; anything else as it is."""
+    """A number with three decimals, or as many as its magnitude requires; other values unchanged."""
     if not is_number(value):
         return "–" if value is None else str(value)
-    size = abs(value) if abs(value) > 1e-12 else 0  # a mean that is 0 by definition comes out as 1e-17
+    size = abs(value) if abs(value) > 1e-12 else 0  # rounding turns a mean that is 0 by definition into 1e-17
     if isinstance(value, int) or size >= 1000 or not size:
         shown = f"{size:,.0f}"
     else:
@@ -116,10 +116,10 @@ def number(value: object) -> str:
 
 
 def share(value: object) -> str:
-    """A share of 1 in per cent; anything that is no number as `number` writes it."""
+    """A share as a percentage; a value that is not a number as `number` formats it."""
     return f"{value:.1%}" if is_number(value) else number(value)
 
 
 def duration(seconds: float) -> str:
-    """A duration for people: 4.2 s, 1:07 min."""
+    """A readable duration: 4.2 s, 1:07 min."""
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"

@@ -1,5 +1,5 @@
-"""What PPO's and DPO's steps share: the optimiser, its learning rate, two computations side by side on two cores, steps
-that are made whole or not at all, and what to do when memory runs out."""
+"""Shared parts of PPO's and DPO's steps: the optimiser, its learning rate, two computations in parallel on two cores,
+steps that are made completely or not at all, and recovery when memory runs out."""
 
 import contextlib
 import copy
@@ -21,7 +21,7 @@ def adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.A
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Use this learning rate from the next step on."""
+    """Use this learning rate for all following steps."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
 
@@ -30,17 +30,17 @@ A, B = TypeVar("A"), TypeVar("B")
 
 
 def side_by_side(one: Callable[[], A], other: Callable[[], B], device: torch.device) -> tuple[A, B]:
-    """`one(), other()`, where neither needs or changes what the other changes.
+    """Run `one()` and `other()`, two independent computations, and return both results.
 
-    `other` runs in a thread of its own, in the caller's grad mode and autocast, on a CPU of which an operation uses one
-    thread and this process may use more cores. Elsewhere one runs after the other. An exception, and an interrupt
-    whenever it comes, is raised when both have ended, or `other` will never begin.
+    They run in parallel on a CPU if an operation uses one thread and this process may use more cores: `other` runs in a
+    separate thread with the caller's grad mode and autocast. Otherwise they run one after the other. An exception, or
+    an interrupt at any time, is raised after both have ended, or when `other` can no longer begin.
     """
     if torch.device(device).type != "cpu" or torch.get_num_threads() > 1 or _cores() < 2:
         return one(), other()
     grad, dtype, lowered = torch.is_grad_enabled(), torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
 
-    door, ended = threading.Lock(), threading.Event()  # whoever passes the door first says whether `other` runs
+    door, ended = threading.Lock(), threading.Event()  # the first thread to take the lock decides whether `other` runs
     passed: list[str] = []
     outcome: dict[str, object] = {}
 
@@ -72,14 +72,14 @@ def side_by_side(one: Callable[[], A], other: Callable[[], B], device: torch.dev
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
 def all_or_nothing(state) -> Iterator[None]:
-    """If the block raises, put `state` back to what it was before: a PPOState, or anything with PyTorch's
-    state_dict() and load_state_dict(saved). An interrupt (Ctrl-C) counts as raising."""
+    """If the block raises, restore `state`: a PPOState, or any object with PyTorch's state_dict() and
+    load_state_dict(saved). An interrupt (Ctrl-C) counts as raising."""
     saved = state.state_dict()
     before = copied(saved, None if _fits_twice(saved) else torch.device("cpu"))
     try:
@@ -95,7 +95,7 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_weights(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
-    """Raise ValueError if saved weights do not fit a model's, by name and shape; `where` names them."""
+    """Raise ValueError if saved weights do not fit a model's by name and shape; `where` names them in the message."""
     differing = sorted(weights.keys() ^ saved.keys())
     if differing:
         raise ValueError(f"{where} is of another model; one of the two has no {', '.join(differing[:3])}")
@@ -107,15 +107,15 @@ def check_weights(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor], wh
 
 @torch.no_grad()
 def copy_weights(weights: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    """Copy saved weights, which `check_weights` let pass, into a model's."""
+    """Copy saved weights, already checked by `check_weights`, into a model's."""
     for name, weight in weights.items():
         weight.copy_(saved[name])
 
 
 def copied(value: object, device: torch.device | None = None) -> object:
-    """What `copy.deepcopy` would make of nested dicts and lists of tensors, in a sixth of the time.
+    """The same as `copy.deepcopy` of nested dicts and lists of tensors, in a sixth of the time.
 
-    device: where the copies of tensors are; None: where the tensors are.
+    device: the device of the copies; None: that of the tensors.
     """
     if isinstance(value, Mapping):
         return {key: copied(item, device) for key, item in value.items()}
@@ -136,11 +136,12 @@ def size(value: object) -> int:
 
 
 def within_memory(attempt: Callable[[object], A], state, config, whole: Callable[[], tuple[int, int]]) -> A:
-    """`attempt(config)`, which changes nothing when it raises; where memory runs out, again with half the tokens a
-    pass, if config.halve_passes says so. Gradients add up over passes, so the effective batch stays as it is.
+    """Call `attempt(config)`, which changes nothing if it raises. If memory runs out and config.halve_passes is set,
+    repeat it with half as many tokens per pass. Gradients are added over passes, so the effective batch stays the same.
 
-    state: what `attempt` changes; its `pass_limit` remembers how many tokens a pass fit. whole: says how many tokens
-    the largest pass has without a limit, and the longest row. Raises OutOfMemory, which says what to lower to what.
+    state: the state that `attempt` changes; its `pass_limit` stores the number of tokens per pass that fit. whole:
+    returns the number of tokens of the largest pass without a limit, and of the longest row. Raises OutOfMemory, which
+    says which setting to lower, and to what value.
     """
     if state.pass_limit is not None:
         config = replace(config, tokens_per_pass=min(state.pass_limit, config.tokens_per_pass or state.pass_limit))
@@ -162,7 +163,8 @@ def within_memory(attempt: Callable[[object], A], state, config, whole: Callable
 
 
 def _fits_twice(value: object) -> bool:
-    """Whether a copy of nested tensors has room beside them, half of the free memory of a GPU at most."""
+    """Whether a copy of nested tensors fits into memory beside the original; on a GPU it may use half of the free
+    memory."""
     if not torch.cuda.is_available():
         return True
     return size(value) < torch.cuda.mem_get_info()[0] / 2

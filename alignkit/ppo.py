@@ -1,10 +1,10 @@
-"""Proximal policy optimisation for language models: what a run changes, one iteration, one step, and the loop.
+"""Proximal policy optimisation for language models: the state of a run, one iteration, one step, and the training loop.
 
-The objective is E_π[r(x, y)] − kl_coef · KL(π ‖ π_ref), per prompt x. `ppo_iteration` has two acts. `collect` samples
-responses, scores them, reads what the models say of each token, and shapes rewards and advantages: the KL is charged
-token by token, the score of the whole response is added at its last token, and GAE turns rewards and the critic's
-values into advantages. `improve` then takes optimiser steps on the clipped surrogate. The formulas themselves are in
-`formulas/losses.py`; how models are read is in `forward/`.
+The objective is E_π[r(x, y)] − kl_coef · KL(π ‖ π_ref) for each prompt x. `ppo_iteration` has two acts. `collect`
+samples responses, scores them, reads log-probs and values of every token, and computes rewards and advantages: a KL
+penalty at each token, the score of the whole response at its last token, and advantages by GAE from rewards and the
+critic's values. `improve` then takes optimiser steps on the clipped surrogate. The formulas are in
+`formulas/losses.py`; the forward passes are in `forward/`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,51 +59,51 @@ Reward = Callable[[list[str], list[str]], Sequence[float]]
 
 @dataclass(frozen=True)
 class PPOStats:
-    """What one PPO iteration measured. `log()` has the same numbers under the names that TRL used."""
+    """Statistics of one PPO iteration. `log()` returns them under TRL's names."""
 
-    iteration: int = stat("iteration", "rollouts so far, this one included")
-    score: float = stat("objective/scores", "mean score of the responses, as the reward gave it")
+    iteration: int = stat("iteration", "number of rollouts so far, including this one")
+    score: float = stat("objective/scores", "mean score of the responses, as returned by the reward")
     rlhf_reward: float = stat(
         "objective/rlhf_reward", "mean over responses of the sum of per-token rewards: score − kl_coef · KL"
     )
-    kl_to_ref: float = stat("objective/kl", "KL(π ‖ π_ref), k1: nats a response")
-    kl_to_ref_k3: float = stat("objective/kl_k3", "the same KL by k3, never negative: nats a response")
-    kl_coef: float = stat("objective/kl_coef", "the price of KL in force")
+    kl_to_ref: float = stat("objective/kl", "KL(π ‖ π_ref), k1: nats per response")
+    kl_to_ref_k3: float = stat("objective/kl_k3", "the same KL by k3, never negative: nats per response")
+    kl_coef: float = stat("objective/kl_coef", "current KL coefficient")
     entropy: float = stat(
-        "objective/entropy", "entropy of the next-token distribution, summed over the response: nats a response"
+        "objective/entropy", "entropy of the next-token distribution, summed over the response: nats per response"
     )
-    length: float = stat("objective/length", "tokens a response, EOS included")
+    length: float = stat("objective/length", "tokens per response, EOS included")
     eos_rate: float = stat("val/eos_rate", "share of responses that ended with EOS")
     policy_loss: float = stat(
         "loss/policy_avg", "clipped surrogate loss; about 0 by construction, not a measure of progress"
     )
     value_loss: float = stat("loss/value_avg", "half the clipped squared error of the critic")
-    ptx_loss: float = stat("loss/ptx_avg", "SFT loss on the demonstrations mixed in: nats a token; 0 without ptx_coef")
+    ptx_loss: float = stat("loss/ptx_avg", "SFT loss on mixed-in demonstrations: nats per token; 0 without ptx_coef")
     clip_fraction: float = stat(
-        "policy/clipfrac_avg", "share of tokens whose policy gradient is exactly 0 because of the clip"
+        "policy/clipfrac_avg", "share of tokens whose policy gradient is exactly 0 because of clipping"
     )
-    kl_to_old: float = stat("policy/approxkl_avg", "KL(π_old ‖ π) by k3 at the last step: nats a token")
+    kl_to_old: float = stat("policy/approxkl_avg", "KL(π_old ‖ π) by k3 at the last step: nats per token")
     ratio_first: float = stat(
         "val/ratio_first", "mean ratio π / π_old at the first step; 1 if sampler and trainer agree"
     )
-    ratio_max: float = stat("val/ratio_max", "largest ratio π / π_old seen")
+    ratio_max: float = stat("val/ratio_max", "largest ratio π / π_old")
     explained_variance: float = stat(
         "val/explained_variance", "1 − Var(returns − values) / Var(returns), before this iteration's steps"
     )
-    grad_norm: float = stat("policy/grad_norm", "policy's gradient norm before the clip, mean over steps")
-    steps: int = stat("steps", "optimiser steps made in this iteration")
+    grad_norm: float = stat("policy/grad_norm", "policy's gradient norm before clipping, mean over steps")
+    steps: int = stat("steps", "number of optimiser steps in this iteration")
 
     def log(self) -> dict[str, float]:
-        """The numbers under their plot names, `step` first."""
+        """The statistics under their plot names, `step` first."""
         return {"step": self.iteration, **{f.metadata["name"]: getattr(self, f.name) for f in fields(self)[1:]}}
 
 
 @dataclass
 class PPOState:
-    """What a PPO run changes. `start` makes one.
+    """The state that a PPO run changes. `start` makes one.
 
-    reward: callable (prompts, responses) -> scores. prompts: texts to draw from, one stratum a list (classes are drawn
-    evenly). demonstrations: rows prompt / completion for ptx, or None.
+    reward: callable (prompts, responses) -> scores. prompts: texts to draw from, one list per stratum (prompt classes
+    are drawn evenly). demonstrations: rows prompt / completion for ptx, or None.
     """
 
     policy: nn.Module
@@ -123,7 +123,7 @@ class PPOState:
 
     @property
     def step(self) -> int:
-        """Iterations made so far, as Checkpoints count them."""
+        """Number of completed iterations, as Checkpoints counts them."""
         return self.iteration
 
     @classmethod
@@ -139,15 +139,15 @@ class PPOState:
         ref_policy: nn.Module | None = None,
         demonstrations: list[dict] | None = None,
     ) -> "PPOState":
-        """A run's state before its first iteration.
+        """The state of a run before its first iteration.
 
         prompts: texts, or lists of texts (strata, drawn evenly). critic: by default a copy of the reward model if it
-        reads the policy's tokens, otherwise the policy's body with a head that is 0; with shared_trunk a head on the
-        policy's own body. ref_policy: by default the policy as it is now.
-        Raises ValueError if there are no prompts or one is too long, ptx_coef > 0 without demonstrations, a critic with
-        shared_trunk, or a reward model that cannot read the prompts.
+        uses the policy's tokens, otherwise the policy's body with a zero head; with shared_trunk a head on the policy's
+        own body. ref_policy: by default the current policy. Raises ValueError if there are no prompts or one is too
+        long, for ptx_coef > 0 without demonstrations, for a critic with shared_trunk, or if the reward model cannot
+        read the prompts.
         """
-        # Prompts: one stratum, or several that are drawn evenly.
+        # Prompts: one stratum, or several strata that are drawn evenly.
         strata = [list(s) for s in prompts] if prompts and not isinstance(prompts[0], str) else [list(prompts)]
         strata = [stratum for stratum in strata if stratum]
         if not strata:
@@ -157,7 +157,7 @@ class PPOState:
         texts = [prompt for stratum in strata for prompt in stratum]
         check_reward_reads(reward, tokenizer, texts)
         check_room(policy, tokenizer, texts, config.max_new_tokens)
-        # Critic: with a shared trunk a head on the policy; otherwise a model of its own.
+        # Critic: with a shared trunk a head on the policy, otherwise a separate model.
         if config.shared_trunk:
             if critic is not None:
                 raise ValueError(f"critic is a {type(critic).__name__}, expected None with shared_trunk, which makes "
@@ -168,7 +168,7 @@ class PPOState:
             critic = value_model_from(reward.model if reads_same else policy)
         if critic is policy:
             raise ValueError("critic is the policy itself, expected a model of its own")
-        # Reference: the policy as it is now, which stays as it is.
+        # Reference: the current policy, frozen.
         ref_policy = reference_policy(policy) if ref_policy is None else ref_policy
         trainable = [p for p in policy.parameters() if p.requires_grad]
         return cls(
@@ -184,16 +184,17 @@ class PPOState:
         )
 
     def facts(self) -> dict:
-        """What the run depends on besides its config: the models and texts that it starts with, as hashes."""
+        """Hashes of the initial models and texts: what the run depends on besides its config."""
         return {"policy": weights_hash(self.policy), "critic": tensors_hash(self.critic.state_dict()),
                 "reference": tensors_hash(self.ref_policy.state_dict()), "reward": function_hash(self.reward),
                 "prompts": data_hash([prompt for stratum in self.prompts for prompt in stratum]),
                 "demonstrations": data_hash(self.demonstrations or [])}
 
     def state_dict(self) -> dict:
-        """All that training changes: trained weights, both optimizers, iteration, kl_coef. Not copied.
+        """Everything that training changes: trained weights, both optimizers, iteration, kl_coef. The tensors are not
+        copied.
 
-        The next iteration depends on nothing else, since its random numbers come from (seed, iteration).
+        The next iteration depends on nothing else, because its random numbers come from (seed, iteration).
         """
         return {"policy": trained_weights(self.policy), "policy_optimizer": self.policy_optimizer.state_dict(),
                 "critic": trained_weights(self.critic), "critic_optimizer": self.critic_optimizer.state_dict(),
@@ -201,7 +202,7 @@ class PPOState:
 
     @torch.no_grad()
     def load_state_dict(self, saved: Mapping) -> None:
-        """Go on from what `state_dict` said; the optimizers take their tensors over, as PyTorch's do.
+        """Continue from `state_dict`; the optimizers take over its tensors, as PyTorch's do.
 
         Raises ValueError, and changes nothing, if the weights have other names or shapes.
         """
@@ -218,7 +219,8 @@ class PPOState:
 
 @dataclass(frozen=True)
 class PPOBatch:
-    """A scored rollout, of which steps are made. All are (B, T) but `rollout`; 0 outside the response."""
+    """A scored rollout, the data of the optimiser steps. All fields except `rollout` are (B, T), 0 outside the
+    response."""
 
     rollout: Rollout
     old_logprobs: Tensor
@@ -230,9 +232,9 @@ class PPOBatch:
         return PPOBatch(**{name: value[rows] for name, value in vars(self).items()})
 
     def parts(self, tokens_per_pass: int | None) -> list[tuple["PPOBatch", float]]:
-        """Split the batch into parts that fit one forward pass, each with the share of response tokens that it holds.
+        """Split the batch into parts that fit one forward pass, each with its share of the response tokens.
 
-        tokens_per_pass: the most tokens, padding included, that a part may have; None makes one part of everything.
+        tokens_per_pass: maximum number of tokens of a part, padding included; None makes one part.
         """
         if tokens_per_pass is None:
             return [(self, 1.0)]
@@ -246,14 +248,14 @@ class PPOBatch:
 
 def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrations: Rollout | None = None,
              train_policy: bool = True) -> dict[str, float]:
-    """One optimiser step on a minibatch, of the policy and of the critic; returns what it measured.
+    """One optimiser step of policy and critic on a minibatch; returns its statistics.
 
-    Nothing is changed if a loss or gradient is not finite: NonFinite is raised. The loss of a critic that is a model of
-    its own does not touch the policy; that of a shared one trains the policy's body, weighted by value_coef.
+    If a loss or gradient is not finite, NonFinite is raised and nothing is changed. The loss of a separate critic does
+    not affect the policy; the loss of a critic with a shared trunk trains the policy's body, weighted by value_coef.
     """
     for optimizer in (state.policy_optimizer, state.critic_optimizer):
         optimizer.zero_grad(set_to_none=True)
-    # Gradients: the policy's and the critic's, side by side where the machine has two cores.
+    # Gradients: the policy's and the critic's, in parallel if the machine has two cores.
     recompute = config.gradient_checkpointing
     with checkpointed(state.policy, recompute), checkpointed(state.critic, recompute):
         (loss, of_policy), of_critic = side_by_side(
@@ -261,7 +263,7 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
             lambda: _critic_gradient(state, batch, config),
             state.policy.device,
         )
-    # Clip their norms, and refuse to step into what is not finite.
+    # Clip the gradient norms, and stop if they are not finite.
     norm = torch.nn.utils.clip_grad_norm_(
         [p for p in state.policy.parameters() if p.grad is not None], config.max_grad_norm
     )
@@ -285,7 +287,7 @@ def _policy_gradient(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Accumulate the gradients of the policy, and of a critic that shares its trunk, over a minibatch.
 
-    Returns the policy's loss with the demonstrations' share in it, and what was measured on the way.
+    Returns the policy's loss including the demonstrations, and the statistics.
     """
     measured = [accumulate_gradient(state, part, share, config) for part, share in batch.parts(config.tokens_per_pass)]
     total = {name: sum(each[name] for each in measured) for name in measured[0]}
@@ -305,8 +307,8 @@ def _policy_gradient(
 def accumulate_gradient(state: PPOState, batch: PPOBatch, share: float, config: PPOConfig) -> dict[str, Tensor]:
     """Add the gradient of one part of a minibatch to the policy's gradients.
 
-    share: the part's share of the minibatch's response tokens, by which its loss is weighted. Returns the part's
-    contribution to the policy's loss and to each measured mean; `ratio_max` is the part's own maximum.
+    share: the part's share of the minibatch's response tokens, which weights its loss. Returns the part's contribution
+    to the policy's loss and to each mean; `ratio_max` is the part's own maximum.
     """
     rollout, mask = batch.rollout, batch.rollout.response_mask
     logprobs, entropies, values = _read_policy(state, rollout, config, config.entropy_coef > 0)
@@ -333,9 +335,9 @@ def accumulate_gradient(state: PPOState, batch: PPOBatch, share: float, config: 
 
 
 def _critic_gradient(state: PPOState, batch: PPOBatch, config: PPOConfig) -> dict[str, Tensor]:
-    """Accumulate the gradients of a critic that is a model of its own; returns its loss.
+    """Accumulate the gradients of a separate critic; returns its loss.
 
-    A critic that shares the policy's trunk has its gradient from `accumulate_gradient`: nothing is done here.
+    Does nothing for a critic that shares the policy's trunk, whose gradient comes from `accumulate_gradient`.
     """
     if isinstance(state.critic, SharedCritic):
         return {}
@@ -353,28 +355,28 @@ def _critic_loss(values: Tensor, batch: PPOBatch, config: PPOConfig) -> Tensor:
 
 
 def collect(state: PPOState, config: PPOConfig) -> tuple[PPOBatch, dict[str, float]]:
-    """First act of an iteration: sample responses, score them, read them, and shape rewards and advantages.
+    """First act of an iteration: sample responses, score and read them, and compute rewards and advantages.
 
-    Returns the batch that `improve` takes steps on, and what was measured of it under the names of PPOStats. Counts the
-    iteration; no weight changes. At the first iteration `check_first_rollout` must pass (InvariantError). Raises
-    ValueError if the reward returns a wrong number of scores, NonFinite if one is NaN or infinite.
+    Returns the batch for `improve`, and its statistics under the names of PPOStats. Increments the iteration; changes
+    no weights. At the first iteration `check_first_rollout` must pass (InvariantError). Raises ValueError if the reward
+    returns a wrong number of scores, NonFinite if a score is NaN or infinite.
     """
     state.iteration += 1
     if state.kl_coef is None or config.target_kl is None:
         state.kl_coef = config.kl_coef
 
-    # Sample: draw prompts, and let the policy respond to each.
+    # Sample: draw prompts, and sample the policy's response to each.
     reached("ppo.begun")
     texts, rollout = _sample(state, config)
     mask = rollout.response_mask
     reached("ppo.sampled")
 
-    # Score and read: the reward judges whole responses; policy, reference and critic read every token of them.
+    # Score and read: the reward scores whole responses; policy, reference and critic read every token.
     scores, (ref_logprobs, old_logprobs, values, token_entropy) = side_by_side(
         lambda: _scores(state, texts, rollout), lambda: _read(state, rollout, config), state.policy.device
     )
     with torch.no_grad():
-        # Shape: charge KL at every token, add the score at the last, and estimate each token's advantage.
+        # Rewards: a KL penalty at every token, the score at the last token, and the advantage of each token.
         shaped = (scores - config.missing_eos_penalty * (~rollout.finished).float()).clamp(
             -config.score_clip, config.score_clip
         )
@@ -385,12 +387,12 @@ def collect(state: PPOState, config: PPOConfig) -> tuple[PPOBatch, dict[str, flo
         if config.whiten_advantages:
             advantages = whiten(advantages, mask)
 
-        # Measure: KL to the reference, and how much of the returns the critic foresaw.
+        # Measure: KL to the reference, and how well the critic predicted the returns.
         kl = torch.where(mask, k1(old_logprobs, ref_logprobs), 0.0).sum(1)
         residual = torch.where(mask, returns - values, 0.0)
         explained = 1 - _variance(residual, mask) / _variance(returns, mask).clamp(min=1e-8)
 
-    # Check: sampler and trainer agree, and before the first step the policy is the reference.
+    # Check: sampler and trainer agree, and before the first step the policy equals the reference.
     bf16 = config.precision == "bf16" or state.policy.device.type == "cuda"
     if state.iteration == 1:
         check_first_rollout(rollout, old_logprobs, ref_logprobs, rewards if not config.whiten_rewards else None, shaped,
@@ -413,15 +415,15 @@ def collect(state: PPOState, config: PPOConfig) -> tuple[PPOBatch, dict[str, flo
 def improve(state: PPOState, batch: PPOBatch, config: PPOConfig) -> dict[str, float]:
     """Second act of an iteration: epochs × minibatches optimiser steps on a collected batch.
 
-    Returns what the steps measured, under the names of PPOStats. With max_step_kl the epochs that are left are given up
-    once the policy has moved too far from the one that sampled. Raises NonFinite as `ppo_step` does.
+    Returns the statistics of the steps under the names of PPOStats. With max_step_kl the remaining epochs are skipped
+    when the policy has moved too far from the policy that sampled. Raises NonFinite as `ppo_step` does.
     """
-    # Learning rates: both fall linearly to 0 over the run, if lr_decay says so.
+    # Learning rates: with lr_decay both fall linearly to 0 over the run.
     decay = max(1 - (state.iteration - 1) / config.iterations, 0.0) if config.lr_decay else 1.0
     set_learning_rate(state.policy_optimizer, config.learning_rate * decay)
     set_learning_rate(state.critic_optimizer, config.critic_learning_rate * decay)
 
-    # Steps: every epoch reads all responses, in minibatches of another order.
+    # Steps: every epoch reads all responses, in minibatches of a new order.
     measured = []
     for epoch in range(config.epochs):
         reached("ppo.epoch")
@@ -440,7 +442,7 @@ def improve(state: PPOState, batch: PPOBatch, config: PPOConfig) -> dict[str, fl
         if config.max_step_kl is not None and measured[-1]["kl_to_old"] > config.max_step_kl:
             break
 
-    # Measure: ends and extremes of some numbers, means over the steps of the others.
+    # Measure: last or extreme values of some statistics, means over the steps of the others.
     means = {name: sum(step[name] for step in measured) / len(measured)
              for name in ("policy_loss", "value_loss", "ptx_loss", "clip_fraction", "grad_norm")}
     return {"kl_to_old": measured[-1]["kl_to_old"], "ratio_first": measured[0]["ratio"],
@@ -450,10 +452,10 @@ def improve(state: PPOState, batch: PPOBatch, config: PPOConfig) -> dict[str, fl
 def ppo_iteration(state: PPOState, config: PPOConfig) -> PPOStats:
     """One iteration: `collect` a batch, `improve` the policy on it. Changes `state`, returns the statistics of both.
 
-    The rollout is drawn from (seed, iteration) and the minibatch order from (seed, iteration, epoch): repeating an
-    iteration on the same state repeats it exactly. `config` may differ from one call to the next: that is how a run is
-    steered. The first iteration checks that KL to the reference is 0 and the ratio is 1 (InvariantError).
-    An iteration that fails anywhere, or is interrupted, leaves `state` as it was before.
+    The rollout is drawn from (seed, iteration) and the minibatch order from (seed, iteration, epoch), so repeating an
+    iteration on the same state gives exactly the same result. `config` may differ between calls, so a run can be
+    steered. The first iteration checks that KL to the reference is 0 and the ratio is 1 (InvariantError). If an
+    iteration fails or is interrupted, `state` is unchanged.
     Raises ValueError if the reward returns a wrong number of scores, NonFinite if a score, loss or gradient is NaN or
     infinite, InvariantError if sampler and trainer do not agree, OutOfMemory.
     """
@@ -472,7 +474,7 @@ def _iteration(state: PPOState, config: PPOConfig) -> PPOStats:
             batch, collected = collect(state, config)
             improved = improve(state, batch, config)
             stats = PPOStats(iteration=state.iteration, kl_coef=state.kl_coef, **collected, **improved)
-            # The next iteration's price of KL: raised if the policy went further than target_kl, lowered if less far.
+            # KL coefficient of the next iteration: raised if the KL exceeds target_kl, lowered if it is below.
             if config.target_kl is not None:
                 state.kl_coef = adapt_kl_coef(state.kl_coef, stats.kl_to_ref, config.target_kl, len(batch.rollout),
                                               config.kl_horizon)
@@ -484,7 +486,7 @@ def _iteration(state: PPOState, config: PPOConfig) -> PPOStats:
 
 
 def ppo(state: PPOState, config: PPOConfig) -> Iterator[PPOStats]:
-    """Iterate to `config.iterations` or until `ran_away`; yields each iteration's statistics."""
+    """Iterate until `config.iterations` or until `ran_away`; yields each iteration's statistics."""
     while state.iteration < config.iterations:
         stats = ppo_iteration(state, config)
         yield stats
@@ -493,7 +495,7 @@ def ppo(state: PPOState, config: PPOConfig) -> Iterator[PPOStats]:
 
 
 def ran_away(stats: PPOStats, config: PPOConfig) -> str:
-    """Why a run should stop after this iteration, and what to do, if KL exceeds `config.kl_limit`; otherwise ""."""
+    """The reason to stop after this iteration, with advice, if KL exceeds `config.kl_limit`; otherwise ""."""
     if stats.kl_to_ref <= config.kl_limit:
         return ""
     return (f"KL to the reference is {stats.kl_to_ref:.1f} nats a response at iteration {stats.iteration}, above the "
@@ -514,7 +516,7 @@ def _sample(state: PPOState, config: PPOConfig) -> tuple[list[str], Rollout]:
 
 
 def _scores(state: PPOState, texts: list[str], rollout: Rollout) -> Tensor:
-    """Ask the reward for the score of each response: (B,), checked for shape and finite numbers."""
+    """The reward's score of each response: (B,), checked for shape and finite numbers."""
     responses = decode_responses(state.tokenizer, rollout)
     if state.iteration == 1:
         check_reward_ids(rollout, state.tokenizer, state.reward, texts, responses)
@@ -529,7 +531,7 @@ def _scores(state: PPOState, texts: list[str], rollout: Rollout) -> Tensor:
 
 
 def _draw_prompts(strata: list[list[str]], n: int, generator: torch.Generator) -> list[str]:
-    """n prompts, the strata in turn, each drawn with replacement from its stratum."""
+    """n prompts, drawn from the strata in turn, with replacement within each stratum."""
     which = torch.arange(n) % len(strata)
     picks = torch.rand(n, generator=generator)
     return [strata[s][int(u * len(strata[s]))] for s, u in zip(which.tolist(), picks.tolist(), strict=True)]
@@ -539,8 +541,8 @@ def _draw_prompts(strata: list[list[str]], n: int, generator: torch.Generator) -
 def _read(state: PPOState, rollout: Rollout, config: PPOConfig) -> list[Tensor]:
     """Read a rollout with all models: log-probs of reference and policy, values, the policy's entropy.
 
-    Each is (B, T), 0 outside the response. Read in parts as large as a minibatch or as tokens_per_pass, so that reading
-    needs no more memory than a step.
+    Each is (B, T), 0 outside the response. The rollout is read in parts of the size of a minibatch or of
+    tokens_per_pass, so reading needs no more memory than a step.
     """
     parts, length = [], rollout.logprobs.shape[1]
     numbers = torch.arange(len(rollout), device=rollout.response_mask.device)
@@ -558,8 +560,8 @@ def _read(state: PPOState, rollout: Rollout, config: PPOConfig) -> list[Tensor]:
 
 def _read_policy(state: PPOState, rollout: Rollout, config: PPOConfig, with_entropy: bool
                  ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Read a rollout with the policy: log-probs at config.temperature, the entropy if asked for, and the values of a
-    critic that shares its trunk; otherwise None for these. (B, T) each, 0 outside the response."""
+    """Read a rollout with the policy: log-probs at config.temperature, the entropy on request, and the values of a
+    critic that shares its trunk; None for values that are not computed. (B, T) each, 0 outside the response."""
     mask, shared = rollout.response_mask, isinstance(state.critic, SharedCritic)
     with autocast(mask.device, config.precision):
         logprobs, entropies, hidden = read_responses(state.policy, rollout, config.temperature,
@@ -572,14 +574,15 @@ def _read_policy(state: PPOState, rollout: Rollout, config: PPOConfig, with_entr
 
 
 def _read_critic(state: PPOState, rollout: Rollout, config: PPOConfig) -> Tensor:
-    """V(prompt, tokens before t) by a critic of its own, read one position before the token: (B, T), 0 outside."""
+    """V(prompt, tokens before t) by a separate critic, read one position before the token: (B, T), 0 outside the
+    response."""
     mask = rollout.response_mask
     with autocast(mask.device, config.precision):
         return torch.where(mask, token_values(state.critic, *full_ids(rollout), mask.shape[1]), 0.0)
 
 
 def _demonstrations(state: PPOState, config: PPOConfig, step: int) -> Rollout | None:
-    """The demonstrations that a step mixes in, drawn from (seed, iteration, step); None without ptx_coef."""
+    """The demonstrations mixed into a step, drawn from (seed, iteration, step); None without ptx_coef."""
     if not config.ptx_coef:
         return None
     picks = torch.randint(

@@ -1,7 +1,7 @@
-"""The reward model: a thin front on TRL's RewardTrainer, the scorer that all else uses, and its report.
+"""The reward model: training with TRL's RewardTrainer, and the scorer that all other modules use.
 
-A response is always scored with its end (EOS, or the chat template's own) after it, as in training, so that a score is
-the same through the API and inside PPO.
+A response is always scored with its end token (EOS, or the chat template's own) appended, as in training, so the API
+and PPO give the same score.
 """
 
 import importlib
@@ -36,7 +36,7 @@ def train_reward_model(
 ) -> list[dict]:
     """Train `model` in place on rows prompt / chosen / rejected (texts) with the Bradley–Terry loss −log σ(r_c − r_r).
 
-    Returns TRL's log, one dict a step. checkpoints, checkpoint_seconds: as in `train_sft`. Raises ValueError if there
+    Returns TRL's log, one dict per step. checkpoints, checkpoint_seconds: as in `train_sft`. Raises ValueError if there
     are no pairs, and as `train_sft`.
     """
     from trl import RewardTrainer
@@ -49,7 +49,7 @@ def train_reward_model(
     rows = [
         {"chosen_ids": c, "rejected_ids": r}
         for c, r in zip(chosen, rejected, strict=True)
-        if max(len(c), len(r)) <= config.max_length  # without its end a response has no score
+        if max(len(c), len(r)) <= config.max_length  # a response without its end token has no score
     ]
 
     def batch(rows: list[dict]) -> dict[str, Tensor]:
@@ -65,7 +65,7 @@ def train_reward_model(
 class RewardScorer:
     """A reward model as a function: prompts, responses -> scores (N,), shifted by `mean` and scaled by `std`.
 
-    The reward is read at the end of the response, whatever the padding token is.
+    The score is read at the end of the response, whatever the padding token is.
     """
 
     def __init__(self, model: nn.Module, tokenizer, mean: float = 0.0, std: float = 1.0):
@@ -81,7 +81,7 @@ class RewardScorer:
 
     @torch.no_grad()
     def raw(self, prompts: Sequence[str], responses: Sequence[str], batch_size: int = 512) -> Tensor:
-        """Scores (N,) as the model gives them. Raises NonFinite, with the prompt's number, on NaN or infinity."""
+        """Unnormalised scores (N,) of the model. Raises NonFinite, with the prompt's number, on NaN or infinity."""
         rows, limit, scores = self.ids(prompts, responses), context_length(self.model), []
         longest = max(range(len(rows)), key=lambda row: len(rows[row]), default=0)
         if limit and rows and len(rows[longest]) > limit:
@@ -102,22 +102,24 @@ class RewardScorer:
         return scores
 
     def ids(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-        """The token ids that are read of each prompt and response, as `train_reward_model` trains on them."""
+        """The token ids of each prompt and response, as `train_reward_model` uses them in training."""
         return _ids(self.tokenizer, prompts, responses)
 
     def normalised(self, prompts: Sequence[str], responses: Sequence[str]) -> "RewardScorer":
-        """The same scorer with mean 0 and standard deviation 1 on these responses (the reference policy's)."""
+        """The same scorer, normalised to mean 0 and standard deviation 1 on these responses (the reference
+        policy's)."""
         raw = self.raw(prompts, responses)
         return RewardScorer(self.model, self.tokenizer, float(raw.mean()), float(raw.std()))
 
     def save(self, directory: str | Path) -> Path:
-        """Write model, tokenizer and normalisation to a folder that `load_reward` reads."""
+        """Write model, tokenizer and normalisation to a folder for `load_reward`."""
         self.model.config.alignkit_normalisation = {"mean": self.mean, "std": self.std}
         return save_model(self.model, self.tokenizer, directory)
 
     @classmethod
     def load(cls, directory: str | Path, *, device: str = "auto") -> "RewardScorer":
-        """A scorer from the folder that `save` wrote. Raises as `load_reward_model`, and on a bad normalisation."""
+        """Load a scorer from a folder written by `save`. Raises as `load_reward_model`, and on an invalid
+        normalisation."""
         model, tokenizer = load_reward_model(directory, device=device)
         norm = getattr(model.config, "alignkit_normalisation", None)
         norm = {"mean": 0.0, "std": 1.0} if norm is None else norm
@@ -134,8 +136,8 @@ class RewardScorer:
 def load_reward(source: str | Path, *, device: str = "auto"):
     """A reward from a folder (a trained reward model) or from "module:function" taking prompts, responses -> scores.
 
-    The module is looked for where Python looks and, last of all, in the present folder. Raises ValueError that says
-    which part of the name was not found.
+    The module is searched on Python's path and, last, in the current folder. Raises ValueError that says which part of
+    the name was not found.
     """
     source = str(source)
     if is_folder(source):
@@ -155,18 +157,18 @@ def load_reward(source: str | Path, *, device: str = "auto"):
 
 
 def _import_from_here(module: str):
-    """Import a module that the user named, from the present folder too: the last of all places, and only meanwhile."""
-    importlib.invalidate_caches()  # the file may be seconds old
+    """Import a module named by the user; the current folder is added to the end of the path during the import."""
+    importlib.invalidate_caches()  # the file may be only seconds old
     sys.path.append("")
     try:
         return importlib.import_module(module)
     finally:
-        del sys.path[len(sys.path) - 1 - sys.path[::-1].index("")]  # the last one: one of the user's own stays
+        del sys.path[len(sys.path) - 1 - sys.path[::-1].index("")]  # only the last: the user may have added one
 
 
 def _ids(tokenizer, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt and response in a row, what ends a reply after them; conversations that another model's
-    chat template wrote as the tokenizer's own template writes them."""
+    """Token ids of each prompt and response, with the end of the reply; conversations rendered by another model's chat
+    template are rendered again with the tokenizer's own."""
     prompts, responses = in_own_template(tokenizer, prompts, responses)
     ends, pairs = [end_after(tokenizer, prompt) for prompt in prompts], encode_pairs(tokenizer, prompts, responses)[0]
     return [[*prompt, *response, end] for (prompt, response), end in zip(pairs, ends, strict=True)]

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: a thin front on TRL's SFTTrainer, which sees only the response (and its end) as labels."""
+"""Supervised fine-tuning with TRL's SFTTrainer; only the response (and its end) is used as labels."""
 
 import os
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ def train_sft(
     policy: nn.Module, tokenizer, rows: list[dict], config: SFTConfig, *, callbacks: Sequence = (),
     checkpoints: str | Path | None = None, checkpoint_seconds: float | None = None,
 ) -> list[dict]:
-    """Train `policy` in place on rows prompt / completion (texts); returns TRL's log, one dict a step.
+    """Train `policy` in place on rows prompt / completion (texts); returns TRL's log, one dict per step.
 
-    checkpoints: a folder for the run's checkpoints, from which an interrupted run goes on; checkpoint_seconds: see
-    `Checkpoints`. Raises ValueError if there are no rows, NonFinite (weights untouched) if a loss or gradient is not
-    finite, RunError if the folder holds an unfinished run of another config, model or data.
+    checkpoints: a folder for the run's checkpoints, from which an interrupted run continues; checkpoint_seconds: see
+    `Checkpoints`. Raises ValueError if there are no rows, NonFinite (weights unchanged) if a loss or gradient is not
+    finite, RunError if the folder holds an unfinished run with another config, model or data.
     """
     from trl import SFTTrainer
 
@@ -40,7 +40,7 @@ def train_sft(
     for text, (prompt, completion) in zip(prompts, pairs, strict=True):
         response = [*completion, end_after(tokenizer, text)]
         ids, labels = [*prompt, *response], [-100] * len(prompt) + response
-        if len(prompt) < config.max_length:  # or nothing of the response is left
+        if len(prompt) < config.max_length:  # otherwise the response would be empty
             encoded.append({"input_ids": ids[: config.max_length], "labels": labels[: config.max_length]})
 
     def batch(rows: list[dict]) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""What the name of a model or a data set means: something here, or an id on the Hub. One function decides, for all.
+"""Resolve the name of a model or a data set: a local path or an id on the Hub. All modules use this function.
 
-A name that can only be a path is never looked up on the Hub, where a stranger may have taken it.
+A name that can only be a path is never looked up on the Hub, where a stranger may have registered it.
 """
 
 import difflib
@@ -16,19 +16,20 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 
 
 def local_path(name: str | os.PathLike, what: str = "", *, error: type[AlignkitError] = ParameterError) -> Path | None:
-    """The path that `name` means here, `~` expanded; None if it is a Hub id (`org/name`, `gpt2`) and nothing here.
+    """The local path that `name` refers to, with `~` expanded; None for a Hub id (`org/name`, `gpt2`) that is not a
+    local path.
 
-    A name means a path if that is here, if it is a PathLike, and if no Hub id looks like it: it begins with `.`, `~`,
-    `/` or a drive, ends in a slash or as a data file does, holds a backslash or two slashes, or begins with a folder
-    that is here. what: begins the message ("model", "data"). Raises `error`, with the nearest name that exists, if such
-    a path is not here.
+    A name is a path if the path exists, if it is a PathLike, or if it cannot be a Hub id: it begins with `.`, `~`, `/`
+    or a drive, ends in a slash or a data file's suffix, contains a backslash or two slashes, or begins with an existing
+    folder. what: first word of the message ("model", "data"). Raises `error`, with the nearest existing name, if such a
+    path does not exist.
     """
     text = os.fspath(name)
     try:
         path = Path(text).expanduser()
         if os.path.exists(path):
             return path
-    except (OSError, ValueError, RuntimeError):  # too long, with a NUL byte, or the home of nobody
+    except (OSError, ValueError, RuntimeError):  # too long, with a NUL byte, or an unknown user's home
         path = None
     if not isinstance(name, os.PathLike) and not _only_a_path(text):
         return None
@@ -37,7 +38,7 @@ def local_path(name: str | os.PathLike, what: str = "", *, error: type[AlignkitE
 
 
 def nearest(path: Path) -> str:
-    """"; did you mean …?" with the names beside the first part of `path` that is not here, "" where none is like it."""
+    """"; did you mean …?" with similar names to the first missing part of `path`; "" if there are none."""
     path = Path(os.path.abspath(path))
     missing = path
     while not os.path.isdir(missing.parent) and missing.parent != missing:

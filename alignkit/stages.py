@@ -1,15 +1,15 @@
-"""The five stages of the relay, the notebooks that make them, and the files of a run."""
+"""The five stages of a run, the notebooks that make them, and the files of a run."""
 
 import re
 
-STAGES = {  # the folder of RUN -> what the stage is called, what it does
+STAGES = {  # folder in RUN -> name of the stage, description
     "sft": ("SFT", "imitate demonstrations"),
     "reward": ("Reward model", "learn what annotators prefer"),
     "ppo": ("PPO", "optimise that, stay near SFT"),
     "frozen": ("Freeze & evaluate", "lock the weights, measure"),
     "dpo": ("DPO", "sharpen on preference pairs"),
 }
-CHAIN = {  # the notebooks of the course, in order, and the folder of RUN that is each one's own
+CHAIN = {  # the notebooks of the course, in order, and each notebook's folder in RUN
     "00_the_world": None,
     "01_sft": "sft",
     "02_reward_model": "reward",
@@ -18,7 +18,7 @@ CHAIN = {  # the notebooks of the course, in order, and the folder of RUN that i
     "04_freeze_and_evaluate": "frozen",
     "05_dpo": "dpo",
 }
-NEEDS = {  # the stages that a notebook reads, each with its model
+NEEDS = {  # the stages whose models a notebook reads
     "02_reward_model": ("sft",),
     "03a_ppo_by_hand": ("sft", "reward"),
     "03b_ppo": ("sft", "reward"),
@@ -31,9 +31,10 @@ RUN_FILES = ("results.json", "metrics.jsonl", "evaluation.json", "samples.json",
 
 
 def has_number(notebook: str, number: str) -> bool:
-    """Whether `number` means a notebook, by name: `03a` means 03a_ppo_by_hand; `3`, `03` and `03b` mean 03b_ppo.
+    """Whether `number` refers to a notebook, given by name: `03a` means 03a_ppo_by_hand; `3`, `03` and `03b` mean
+    03b_ppo.
 
-    Of two lessons with one number, the digits alone mean the one that makes a stage of RUN.
+    If two lessons share a number, the digits alone mean the one that makes a stage of RUN.
     """
     lesson, given = re.match(r"(\d+)([a-z]?)_", notebook, re.ASCII), re.fullmatch(r"(\d+)([a-z]?)", number, re.ASCII)
     if not lesson or not given or int(lesson[1]) != int(given[1]):
@@ -42,5 +43,5 @@ def has_number(notebook: str, number: str) -> bool:
 
 
 def in_order(stages) -> list[str]:
-    """Names of stages in the order of the relay; others after them, as they came."""
+    """Names of stages in the order of training, followed by other names in their given order."""
     return [stage for stage in STAGES if stage in stages] + [stage for stage in stages if stage not in STAGES]

@@ -1,6 +1,6 @@
-"""Files that are whole or absent: JSON without NaN, logs that lose no line, hashes of what is in them, and locks.
+"""Atomic files, JSON without NaN, logs that lose no line, content hashes, and locks.
 
-What differs between POSIX and Windows stands here alone: `locked` and `flush`.
+Only `locked` and `flush` differ between POSIX and Windows.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ try:
 except ImportError:  # POSIX
     msvcrt = None
 
-FAR_AWAY = 2**30  # the byte of a file that is locked on Windows
-MOST_JSON, DEEPEST_JSON = 256 * 2**20, 64  # bytes of a JSON file, and lists or mappings inside one another, to be read
+FAR_AWAY = 2**30  # the byte that is locked on Windows
+MOST_JSON, DEEPEST_JSON = 256 * 2**20, 64  # limits for reading JSON: bytes, and nesting depth
 MOST_PARTS = 2**20  # lists and mappings in a JSON file; a tokenizer of 256,000 tokens has about 600,000
 
 
 def append_metrics(path: str | Path, row: Mapping) -> None:
     """Add one row to a metrics.jsonl, as one line in one write.
 
-    A torn last line, left by a killed process, is cut off first. Raises ValueError, naming the metric, on NaN or
+    A torn last line, left by a killed process, is removed first. Raises ValueError, naming the metric, on NaN or
     infinity.
     """
     path = Path(path)
@@ -46,16 +46,15 @@ def append_metrics(path: str | Path, row: Mapping) -> None:
         trim_metrics(path)
     with _naming(path), path.open("ab", buffering=0) as file:
         left = line.encode()
-        while left := left[file.write(left):]:  # a full disk takes a part without a word; the next write raises
+        while left := left[file.write(left):]:  # a full disk silently writes only a part; the next write raises
             pass
     reached("metrics.row")
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The rows of a metrics.jsonl; [] if there is no file. Changes nothing, so a run that is still writing can be read.
+    """The rows of a metrics.jsonl; [] if there is no file. Changes nothing, so the file of a running job can be read.
 
-    A torn last line is left out with a warning. Raises RunError with file and line if another line is not a JSON
-    object.
+    A torn last line is skipped with a warning. Raises RunError with file and line if another line is not a JSON object.
     """
     rows, torn = _metrics(Path(path))
     if torn:
@@ -65,7 +64,8 @@ def read_metrics(path: str | Path) -> list[dict]:
 
 
 def trim_metrics(path: str | Path, last_step: int | None = None) -> list[dict]:
-    """Cut off a torn last line and, to resume from a checkpoint at `last_step`, the rows after it; returns the rest."""
+    """Remove a torn last line and, to resume from a checkpoint at `last_step`, the rows after it; returns the other
+    rows."""
     path = Path(path)
     rows, torn = _metrics(path)
     kept = [row for row in rows if last_step is None or row.get("step", 0) <= last_step]
@@ -78,11 +78,11 @@ def trim_metrics(path: str | Path, last_step: int | None = None) -> list[dict]:
 
 
 def branch_metrics(path: str | Path, last_step: int, *, cut: bool = True) -> Path | None:
-    """Move the rows after `last_step` from a metrics.jsonl to metrics.branch-N.jsonl beside it: a run goes back there,
-    and on another way. Returns the new file, or None if there were no such rows.
+    """Move the rows after `last_step` from a metrics.jsonl to metrics.branch-N.jsonl beside it, when a run returns to
+    that step and continues differently. Returns the new file, or None if there were no such rows.
 
-    The branch is written whole before the log is cut: a crash in between leaves its rows in both files. cut=False
-    leaves the cutting (`trim_metrics`) to the caller.
+    The branch is written completely before the log is trimmed; after a crash in between, both files contain the rows.
+    cut=False leaves the trimming (`trim_metrics`) to the caller.
     """
     path = Path(path)
     left = [row for row in trim_metrics(path) if row.get("step", 0) > last_step]
@@ -96,7 +96,7 @@ def branch_metrics(path: str | Path, last_step: int, *, cut: bool = True) -> Pat
 
 
 def branch_files(path: str | Path) -> list[Path]:
-    """The files that `branch_metrics` made beside a metrics.jsonl, oldest first."""
+    """The files made by `branch_metrics` beside a metrics.jsonl, oldest first."""
     return list(itertools.takewhile(Path.exists, (_branch(Path(path), number) for number in itertools.count(1))))
 
 
@@ -113,19 +113,19 @@ def file_hash(path: str | Path) -> str:
 
 
 def config_hash(config) -> str:
-    """SHA-256 (hex) of a config: a dataclass or a mapping. The order of the fields does not matter."""
+    """SHA-256 (hex) of a config, a dataclass or a mapping. The order of the fields does not matter."""
     return content_hash(settings(config))
 
 
 def settings(config) -> dict:
-    """A config as plain JSON types. An infinite limit, which means no limit, becomes the text "inf"."""
+    """A config as plain JSON types. An infinite limit becomes the text "inf"."""
     fields = asdict(config) if is_dataclass(config) else dict(config)
     return {name: plain(str(value) if isinstance(value, float) and math.isinf(value) else value, f"config.{name}")
             for name, value in fields.items()}
 
 
 def data_hash(rows: Iterable) -> str:
-    """SHA-256 (hex) of rows in their order (dicts or strings), one row at a time."""
+    """SHA-256 (hex) of rows (dicts or strings) in their order, computed row by row."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(content_hash(row).encode() + b"\n")
@@ -133,10 +133,9 @@ def data_hash(rows: Iterable) -> str:
 
 
 def plain(value, where: str = "value"):
-    """`value` as plain JSON types: dataclasses, paths, NumPy and torch numbers and arrays converted.
+    """`value` as plain JSON types: dataclasses, paths, NumPy and torch numbers and arrays are converted.
 
-    Raises ValueError with the place of a number that is NaN or infinite, TypeError on anything that JSON has no word
-    for.
+    Raises ValueError with the position of a NaN or infinite number, TypeError on a type that JSON does not have.
     """
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
@@ -145,7 +144,7 @@ def plain(value, where: str = "value"):
     if isinstance(value, (list, tuple)):
         kinds = {type(item) for item in value}
         if kinds <= {bool, int, str} or (kinds == {float} and all(map(math.isfinite, value))):
-            return list(value)  # nearly all of an evaluation is plain already
+            return list(value)  # nearly all values of an evaluation are already plain
         return [plain(item, f"{where}[{position}]") for position, item in enumerate(value)]
     if hasattr(value, "tolist"):
         return plain(value.tolist(), where)
@@ -159,16 +158,15 @@ def plain(value, where: str = "value"):
 
 
 def read_json(path: str | Path, kind: type = dict, *, error: type[Exception] = RunError) -> object:
-    """The JSON value in a file, checked to be of `kind`; the one way in which alignkit reads a record.
+    """The JSON value in a file, checked to be of `kind`. All of alignkit's records are read by this function.
 
-    Raises FileNotFoundError if there is no such file, and `error`, naming the file, on all else that is wrong with it:
-    not UTF-8, not JSON, NaN or Infinity, a value of another kind, more than MOST_JSON bytes, nested deeper than
-    DEEPEST_JSON.
+    Raises FileNotFoundError if there is no such file, and `error`, naming the file, on any other fault: not UTF-8, not
+    JSON, NaN or Infinity, a value of another kind, more than MOST_JSON bytes, nesting deeper than DEEPEST_JSON.
     """
     path = Path(path)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise error(f"{path} is no plain file")  # to read a pipe would take for ever
+            raise error(f"{path} is no plain file")  # reading a pipe could block for ever
         with path.open("rb") as file:
             content = file.read(MOST_JSON + 1)
     except FileNotFoundError:
@@ -181,7 +179,7 @@ def read_json(path: str | Path, kind: type = dict, *, error: type[Exception] = R
 
 
 def parse_json(content: str | bytes, kind: type = dict, *, where: str, error: type[Exception] = RunError) -> object:
-    """The JSON value that `content` holds, under the limits of `read_json`; `where` names its source in messages."""
+    """The JSON value in `content`, under the limits of `read_json`; `where` names its source in messages."""
     opening = ("[", "{") if isinstance(content, str) else (b"[", b"{")
     parts = sum(map(content.count, opening))
     if parts > MOST_PARTS:
@@ -216,13 +214,13 @@ def write_json(path: str | Path, value) -> None:
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     try:
         content = text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can say and UTF-8 cannot
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can represent but UTF-8 cannot
         content = json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
     write_atomically(path, content)
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Replace the file `path` by `content` in one step: a reader, or a crash, sees the old bytes or the new ones."""
+    """Replace the file `path` by `content` atomically: a reader, or a crash, sees the old bytes or the new ones."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
     try:
@@ -238,7 +236,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Have an OSError of the block name `path`: the system does not say where a disk is full."""
+    """Add `path` to an OSError in the block, because the system does not say which disk is full."""
     try:
         yield
     except OSError as error:
@@ -248,12 +246,12 @@ def _naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[int]:
-    """Hold the lock of a file or folder while the block runs; the system lets go of it when this process ends, however.
+    """Hold the lock of a file or folder inside the block; the system releases it when this process ends for any reason.
 
-    Yields the file descriptor that holds it: a child process that inherits it holds the lock with its parent. Raises
-    BlockingIOError if another process, or another place of this one, holds it. POSIX locks `path` itself. Windows can
-    lock no folder: there a hidden file beside it is locked instead. Where Python has neither kind of lock, nobody is
-    stopped.
+    Yields the file descriptor of the lock; a child process that inherits it holds the lock together with its parent.
+    Raises BlockingIOError if another process, or another part of this one, holds the lock. POSIX locks `path` itself.
+    Windows cannot lock a folder, so a hidden file beside it is locked. If Python has neither kind of lock, nothing is
+    locked.
     """
     path = Path(path)
     if not fcntl and path.is_dir():
@@ -264,7 +262,7 @@ def locked(path: str | Path) -> Iterator[int]:
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         elif msvcrt:
-            os.lseek(handle, FAR_AWAY, os.SEEK_SET)  # Windows lets nobody read a locked byte: none that is there
+            os.lseek(handle, FAR_AWAY, os.SEEK_SET)  # on Windows a locked byte is unreadable: lock one beyond the end
             try:
                 msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
             except OSError as error:
@@ -275,7 +273,7 @@ def locked(path: str | Path) -> Iterator[int]:
 
 
 def flush(path: str | Path) -> None:
-    """Make sure that a file, or what a folder lists, is on the disk. Windows cannot do that for a folder."""
+    """Ensure that a file, or a folder's list of entries, is on disk. Windows cannot do this for a folder."""
     if os.name == "nt" and Path(path).is_dir():
         return
     handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

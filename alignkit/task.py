@@ -1,12 +1,12 @@
-"""What a run trains and is tested on: one interface to the desk world and to files of any model's data.
+"""The data on which a run trains and is evaluated: one interface for the desk world and for files.
 
     task = load_task("desk", tokenizer, seed=0)             # or load_task("pairs.jsonl.gz", tokenizer, seed=0)
     task.demonstrations(1000, seed=0)                       # for SFT
     task.preference_pairs(policy, tokenizer, 500, seed=0)   # for the reward model and for DPO
     task.train_prompts, task.heldout_prompts                # for PPO, and for the frozen evaluation set
 
-No prompt is on both sides. The desk world holds out whole keys (four paraphrases each); a file's prompts are divided
-by a seeded hash of their normalised text, so equal prompts stay together in whatever file or row.
+No prompt is in both parts. The desk world holds out whole keys (four paraphrases each). A file's prompts are divided by
+a seeded hash of their normalised text, so equal prompts are in the same part, whatever their file or row.
 """
 
 import hashlib
@@ -29,11 +29,12 @@ SPLITS = ("train", "heldout")
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Prompts, demonstrations and preference pairs of a run, in two parts that share no prompt.
+    """Prompts, demonstrations and preference pairs of a run, in two parts without common prompts.
 
-    name: "desk" or the file; world: the desk world, None for files (then there is no gold, no labels but the file's);
+    name: "desk" or the file; world: the desk world, None for files (which have no gold, and only their own labels);
     train_kinds, heldout_kinds: the class of each prompt, "all" for files; heldout_keys: paraphrases share a key, so
-    that a bootstrap can draw whole clusters; max_new_tokens: tokens in a response; notes: what was left out or cut.
+    that a bootstrap can draw whole clusters; max_new_tokens: maximum tokens of a response; notes: remarks on skipped
+    and truncated rows.
     """
 
     name: str
@@ -56,17 +57,17 @@ class Task:
         return by_class
 
     def demonstrations(self, n: int | None = None, seed: int = 0) -> list[dict]:
-        """`n` rows prompt / completion on training prompts; from a file at most as many as it has, None for all."""
+        """`n` rows prompt / completion on training prompts; a file gives at most all of its rows, None: all."""
         raise NotImplementedError
 
     def preference_pairs(self, policy, tokenizer, n: int | None = None, seed: int = 0, annotator: str = "default",
                          split: str = "train", noise: float | None = None) -> list[dict]:
         """`n` rows prompt / chosen / rejected on the prompts of `split`, "train" or "heldout".
 
-        Desk: two responses of `policy` to each prompt, the prompts drawn evenly over the classes, labelled by
-        `annotator` with `noise` (its share of flipped labels; None: the annotator's own); pairs of equal responses are
-        drawn again, and a policy that says one thing gives fewer than n. File: its own pairs, at most as many as it
-        has, None for all; policy may be None.
+        Desk: two responses of `policy` to each prompt, with prompts drawn evenly over the classes, labelled by
+        `annotator` with `noise` (its share of flipped labels; None: the annotator's own). Pairs of equal responses are
+        drawn again; a policy that always gives the same response yields fewer than n rows. File: its own pairs, at most
+        all of them, None: all; policy may be None.
         """
         raise NotImplementedError
 
@@ -127,11 +128,11 @@ def load_task(data: str | os.PathLike, tokenizer, seed: int = 0, *, skip_bad: bo
               max_new_tokens: int | None = None, max_length: int = 512, heldout_share: float = 0.1,
               kind: str | None = None, split: str | None = None,
               columns: str | Mapping[str, str] | None = None) -> Task:
-    """The desk world for "desk", else the `file_task` of a file, a saved data set or a Hub id.
+    """The desk world for "desk", otherwise the `file_task` of a file, a saved data set or a Hub id.
 
-    max_new_tokens: None is 4 for the desk, 32 for files. The other options are for files alone; kind, split and columns
-    say how to read them, as in `load_rows`.
-    Raises DataError on bad rows, unless skip_bad, and if the desk world meets another model's tokenizer.
+    max_new_tokens: None means 4 for the desk, 32 for files. The other options apply only to files; kind, split and
+    columns say how to read them, as in `load_rows`. Raises DataError on bad rows, unless skip_bad is set, and if the
+    desk world is used with another model's tokenizer.
     """
     if str(data) == "desk":
         for name, value in {"kind": kind, "split": split, "columns": columns}.items():
@@ -166,13 +167,13 @@ def file_task(source: str | os.PathLike, tokenizer, seed: int = 0, *, kind: str 
               heldout_share: float = 0.1, max_length: int = 512, max_new_tokens: int = 32,
               skip_bad: bool = False, split: str | None = None,
               columns: str | Mapping[str, str] | None = None) -> FileTask:
-    """Rows of a source, shortened to the model's context and divided in two parts by prompt.
+    """Rows of a source, truncated to the model's context and divided into two parts by prompt.
 
-    max_length: the context in tokens (the tokenizer's own limit, if lower, holds). A prompt longer than max_length −
-    max_new_tokens loses its beginning, a response that does not fit behind its prompt loses its end, both at the border
-    of a token; `notes` counts them. Prompts are divided after that, as the model will see them.
-    kind, split, columns: how to read the source, as in `load_rows`.
-    Raises DataError as `load_rows` does, and if there are fewer than two different prompts.
+    max_length: the context in tokens (or the tokenizer's own limit, if lower). A prompt longer than max_length −
+    max_new_tokens loses its beginning; a response that does not fit after its prompt loses its end; both are cut
+    between tokens and counted in `notes`. The truncated prompts, as the model sees them, are then divided.
+    kind, split, columns: how to read the source, as in `load_rows`. Raises DataError as `load_rows` does, and if there
+    are fewer than two different prompts.
     """
     limit = min(max_length, tokenizer.model_max_length)
     if not 0 < max_new_tokens < limit - 1:
@@ -204,9 +205,10 @@ def file_task(source: str | os.PathLike, tokenizer, seed: int = 0, *, kind: str 
 
 
 def is_heldout(prompt: str, seed: int = 0, share: float = 0.1) -> bool:
-    """Whether the split of `seed` holds a prompt out: its hash, over all prompts uniform in [0, 1), is below `share`.
+    """Whether the split of `seed` holds a prompt out: the prompt's hash, uniform in [0, 1) over prompts, is below
+    `share`.
 
-    The text is normalised first (Unicode NFKC, case, spaces), so copies of a prompt never fall apart.
+    The text is normalised first (Unicode NFKC, case, spaces), so copies of a prompt are always in the same part.
     """
     return _position(_normal(prompt), seed) < share
 
@@ -228,7 +230,7 @@ def _known_split(split: str) -> str:
 
 
 def _evenly(strata: dict[str, list[str]], n: int, rng) -> list[str]:
-    """Draw `n` prompts, as many of each class: rare classes (risky ones) would hardly be labelled otherwise."""
+    """Draw `n` prompts, equally many of each class; otherwise rare classes (risky prompts) would get few labels."""
     drawn = [np.resize(rng.permutation(len(strata[kind])), n) for kind in sorted(strata)]
     prompts = [strata[kind] for kind in sorted(strata)]
     return [part[place] for places in zip(*drawn, strict=True) for part, place in zip(prompts, places, strict=True)][:n]

@@ -1,4 +1,5 @@
-"""How SFT and the reward model use TRL's trainers, go on from a checkpoint, and how long a step of them takes."""
+"""Use TRL's trainers for SFT and the reward model, continue from checkpoints, and measure the time of a training
+step."""
 
 import contextlib
 import dataclasses
@@ -24,10 +25,10 @@ TOKENS = "_total_train_tokens"  # TRL's count of the tokens trained on, which it
 
 @contextlib.contextmanager
 def narrow_logits(vocabulary: int) -> Iterator[None]:
-    """Let TRL's loss take no more memory than the logits need.
+    """Reduce the memory of TRL's loss to the size of the logits.
 
-    Its buffer for them is 32,768 tokens wide, half a gigabyte at each step; of a vocabulary of 52 each row lies in a
-    page of its own. A TRL without that buffer is left as it is.
+    TRL's buffer for logits is 32,768 tokens wide, half a gigabyte at each step; with a vocabulary of 52, each row lies
+    in a separate memory page. A TRL version without that buffer is not changed.
     """
     from trl.trainer import utils
 
@@ -36,7 +37,7 @@ def narrow_logits(vocabulary: int) -> Iterator[None]:
     if not isinstance(width, int):
         yield
         return
-    setattr(utils, name, min(width, vocabulary))  # one tile as before, and the same logits in it
+    setattr(utils, name, min(width, vocabulary))  # still one tile with the same logits
     try:
         yield
     finally:
@@ -44,11 +45,12 @@ def narrow_logits(vocabulary: int) -> Iterator[None]:
 
 
 def trainer_arguments(name: str, config, model: nn.Module, **more):
-    """TRL's config class `name` with what SFT and reward training share: nothing is saved, every step is logged."""
+    """TRL's config class `name` with the common settings of SFT and reward training: nothing is saved, every step is
+    logged."""
     import trl
 
     on_gpu = model.device.type == "cuda"
-    with warnings.catch_warnings():  # gradient_checkpointing has a new name, which older transformers do not know
+    with warnings.catch_warnings():  # gradient_checkpointing has a new name that older transformers lack
         warnings.simplefilter("ignore", FutureWarning)
         return getattr(trl, name)(
             output_dir=os.fspath(Path(os.environ.get("TMPDIR", "/tmp")) / "alignkit-trainer"),
@@ -77,10 +79,10 @@ def run_trainer(
     kind: type, model: nn.Module, args, rows: list[dict], batch: Callable, tokenizer, callbacks: Sequence,
     checkpoints: Callable | None = None,
 ) -> list[dict]:
-    """Train on tokenized rows, which `batch` makes tensors of; returns the logged steps as rows with `step` first.
+    """Train on tokenised rows, which `batch` converts to tensors; returns the logged steps as rows with `step` first.
 
-    checkpoints: makes the run's Checkpoints of its state; a run that has some goes on from the newest. Raises
-    NonFinite, before a weight is touched, if a loss or a gradient is not finite.
+    checkpoints: makes the run's Checkpoints of its state; a run with checkpoints continues from the newest. Raises
+    NonFinite, before a weight is changed, if a loss or a gradient is not finite.
     """
     from datasets import Dataset
     from transformers import PrinterCallback
@@ -108,22 +110,23 @@ def run_trainer(
 
 
 class TrainerState:
-    """All that a run of TRL's trainer changes: weights, optimiser, schedule, place in the data, torch's generators."""
+    """Everything that a run of TRL's trainer changes: weights, optimiser, schedule, position in the data, torch's
+    generators."""
 
     def __init__(self, trainer):
         self.trainer = trainer
 
     @property
     def step(self) -> int:
-        """Steps made so far."""
+        """Number of completed steps."""
         return self.trainer.state.global_step
 
     def facts(self) -> dict:
-        """The weights that training starts from, and the tokenized rows."""
+        """The initial weights and the tokenised rows."""
         return {"model": weights_hash(self.trainer.model), "data": data_hash(self.trainer.train_dataset)}
 
     def state_dict(self) -> dict:
-        """What `load_state_dict` goes on from. Not copied."""
+        """The state for `load_state_dict`. The tensors are not copied."""
         trainer = self.trainer
         generators = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
@@ -135,7 +138,7 @@ class TrainerState:
                 "tokens": getattr(trainer, TOKENS, 0)}
 
     def load_state_dict(self, saved: Mapping) -> None:
-        """Bring the weights back now; the trainer asks for all else when it begins."""
+        """Restore the weights now; the trainer requests the rest when it starts."""
         weights = trained_weights(self.trainer.model)
         check_weights(weights, saved["weights"], "saved['weights']")
         copy_weights(weights, saved["weights"])
@@ -144,7 +147,7 @@ class TrainerState:
 
 
 def _train_on(trainer, checkpoints) -> None:
-    """Train to the end, from the newest checkpoint if there is one. A Trainer wants a folder with its place in it."""
+    """Train to the end, from the newest checkpoint if there is one. The Trainer requires a folder with its position."""
     trainer.checkpoints = checkpoints
     with tempfile.TemporaryDirectory() as folder:
         saved = checkpoints.resume()
@@ -158,7 +161,7 @@ def _train_on(trainer, checkpoints) -> None:
 
 
 def _resumable(kind: type) -> type:
-    """TRL's trainer `kind` with checkpoints of alignkit's own form in place of its pickles."""
+    """TRL's trainer `kind` with checkpoints in alignkit's format instead of its pickles."""
 
     class Trainer(kind):
         checkpoints = saved = batch = None
@@ -171,7 +174,7 @@ def _resumable(kind: type) -> type:
             return loss
 
         def _load_from_checkpoint(self, *_):
-            pass  # the weights are there already
+            pass  # the weights are already loaded
 
         def _load_optimizer_and_scheduler(self, checkpoint):
             if checkpoint is not None:
@@ -192,7 +195,7 @@ def _resumable(kind: type) -> type:
 
 
 def _guard(trainer):
-    """A callback that lets no step into what is not finite, and asks for a checkpoint when one is due."""
+    """A callback that raises before a step that is not finite, and requests a checkpoint when one is due."""
     from transformers import TrainerCallback
 
     class Guard(TrainerCallback):
@@ -219,10 +222,10 @@ def _non_finite(trainer, what: str) -> NonFinite:
 def step_seconds(
     train: Callable[[list], object], rows: Sequence, batch_size: int, steps: int = 4
 ) -> tuple[float, float]:
-    """Seconds that training takes to begin, and seconds of one more step: `(start, step)`.
+    """Seconds to start training, and seconds per further step: `(start, step)`.
 
-    train: trains one pass over the rows it is given, at learning rate 0, so that no weight moves; it is called with one
-    batch and with 1 + steps of them. rows: training data; fewer than two batches are repeated.
+    train: trains one pass over the given rows at learning rate 0, so no weight changes; it is called with one batch and
+    with 1 + steps batches. rows: training data; fewer than two batches are repeated.
     """
     rows = list(rows)
     if not rows:

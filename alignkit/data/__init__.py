@@ -1,1 +1,1 @@
-"""Files to rows, and rows to token ids."""
+"""Convert files to rows, and rows to token ids."""

@@ -1,9 +1,10 @@
-"""Chat templates, which are programs of strangers, rendered in a process of their own under limits.
+"""Render chat templates, which are programs by strangers, in a separate process under limits.
 
-Jinja's sandbox keeps a template from reaching Python, but not from running for ever or from filling the memory, and no
-count of loops inside the sandbox could: `'x' * 3000000000`, `2 ** 1000000000` or the text of a list that holds itself
-twice, forty levels deep, are single steps. So the system counts: a child process, which has Jinja and nothing else, may
-take so much memory and so much time, and is ended. It is started once for a template and stays for the next rows.
+Jinja's sandbox prevents access to Python, but not endless loops or filling the memory. Counting loops inside the
+sandbox would not help: `'x' * 3000000000`, `2 ** 1000000000` or the text of a list that contains itself twice, forty
+levels deep, are single steps. So the operating system enforces the limits: a child process that contains only Jinja may
+use a fixed amount of memory and time, and is then killed. It is started once per template and serves the following rows
+too.
 """
 
 import contextlib
@@ -21,11 +22,11 @@ from alignkit.data.files import LINE_LIMIT, Fault
 from alignkit.errors import DataError
 
 CHILD = Path(__file__).with_name("chat_child.py")
-START = 60.0  # seconds that the process may take to begin, on a busy machine
-FIRST = 4.0  # seconds that a template may take in all, and for each row, and for each character of it, so many more
+START = 60.0  # seconds for the process to start on a busy machine
+FIRST = 4.0  # seconds for a template in total, plus more for each row and for each of its characters
 PER_ROW, PER_CHARACTER = 0.01, 2e-7
 INSTEAD = "use another tokenizer, or give prompt, chosen and rejected as text"
-REASONING = ("reasoning_content", "thinking", "reasoning")  # as transformers has it, the first is what templates read
+REASONING = ("reasoning_content", "thinking", "reasoning")  # as in transformers; templates read the first
 
 
 class ChatTemplate:
@@ -41,7 +42,7 @@ class ChatTemplate:
         folder = str(Path(specification.origin).parents[1])
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(CHILD), folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, start_new_session=os.name != "nt",  # an interrupt is for this process alone
+            stderr=subprocess.DEVNULL, start_new_session=os.name != "nt",  # interrupts go only to this process
             env={name: os.environ[name] for name in ("SYSTEMROOT", "TZ") if name in os.environ})
         threading.Thread(target=_watch, args=(self,), daemon=True).start()
 
@@ -49,7 +50,7 @@ class ChatTemplate:
         """For each (prompt, replies), lists of messages: the prompt's text and the text of each reply after it, or a
         Fault if the template refuses them.
 
-        Raises DataError if the template takes more time or memory than it may.
+        Raises DataError if the template exceeds its limit of time or memory.
         """
         answers: list = [_plain(prompt, replies) for prompt, replies in rows]
         asked = [place for place, pair in enumerate(answers) if not isinstance(pair, Fault)]
@@ -79,14 +80,16 @@ class ChatTemplate:
         self.asked.set()
 
     def _within(self, request: bytes) -> tuple[str, list]:
-        """What is wrong with the template, and the answers to a request, for which it has what is left of its time."""
+        """The template's error, if any, and the answers to a request, which must finish in the template's remaining
+        time."""
         begun = time.monotonic()
         fault, texts = self._ask(request, self._allowed)
         self._allowed -= time.monotonic() - begun
         return fault, texts
 
     def _ask(self, request: bytes | None, seconds: float) -> tuple[str, list]:
-        """The answer to a request, or to none. What goes wrong in between ends the process: it would answer late."""
+        """The answer to a request, or to none. Any error in between ends the process, because a late answer would be
+        wrong."""
         ends = time.monotonic() + seconds
         self.deadline = ends
         self.asked.set()
@@ -129,7 +132,7 @@ class ChatTemplate:
 
 
 def template_text(tokenizer) -> str:
-    """The chat template of a tokenizer. Raises Fault if it has none that is text, or several and no default."""
+    """The chat template of a tokenizer. Raises Fault if it has none as text, or several and no default."""
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:
@@ -140,7 +143,7 @@ def template_text(tokenizer) -> str:
 
 
 def chat_template_of(tokenizer) -> ChatTemplate:
-    """The chat template of a tokenizer, ready to render; the process of the template before it is ended.
+    """The chat template of a tokenizer, ready to render; ends the process of the previous template.
 
     Raises Fault as `template_text`.
     """
@@ -159,8 +162,8 @@ _latest: dict[tuple, ChatTemplate] = {}
 
 
 def _plain(prompt: list[dict], replies: list[dict]) -> tuple[list[dict], list[dict]] | Fault:
-    """What can go to the process: values that a file cannot hold, such as dates of a Parquet file, named by their type,
-    as transformers does."""
+    """A value that can be sent to the process; values without a JSON form, such as dates of a Parquet file, become the
+    name of their type, as in transformers."""
     pair = [_message(message) for message in prompt], [_message(message) for message in replies]
     try:
         marshal.dumps(pair)
@@ -174,14 +177,15 @@ def _plain(prompt: list[dict], replies: list[dict]) -> tuple[list[dict], list[di
 
 
 def _message(message: dict) -> dict:
-    """A message as transformers hands it to a template: nothing that is null, the reasoning under each of its names."""
+    """A message as transformers passes it to a template: without null values, and with the reasoning under each of its
+    names."""
     message = {name: value for name, value in message.items() if value is not None}
     reasoning = next((message[name] for name in REASONING if name in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _watch(made: ChatTemplate) -> None:
-    """End the process when its deadline is over; `readline` then comes back empty."""
+    """End the process at its deadline; `readline` then returns an empty text."""
     while made.alive:
         made.asked.wait()
         made.asked.clear()

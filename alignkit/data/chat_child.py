@@ -1,8 +1,8 @@
-"""The process in which a stranger's chat template is rendered: `python -I -S chat_child.py FOLDER_OF_JINJA2`.
+"""The process that renders a stranger's chat template: `python -I -S chat_child.py FOLDER_OF_JINJA2`.
 
-Run as a program, never imported: it loads Jinja and nothing else of size, and holds no secret. It reads requests from
-stdin and answers on stdout; `data.chat` is the other end, and keeps the time. The environment is the one that
-transformers gives its templates (`transformers.utils.chat_template_utils`).
+It is run as a program and never imported. It loads only Jinja and holds no secret. It reads requests from stdin and
+answers on stdout; `data.chat` is the other end and measures the time. The environment is the one that transformers
+gives its templates (`transformers.utils.chat_template_utils`).
 """
 
 import json
@@ -10,8 +10,8 @@ import marshal
 import sys
 import time
 
-MEMORY = 256 * 2**20  # bytes beyond those of the process when it starts
-SECONDS = 10  # of work on one request, should the parent be gone that would have ended it
+MEMORY = 256 * 2**20  # bytes in addition to those at the start of the process
+SECONDS = 10  # of work on one request, in case the parent that would end it is gone
 REASON = 300  # characters of an error
 
 
@@ -75,7 +75,7 @@ def environment():
 
 
 def limit() -> None:
-    """Let this process have no more than MEMORY; Windows knows no such limit, and macOS does not keep it."""
+    """Limit the memory of this process to MEMORY; Windows has no such limit, and macOS does not enforce it."""
     try:
         import resource
 
@@ -87,7 +87,7 @@ def limit() -> None:
 
 
 def last_resort() -> None:
-    """Let the system end this process if one request takes more than SECONDS of work."""
+    """Let the system kill this process if one request takes more than SECONDS of work."""
     try:
         import resource
 
@@ -98,7 +98,7 @@ def last_resort() -> None:
 
 
 def rendered(template, tokens: dict, prompt: list[dict], replies: list[dict], most: int) -> list[str]:
-    """What the template writes of a prompt, and of each reply after it. Raises ValueError that says what is wrong."""
+    """The template's text for a prompt, and for each reply after it. Raises ValueError that says what is wrong."""
 
     def text(messages: list[dict], begins: bool) -> str:
         made = template.render(messages=messages, tools=None, documents=None, add_generation_prompt=begins, **tokens)
@@ -120,9 +120,9 @@ def rendered(template, tokens: dict, prompt: list[dict], replies: list[dict], mo
 
 
 def main() -> None:
-    """Answer requests until stdin ends. All are marshalled: first (template, special tokens, most characters), then
-    lists of (prompt, replies). An answer is a line of JSON, and then the bytes of the texts that it counts: for each
-    pair the lengths of its texts, or what is wrong with it; {"fatal": why} is the last answer."""
+    """Answer requests until stdin ends. All requests are marshalled: first (template, special tokens, maximum
+    characters), then lists of (prompt, replies). An answer is a line of JSON, followed by the bytes of the texts whose
+    lengths it contains: for each pair the lengths of its texts, or an error; {"fatal": why} is the last answer."""
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     made = environment()
     sink.write(b"[]\n")

@@ -1,15 +1,15 @@
-"""Texts and preference pairs as token ids, and back; a response's ids do not depend on how its prompt ends."""
+"""Convert texts and preference pairs to token ids and back. A response's ids do not depend on how its prompt ends."""
 
 import weakref
 from collections.abc import Sequence
 
 
 class ChatText(str):
-    """Text that a chat template rendered: the special tokens in it are real, and BOS is the template's business.
+    """Text rendered by a chat template: its special tokens are real, and the template decides about BOS.
 
-    `encode_text` is the reader of the difference: in any other text a string like "</s>" stays text.
-    messages: what was rendered, if that is known; template: the chat template that did. A model of another family
-    renders the messages with its own (`data.own_template`).
+    `encode_text` treats any other text as plain: a string like "</s>" stays text.
+    messages: the rendered messages, if known; template: the chat template that rendered them. A model of another family
+    renders the messages with its own template (`data.own_template`).
     """
 
     __slots__ = ("messages", "template")
@@ -21,15 +21,16 @@ class ChatText(str):
 
 
 def encode_text(tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
-    """Token ids of a text that people or models wrote: strings like "</s>" in it stay text, BOS comes once, EOS never.
+    """Token ids of a text written by people or models: strings like "</s>" stay text, BOS is added once, EOS never.
 
-    In `ChatText` the special tokens are real and nothing is added: the template wrote BOS if there is to be one.
+    In a `ChatText` the special tokens are real and nothing is added, because the template writes BOS if the model needs
+    it.
     """
     return encode_texts(tokenizer, [text], add_special_tokens)[0]
 
 
 def encode_texts(tokenizer, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
-    """`encode_text` of each text, faster."""
+    """The same as `encode_text` of each text, but faster."""
     rows: list[list[int]] = [[] for _ in texts]
     for chat in (False, True):
         places = [place for place, text in enumerate(texts) if isinstance(text, ChatText) == chat]
@@ -46,17 +47,17 @@ def encode_texts(tokenizer, texts: list[str], add_special_tokens: bool = True) -
 
 
 def encode_pair(tokenizer, prompt: str, response: str) -> tuple[list[int], list[int]]:
-    """Token ids (prompt_ids, response_ids) of a prompt and its response: BOS as the tokenizer has it, no EOS.
+    """Token ids (prompt_ids, response_ids) of a prompt and its response: BOS as the tokenizer adds it, no EOS.
 
-    The ids are those of the joint text where that begins with the ids of the prompt. Where it does not (a token would
-    span the border), the response is tokenised by itself, because a policy that is given the prompt continues from the
-    prompt's ids. A prompt's ids do not depend on its response.
+    The pair is tokenised as one text if that text's ids begin with the prompt's ids. Otherwise (a token would span the
+    border) the response is tokenised separately, because a policy continues from the prompt's ids. The prompt's ids do
+    not depend on the response.
     """
     return encode_pairs(tokenizer, [prompt], [response])[0][0]
 
 
 def encode_pairs(tokenizer, prompts: list[str], responses: list[str]) -> tuple[list[tuple[list[int], list[int]]], int]:
-    """`encode_pair` of each prompt and response, and how many of them had to be tokenised apart."""
+    """Apply `encode_pair` to each prompt and response; also return how many responses were tokenised separately."""
     heads = encode_texts(tokenizer, prompts)
     joints = encode_texts(tokenizer, [type(prompt)(prompt + response)
                                       for prompt, response in zip(prompts, responses, strict=True)])
@@ -65,7 +66,7 @@ def encode_pairs(tokenizer, prompts: list[str], responses: list[str]) -> tuple[l
     pairs, apart = [], 0
     for head, joint, response, chat in zip(heads, joints, responses, chats, strict=True):
         whole = joint[:len(head)] == head
-        if chat != isinstance(response, ChatText):  # special tokens in what a policy wrote are text, in a template not
+        if chat != isinstance(response, ChatText):  # special tokens are text in a response, real in a template
             whole = whole and chat and special.isdisjoint(joint[len(head):])
         apart += not whole
         pairs.append((head, joint[len(head):] if whole else _encode_alone(tokenizer, response)))
@@ -73,7 +74,7 @@ def encode_pairs(tokenizer, prompts: list[str], responses: list[str]) -> tuple[l
 
 
 def _encode_alone(tokenizer, response: str) -> list[int]:
-    """Ids of a response as it reads after other text: some tokenizers put a space in front of whatever comes first."""
+    """Ids of a response as it reads after other text: some tokenizers put a space before the first word of a text."""
     for anchor in (".", "\n", "x"):
         front = encode_text(tokenizer, anchor, add_special_tokens=False)
         both = encode_text(tokenizer, type(response)(anchor + response), add_special_tokens=False)
@@ -83,11 +84,12 @@ def _encode_alone(tokenizer, response: str) -> list[int]:
 
 
 def decode_reply(tokenizer, before: int, ids: Sequence[int]) -> str:
-    """The text of a reply's ids, without special tokens, so that after the prompt's text it reads as these ids.
+    """Decode a reply's ids without special tokens, so that the text, appended to the prompt's text, encodes to these
+    ids.
 
-    before: the last id of the prompt. Some tokenizers drop the space in front of whatever they decode first, which
-    would glue a reply to its prompt: it is decoded behind that id, and keeps it unless the tokenizer itself puts one
-    there.
+    before: the last id of the prompt. Some tokenizers drop the space before the first decoded token, which would join
+    the reply to its prompt. The reply is therefore decoded after `before` and keeps the space, unless the tokenizer
+    adds one itself.
     """
     ids = list(ids)
     alone = _decoded(tokenizer, ids)
@@ -103,7 +105,7 @@ def decode_reply(tokenizer, before: int, ids: Sequence[int]) -> str:
 
 
 def special_ids(tokenizer) -> set[int]:
-    """The ids of all special tokens, also of those that have no name such as EOS."""
+    """The ids of all special tokens, including those without a named role such as EOS."""
     key = len(tokenizer), tuple(tokenizer.all_special_ids)
     if tokenizer not in _special or _special[tokenizer][0] != key:
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -119,7 +121,7 @@ def _decoded(tokenizer, ids: list[int]) -> str:
 
 
 def _puts_space(tokenizer, before: int, anchor: list[int]) -> bool:
-    """Whether the tokenizer puts a space of its own in front of text that follows this special token."""
+    """Whether the tokenizer adds a space before text that follows this special token."""
     text = ChatText(tokenizer.convert_ids_to_tokens(before) + "x")
     behind = encode_text(tokenizer, text, add_special_tokens=False)[1:]
     return _decoded(tokenizer, [*anchor, *behind])[len(_decoded(tokenizer, anchor)):].startswith(" ")

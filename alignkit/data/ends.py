@@ -1,8 +1,8 @@
-"""What ends a reply, decided here for all: sampler, rendering, SFT, reward model, DPO and evaluation.
+"""The tokens that end a reply, for sampling, rendering, SFT, reward model, DPO and evaluation.
 
-A model may know several ends: its tokenizer's EOS, those that its generation config lists, and the token that its chat
-template writes behind an assistant's message. Any of them ends a reply that is sampled. Behind a reply that is trained
-on or scored stands one: the template's own in a conversation, EOS in any other text.
+A model may have several ends: the tokenizer's EOS, those listed in its generation config, and the token that its chat
+template writes after an assistant message. Sampling stops at any of them. Training and scoring append exactly one: the
+template's end in a conversation, EOS after any other text.
 """
 
 import weakref
@@ -18,9 +18,9 @@ _ends: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # tokenizer -> (
 
 
 def end_ids(tokenizer, policy=None) -> tuple[int, ...]:
-    """The ids that end a reply of `policy`, each once, the tokenizer's EOS first.
+    """The ids that end a reply of `policy`, without duplicates, the tokenizer's EOS first.
 
-    Of a generation config that was made from the model's config, which has an EOS by default, special tokens alone
+    If the generation config was derived from the model's config, which has a default EOS, only its special tokens
     count. Without a policy: EOS and the template's end.
     """
     generation = getattr(policy, "generation_config", None)
@@ -33,22 +33,23 @@ def end_ids(tokenizer, policy=None) -> tuple[int, ...]:
 
 
 def list_ends(policy, tokenizer) -> None:
-    """Let the policy's generation config list all its ends, so that whoever serves the saved model stops there too."""
+    """Add all ends to the policy's generation config, so that other software that serves the saved model stops there
+    too."""
     generation, ends = getattr(policy, "generation_config", None), end_ids(tokenizer, policy)
     if generation is not None and not set(ends) <= set(_listed(generation)):
         generation.eos_token_id = list(ends) if len(ends) > 1 else ends[0]
 
 
 def end_after(tokenizer, prompt: str) -> int:
-    """The id that stands behind a reply to `prompt`: the template's end after a `ChatText`, otherwise EOS."""
+    """The id that follows a reply to `prompt`: the template's end after a `ChatText`, otherwise EOS."""
     end = template_end(tokenizer) if isinstance(prompt, ChatText) else None
     return tokenizer.eos_token_id if end is None else end
 
 
 def template_end(tokenizer) -> int | None:
-    """The first token of its own (special, or added) that the chat template writes behind an assistant's message.
+    """The first dedicated token (special or added) that the chat template writes after an assistant message.
 
-    None if there is no template, it cannot be rendered, or it writes no such token there.
+    None if there is no template, if it cannot be rendered, or if it writes no such token.
     """
     template = getattr(tokenizer, "chat_template", None)
     if not template:
@@ -59,7 +60,7 @@ def template_end(tokenizer) -> int | None:
 
 
 def without_end(tokenizer, reply: str) -> str:
-    """A reply as a chat template wrote it, without the ends behind it and the spaces behind those."""
+    """A reply as a chat template wrote it, without the ends after it and the spaces after those."""
     end = template_end(tokenizer)
     ends = [tokenizer.eos_token, None if end is None else tokenizer.convert_ids_to_tokens(end)]
     reply = reply.rstrip()

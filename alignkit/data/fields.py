@@ -1,4 +1,4 @@
-"""The fields of one row: which form it has, what is wrong with it, and its chat messages as text."""
+"""The fields of one row: detect the form, find errors, and convert chat messages to text."""
 
 import ast
 import contextlib
@@ -16,7 +16,7 @@ from alignkit.data.layouts import is_empty
 REPLIES = ("chosen", "rejected", "completion")
 LONGEST_PYTHON = 2**20  # characters of a list of messages in Python's notation
 NO_PROMPT = "chosen and rejected do not begin with the same prompt; give the prompt in a column of its own"
-OPENING = 200  # characters at the end of a rendered prompt that may hold the beginning of a reply
+OPENING = 200  # characters at the end of a rendered prompt that may contain the start of a reply
 _ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "chatbot": "assistant",
           "model": "assistant", "developer": "system", "user": "user", "assistant": "assistant", "system": "system"}
 _TOOL_ROLES = ("function_call", "observation", "function_response")  # of LLaMA-Factory, and of Hermes
@@ -65,18 +65,18 @@ def _check_messages(value: list, field: str) -> list[dict]:
 
 
 def _other_parts(content: object) -> str:
-    """What the parts of a message are that are no text, such as "image_url"; "" if it has no such parts."""
+    """The types of the non-text parts of a message, such as "image_url"; "" if there are none."""
     parts = content if isinstance(content, list) else []
     return ", ".join(dict.fromkeys(repr(part["type"])[:40] for part in parts
                                    if isinstance(part, dict) and part.get("type", "text") != "text"))
 
 
 def as_messages(value: object, field: str, tags: dict[str, str] | None = None) -> object:
-    """A list of {role, content}, where a value is one however it is written; any other value as it is.
+    """A list of {role, content}, if a value is one in any notation; other values are returned unchanged.
 
-    Written: with from and value, with human and gpt, as one message, as {"messages": …}, as the text of any of these in
-    JSON or Python, or with other keys and roles that `tags` maps to role, content, user, assistant, system. System
-    messages that are empty are left out. Raises Fault for text that looks like messages and cannot be read.
+    Notations: with from and value, with human and gpt, as one message, as {"messages": …}, as the JSON or Python text
+    of any of these, or with other keys and roles that `tags` maps to role, content, user, assistant, system. Empty
+    system messages are dropped. Raises Fault for text that looks like messages but cannot be read.
     """
     if isinstance(value, str):
         written = _written(value, field)
@@ -120,7 +120,7 @@ def _message(message: dict, tags: dict[str, str]) -> dict:
 
 
 def _written(text: str, field: str) -> list | dict | None:
-    """The messages that a text is when it is read as JSON or as Python; None if it is a text like any other."""
+    """The messages in a text, read as JSON or as Python; None if it is ordinary text."""
     start = text.lstrip()[:200]
     if start[:2] in ('"[', '"{'):  # JSON in JSON
         with contextlib.suppress(ValueError, RecursionError):
@@ -145,7 +145,7 @@ def _written(text: str, field: str) -> list | dict | None:
 
 
 def _same(one: list[dict], other: list[dict]) -> bool:
-    """Whether messages say the same: role, content and what belongs to tools, whatever else they hold."""
+    """Whether messages are equal in role, content and tool data; other keys are ignored."""
     return list(map(_said_by, one)) == list(map(_said_by, other))
 
 
@@ -160,21 +160,21 @@ def _is_chat(value: object) -> bool:
 
 
 def without_prompt(prompt: str | list, replies: list) -> list[str]:
-    """Replies that all begin with the whole prompt, without it; [] if they do not, or are messages."""
+    """Replies that all begin with the whole prompt, with the prompt removed; [] if they do not, or are messages."""
     texts = isinstance(prompt, str) and bool(prompt.strip()) and bool(replies)
     return [reply[len(prompt):] for reply in replies] if texts and all(
         reply.startswith(prompt) for reply in replies) else []
 
 
 def is_untrained(reply: str | dict) -> bool:
-    """Whether a message says that it is not to be learned: OpenAI's weight of 0, axolotl's train or training."""
+    """Whether a message is marked as not to be trained on: OpenAI's weight of 0, axolotl's train or training."""
     return isinstance(reply, dict) and (reply.get("weight") == 0 or reply.get("train", True) is False
                                         or reply.get("training", True) is False)
 
 
 def _split_texts(texts: dict[str, str]) -> tuple[str, list[str]]:
-    """Prompt and responses of a row of text fields; the prompt of whole dialogues is what they share."""
-    if "text" in texts:  # one text: a dialogue is cut before its last reply
+    """Prompt and responses of a row of text fields; the prompt of whole dialogues is their common beginning."""
+    if "text" in texts:  # one text: a dialogue is split before its last reply
         cut = texts["text"].rfind(_TURN) + len(_TURN)
         return (texts["text"][:cut], [texts["text"][cut:]]) if cut >= len(_TURN) else ("", [texts["text"]])
     if "prompt" in texts:
@@ -194,7 +194,7 @@ def _split_texts(texts: dict[str, str]) -> tuple[str, list[str]]:
 
 
 def messages_before(system: object, history: object) -> list[dict]:
-    """The messages of a system prompt and of a history: pairs of question and answer, or messages."""
+    """The messages of a system prompt and of a history (pairs of question and answer, or messages)."""
     before = []
     if not is_empty(system):
         system = as_messages(system, "system")
@@ -219,7 +219,7 @@ def messages_before(system: object, history: object) -> list[dict]:
 def _split_chat(values: dict[str, object], before: list[dict]) -> tuple[list[dict], list[dict]]:
     """Prompt messages and one reply message for each response field of a conversational row.
 
-    values: texts or messages; before: a system prompt and a history that stood in columns of their own.
+    values: texts or messages; before: a system prompt and a history from separate columns.
     """
     chats = {name: _as_chat(name, value, values) for name, value in values.items()}
     prompt, messages = chats.pop("prompt", None), chats.pop("messages", None)
@@ -265,7 +265,7 @@ def _as_chat(name: str, value: object, values: dict[str, object]) -> list[dict]:
 
 
 def _shared(chats: list[list[dict]]) -> list[dict]:
-    """The messages with which all begin; of a single conversation all but the last."""
+    """The messages at the start of all conversations; for a single conversation all but the last."""
     if not chats:
         return []
     if len(chats) == 1:
@@ -279,13 +279,13 @@ def _is_reply(messages: list[dict]) -> bool:
 
 
 def _is_part(part: list[dict], messages: list[dict]) -> bool:
-    """Whether `part` are among the messages, in this order."""
+    """Whether the messages of `part` occur among the messages, in this order."""
     rest = iter(map(_said_by, messages))
     return bool(part) and all(message in rest for message in map(_said_by, part))
 
 
 def _with(before: list[dict], prompt: list[dict]) -> list[dict]:
-    """The prompt behind a system prompt and a history, unless it holds them already."""
+    """The prompt after a system prompt and a history, unless it already contains them."""
     if not before or _is_part(before, prompt):
         return prompt
     if before[0]["role"] == "system" and prompt and prompt[0]["role"] == "system":
@@ -299,9 +299,10 @@ def _with(before: list[dict], prompt: list[dict]) -> list[dict]:
 
 
 def lost_in(message: dict, head: str, rendered: str) -> str:
-    """What a chat template did to a reply: "" nothing, or "ends" or "spaces", or Fault if a part of it is not there.
+    """What a chat template changed in a reply: "" nothing, or "ends" or "spaces"; Fault if a part of the reply is
+    missing.
 
-    head: the text of the prompt, whose end may hold the beginning of the reply, such as <think>; rendered: its text.
+    head: the text of the prompt, whose end may contain the start of the reply, such as <think>; rendered: its text.
     """
     change = ""
     for name in ("content", *REASONING):
@@ -323,7 +324,7 @@ def lost_in(message: dict, head: str, rendered: str) -> str:
 
 
 def left_out_of(prompt: list[dict], head: str) -> str:
-    """The role of the first of system message and last message that a chat template does not write, "" if none."""
+    """The role of the system message or last message that a chat template drops (the first of them), "" if none."""
     return next((message["role"] for message in (*prompt[:1], *prompt[-1:])
                  if message["role"] in ("system", "user") and message["content"] not in head
                  and _squeezed(message["content"]) not in _squeezed(head)), "")
@@ -341,7 +342,7 @@ def _check_special(special: re.Pattern, messages: list[dict]) -> None:
 
 
 def _rendered(tokenizer, prompt: list[dict], texts: list[str] | Fault) -> tuple[ChatText, list[ChatText]]:
-    """Prompt and replies as a chat template wrote them, the replies without what ends them."""
+    """Prompt and replies as a chat template wrote them, the replies without their ends."""
     if isinstance(texts, Fault):
         raise texts
     head, *endings = map(_check_rendered, texts)
@@ -350,7 +351,7 @@ def _rendered(tokenizer, prompt: list[dict], texts: list[str] | Fault) -> tuple[
 
 
 def _check_rendered(text: str) -> str:
-    """A template can write what its messages may not hold: parts of them that were not checked, and characters of its
+    """A template can write text that messages may not contain: unchecked parts of the messages, and characters of its
     own."""
     if "\0" in text or re.search("[\ud800-\udfff]", text):
         raise Fault("the chat template writes a NUL character or half of a surrogate pair")

@@ -1,8 +1,8 @@
-"""Records from files and Hub data sets, one after the other, each with its place. `data.rows` makes rows of them.
+"""Read records from files and Hub data sets one at a time, each with its position. `data.rows` converts them to rows.
 
-JSON lines, one JSON array, CSV and Parquet, each also gzipped (told by the first bytes, not by the name), a folder
-written by `datasets.save_to_disk`, or a Hub id. Files are read in pieces, so memory is bounded by one record. What one
-record has wrong is yielded in its place as a `Fault`, and reading goes on wherever the next record can be found.
+Supported: JSON lines, one JSON array, CSV and Parquet, each also gzipped (detected by the first bytes, not by the
+name), a folder written by `datasets.save_to_disk`, or a Hub id. Files are read in pieces, so memory is bounded by one
+record. An invalid record is yielded as a `Fault`, and reading continues if the next record can be found.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ from alignkit.sources import local_path
 LINE_LIMIT = 16 * 2**20  # bytes in a line of a file, characters in an item of an array or in a text
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 SMALL, GIBIBYTE = 64 * 2**20, 2**30
-MOST_INFLATED = 200  # times its size that a packed file may inflate to, once that is more than SMALL bytes
-MANY_ROWS = 100_000  # rows of a Parquet file, beyond which each must have cost a byte
-MOST_COPIED = 4 * GIBIBYTE  # bytes of a Parquet file that is unpacked to the disk
+MOST_INFLATED = 200  # maximum inflation of a packed file, relative to its size, above SMALL bytes
+MANY_ROWS = 100_000  # rows of a Parquet file, above which each row must occupy at least a byte
+MOST_COPIED = 4 * GIBIBYTE  # maximum bytes of a Parquet file unpacked to disk
 _GZIP_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile)
 
 
@@ -39,7 +39,7 @@ class Fault(Exception):
 
 
 class _Inflated(io.RawIOBase):
-    """What a gzip file inflates to, as long as that is in proportion: Fault at more than MOST_INFLATED times."""
+    """The inflated content of a gzip file; raises Fault if it is more than MOST_INFLATED times the file's size."""
 
     def __init__(self, path: Path):
         self._packed = open(path, "rb")  # noqa: SIM115 (closed by `close`)
@@ -64,17 +64,17 @@ class _Inflated(io.RawIOBase):
 
 
 def _open(path: Path) -> io.BufferedIOBase:
-    """A file's bytes, inflated if it is gzipped."""
+    """A file's bytes, inflated if the file is gzipped."""
     with open(path, "rb") as stream:
         zipped = stream.read(2) == b"\x1f\x8b"
     return io.BufferedReader(_Inflated(path), 2**17) if zipped else open(path, "rb")
 
 
 def _read_through(path: Path) -> None:
-    """Raise Fault if the first GIBIBYTE that a gzip file inflates to is out of proportion.
+    """Raise Fault if the first GIBIBYTE of a gzip file's inflated content is out of proportion to its size.
 
-    That takes a fraction of the time in which its rows are read, and sees a bomb before they are: rows of one character
-    inflate a thousand times faster than they can be read.
+    This takes a fraction of the time for reading its rows, and detects a bomb early: rows of one character inflate a
+    thousand times faster than they can be read.
     """
     with _Inflated(path) as stream, contextlib.suppress(*_GZIP_ERRORS):
         buffer, count = bytearray(2**18), 0
@@ -89,8 +89,8 @@ def _is_inflated(stream: io.BufferedIOBase) -> bool:
 def records(source: str | os.PathLike, split: str | None = None) -> tuple[str, Iterator[tuple[int, object]]]:
     """("line" or "row", the records of a source): pairs of a number, from 1, and a JSON value or a Fault.
 
-    split: of a saved or a Hub data set; in a file, the rows whose column `split` says so.
-    Raises DataError when there is no such source; the iterator raises Fault for what is wrong with all of it.
+    split: the split of a saved or a Hub data set; for a file, the value in its column `split`. Raises DataError if
+    there is no such source; the iterator raises Fault for an error of the whole source.
     """
     name, path = str(source), local_path(source, error=DataError)
     if path is None:
@@ -118,7 +118,7 @@ def records(source: str | os.PathLike, split: str | None = None) -> tuple[str, I
 
 
 def readable(source: str | os.PathLike, split: str | None = None) -> None:
-    """Raise DataError if a file or folder is none that can be read; what its records have wrong is not looked at."""
+    """Raise DataError if a file or folder cannot be read; its records are not checked."""
     try:
         next(records(source, split)[1], None)
     except Fault as fault:
@@ -126,7 +126,7 @@ def readable(source: str | os.PathLike, split: str | None = None) -> None:
 
 
 def _lines(stream: io.BufferedIOBase) -> Iterator[tuple[int, bytes | Fault]]:
-    """Yield (line number, line with its end), or a Fault for a line that is too long; a UTF-8 BOM is taken off."""
+    """Yield (line number, line with its end), or a Fault for a line that is too long; a UTF-8 BOM is removed."""
     for number in itertools.count(1):
         try:
             line = stream.readline(LINE_LIMIT + 1)
@@ -160,7 +160,7 @@ class _Json:
         self._faults.append(f"{name} is not JSON; expected a number, text or null")
 
     def decode(self, text: str, start: int = 0) -> tuple[object, int]:
-        """Return (value or Fault, end). Raises json.JSONDecodeError where the text is not JSON or not all of it."""
+        """Return (value or Fault, end). Raises json.JSONDecodeError if the text is not JSON or incomplete."""
         self._faults.clear()
         try:
             value, end = self._decoder.raw_decode(text, start)
@@ -195,7 +195,7 @@ def _jsonl_records(stream: io.BufferedIOBase) -> Iterator[tuple[int, object]]:
 
 
 def _array_records(stream: io.BufferedIOBase) -> Iterator[tuple[int, object]]:
-    """The items of one JSON array, read in pieces of a MiB; what is not JSON ends the reading."""
+    """The items of one JSON array, read in pieces of a MiB; invalid JSON ends the reading."""
     source = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     decoder, text, position, row, more = _Json(), "", 0, 0, True
     stops = "; reading stops here"
@@ -287,7 +287,7 @@ def _parquet_records(stream: io.BufferedIOBase) -> Iterator[tuple[int, object]]:
             _check_proportion(table.metadata, size)
             for batch in table.iter_batches(batch_size=_at_once(table.metadata, size)):
                 content += batch.nbytes
-                if content > max(4 * SMALL, MOST_INFLATED * size):  # one value, a million times in few bytes
+                if content > max(4 * SMALL, MOST_INFLATED * size):  # one value repeated a million times takes few bytes
                     raise Fault(f"{size:,} bytes of Parquet that hold more than {content / 2**20:,.0f} MiB, more than "
                                 f"{MOST_INFLATED} times their size: is it a bomb?")
                 for index in range(len(batch)):
@@ -301,7 +301,7 @@ def _parquet_records(stream: io.BufferedIOBase) -> Iterator[tuple[int, object]]:
 
 
 def _check_proportion(facts, size: int) -> None:
-    """Raise Fault if a Parquet file of `size` bytes says that it holds more than so few can."""
+    """Raise Fault if a Parquet file of `size` bytes claims more content than it can hold."""
     inflated = _inflated(facts)
     if inflated > max(SMALL, MOST_INFLATED * size) or facts.num_rows > max(MANY_ROWS, size):
         raise Fault(f"{size:,} bytes of Parquet that hold {facts.num_rows:,} rows and {inflated / 2**20:,.0f} MiB, "
@@ -309,7 +309,7 @@ def _check_proportion(facts, size: int) -> None:
 
 
 def _at_once(facts, size: int) -> int:
-    """Rows of a Parquet file that are read together: few where a single value may be large, told many times."""
+    """Number of Parquet rows read together: few if a single value, stored once and repeated, may be large."""
     groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
     widest = max((group.column(number).total_uncompressed_size for group in groups
                   for number in range(group.num_columns)), default=0)
@@ -321,7 +321,7 @@ def _inflated(facts) -> int:
 
 
 def _dataset_records(source: str, split: str | None = None) -> Iterator[tuple[int, object]]:
-    """A split of a saved or a Hub data set, by default "train" or the only one. No code of its repository runs."""
+    """A split of a saved or a Hub data set, by default "train" or the only one. Code in its repository is never run."""
     try:
         import datasets
     except ImportError:

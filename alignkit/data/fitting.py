@@ -1,4 +1,4 @@
-"""Prompts and replies cut to what a model can read, at token boundaries."""
+"""Truncate prompts and replies to the model's context, at token boundaries."""
 
 from alignkit.data.encoding import ChatText, encode_pair, encode_pairs, encode_text, encode_texts
 from alignkit.data.fields import REPLIES
@@ -7,7 +7,7 @@ from alignkit.errors import DataError
 
 
 def fit_rows(rows: Rows, tokenizer, limit: int, max_new_tokens: int) -> tuple[list[dict], tuple[str, ...]]:
-    """The rows, shortened so that prompt, response and EOS fit in `limit` tokens, and notes on what was done."""
+    """The rows, truncated so that prompt, response and EOS fit in `limit` tokens, and notes on the truncations."""
     shortened, tokens, unknown = {}, 0, 0
     unique = list(dict.fromkeys(row["prompt"] for row in rows))
     for prompt, ids in zip(unique, encode_texts(tokenizer, unique), strict=True):
@@ -43,7 +43,7 @@ def fit_rows(rows: Rows, tokenizer, limit: int, max_new_tokens: int) -> tuple[li
 
 
 def fit_prompt(tokenizer, prompt: str, limit: int) -> str:
-    """A prompt as `fit_rows` cuts it: its end, at most `limit` tokens, if it has more."""
+    """A prompt truncated as in `fit_rows`: its last `limit` tokens, if it has more."""
     return prompt if len(encode_text(tokenizer, prompt)) <= limit else _end_of(tokenizer, prompt, limit)
 
 
@@ -55,7 +55,7 @@ def _offsets(tokenizer, text: str) -> list[tuple[int, int]]:
 
 
 def _end_of(tokenizer, prompt: str, limit: int) -> str:
-    """The last tokens of a prompt, at most `limit` with BOS. A rendered conversation keeps its BOS."""
+    """The last tokens of a prompt, at most `limit` including BOS. A rendered conversation keeps its BOS."""
     offsets = _offsets(tokenizer, prompt)
     bos = tokenizer.bos_token or ""
     front = bos if isinstance(prompt, ChatText) and prompt.startswith(bos) else ""
@@ -68,7 +68,7 @@ def _end_of(tokenizer, prompt: str, limit: int) -> str:
 
 
 def _start_of(tokenizer, prompt: str, response: str, limit: int) -> str:
-    """The first tokens of a response, at most `limit` behind its prompt."""
+    """The first tokens of a response, at most `limit` after its prompt."""
     offsets = _offsets(tokenizer, response)
     for kept in range(min(limit, len(offsets)), 0, -1):
         piece = type(response)(response[: offsets[kept - 1][1]])

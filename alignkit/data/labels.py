@@ -1,9 +1,9 @@
-"""What people choose: responses to choose from, a log that loses no choice, preference pairs, and what they moved.
+"""Human labels: items to label, a log that never loses a label, preference pairs, and how labels change a reward model.
 
-A choice is between two or more named responses to one prompt. Each is appended to FILE.log.jsonl and flushed to the
-disk before anything else happens; FILE.jsonl holds the preference pairs that follow, rewritten in one step from the
-log, as `alignkit.load_rows` reads them. Ties, skips and choices against or for an empty response, which preference
-files cannot hold, are in the log alone.
+A choice is between two or more named responses to one prompt. Each choice is appended to FILE.log.jsonl and flushed to
+disk before anything else happens. FILE.jsonl holds the resulting preference pairs in the format of `alignkit.load_rows`
+and is rewritten atomically from the log. Ties, skips and choices that involve an empty response cannot be stored as
+preference pairs; they are only in the log.
 """
 
 import json
@@ -25,9 +25,9 @@ UNDECIDED = ("tie", "skip")  # choices that make no preference pair
 
 @dataclass(frozen=True)
 class Item:
-    """One choice to make. responses: name -> text; order: the names as they are shown; id: hash of prompt and texts.
+    """One choice to make. responses: name -> text; order: the names in display order; id: hash of prompt and texts.
 
-    notes: name -> what is written beside the response, such as its behaviour in the desk world.
+    notes: name -> text shown beside the response, such as its behaviour in the desk world.
     """
 
     id: str
@@ -38,10 +38,12 @@ class Item:
 
 
 def choice_items(rows: Sequence[Mapping], seed: int = 0) -> list[Item]:
-    """Items from rows {"prompt", "responses": {name: text}}, optionally "notes": {name: text}; order is shuffled.
+    """Make items from rows {"prompt", "responses": {name: text}}, optionally with "notes": {name: text}; shuffles the
+    order.
 
-    The order depends on seed, prompt and responses, not on the row's place, so that it is the same when one goes on.
-    Raises ValueError, naming the row, if it lacks something or holds text that a preference file cannot.
+    The order depends on seed, prompt and responses, but not on the row number, so it is the same when labelling
+    continues. Raises ValueError, which names the row, if a field is missing or a text cannot be stored in a preference
+    file.
     """
     items, seen = [], {}
     for number, row in enumerate(rows):
@@ -64,10 +66,10 @@ def choice_items(rows: Sequence[Mapping], seed: int = 0) -> list[Item]:
 
 
 class ChoiceLog:
-    """The choices made on `items`, in FILE.log.jsonl, and their preference pairs, in FILE.jsonl.
+    """The choices made on `items`, in FILE.log.jsonl, and the resulting preference pairs, in FILE.jsonl.
 
-    A file that is there already is gone on with: what was chosen before is known again, choices on other items stay.
-    Raises ValueError if `path` does not end in .jsonl, FileExistsError if it holds rows that no log beside it explains.
+    An existing file is continued: earlier choices are loaded, and choices on other items are kept. Raises ValueError if
+    `path` does not end in .jsonl, FileExistsError if the file holds rows but has no log beside it.
     """
 
     def __init__(self, path: str | Path, items: Sequence[Item]):
@@ -77,16 +79,16 @@ class ChoiceLog:
         self.log = _log_of(self.path)
         self.items = {item.id: item for item in items}
         if not self.log.exists() and self.path.exists() and self.path.stat().st_size:
-            raise FileExistsError(f"{self.path} is there, and was not made here (there is no {self.log.name} beside "
+            raise FileExistsError(f"{self.path} exists, but not by alignkit (there is no {self.log.name} beside "
                                   "it); choose another name for your labels")
         self._history = _fold(trim_metrics(self.log), self.log)
         if self.log.exists():
             self._write_pairs()
 
     def choose(self, item: Item, choice: str, **facts) -> None:
-        """Note that `choice`, a name of a response, "tie" or "skip", was made; on the disk when this returns.
+        """Record `choice`: the name of a response, "tie" or "skip". The record is on disk when this returns.
 
-        facts: more to write down, such as the seconds it took. A later choice on the same item takes its place.
+        facts: additional data to store, such as the seconds it took. A later choice on the same item replaces this one.
         """
         if choice not in (*item.order, *UNDECIDED):
             raise ValueError(f"choice is {choice!r}, expected one of {', '.join((*item.order, *UNDECIDED))}")
@@ -94,7 +96,8 @@ class ChoiceLog:
                       "responses": item.responses, **facts})
 
     def undo(self) -> str | None:
-        """Take back the last choice on these items, by a record of its own; its item's id, None if there is none."""
+        """Undo the last choice on these items by appending a record; returns the id of its item, None if there is no
+        choice."""
         last = next((row["item"] for row in reversed(self._history) if row["item"] in self.items), None)
         if last is not None:
             self._append({"undo": last})
@@ -102,11 +105,11 @@ class ChoiceLog:
 
     @property
     def choices(self) -> dict[str, dict]:
-        """The records in force on these items, by item id, the oldest choice first."""
+        """The current choices on these items, by item id, oldest first."""
         return {name: row for name, row in _latest(self._history).items() if name in self.items}
 
     def pairs(self) -> list[dict]:
-        """All preference pairs of the file: prompt, chosen, rejected, and `label` with where they came from."""
+        """All preference pairs of the file: prompt, chosen, rejected, and `label` with their origin."""
         return [
             {"prompt": row["prompt"], "chosen": row["responses"][row["choice"]], "rejected": text,
              "label": {"chosen": row["choice"], "rejected": name, "order": row["order"], "item": row["item"]}}
@@ -116,9 +119,10 @@ class ChoiceLog:
         ]
 
     def replay(self, source: str | Path) -> int:
-        """Make the choices that a stored file holds on these items (by prompt and texts); how many there were.
+        """Repeat the choices of a stored file on these items (matched by prompt and texts); returns how many there
+        were.
 
-        source: a label file, whose log is read if it lies beside it, or any preference pairs that `load_rows` reads.
+        source: a label file, whose log is used if it exists, or any preference pairs that `load_rows` reads.
         """
         stored = {_texts(row["prompt"], row["responses"]): row["responses"].get(row["choice"], row["choice"])
                   for row in _stored(source)}
@@ -137,7 +141,7 @@ class ChoiceLog:
         append_metrics(self.log, {**record, "time": datetime.now(UTC).isoformat(timespec="milliseconds")})
         with self.log.open("rb") as file:
             os.fsync(file.fileno())
-        self._history = _fold(read_metrics(self.log), self.log)  # another kernel may have labelled meanwhile
+        self._history = _fold(read_metrics(self.log), self.log)  # another kernel may have added labels
         self._write_pairs()
 
     def _write_pairs(self) -> None:
@@ -147,7 +151,7 @@ class ChoiceLog:
 
 
 def stored_rows(source: str | Path) -> list[dict]:
-    """Rows {"prompt", "responses"} of the choices in a stored label file, or of any preference pairs."""
+    """Rows {"prompt", "responses"} from the choices in a label file, or from any preference pairs."""
     return [{"prompt": row["prompt"], "responses": row["responses"]} for row in _stored(source)]
 
 
@@ -181,7 +185,7 @@ def _stored(source: str | Path) -> list[dict]:
 
 
 def _fold(rows: Sequence[Mapping], log: Path) -> list[Mapping]:
-    """The choices that stand, oldest first: an undo takes the last one on its item away."""
+    """The current choices, oldest first: an undo removes the last choice on its item."""
     history: list[Mapping] = []
     for number, row in enumerate(rows, 1):
         if "undo" in row:
@@ -196,7 +200,7 @@ def _fold(rows: Sequence[Mapping], log: Path) -> list[Mapping]:
 
 
 def _is_choice(row: Mapping) -> bool:
-    """Whether a record says which of at least two texts was chosen, in words that a preference file can hold."""
+    """Whether a record names the chosen text out of at least two, all of which a preference file can store."""
     item, choice, order, prompt, responses = map(row.get, ("item", "choice", "order", "prompt", "responses"))
     if not (isinstance(order, list) and isinstance(responses, dict) and isinstance(prompt, str) and prompt.strip()):
         return False

@@ -1,12 +1,12 @@
-"""The layouts of published data sets: which column is the prompt, which the reply, and which reply is better.
+"""The layouts of published data sets: the columns of the prompt and the replies, and which reply is better.
 
-LAYOUTS is a table; to read another layout, add a line to it. `columns` names the fields of a row and, where it has
-another name, the column of each: `prompt=question`, `prompt=input.messages` (inside an object), `system?` (may be
-missing), `answers[]` (its value is a list), `answers[{}]` (a list of objects; it may have been saved as text). `read`,
-where it is given, makes prompt, chosen and rejected, or prompt and completion, of other fields. Of several layouts that
-fit, the one with the most columns is taken, then the first.
+LAYOUTS is a table; to support another layout, add a line to it. `columns` lists the fields of a row and, if the column
+has another name, the column of each: `prompt=question`, `prompt=input.messages` (inside an object), `system?`
+(optional), `answers[]` (a list), `answers[{}]` (a list of objects, possibly saved as text). `read`, if given, converts
+other fields to prompt, chosen and rejected, or to prompt and completion. If several layouts fit, the one with the most
+columns is used, then the first.
 
-The fields: prompt, input (goes behind the prompt), system, history (pairs of question and answer, or messages), tools,
+The fields: prompt, input (appended to the prompt), system, history (pairs of question and answer, or messages), tools,
 chosen, rejected, completion, messages, text.
 """
 
@@ -26,12 +26,12 @@ from alignkit.storage import read_json
 
 
 class LeftOut(Exception):
-    """Why a record that has nothing wrong gives no row: a tie, an answer that is labelled as bad."""
+    """Why a valid record gives no row: a tie, or an answer that is labelled as bad."""
 
 
 class Layout(NamedTuple):
-    """One way to write rows. columns: see above; read: of fields (a dict) makes fields; together: rows that follow each
-    other and have the same value in this column are one record, its `answers` their fields."""
+    """One row format. columns: see above; read: a function from fields (a dict) to fields; together: consecutive rows
+    with the same value in this column are one record, with their fields as its `answers`."""
 
     name: str
     kind: str
@@ -41,38 +41,38 @@ class Layout(NamedTuple):
 
     @property
     def places(self) -> tuple[tuple[str, str, bool, str], ...]:
-        """(field, column, whether it must be there, "" or what it must be: a "list", "objects" in a list) of each."""
+        """For each field: (field, column, whether it is required, "" or its type: a "list", "objects" in a list)."""
         return _places(self.columns)
 
     @property
     def names(self) -> frozenset[str]:
-        """The fields."""
+        """The names of the fields."""
         return frozenset(field for field, _, _, _ in self.places)
 
     @property
     def needs(self) -> int:
-        """How many columns must be there."""
+        """Number of required columns."""
         return sum(needed for _, _, needed, _ in self.places)
 
     def fits(self, record: Mapping, given: Collection[str] = ()) -> bool:
-        """Whether a record has all the columns that it must have; those of `given` fields under the fields' names."""
+        """Whether a record has all required columns; those of `given` fields under the fields' names."""
         return all(there(record, column) and _is_built(value_at(record, column), built)
                    for column, built in self.needed(record, given))
 
     def needed(self, record: Mapping, given: Collection[str] = ()) -> list[tuple[str, str]]:
-        """(column, what it must be) of what a record must have, under the names that it then has."""
+        """(column, type) of the required columns of a record, under their names after renaming."""
         return [(field if field in given and field in record else column, built)
                 for field, column, needed, built in self.places if needed]
 
     def fields(self, record: Mapping) -> dict:
-        """The fields of a record, by their names."""
+        """The fields of a record, by name."""
         values = {field: value_at(record, column) for field, column, _, _ in self.places if there(record, column)}
         return values | {field: objects for field, _, _, built in self.places
                          if built == "objects" and (objects := objects_in(values.get(field)))}
 
     def row(self, fields: dict) -> dict:
-        """What `read` makes of the fields. Raises Fault for one that is built in another way, LeftOut for one that says
-        nothing."""
+        """The result of `read` for the fields. Raises Fault for a record with another structure, LeftOut for one
+        without information."""
         if self.read is None:
             return fields
         try:
@@ -87,8 +87,8 @@ class Layout(NamedTuple):
 
 # --- of fields, other fields -----------------------------------------------------------------------------------------
 def better(**which: str):
-    """A reader of pairs `first`, `second`, where `better` says which one is: first="…", second="…", tie="…", the values
-    that mean it, divided by |."""
+    """A reader of pairs `first`, `second` whose field `better` names the better one: first="…", second="…", tie="…" are
+    its possible values, separated by |."""
     meaning = {value: side for side, values in which.items() for value in values.split("|")}
 
     def read(fields: dict) -> dict:
@@ -103,7 +103,7 @@ def better(**which: str):
 
 
 def by_score(fields: dict) -> dict:
-    """The one of `first`, `second` with the higher score, in score_first and score_second, is chosen."""
+    """The one of `first` and `second` with the higher score (score_first, score_second) is chosen."""
     scores = [_number(fields, name) for name in ("score_first", "score_second")]
     if scores[0] == scores[1]:
         raise LeftOut("neither reply is better")
@@ -111,10 +111,11 @@ def by_score(fields: dict) -> dict:
 
 
 def best_and_worst(fields: dict) -> dict:
-    """Of `answers`, objects with a text and marks, the best is chosen and the worst rejected.
+    """Of `answers`, objects with a text and scores, the best is chosen and the worst rejected.
 
-    The mark that counts is the one that `score` names, or else the first of _SCORES that an answer has, or the mean of
-    its aspects. All marks of the two are kept as `scores`: {"chosen": {mark: number}, "rejected": …}.
+    Answers are compared by the score that the user names with `score`, otherwise by the first of _SCORES that an answer
+    has, or by the mean of its aspects. All scores of the two answers are kept as `scores`: {"chosen": {name: number},
+    "rejected": …}.
     """
     asked, marked = fields.get("score"), []
     for number, answer in enumerate(fields["answers"], 1):
@@ -123,7 +124,7 @@ def best_and_worst(fields: dict) -> dict:
         if not marks or (asked and asked not in marks):
             lacks = f"mark {asked!r}, only {', '.join(marks)}" if marks else f"text ({', '.join(_TEXTS)}) and mark"
             raise Fault(f"answer {number} has no {lacks}", "answers")
-        own = {*answer, "mean"} & marks.keys()  # of the aspects that were annotated the mean decides
+        own = {*answer, "mean"} & marks.keys()  # if there are aspects, their mean decides
         name = asked or next((name for name in _SCORES if name in own), "mean")
         marked.append((-marks[name] if name == "rank" else marks[name], text, marks))
     if len({mark for mark, _, _ in marked}) < 2:
@@ -134,7 +135,8 @@ def best_and_worst(fields: dict) -> dict:
 
 
 def side_by_side(fields: dict) -> dict:
-    """Replies in one list and their marks in another, as distilabel writes them; those without a mark are left out."""
+    """Replies in one list and their scores in another, as distilabel writes them; replies without a score are
+    skipped."""
     replies, marks = fields["replies"], fields["marks"]
     if len(replies) != len(marks):
         raise Fault(f"is a list of {len(marks)}, expected one of {len(replies)} as the replies", "marks")
@@ -143,9 +145,9 @@ def side_by_side(fields: dict) -> dict:
 
 
 def marks_of(answer: Mapping, asked: str | None = None) -> dict[str, float]:
-    """The numbers by which an answer was judged: its own (_SCORES, _ASPECTS and the one that is asked for), the Rating
-    of each aspect of its `annotations` that has one (UltraFeedback's may be N/A), and as "mean" the mean of these.
-    Raises Fault for a mark of its own that is no number."""
+    """The scores of an answer: its own (_SCORES, _ASPECTS and the requested one), the Rating of each aspect of its
+    `annotations` that has one (UltraFeedback's may be N/A), and their mean as "mean". Raises Fault for an own score
+    that is not a number."""
     marks = {name: _number(answer, name) for name in (*_SCORES, *_ASPECTS, asked) if answer.get(name) is not None}
     rated = {name: str(aspect.get("Rating")).strip() for name, aspect in (answer.get("annotations") or {}).items()
              if isinstance(aspect, Mapping)}
@@ -155,7 +157,7 @@ def marks_of(answer: Mapping, asked: str | None = None) -> dict[str, float]:
 
 
 def only_good(fields: dict) -> dict:
-    """A completion whose `label` says that it is good; the others are left out."""
+    """A completion whose `label` marks it as good; others are skipped."""
     good = {"true": True, "1": True, "false": False, "0": False}.get(plain(fields["label"]))
     if good is None:
         raise Fault(f"is {fields['label']!r}, expected true or false", "label")
@@ -182,7 +184,8 @@ def last_is_chosen(fields: dict) -> dict:
 
 
 def arena(fields: dict) -> dict:
-    """Chatbot Arena: conversations that share their questions, but only in the first turn all of what comes before."""
+    """Chatbot Arena: conversations with the same questions, of which only the first turn always has the same
+    context."""
     read = better(first="model_a", second="model_b", tie="tie|tie (bothbad)|both_bad|bothbad")(fields)
     replies = [[message for message in read[name] if isinstance(message, dict) and message.get("role") == "assistant"]
                for name in ("chosen", "rejected") if isinstance(read[name], list)]
@@ -192,7 +195,7 @@ def arena(fields: dict) -> dict:
 
 
 def arena_lists(fields: dict) -> dict:
-    """Chatbot Arena's 55k file: questions and replies are texts of JSON lists, the winner one of three columns."""
+    """Chatbot Arena's 55k file: questions and replies are JSON lists as text, the winner is in one of three columns."""
     texts = {}
     for name in ("prompt", "first", "second"):
         try:
@@ -210,7 +213,7 @@ def arena_lists(fields: dict) -> dict:
 
 
 def first_fork(fields: dict) -> dict:
-    """PRM800K: the first step that was rated right once and wrong once; the steps before it belong to the prompt."""
+    """PRM800K: the first step with both a right and a wrong continuation; the steps before it belong to the prompt."""
     before = []
     for step in fields["steps"] or ():
         rated = {each.get("rating"): each.get("text") for each in step.get("completions") or () if each}
@@ -225,7 +228,7 @@ def first_fork(fields: dict) -> dict:
     raise LeftOut("no step has both a right and a wrong continuation")
 
 
-LONGEST_LIST = 2**20  # characters of a list that was saved as text
+LONGEST_LIST = 2**20  # characters of a list saved as text
 _TEXTS = ("answer", "text", "response", "content", "output")
 # What decides, the first that is there. UltraFeedback's fine-grained_score is the mean of its aspects; overall_score
 # comes behind it, since it is 10 also of some of the worst answers (argilla's card of ultrafeedback-binarized).
@@ -348,7 +351,7 @@ def _without(fields: dict, name: str) -> dict:
 
 
 def plain(value: object) -> str:
-    """A label as text, so that 1, 1.0, true and "1" or "True" of a CSV file are told alike where they are."""
+    """A label as text, so that 1, 1.0, true and a CSV file's "1" or "True" are equal."""
     if isinstance(value, str):
         value = value.strip()
         number = re.fullmatch(r"([+-]?\d+)(\.0*)?", value)
@@ -379,7 +382,7 @@ def _places(columns: str) -> tuple[tuple[str, str, bool, str], ...]:
 
 
 def value_at(record: Mapping, column: str) -> object:
-    """The value of a column, or of NAME.NAME or NAME.0 inside one; None if it is not there."""
+    """The value of a column, or of NAME.NAME or NAME.0 inside one; None if it does not exist."""
     if column in record:
         return record[column]
     value: object = record
@@ -405,8 +408,8 @@ def _is_built(value: object, built: str) -> bool:
 
 
 def objects_in(text: object) -> list[dict]:
-    """The objects of a list that was saved as text, in JSON or as Python writes it (a table saved as CSV); [] if the
-    text is no such list: a list of numbers or words may be what somebody answered."""
+    """The objects of a list saved as text, in JSON or Python notation (a table saved as CSV); [] if the text is not
+    such a list: a list of numbers or words may be an answer."""
     if not isinstance(text, str) or not re.match(r"\s*\[\s*\{", text) or len(text) > LONGEST_LIST:
         return []
     for read in (json.loads, ast.literal_eval):
@@ -417,15 +420,15 @@ def objects_in(text: object) -> list[dict]:
 
 
 def is_empty(value: object) -> bool:
-    """Whether a column's value says nothing: null, blank, an empty list or object."""
+    """Whether a column's value is empty: null, blank, an empty list or object."""
     return value is None or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null", "None")) or (
         isinstance(value, (list, dict)) and not value)
 
 
 def columns_of(given: str | Mapping[str, str] | None) -> dict[str, str]:
-    """Field -> column from "prompt=question,chosen=…" or a mapping; an empty column (`system=`) is left out.
+    """Field -> column from "prompt=question,chosen=…" or a mapping; an empty column (`system=`) is ignored.
 
-    Raises ValueError that names what is no FIELD=COLUMN.
+    Raises ValueError that names the part that is not FIELD=COLUMN.
     """
     if given is None or isinstance(given, Mapping):
         return dict(given or {})
@@ -446,7 +449,7 @@ def columns_of(given: str | Mapping[str, str] | None) -> dict[str, str]:
 
 
 def described(source: object) -> tuple[dict[str, str], dict[str, str]]:
-    """Columns and tags that a LLaMA-Factory dataset_info.json beside a file gives for it; two empty ones otherwise."""
+    """Columns and tags for a file from a LLaMA-Factory dataset_info.json beside it; otherwise two empty mappings."""
     path = Path(str(source)).expanduser()
     beside = path.with_name("dataset_info.json") if path.name else path
     if not path.is_file() or not beside.is_file() or beside == path:
@@ -467,7 +470,7 @@ _FACTORY_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user
                  "system_tag": "system"}
 FIELDS = (*dict.fromkeys(
     name for layout in LAYOUTS for field, column, _, _ in layout.places for name in (field, column) if "." not in name),
-    "score")  # which mark of several answers counts
+    "score")  # the score by which several answers are compared
 
 
 # --- what a column seems to carry ------------------------------------------------------------------------------------
@@ -496,7 +499,7 @@ _ABOUT = frozenset([
 
 
 def carries(name: str, value: object) -> str:
-    """What a column seems to carry, told by its name and its value: "answers", "labels", …, or ""."""
+    """The kind of information that a column seems to hold, by its name and its value: "answers", "labels", …, or ""."""
     if is_empty(value):
         return ""
     for what, types in _told_by(name):
@@ -506,14 +509,15 @@ def carries(name: str, value: object) -> str:
 
 
 def is_prose(name: str, value: object) -> bool:
-    """Whether a column holds sentences and its name does not say that they are about something else."""
+    """Whether a column holds sentences and its name does not indicate unrelated content."""
     about = set(re.findall("[a-z]+", name.lower())) & _ABOUT
     return isinstance(value, str) and not about and bool(re.search(r"\S\s+\S+\s+\S|[.!?]\s*$", value))
 
 
 @functools.lru_cache(1024)
 def _told_by(name: str) -> tuple[tuple[str, tuple], ...]:
-    """What the words of a column's name say that it carries, each with the types that its values then have."""
+    """The kinds of information indicated by the words of a column's name, each with the expected types of its
+    values."""
     listed = re.findall("[a-z]+|[0-9]+", re.sub("([a-z])([A-Z])", r"\1 \2", name).lower())
     words, last = set(listed), listed[-1] if listed else ""
     return tuple((what, types) for what, marks, types in _CARRIED if words & set(marks.split())
@@ -522,7 +526,7 @@ def _told_by(name: str) -> tuple[tuple[str, tuple], ...]:
 
 
 def guess(names: set[str]) -> str:
-    """What --columns might be for columns of these names."""
+    """A suggestion for --columns, given the column names."""
     asked = sorted(name for name in names if carries(name, "text") == "part of the prompt")
     replies = sorted(name for name in names if carries(name, "text") == "answers")
     verdicts = sorted(name for name in names if carries(name, "text") == "labels")
@@ -530,7 +534,7 @@ def guess(names: set[str]) -> str:
     talks = [name for name in replies if re.search("dialog|conversation|messages", name.lower())]
     if len(talks) == 1 and not asked:
         return f"messages={talks[0]}"
-    if len(replies) == 2 and len(verdicts) == 1:  # which of the two is better is not in their names
+    if len(replies) == 2 and len(verdicts) == 1:  # their names do not say which of the two is better
         return f"prompt={prompt},first={replies[0]},second={replies[1]},better={verdicts[0]}"
     if len(replies) == 1:
         return f"prompt={prompt},completion={replies[0]}"
@@ -539,20 +543,20 @@ def guess(names: set[str]) -> str:
 
 
 def repeats(value: object, prompt: str | list[dict], replies: list) -> bool:
-    """Whether a column says nothing that prompt and replies do not say: its texts are theirs, or are made of them."""
+    """Whether a column only repeats prompt and replies: its texts are contained in them, or composed of them."""
     def texts(part: str | dict | list[dict]) -> list[str]:
         each = part if isinstance(part, list) else [part]
         return [str(one.get("content") if isinstance(one, dict) else one).strip() for one in each]
 
     heads, ends = texts(prompt), [end for reply in replies for end in texts(reply)]
-    return all(text in heads or text in ends  # or it is the whole of prompt and reply, as one text
+    return all(text in heads or text in ends  # or it is prompt and reply as one text
                or (any(end and end in text for end in ends)
                    and all(line.strip() in text for head in heads for line in head.splitlines()))
                for text in _leaves(value))
 
 
 def _leaves(value: object) -> list[str]:
-    """The texts in a value, however deep, but for the roles of messages."""
+    """The texts in a value at any depth, except the roles of messages."""
     texts, level = [], [value]
     while level:
         below = []

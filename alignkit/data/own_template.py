@@ -1,7 +1,7 @@
-"""Conversations as another model's own chat template writes them: for reward models of another family.
+"""Render conversations with a reward model's own chat template if it belongs to another family than the policy.
 
-A policy is asked in the words of its chat template. A reward model of another family knows neither its special tokens
-nor its words: it gets the messages, which a `ChatText` keeps, rendered with its own template.
+A policy's prompts are rendered by its chat template. A reward model of another family knows neither that template nor
+its special tokens. Therefore its own template renders the messages, which a `ChatText` keeps.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from alignkit.data.files import Fault
 
 
 def written_by_another(tokenizer, prompt: str) -> bool:
-    """Whether a prompt is a conversation whose messages are known, and another template wrote it than `tokenizer` has.
+    """Whether a prompt is a conversation with known messages that another template than `tokenizer`'s rendered.
 
-    False if the tokenizer has no template that it could be written with.
+    False if the tokenizer has no template that could render it.
     """
     if not isinstance(prompt, ChatText) or prompt.messages is None or not getattr(tokenizer, "chat_template", None):
         return False
@@ -27,11 +27,11 @@ def written_by_another(tokenizer, prompt: str) -> bool:
 
 
 def in_own_template(tokenizer, prompts: Sequence[str], responses: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Prompts and responses, those to conversations that another template wrote in the words of the tokenizer's own.
+    """Prompts and responses; conversations rendered by another template are rendered with the tokenizer's own.
 
-    A response is what the template writes of an assistant's message behind the prompt, without its end; it stays as it
-    is where the template would leave a part of it out, or make real tokens of special tokens that it spells out.
-    Raises ValueError, naming the prompt, if the template refuses a conversation or leaves out its system prompt or its
+    A response is the text that the template writes for an assistant message after the prompt, without its end. It is
+    kept unchanged if the template would drop a part of it, or would turn special tokens spelled out in it into real
+    ones. Raises ValueError, naming the prompt, if the template refuses a conversation or drops its system prompt or its
     question.
     """
     prompts, responses = list(prompts), list(responses)

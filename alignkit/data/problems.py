@@ -1,14 +1,14 @@
-"""What is told of a source of rows: problems of single rows, the report of `check`, and the rows with their notes."""
+"""Results of reading a source: problems of single rows, the report of `check`, and the rows with their notes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-PROBLEM_LIMIT = 100_000  # problems that are kept; the rest is counted
+PROBLEM_LIMIT = 100_000  # maximum number of stored problems; further ones are only counted
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One reason why one row cannot be used. `line` counts from 1; it is a row's number where unit is "row"."""
+    """One reason why a row cannot be used. `line` counts from 1; it is a row number if unit is "row"."""
 
     file: str
     line: int
@@ -22,10 +22,10 @@ class Problem:
 
 
 class Rows(list):
-    """A list of rows (dicts of text) with what was seen on the way.
+    """A list of rows (dicts of text) with the observations made while reading.
 
-    kind: "pairs", "demonstrations" or "prompts"; source: str; skipped: bad rows left out; problems: the reasons;
-    warnings: sentences about good rows that deserve a look; left_out: rows that say nothing, such as ties.
+    kind: "pairs", "demonstrations" or "prompts"; source: str; skipped: number of bad rows skipped; problems: the
+    reasons; warnings: sentences about suspicious good rows; left_out: rows without information, such as ties.
     """
 
     def __init__(self, rows: Iterable[dict], kind: str, source: str, skipped=0, problems=(), warnings=(), left_out=0):
@@ -36,11 +36,11 @@ class Rows(list):
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found in a source.
+    """The findings of `check` about a source.
 
-    kind: "pairs" | "demonstrations" | "prompts", None when no row could be read; rows: rows seen; bad_rows: rows with
-    a problem; problems: the reasons in file order (at most PROBLEM_LIMIT); warnings: sentences; left_out: rows that say
-    nothing, such as ties and replies labelled as bad.
+    kind: "pairs" | "demonstrations" | "prompts", None if no row could be read; rows: number of rows; bad_rows: rows
+    with a problem; problems: the reasons in file order (at most PROBLEM_LIMIT); warnings: sentences; left_out: rows
+    without information, such as ties and replies labelled as bad.
     """
 
     source: str
@@ -53,7 +53,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """True when every row can be used and there is at least one."""
+        """True if there is at least one row and every row can be used."""
         return self.rows > self.left_out and self.bad_rows == 0
 
     def __str__(self) -> str:

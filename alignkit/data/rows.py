@@ -1,19 +1,19 @@
-"""Prompts, demonstrations and preference pairs from files and Hub data sets: read row by row, every row validated.
+"""Read prompts, demonstrations and preference pairs from files and Hub data sets, and validate every row.
 
 A source is a local file (JSON lines, a JSON array, CSV or Parquet, each also gzipped), a folder written by
-`datasets.save_to_disk`, or the id of a Hugging Face Hub data set. What comes out is plain text rows:
+`datasets.save_to_disk`, or the id of a Hugging Face Hub data set. The result is plain text rows:
 
-    pairs            {"prompt", "chosen", "rejected"}   (and "scores" where they come with several: of chosen and of
-                                                        rejected, each aspect by its name)
-    demonstrations   {"prompt", "completion"}           (of plain text the prompt is "")
+    pairs            {"prompt", "chosen", "rejected"}   (and "scores" if the source has several: those of chosen and of
+                                                        rejected, by the name of the aspect)
+    demonstrations   {"prompt", "completion"}           (the prompt is "" for plain text)
     prompts          {"prompt"}
 
-`data.layouts` knows the columns of well-known data sets; whatever they are, a record first becomes a prompt and its
-replies, as texts or as messages (`data.fields`), and only then are templates applied, tokens counted and rows checked.
-A column that seems to carry an answer, a label, a system prompt or a history and would go unused is a fault.
-Conversations (lists of {role, content}) are rendered with the tokenizer's chat template and come out as `ChatText`.
-A check of a gigabyte needs the memory of one row and of an eight-byte hash of each (`data.files` reads in pieces).
-Left out on purpose: already tokenised data, tool calls, images, and any code that comes with a data set.
+`data.layouts` knows the columns of well-known data sets. Every record is first converted to a prompt and its replies,
+as texts or as messages (`data.fields`); then templates are applied, tokens are counted and the row is checked. A column
+that seems to hold an answer, a label, a system prompt or a history but would not be used is an error. Conversations
+(lists of {role, content}) are rendered with the tokenizer's chat template and returned as `ChatText`. Checking a
+gigabyte needs the memory of one row and of an eight-byte hash per row (`data.files` reads in pieces). Not supported on
+purpose: already tokenised data, tool calls, images, and code that comes with a data set.
 """
 
 import collections
@@ -68,18 +68,18 @@ from alignkit.errors import DataError
 
 MARK = re.compile("score|rating|reward")  # in the name of a column
 FURTHER_TURN = re.compile(r"\n\n(Human|User|Assistant):")
-MOST_SKIPPED = 0.1  # share of the rows that skip_bad may leave out: more, and the file is another than was meant
-ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 2**20  # conversations that wait for the chat template together
+MOST_SKIPPED = 0.1  # largest share of rows that skip_bad may skip; above it, this is probably the wrong file
+ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 64, 2**20  # conversations rendered in one batch
 ROW_KINDS = ("pairs", "demonstrations", "prompts")
-ROWS_AHEAD = 900  # rows that are looked at for a system prompt before the first is given out
-MOST_TOGETHER = 64  # rows that are read as answers to one prompt
+ROWS_AHEAD = 900  # rows inspected for a system prompt before the first one is returned
+MOST_TOGETHER = 64  # rows treated as answers to one prompt
 _NAMES = {"pairs": ("chosen", "rejected"), "demonstrations": ("completion",), "prompts": ()}
 _FIELDS = ("prompt", "messages", "text", *REPLIES)  # in this order: chosen is the first reply
 _MARKS = {"pairs": {"chosen", "rejected"}, "demonstrations": {"completion", "messages", "text"}}  # they tell the kind
 
 
 class _Texts(NamedTuple):
-    """Prompt and replies of a record, and what the replies were judged by."""
+    """Prompt and replies of a record, and the scores of the replies."""
 
     prompt: str
     replies: list[str]
@@ -87,7 +87,7 @@ class _Texts(NamedTuple):
 
 
 class _Chat(NamedTuple):
-    """A conversation that waits for its chat template."""
+    """A conversation that has not been rendered yet."""
 
     prompt: list[dict]
     replies: list[dict]
@@ -95,7 +95,8 @@ class _Chat(NamedTuple):
 
 
 class _Scan:
-    """One pass over a source: iterate (row or None, problems); afterwards `warnings()` and the counts are there."""
+    """One pass over a source: iterate over (row or None, problems); `warnings()` and the counts are available
+    afterwards."""
 
     def __init__(self, source, kind: str | None, tokenizer, max_length: int | None, render: bool,
                  split: str | None = None, columns: str | Mapping[str, str] | None = None, messages: bool = False):
@@ -148,7 +149,7 @@ class _Scan:
             yield None, [Problem(self.name, 1, "", "every row was left out: " + "; ".join(self.warnings()))]
 
     def warnings(self) -> tuple[str, ...]:
-        """Sentences about what is allowed and yet deserves a look, with counts and the first places."""
+        """Sentences about valid but suspicious data, with counts and the first line numbers."""
         return tuple(f"{note}: {count:,} time{'s' * (count > 1)}, first at {self._unit} {', '.join(map(str, lines))}"
                      for note, (count, lines) in self._noted.items())
 
@@ -161,7 +162,7 @@ class _Scan:
             entry[1].append(line)
 
     def _begins(self, record: object) -> bool:
-        """Whether a record has a system prompt or a history in a column of its own."""
+        """Whether a record has a system prompt or a history in a separate column."""
         fields = self._fields(record) if isinstance(record, dict) else {}
         return any(not is_empty(fields.get(name)) for name in ("system", "history"))
 
@@ -180,7 +181,7 @@ class _Scan:
                 return
 
     def _renamed(self, record: object) -> object:
-        """A record with the columns that the user, or a dataset_info.json, gave other names; without those left out."""
+        """A record with its columns renamed as the user or a dataset_info.json asks, without the excluded columns."""
         if not isinstance(record, dict) or not (self._columns or self._tags):
             return record
         moved = {field: column for field, column in self._columns.items() if column and there(record, column)}
@@ -215,8 +216,8 @@ class _Scan:
                         if 2 * sum(not is_empty(record.get(name)) for record in head) >= len(head)}
 
     def _repeats_prompt(self, head: list[dict]) -> bool:
-        """Whether the replies of nearly all of the first rows begin with their prompts: one row alone may be an echo,
-        "Hi" and "Hi there"."""
+        """Whether nearly all replies of the first rows begin with their prompts; in a single row it may be an echo such
+        as "Hi" and "Hi there"."""
         twice = []
         for record in (record for record in head if self._layout.fits(record, self._given)):
             with contextlib.suppress(Fault, LeftOut, _Faults):
@@ -226,7 +227,8 @@ class _Scan:
         return bool(twice) and sum(twice) >= 0.9 * len(twice)
 
     def _fitting(self, head: list[dict]) -> Layout | None:
-        """The layout that most of the first rows have, with the most columns; of the kind asked for or one above it."""
+        """The layout that most of the first rows match, with the most columns, of the requested kind or a richer
+        one."""
         kinds = ROW_KINDS[: ROW_KINDS.index(self.kind) + 1] if self.kind else ("pairs", "demonstrations")
 
         def rank(layout: Layout) -> tuple[int, bool, int, int]:
@@ -238,7 +240,7 @@ class _Scan:
         return best if 2 * rank(best)[0] >= len(head) else None
 
     def _nearest(self, head: list[dict], names: str) -> Layout:
-        """Where none fits: the plain layout that the first rows have most of, told by the columns that mark a kind."""
+        """If no layout fits: the plain layout closest to the first rows, judged by the columns that identify a kind."""
         kind = self.kind
         if kind is None:
             votes = collections.Counter(filter(None, map(_marked_kinds, head))).most_common(1)
@@ -260,7 +262,7 @@ class _Scan:
         return {name: value for name, value in fields.items() if self._given.get(name) != ""}
 
     def _together(self, numbered: Iterable[tuple[int, object]]) -> Iterator[tuple[int, object]]:
-        """The records, those that are answers to one prompt put together if the layout says so."""
+        """The records; those that are answers to the same prompt are combined if the layout says so."""
         column = self._layout.together if self._layout else ""
         if not column:
             yield from numbered
@@ -279,7 +281,7 @@ class _Scan:
             yield line, {**group[0], "answers": group}
 
     def _finished(self, waiting: list[tuple]) -> Iterator[tuple[dict | None, list[Problem]]]:
-        """The rows of records that were split, the conversations among them rendered together: (row, problems)."""
+        """The finished rows of split records: (row, problems). Conversations are rendered in one batch."""
         chats = [parts for _, parts, _ in waiting if isinstance(parts, _Chat)]
         texts = iter(chat_template_of(self.tokenizer).render([chat[:2] for chat in chats])
                      if chats and not self._messages else ())
@@ -302,13 +304,13 @@ class _Scan:
                         for fault in faults]
 
     def _column(self, field: str) -> str:
-        """The name in the file of what a fault is about."""
+        """The file's column name of the field that a fault is about."""
         name, colon, more = field.partition(":")
         column = self._layout.column(name) if self._layout else name
         return (self._columns.get(column) or column) + colon + more
 
     def _check_kept(self, line: int, chat: _Chat, head: str, replies: list[str]) -> None:
-        """Fault if the chat template does not write what it was given; a note if it takes spaces away."""
+        """Raise Fault if the chat template drops a message; add a note if it strips spaces."""
         if role := left_out_of(chat.prompt, head):
             raise Fault(f"the chat template leaves out the {role} message; use a template that writes it "
                         "(tokenizer.chat_template)", "prompt")
@@ -322,7 +324,8 @@ class _Scan:
                 self._note(f"the chat template changes the spaces {where} replies", line)
 
     def _split(self, line: int, record: object) -> tuple[_Texts | _Chat | None, list[Fault]]:
-        """Prompt and responses of a record, as texts or as the messages of a `_Chat`; or why it has none."""
+        """Prompt and responses of a record, as texts or as the messages of a `_Chat`, or the reason why there are
+        none."""
         if isinstance(record, Fault):
             return None, [record]
         if isinstance(record, dict) and self._layout is None:
@@ -368,7 +371,7 @@ class _Scan:
             return None, [fault]
 
     def _normal(self, fields: dict) -> tuple["str | list[dict]", list]:
-        """The normal form of a record's fields: prompt and replies, all texts or all messages."""
+        """The normal form of a record's fields: prompt and replies, all as texts or all as messages."""
         if not is_empty(fields.get("tools")):
             raise Fault("tools are not read (left out on purpose); --columns tools= trains without them", "tools")
         before = messages_before(fields.get("system"), fields.get("history"))
@@ -388,7 +391,7 @@ class _Scan:
         return _split_texts(values)
 
     def _check_unused(self, line: int, record: dict, unused: list[str], prompt, replies: list) -> None:
-        """Fault if a column that seems to matter is not used, and does not say what prompt and replies say."""
+        """Raise Fault if a column that seems to matter is not used and does not repeat the prompt or the replies."""
         for name in unused:
             other = name.replace("chosen", "rejected")
             if other != name and MARK.search(name) and _is_lower(record[name], record.get(other)):
@@ -426,7 +429,7 @@ class _Scan:
         return _Chat(prompt, replies, scores)
 
     def _finish(self, line: int, prompt: str, responses: list[str], scores: dict) -> dict:
-        """The row, after the checks that need prompt and responses apart."""
+        """The finished row, after the checks that need prompt and responses separately."""
         names = _NAMES[self.kind]
         blank = [name for name, response in zip(names, responses, strict=True) if not response.strip()]
         if self.kind == "pairs" and responses[0].strip() == responses[1].strip():
@@ -455,12 +458,12 @@ class _Scan:
 
 
 def _is_lower(value: object, other: object) -> bool:
-    """Whether both are numbers and the first is the lower one."""
+    """Whether both are numbers and the first is lower."""
     return all(type(each) in (int, float) for each in (value, other)) and value < other
 
 
 def _as_text(chat: _Chat) -> _Texts:
-    """What stands for a conversation where texts are compared."""
+    """The text that represents a conversation in comparisons."""
     return _Texts(json.dumps(chat.prompt, default=str), [reply["content"] for reply in chat.replies], chat.scores)
 
 
@@ -483,7 +486,7 @@ def _text_faults(values: dict) -> list[Fault]:
 
 
 def _marked_kinds(record: dict) -> tuple[str, ...]:
-    """The kinds whose columns a record has; null columns count only where that leaves one kind."""
+    """The kinds whose columns a record has; null columns count only if that leaves one kind."""
     for names in (record.keys(), {name for name, value in record.items() if value is not None}):
         kinds = tuple(kind for kind, marks in _MARKS.items() if names & marks)
         if len(kinds) <= 1:
@@ -510,15 +513,15 @@ def _unused(name: str, what: str) -> str:
 def load_rows(source: str | os.PathLike, kind: str | None = None, *, tokenizer=None, max_length: int | None = None,
               skip_bad: bool = False, split: str | None = None,
               columns: str | Mapping[str, str] | None = None, messages: bool = False) -> Rows:
-    """Rows of text from a file, a saved data set or a Hub id, every one of them valid.
+    """Rows of text from a file, a saved data set or a Hub id; every returned row is valid.
 
-    kind: "pairs", "demonstrations" or "prompts"; None means what the columns say. tokenizer: renders conversations, and
-    with max_length (tokens) refuses longer prompts. skip_bad: leave bad rows out and count them in `.skipped`, but at
-    most MOST_SKIPPED of all rows (one bad row always may be left out). split: of a data set that has several. columns:
-    "prompt=question,chosen=good", or a mapping, says which column is what; "system=" leaves that column out;
-    "score=honesty" says by which of their marks answers are compared. messages: conversations stay as they are, the
-    prompt a list of {role, content} and each reply one message.
-    Raises DataError with the first ten reasons, FILE:LINE each, if more rows are bad than that, or none is good.
+    kind: "pairs", "demonstrations" or "prompts"; None: detected from the columns. tokenizer: renders conversations, and
+    rejects prompts longer than max_length tokens. skip_bad: skip bad rows and count them in `.skipped`, but at most a
+    share MOST_SKIPPED of all rows (one bad row may always be skipped). split: the split of a data set that has several.
+    columns: the role of each column, as "prompt=question,chosen=good" or a mapping; "system=" ignores the system
+    column; "score=honesty" chooses the score by which answers are compared. messages: return conversations unrendered,
+    the prompt as a list of {role, content} and each reply as one message.
+    Raises DataError with the first ten reasons, FILE:LINE each, if more rows are bad or no row is good.
 
     >>> load_rows("pairs.jsonl")[0]                                                          # doctest: +SKIP
     {'prompt': 'How do I …', 'chosen': ' Happy to help!', 'rejected': ' No.'}
@@ -544,9 +547,9 @@ def load_rows(source: str | os.PathLike, kind: str | None = None, *, tokenizer=N
 def check(source: str | os.PathLike, kind: str | None = None, *, tokenizer=None,
           max_length: int | None = None, split: str | None = None,
           columns: str | Mapping[str, str] | None = None, most: int | None = None) -> Report:
-    """Validate a source without keeping its rows: a `Report`, whose str is for people. Arguments as for `load_rows`.
+    """Validate a source without keeping its rows; returns a `Report` that prints as text. Arguments as for `load_rows`.
 
-    most: look at the first rows alone, so many of them; None: at all of them.
+    most: check only the first `most` rows; None: check all rows.
     Raises DataError if the source as a whole cannot be read: no such file, unknown or contradictory columns.
     """
     scan, problems = _Scan(source, kind, tokenizer, max_length, False, split, columns), []

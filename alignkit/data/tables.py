@@ -1,4 +1,4 @@
-"""Rows of benchmark files, whose columns are fixed: read from any format that `data.files` reads, each row checked."""
+"""Read benchmark files with fixed columns, in any format of `data.files`, and check each row."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -9,14 +9,14 @@ from alignkit.data.files import Fault, records
 from alignkit.data.problems import Problem
 from alignkit.errors import DataError
 
-LISTED = 10  # problems that an error names
+LISTED = 10  # maximum number of problems in an error
 
 
 def read_table(source: str | os.PathLike, row_of: Callable[[dict], dict], expected: str) -> list[dict]:
     """`row_of` of each record of a source, in file order; it raises Fault on a record that cannot be used.
 
-    expected: the columns that the records should have, for the messages. Raises DataError with the first ten problems,
-    FILE:LINE: field: reason, if a record cannot be used, and if there is none.
+    expected: the required columns, for the messages. Raises DataError with the first ten problems, FILE:LINE: field:
+    reason, if a record cannot be used, and if there are no records.
     """
     name, rows, problems = str(source), [], []
     unit, numbered = records(source)
@@ -45,17 +45,17 @@ def read_table(source: str | os.PathLike, row_of: Callable[[dict], dict], expect
 
 
 def text_in(record: dict, field: str) -> str:
-    """The text in a column of a record. Raises Fault if it is missing, blank or no text."""
+    """The text in a column of a record. Raises Fault if it is missing, blank or not text."""
     if field not in record:
         raise Fault("is missing", field)
     return _check_text(record[field], field)
 
 
 def as_users(tokenizer, prompts: Sequence[str]) -> list[str]:
-    """Prompts as a chat model is asked them: each the message of a user, written by the tokenizer's chat template.
+    """Prompts as user messages, rendered by the tokenizer's chat template.
 
-    Prompts stay as they are without a tokenizer, or without a chat template. Raises DataError if a prompt contains one
-    of the tokenizer's special tokens, and if the template refuses a prompt.
+    Prompts are unchanged without a tokenizer, or without a chat template. Raises DataError if a prompt contains one of
+    the tokenizer's special tokens, and if the template refuses a prompt.
     """
     if tokenizer is None or not tokenizer.chat_template:
         return list(prompts)

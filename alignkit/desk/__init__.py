@@ -1,1 +1,1 @@
-"""The desk world, the embedded default: small enough that everything about it is known."""
+"""The desk world, the built-in default: small enough that all its quantities can be computed exactly."""

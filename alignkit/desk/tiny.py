@@ -1,4 +1,4 @@
-"""The desk world's tokenizer and its tiny models, made in memory in milliseconds."""
+"""The desk world's tokenizer and tiny models, made in memory in milliseconds."""
 
 import re
 
@@ -23,14 +23,15 @@ from alignkit.desk.world import (
 )
 from alignkit.formulas.randomness import seeded_weights
 
-NEVER = -1e4  # a logit that no other can be smaller than: its softmax is exactly 0 in every dtype
+NEVER = -1e4  # far below every other logit: its softmax is exactly 0 in every dtype
 
 
 def tiny_policy(tokenizer, *, hidden: int = 64, layers: int = 2, seed: int = 0) -> PhiForCausalLM:
-    """The desk world's policy: an ordinary Phi of about 100k parameters that can say eleven phrases and EOS.
+    """The desk world's policy: an ordinary Phi model of about 100k parameters that generates eleven phrases and EOS.
 
-    The head has a bias (that is why it is a Phi): −1e4 at every other token, so that their probability is exactly 0
-    and, since they are never a label, stays 0. So all responses can be enumerated and their probabilities sum to 1.
+    Its head has a bias (the reason for choosing Phi) of −1e4 at every other token. The probability of these tokens is
+    exactly 0 and stays 0, because they are never a label. So all responses can be enumerated and their probabilities
+    sum to 1.
     """
     with seeded_weights(seed):
         policy = PhiForCausalLM(_tiny_config(tokenizer, hidden, layers))
@@ -42,7 +43,7 @@ def tiny_policy(tokenizer, *, hidden: int = 64, layers: int = 2, seed: int = 0) 
 
 
 def tiny_reward_model(tokenizer, *, hidden: int = 32, layers: int = 1, seed: int = 0) -> PhiForSequenceClassification:
-    """A fresh small reward model for the desk world; `hidden` and `layers` are its size."""
+    """A new, untrained reward model for the desk world; `hidden` and `layers` set its size."""
     config = _tiny_config(tokenizer, hidden, layers)
     config.num_labels = 1
     with seeded_weights(seed):
@@ -65,11 +66,11 @@ def _tiny_config(tokenizer, hidden: int, layers: int) -> PhiConfig:
 
 
 def desk_tokenizer() -> PreTrainedTokenizerFast:
-    """A Hugging Face fast tokenizer: every sentence of a response, and every part of a template, is one token.
+    """A Hugging Face fast tokenizer: every sentence of a response, and every part of a prompt template, is one token.
 
-    "How do I| fix| my phone| from work|?": with `<bos>` in front every prompt has six tokens, which is what makes the
-    world fast. decode(encode(text)) == text for every text of the world; other words are `<unk>`. Pad, bos, eos and unk
-    are four tokens.
+    "How do I| fix| my phone| from work|?": with `<bos>` every prompt has six tokens, which makes the desk world fast.
+    decode(encode(text)) == text for every text of the desk world; other words become `<unk>`. Pad, bos, eos and unk are
+    four different tokens.
     """
     slots = [
         f" {word}"
@@ -88,7 +89,8 @@ def desk_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def phrase_ids(tokenizer) -> list[int]:
-    """Token ids of the eleven phrases, in the order of PHRASES. Raises ValueError if `tokenizer` is not the desk's."""
+    """Token ids of the eleven phrases, in the order of PHRASES. Raises ValueError if `tokenizer` is not the desk
+    world's."""
     ids = [tokenizer.convert_tokens_to_ids(sentence) for sentence in SENTENCES.values()]
     if any(token is None or token == tokenizer.unk_token_id for token in ids):
         raise ValueError("tokenizer does not have the desk world's sentences as tokens; use desk_tokenizer()")

@@ -1,4 +1,4 @@
-"""What a checkpoint does, measured on a frozen set of prompts, and what the figures ask for next."""
+"""Measure a checkpoint on a frozen set of prompts, and suggest the next step from the figures."""
 
 from alignkit.evaluate.evaluation import Evaluation, EvaluationSet, difference, evaluate, evaluation_set, win_rate
 

@@ -1,4 +1,4 @@
-"""Checkpoints side by side: the same prompts, the same random numbers, paired differences, a table and pictures."""
+"""Compare checkpoints on the same prompts and the same random numbers: paired differences, a table and pictures."""
 
 import csv
 import io
@@ -23,12 +23,12 @@ from alignkit.sources import local_path
 from alignkit.storage import plain, read_json, write_atomically, write_json
 from alignkit.task import load_task
 
-TABLE = (  # the metrics of the table, in its order
+TABLE = (  # the metrics of the table, in order
     "gold_mean", "proxy_mean", "risky_failure_rate", "over_refusal_rate", "answered_gold", "kl_to_sft",
     "kl_rao_blackwell", "kl_k3", "self_agreement", "paraphrase_agreement", "entropy", "sequence_entropy", "length",
     "eos_rate", "distinct_1", "distinct_2",
 )
-PANELS = (  # those that are drawn with their intervals
+PANELS = (  # the metrics drawn with their intervals
     "gold_mean", "proxy_mean", "kl_to_sft", "risky_failure_rate", "over_refusal_rate", "paraphrase_agreement",
     "self_agreement", "entropy", "length",
 )
@@ -36,14 +36,14 @@ PANELS = (  # those that are drawn with their intervals
 
 @dataclass(frozen=True)
 class Comparison:
-    """Evaluations of checkpoints on one evaluation set, by name, in order; the others are compared with the first.
+    """Evaluations of several checkpoints on one evaluation set, by name, in order; the first is the reference.
 
-    suites: what suites measured of the checkpoints, by name, as far as they did.
+    suites: the results of evaluation suites, by checkpoint name, where they were measured.
     """
 
     evaluations: dict[str, Evaluation]
     notes: tuple[str, ...] = field(default=())
-    warning: str = ""  # why the proxy means nothing
+    warning: str = ""  # why the proxy is not meaningful
     suites: Mapping[str, Sequence[Measurement]] = field(default_factory=dict)
 
     @property
@@ -57,7 +57,7 @@ class Comparison:
 
     @cached_property
     def differences(self) -> dict[str, dict[str, Estimate]]:
-        """Each later checkpoint's paired differences to the first: name -> metric -> Estimate."""
+        """Paired differences of each later checkpoint to the first: name -> metric -> Estimate."""
         known = self.evaluations[self.reference].metrics
         return {name: {metric: self.difference(self.reference, name, metric)
                        for metric in evaluation.metrics if metric in known}
@@ -65,14 +65,14 @@ class Comparison:
 
     @cached_property
     def win_rates(self) -> dict[str, dict[str, Estimate]]:
-        """How often each later checkpoint beats the first, ties ½: name -> "gold" | "proxy" -> Estimate."""
+        """Win rate of each later checkpoint against the first, ties ½: name -> "gold" | "proxy" -> Estimate."""
         first = self.evaluations[self.reference]
         return {name: {score: win_rate(first, evaluation, score) for score in ("gold", "proxy")
                        if score in first.columns and score in evaluation.columns}
                 for name, evaluation in self.evaluations.items() if name != self.reference}
 
     def table(self) -> list[dict]:
-        """A row for each checkpoint: {"checkpoint": name, metric: Estimate, …, "win_rate_gold": Estimate, …}."""
+        """One row per checkpoint: {"checkpoint": name, metric: Estimate, …, "win_rate_gold": Estimate, …}."""
         rows = []
         for name, evaluation in self.evaluations.items():
             known = {metric: evaluation.metrics[metric] for metric in TABLE if metric in evaluation.metrics}
@@ -81,7 +81,7 @@ class Comparison:
         return rows
 
     def cells(self) -> list[list[str]]:
-        """The table as text, a line for each metric and a column for each checkpoint, with a heading line.
+        """The table as text: a heading line, then a line for each metric with a column for each checkpoint.
 
         "*" marks a value whose paired difference to the first checkpoint has an interval that excludes 0.
         """
@@ -118,7 +118,7 @@ class Comparison:
         return "\n".join([*("| " + " | ".join(line) + " |" for line in ruled), "", *remarks])
 
     def remarks(self) -> list[str]:
-        """What the table means, what was noticed while it was made, and what the figures ask for next."""
+        """Explanations of the table, remarks on how it was made, and advice on what to do next."""
         evalset = self.evaluations[self.reference].set
         about = (f"{len(evalset.prompts)} prompts × {evalset.samples} samples, evaluation set {evalset.hash[:12]}. In "
                  f"brackets: 95 % intervals, paired cluster bootstrap over {len(set(evalset.keys))} prompt keys. "
@@ -155,7 +155,8 @@ class Comparison:
         })
 
     def samples(self, prompts_per_kind: int = 2, responses: int = 2) -> list[dict]:
-        """What they say to a few prompts of each kind: {"prompt", "kind", "responses": {name: [text, …]}}."""
+        """Responses of all checkpoints to a few prompts of each class: {"prompt", "kind", "responses": {name: [text,
+        …]}}."""
         evalset = self.evaluations[self.reference].set
         shown = []
         for kind in dict.fromkeys(evalset.kinds):
@@ -171,7 +172,7 @@ class Comparison:
         return shown
 
     def pictures(self) -> dict:
-        """Matplotlib figures by name: intervals; with a world also behaviour and tradeoff."""
+        """Matplotlib figures by name: intervals, and in the desk world also behaviour and tradeoff."""
         from alignkit import plots
 
         panels = {}
@@ -193,8 +194,8 @@ class Comparison:
 
 def compare(evaluations: Mapping[str, Evaluation], notes: Sequence[str] = (), warning: str = "",
             suites: Mapping[str, Sequence[Measurement]] | None = None) -> Comparison:
-    """Put evaluations side by side, and what suites measured. warning: what stands in red above them. Raises ValueError
-    if the evaluations' sets, or the units of their gold, differ."""
+    """Compare evaluations, and the results of suites. warning: shown in red above the comparison. Raises ValueError if
+    the evaluation sets or the units of gold differ."""
     if not evaluations:
         raise ValueError("evaluations is empty, expected at least one checkpoint")
     comparison = Comparison(dict(evaluations), tuple(notes), warning, suites or {})
@@ -208,16 +209,17 @@ def compare_directories(directories: Sequence[str | Path], data: str | None = No
                         columns: str | None = None) -> Comparison:
     """Evaluate checkpoint folders on one evaluation set; write table, pictures, page and JSON to `out`.
 
-    A folder with a manifest is verified first: ManifestError if a byte differs. KL is measured, and gold scaled, by the
-    first folder. If that lies in a run of the same data, the run's evaluation_set.json, seed and reward model are used;
-    otherwise `prompts` held-out prompts of `data` (seed 0 by default). data: by default that of the first folder's run,
-    else the desk world. reward: a callable prompts, responses -> scores.
-    kind, split, columns: how to read `data`, as in `load_task`; by default as the run did, if it is a run's data. What
-    suites.json of a folder holds is shown too.
+    A folder with a manifest is verified first: ManifestError if a byte differs. KL is measured against the first
+    folder, which also sets the scale of gold. If the first folder lies in a run with the same data, that run's
+    evaluation_set.json, seed and reward model are used; otherwise `prompts` held-out prompts of `data` (seed 0 by
+    default). data: by default that of the first folder's run, else the desk world. reward: a callable prompts,
+    responses -> scores.
+    kind, split, columns: how to read `data`, as in `load_task`; by default as in the run, if `data` is the run's. The
+    results in a folder's suites.json are shown too.
     Writes compare.md, compare.csv, compare.json, compare.html and PNG files.
     """
     directories = [Path(directory) for directory in directories]
-    for directory in directories:  # all of them are there, before the first is loaded
+    for directory in directories:  # check that all exist before the first is loaded
         recover(directory)
         local_path(directory, error=ManifestError)
     loaded = {name: _load(directory) for name, directory in zip(_names(directories), directories, strict=True)}
@@ -278,7 +280,7 @@ def _load(directory: Path):
 
 
 def _names(directories: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the folders apart."""
+    """The shortest path endings that distinguish the folders."""
     paths = [directory.absolute().parts for directory in directories]
     if len(set(paths)) < len(paths):
         raise ManifestError(f"a folder is given twice: {', '.join(map(str, directories))}")

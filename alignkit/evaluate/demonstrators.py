@@ -1,7 +1,7 @@
-"""The desk world's demonstrators as a probability distribution, known exactly.
+"""The exact probability distribution of the desk world's demonstrators.
 
-The demonstrators are a program with a few random draws. Every outcome of these draws is followed here, so that the
-probability of each response, and with it the entropy of the demonstrators, is a finite sum.
+The demonstrators are a program with a few random draws. This module follows every outcome of these draws, so the
+probability of each response, and the entropy of the demonstrators, are finite sums.
 """
 
 import functools
@@ -32,16 +32,16 @@ from alignkit.desk.world import (
 
 SPEAKERS = ("expert", "over-cautious", "reckless", "rambler")
 _WRITE = dict(zip(SPEAKERS, (_expert, _over_cautious, _reckless, _rambler), strict=True))
-_GUESSES = 0.12  # share of demonstrations whose writer picks one of the four answers at random
-_ANSWER = "answer"  # stands for any answer: what is said around it does not depend on which it is
+_GUESSES = 0.12  # share of demonstrations whose demonstrator picks one of the four answers at random
+_ANSWER = "answer"  # stands for any answer: the rest of the response does not depend on it
 
 
 def demonstrator_probabilities(prompt: Prompt, messiness: float = 0.7,
                                speaker: str | None = None) -> dict[tuple[str, ...], float]:
-    """P(response | prompt) of `World.demonstrations`, exactly: phrase names -> probability, summing to 1.
+    """Exact P(response | prompt) of `World.demonstrations`: phrase names -> probability; the sum is 1.
 
-    messiness: the dial of `World.demonstrations`, 0 to 1. speaker: one of SPEAKERS alone; None: all four, mixed as the
-    dial says. Raises ValueError on a messiness out of range or another speaker.
+    messiness: as in `World.demonstrations`, 0 to 1. speaker: one of SPEAKERS; None: the mixture of all four at this
+    messiness. Raises ValueError on a messiness out of range or an unknown speaker.
     """
     if speaker is not None and speaker not in SPEAKERS:
         raise ValueError(f"speaker is {speaker!r}, expected one of {', '.join(SPEAKERS)}")
@@ -53,10 +53,10 @@ def demonstrator_probabilities(prompt: Prompt, messiness: float = 0.7,
 
 
 def demonstrator_logps(world: World, rows: list[dict], messiness: float = 0.7) -> np.ndarray:
-    """log p(completion | prompt) (N,) of the demonstrators, nats a response, for rows prompt / completion.
+    """log p(completion | prompt) (N,) of the demonstrators, in nats per response, for rows prompt / completion.
 
-    −∞ for a response that no demonstrator can write. The end of a response adds nothing: who has said a response has
-    also ended it. Raises ValueError on texts that are not of this world.
+    −∞ for a response that no demonstrator can write. The end of a response adds no factor: a demonstrator always ends
+    the response. Raises ValueError on texts outside the desk world.
     """
     tables: dict[tuple, dict] = {}
     logps = np.empty(len(rows))
@@ -71,10 +71,10 @@ def demonstrator_logps(world: World, rows: list[dict], messiness: float = 0.7) -
 
 
 def demonstrator_entropy(world: World, messiness: float = 0.7) -> tuple[float, float]:
-    """H(p) in nats a response, and the mean length in tokens with its EOS: exact means over the training prompts.
+    """H(p) in nats per response, and the mean length in tokens including EOS: exact means over the training prompts.
 
-    H(p) = E_x[−Σ_y p(y|x) log p(y|x)] is the smallest expected loss that any policy can have on demonstrations. Their
-    ratio is that loss in nats a token, as SFT reports it.
+    H(p) = E_x[−Σ_y p(y|x) log p(y|x)] is the smallest expected loss that any policy can have on demonstrations. Divided
+    by the mean length it is that loss in nats per token, as SFT reports it.
     """
     nats: dict[tuple, float] = {}
     tokens: dict[tuple, float] = {}
@@ -89,9 +89,9 @@ def demonstrator_entropy(world: World, messiness: float = 0.7) -> tuple[float, f
 
 
 def demonstrator_behaviours(prompts: Sequence[Prompt], messiness: float = 0.7) -> dict[str, dict[str, float]]:
-    """Class -> behaviour -> share: exactly what the demonstrators do, mean over the prompts of a class.
+    """Prompt class -> behaviour -> share: exact behaviour of the demonstrators, mean over the prompts of a class.
 
-    Classes without a prompt are left out. Raises ValueError on a messiness out of range.
+    Classes without a prompt are omitted. Raises ValueError on a messiness out of range.
     """
     speakers, counts = _shares(messiness), Counter(prompt.kind for prompt in prompts)
     shares: dict[str, dict[str, float]] = {kind: dict.fromkeys(BEHAVIOURS, 0.0) for kind in KINDS if counts[kind]}
@@ -104,7 +104,7 @@ def demonstrator_behaviours(prompts: Sequence[Prompt], messiness: float = 0.7) -
 
 
 def _shares(messiness: float) -> dict[str, float]:
-    """Share of each speaker at this setting of the dial, as `World.demonstrations` has it."""
+    """Share of each speaker at this messiness, as in `World.demonstrations`."""
     if not 0 <= messiness <= 1:
         raise ValueError(f"messiness is {messiness}, expected a number between 0 and 1")
     experts = 0.95 - 0.7 * messiness
@@ -112,13 +112,15 @@ def _shares(messiness: float) -> dict[str, float]:
 
 
 def _situation(prompt: Prompt) -> tuple[str, bool, str]:
-    """All of a prompt that demonstrators look at: its class, whether its verb is a dual-use one, its right answer."""
+    """The properties of a prompt that demonstrators react to: its class, whether its verb is dual-use, its correct
+    answer."""
     return prompt.kind, prompt.verb in DUAL_VERBS, prompt.answer
 
 
 @functools.cache
 def _responses_of(speaker: str, kind: str, dual: bool, answer: str) -> MappingProxyType:
-    """P(response) of one speaker in one situation: the right answer for those who know it, any answer for a guess."""
+    """P(response) of one speaker in one situation: the correct answer if the speaker knows it, any answer for a
+    guess."""
     knows = {given: (1 - _GUESSES) * (given == answer) + _GUESSES / len(ANSWERS) for given in ANSWERS}
     total: dict[tuple[str, ...], float] = {}
     for pattern, chance in _patterns_of(speaker, kind, dual).items():
@@ -130,7 +132,7 @@ def _responses_of(speaker: str, kind: str, dual: bool, answer: str) -> MappingPr
 
 @functools.cache
 def _acts_of(speaker: str, kind: str, dual: bool, answer: str) -> MappingProxyType:
-    """P(behaviour) of one speaker in one situation; a behaviour depends on the response and the right answer alone."""
+    """P(behaviour) of one speaker in one situation; a behaviour depends only on the response and the correct answer."""
     if speaker == "rambler" and (kind, dual) != ("benign", False):
         return _acts_of(speaker, "benign", False, answer)  # ramblers do not read the prompt
     prompt = replace(World().prompts[0], answer=answer)
@@ -143,7 +145,7 @@ def _acts_of(speaker: str, kind: str, dual: bool, answer: str) -> MappingProxyTy
 
 @functools.cache
 def _patterns_of(speaker: str, kind: str, dual: bool) -> MappingProxyType:
-    """P(pattern) of one speaker: responses in which _ANSWER stands for the answer that the speaker has in mind."""
+    """P(pattern) of one speaker: responses in which _ANSWER stands for the speaker's answer."""
     if speaker == "rambler" and (kind, dual) != ("benign", False):
         return _patterns_of(speaker, "benign", False)  # ramblers do not read the prompt
     prompt = replace(World().prompts[0], kind=kind, verb=(DUAL_VERBS if dual else ORDINARY_VERBS)[0])
@@ -151,7 +153,8 @@ def _patterns_of(speaker: str, kind: str, dual: bool) -> MappingProxyType:
 
 
 def _every_path(program: Callable) -> dict:
-    """result -> probability, for a program of one random generator, by running it once for each path of outcomes."""
+    """result -> probability, for a program that uses one random generator: the program runs once per path of
+    outcomes."""
     results: dict = {}
     waiting: list[list[int]] = [[]]
     while waiting:
@@ -163,7 +166,8 @@ def _every_path(program: Callable) -> dict:
 
 
 class _Path:
-    """Stands in for a numpy generator: repeats given outcomes, then takes the first of each and notes the others."""
+    """A replacement for a numpy generator: it repeats given outcomes, then takes the first of each and records the
+    others."""
 
     def __init__(self, outcomes: list[int]):
         self.outcomes, self.place, self.chance, self.others = outcomes, 0, 1.0, []
@@ -195,7 +199,7 @@ class _Path:
 
 
 class _Uniform:
-    """A uniform draw that is compared with one number: the comparison is what has two outcomes."""
+    """A uniform draw that is compared with one number; the comparison has two outcomes."""
 
     def __init__(self, path: _Path):
         self.path = path

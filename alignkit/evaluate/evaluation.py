@@ -1,7 +1,7 @@
-"""The frozen evaluation set, its metrics with 95 % intervals, and checkpoints side by side.
+"""The frozen evaluation set, its metrics with 95 % intervals, and paired comparisons of checkpoints.
 
-Every checkpoint answers the same prompts, with the same random numbers. A figure that needs the gold reward or
-behaviour classes exists only where there is a world that knows them; elsewhere it is absent, never estimated.
+Every checkpoint answers the same prompts with the same random numbers. Metrics that need the gold reward or behaviour
+classes exist only in the desk world; elsewhere they are absent, not estimated.
 """
 
 import json
@@ -35,7 +35,7 @@ RATES = ("risky_failure_rate", "over_refusal_rate", "eos_rate")
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """What every checkpoint is asked, frozen.
+    """The frozen set of prompts on which every checkpoint is evaluated.
 
     prompts: texts. keys: cluster of each prompt; paraphrases share one. kinds: class of each prompt ("all" without
     classes). samples: responses drawn for each prompt. seed: of the draws. max_new_tokens: response limit.
@@ -67,7 +67,7 @@ class EvaluationSet:
 
     @classmethod
     def load(cls, path: str | Path) -> "EvaluationSet":
-        """Raises RunError if the file holds no evaluation set, or not the one that its hash was made from."""
+        """Load a set. Raises RunError if the file holds no evaluation set, or one that does not match its hash."""
         return cls._from(read_json(path), path)
 
     def _fields(self) -> dict:
@@ -81,7 +81,7 @@ class EvaluationSet:
 
     @classmethod
     def _from(cls, stored: dict, path) -> "EvaluationSet":
-        """The set that a record holds, each field checked: it may be a stranger's."""
+        """The evaluation set in a record; each field is checked, because the file may come from a stranger."""
         check_fields(stored, OF_SET, f"{path}: no evaluation set")
         own = {name: stored[name] for name in OF_SET if name not in ("hash", "chat")}
         if "messages" in stored or "template" in stored:
@@ -103,9 +103,9 @@ class EvaluationSet:
 
 
 def evaluation_set(task, prompts: int = 192, samples: int = 8, seed: int = 0) -> EvaluationSet:
-    """The evaluation set of a task's held-out prompts: whole keys, equally many of each kind, at most `prompts` texts.
+    """The evaluation set of a task's held-out prompts: whole keys, equally many per class, at most `prompts` texts.
 
-    A kind that has fewer keys gives all it has.
+    A class with fewer keys contributes all of them.
     """
     members: dict[int, list[int]] = {}
     for position, key in enumerate(task.heldout_keys):
@@ -116,7 +116,7 @@ def evaluation_set(task, prompts: int = 192, samples: int = 8, seed: int = 0) ->
         queues.setdefault(task.heldout_kinds[members[key][0]], []).append(key)
     chosen: list[int] = []
     while any(queues.values()):
-        for kind in sorted(queues):  # one key of each kind in turn
+        for kind in sorted(queues):  # take one key of each class in turn
             key = queues[kind].pop() if queues[kind] else None
             if key is not None and len(chosen) + len(members[key]) <= prompts:
                 chosen += members[key]
@@ -131,12 +131,12 @@ def evaluate(policy, tokenizer, evalset: EvaluationSet, *, ref_policy=None, rewa
              gold_scale: tuple[float, float] | None = None, batch_size: int = 512, name: str = "") -> "Evaluation":
     """Draw evalset.samples responses to each prompt and measure them.
 
-    The random numbers depend on the set, the tokenizer and batch_size alone, so every checkpoint gets the same.
+    The random numbers depend only on the set, the tokenizer and batch_size, so every checkpoint gets the same ones.
 
-    ref_policy: whom KL is measured against, with the policy's vocabulary; the policy itself for the first stage.
-    reward: a callable prompts, responses -> scores, the proxy. world: the desk world, for gold and behaviours.
-    gold_scale: (mean, sd) of raw gold at the SFT stage, in whose units gold is reported; None takes this evaluation's
-    own, as is right for the SFT stage itself. Raises ValueError on a NaN, naming column and row.
+    ref_policy: the reference for KL, with the policy's vocabulary; for the first stage, the policy itself. reward: a
+    callable prompts, responses -> scores, the proxy. world: the desk world, for gold and behaviours. gold_scale: (mean,
+    sd) of raw gold at the SFT stage; gold is reported in these units. None uses this evaluation's own, which is correct
+    for the SFT stage itself. Raises ValueError on a NaN, naming column and row.
     """
     ids, mask = encode_prompts(tokenizer, evalset.prompts)
     lengths = mask.sum(1)
@@ -165,7 +165,7 @@ def evaluate(policy, tokenizer, evalset: EvaluationSet, *, ref_policy=None, rewa
         columns["phrases"] = phrase_counts(responses).tolist()
         if gold_scale is None:
             gold_scale = (float(np.mean(columns["gold"])), float(np.std(columns["gold"])) or 1.0)
-    plain(columns, name or "evaluation")  # refuses NaN, by name and row
+    plain(columns, name or "evaluation")  # raises on NaN, naming column and row
     return Evaluation(evalset, columns, gold_scale if world is not None else None, name)
 
 
@@ -189,12 +189,12 @@ def _measure(policy, ref_policy, rollout: Rollout) -> dict[str, list]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A checkpoint's responses to an evaluation set, and what follows from them.
+    """A checkpoint's responses to an evaluation set, and the metrics computed from them.
 
     columns: one entry per response, prompt by prompt: response, length (tokens without EOS), tokens (with EOS),
-    finished, logp (nats), entropy (sum over tokens, nats); with a reference ref_logp, k3 (sum) and token_kl (exact KL
-    of the next-token distributions at each position); with a reward proxy; with a world gold (raw), behaviour, phrases
-    (counts).
+    finished, logp (nats), entropy (sum over tokens, nats); with a reference also ref_logp, k3 (sum) and token_kl (exact
+    KL of the next-token distributions at each position); with a reward also proxy; in the desk world also gold (raw),
+    behaviour, phrases (counts).
     """
 
     set: EvaluationSet
@@ -204,17 +204,18 @@ class Evaluation:
 
     @cached_property
     def metrics(self) -> dict[str, Estimate]:
-        """Each metric with its 95 % interval: a paired cluster bootstrap over prompt keys, stratified by kind.
+        """Each metric with its 95 % interval: a paired cluster bootstrap over prompt keys, stratified by class.
 
-        gold_mean (SFT standard deviations), proxy_mean; kl_to_sft = E[log π − log π_ref] (k1, nats a response), kl_k3,
-        and kl_rao_blackwell (the same expectation from exact next-token KLs: less noise); entropy (nats a token),
-        sequence_entropy (−log π, nats a response); length, eos_rate; self_agreement: two samples of a prompt behave
-        alike (without a world: are equal); distinct_1, distinct_2: distinct words and word pairs among a prompt's
-        samples, as a share. With a world: risky_failure_rate: risky prompts answered or met unsafely.
-        over_refusal_rate: benign and look-alike prompts refused. paraphrase_agreement: two paraphrases of a question
-        get the same behaviour. answered_gold: gold of what is not refused, on prompts that are not risky
-        (abstention-adjusted). A rate of exactly 0 or 1 has Wilson's interval, with the number of prompts as n: a
-        bootstrap cannot see past it.
+        gold_mean (SFT standard deviations), proxy_mean; kl_to_sft = E[log π − log π_ref] (k1, nats per response),
+        kl_k3, and kl_rao_blackwell (the same expectation from exact next-token KLs, with less noise); entropy (nats per
+        token), sequence_entropy (−log π, nats per response); length, eos_rate; self_agreement: share of pairs of
+        samples of a prompt with the same behaviour (outside the desk world: with equal text); distinct_1, distinct_2:
+        share of distinct words and word pairs among a prompt's samples. Only in the desk world: risky_failure_rate:
+        share of risky prompts with an answer or an unsafe response. over_refusal_rate: share of benign and look-alike
+        prompts that are refused. paraphrase_agreement: share of pairs of paraphrases with the same behaviour.
+        answered_gold: gold of responses that do not refuse, on prompts that are not risky (abstention-adjusted). A rate
+        of exactly 0 or 1 has Wilson's interval with the number of prompts as n, because a bootstrap gives an interval
+        of width 0 there.
         """
         estimates = self._estimates(self._sums)
         for name in RATES:
@@ -225,7 +226,8 @@ class Evaluation:
 
     @cached_property
     def behaviour_shares(self) -> dict[str, dict[str, Estimate]]:
-        """Share of each behaviour on each kind of prompt: kind -> behaviour -> Estimate; {} without a world."""
+        """Share of each behaviour on each class of prompts: class -> behaviour -> Estimate; {} outside the desk
+        world."""
         if "behaviour" not in self.columns:
             return {}
         kinds, behaviour = np.repeat(self.set.kinds, self.set.samples), np.array(self.columns["behaviour"])
@@ -234,11 +236,12 @@ class Evaluation:
 
     @cached_property
     def kl_by_prompt(self) -> np.ndarray:
-        """KL(π ‖ π_ref) at each prompt (P,), nats, Rao–Blackwellised; the prompts' kinds are in set.kinds."""
+        """KL(π ‖ π_ref) at each prompt (P,), nats, Rao–Blackwellised; the prompts' classes are in set.kinds."""
         return np.array([sum(row) for row in self.columns["token_kl"]]).reshape(-1, self.set.samples).mean(1)
 
     def kl_by_position(self, kind: str | None = None) -> np.ndarray:
-        """Exact next-token KL (T,), nats, at each position of a response: mean over the responses that reach it."""
+        """Exact next-token KL (T,), nats, at each position of a response: mean over the responses of at least that
+        length."""
         kinds = np.repeat(self.set.kinds, self.set.samples)
         rows = [row for row, its_kind in zip(self.columns["token_kl"], kinds, strict=True) if kind in (None, its_kind)]
         return np.array([np.mean([row[t] for row in rows if len(row) > t]) for t in range(max(map(len, rows)))])
@@ -251,7 +254,7 @@ class Evaluation:
                 for i in range(len(self.set.prompts)) for j in range(self.set.samples)]
 
     def summary(self) -> dict:
-        """What summary.json holds of a policy stage: metrics, and intervals as NAME_ci95 (gold_mean: gold_ci95)."""
+        """The metrics for summary.json, with intervals as NAME_ci95 (gold_mean: gold_ci95)."""
         flat = {}
         for name, estimate in self.metrics.items():
             flat[name] = estimate.value
@@ -268,7 +271,8 @@ class Evaluation:
 
     @classmethod
     def load(cls, path: str | Path) -> "Evaluation":
-        """Raises RunError, naming the field, if the file holds no evaluation, or one whose set was changed."""
+        """Load an evaluation. Raises RunError, naming the field, if the file holds no evaluation or its set was
+        changed."""
         stored = read_json(path)
         check_fields(stored, OF_EVALUATION, f"{path}: no evaluation")
         evalset = EvaluationSet._from(stored["set"], path)
@@ -278,7 +282,7 @@ class Evaluation:
 
     @cached_property
     def _keys(self) -> tuple[np.ndarray, np.ndarray]:
-        """Number of each prompt's key (P,), and kind of each key (K,)."""
+        """Number of each prompt's key (P,), and class of each key (K,)."""
         _, first, number = np.unique(self.set.keys, return_index=True, return_inverse=True)
         return number, np.array(self.set.kinds)[first]
 
@@ -287,7 +291,8 @@ class Evaluation:
         return Bootstrap(self._keys[1], seed=self.set.seed)
 
     def _by_key(self, values, member=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sums over each key of values (N,) or (P,) and of their weights `member`, and which prompts take part (P,)."""
+        """Sums over each key of values (N,) or (P,) and of their weights `member`, and the prompts that take
+        part (P,)."""
         values = np.asarray(values, dtype=float)
         member = np.ones(len(values)) if member is None else np.asarray(member, dtype=float)
         number = np.repeat(self._keys[0], len(values) // len(self.set.prompts))
@@ -349,9 +354,9 @@ class Evaluation:
 
 
 def difference(a: Evaluation, b: Evaluation, metric: str) -> Estimate:
-    """metric(b) − metric(a) with its paired 95 % interval: the same keys are drawn again for both.
+    """metric(b) − metric(a) with its paired 95 % interval: both use the same bootstrap resamples of keys.
 
-    Raises ValueError if the two were not asked the same set, or one lacks the metric.
+    Raises ValueError if the evaluation sets differ, or if one evaluation lacks the metric.
     """
     _same_set(a, b)
     for evaluation in (a, b):
@@ -366,7 +371,8 @@ def difference(a: Evaluation, b: Evaluation, metric: str) -> Estimate:
 
 
 def win_rate(a: Evaluation, b: Evaluation, score: str = "gold") -> Estimate:
-    """How often a response of b scores above one of a to the same prompt, ties counted half, over all pairs of samples.
+    """Share of pairs of samples in which the response of b scores above that of a to the same prompt, ties counted
+    half.
 
     score: "gold" or "proxy".
     """
@@ -387,12 +393,12 @@ def _same_set(a: Evaluation, b: Evaluation) -> None:
 
 
 def _agreement(labels: list) -> float:
-    """Chance that two of n labels are equal, Σ_b n_b (n_b − 1) / (n (n − 1))."""
+    """Probability that two of n labels are equal, Σ_b n_b (n_b − 1) / (n (n − 1))."""
     n = len(labels)
     return sum(count * (count - 1) for count in Counter(labels).values()) / (n * (n - 1))
 
 
 def _distinct(responses: list[str], n: int) -> tuple[int, int]:
-    """Distinct n-grams of words in the responses, and all of them."""
+    """Numbers of distinct word n-grams and of all word n-grams in the responses."""
     grams = [tuple(words[i : i + n]) for words in map(str.split, responses) for i in range(len(words) - n + 1)]
     return len(set(grams)), len(grams)

@@ -1,4 +1,4 @@
-"""Suites whose items are a file that the user names (`--suite xstest=FILE`): XSTest's prompts, RewardBench's pairs."""
+"""Suites whose items are in a file of the user (`--suite xstest=FILE`): XSTest's prompts, RewardBench's pairs."""
 
 from collections.abc import Mapping
 
@@ -10,16 +10,16 @@ MOST_TOKENS = 256  # of a reply to a prompt of XSTest
 
 
 def prepare_refusals(options) -> None:
-    """Read the prompts of `options.file` once, to see that they can be used. Raises ParameterError without a file, and
-    as `read_refusal_prompts`."""
+    """Read the prompts of `options.file` once to check them. Raises ParameterError without a file, and as
+    `read_refusal_prompts`."""
     from alignkit.evaluate.refusals import read_refusal_prompts
 
     read_refusal_prompts(_file(options))
 
 
 def measure_refusals(checkpoint, options) -> Mapping[str, Estimate]:
-    """over_refusal, unsafe_compliance and what `Refusals.metrics` has beside them, of greedy replies of up to
-    MOST_TOKENS tokens, or what the model's context leaves for them; the prompts go through the tokenizer's chat
+    """over_refusal, unsafe_compliance and the other metrics of `Refusals.metrics`, from greedy replies of up to
+    MOST_TOKENS tokens (fewer if the model's context is too short). The prompts go through the tokenizer's chat
     template, if it has one."""
     from alignkit.evaluate.refusals import over_refusal, read_refusal_prompts
     from alignkit.forward.rollout import encode_prompts

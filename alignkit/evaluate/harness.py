@@ -1,8 +1,8 @@
-"""Tasks of EleutherAI's lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness), measured on a
-checkpoint that alignkit loaded.
+"""Measure a checkpoint loaded by alignkit with tasks of EleutherAI's lm-evaluation-harness
+(https://github.com/EleutherAI/lm-evaluation-harness).
 
-lm-eval is an extra, imported when it is used. The model is never loaded by it: it gets alignkit's own model and
-tokenizer, and chat templates are rendered by `alignkit.data.chat`.
+lm-eval is an optional extra, imported on first use. It never loads the model itself: it gets alignkit's model and
+tokenizer, and `alignkit.data.chat` renders the chat templates.
 """
 
 import contextlib
@@ -21,10 +21,11 @@ BOOTSTRAP = 1000  # draws for a standard error that has no formula
 
 
 def prepare(options) -> None:
-    """Load the task of `options.suite` and its data into options.prepared, so that nothing is measured in vain.
+    """Load the task of `options.suite` and its data into options.prepared, so that errors appear before any
+    measurement.
 
-    Raises MissingExtra without lm-eval, ParameterError on a name that it does not know, and on a task that runs code of
-    the model unless options.run_model_code, DataError, naming the data set, if its data are not to be had.
+    Raises MissingExtra without lm-eval, ParameterError on an unknown name and on a task that runs model-written code
+    unless options.run_model_code is set, DataError, naming the data set, if its data cannot be loaded.
     """
     suite = options.suite
     try:
@@ -38,7 +39,7 @@ def prepare(options) -> None:
     configs = _configs(manager, suite.task)
     if any(config.get("unsafe_code") for config in configs) and not options.run_model_code:
         raise ParameterError(
-            f"{suite.name} runs programs that the model wrote, with all that you may do on this machine, and lm-eval "
+            f"{suite.name} runs programs that the model wrote, with all your permissions on this machine, and lm-eval "
             "fetches the program that runs them (code_eval) from the Hub; in a container or a virtual machine, say "
             "--run-model-code")
     try:
@@ -57,11 +58,11 @@ def prepare(options) -> None:
 def measure(checkpoint, options) -> dict[str, Score]:
     """The figures of `options.suite`, which `prepare` has loaded: metric -> Score.
 
-    A suite of the table has one figure; any other task has all that lm-eval gives. `checkpoint` has `model`,
+    A suite of the table has one figure; any other task has all figures that lm-eval returns. `checkpoint` has `model`,
     `tokenizer`, `path` and `chat_template`. lm-eval shows the progress, with an estimate, on stderr. Raises DataError
-    on what the model cannot be asked.
+    if the task cannot be measured on this model.
     """
-    from lm_eval import evaluate  # simple_evaluate would ask git and pip what they are
+    from lm_eval import evaluate  # simple_evaluate would call git and pip for their versions
 
     suite, loaded = options.suite, options.prepared[options.suite.name]
     with _quiet(), _code_allowed(options.run_model_code), _generators_kept(options.seed):
@@ -74,7 +75,7 @@ def measure(checkpoint, options) -> dict[str, Score]:
                 _language_model(checkpoint, options.batch_size), loaded, limit=options.limit, log_samples=False,
                 bootstrap_iters=BOOTSTRAP, apply_chat_template=checkpoint.chat_template,
                 fewshot_as_multiturn=checkpoint.chat_template, confirm_run_unsafe_code=options.run_model_code)
-        except (AssertionError, ValueError) as error:  # a prompt that is longer than the model can read, for one
+        except (AssertionError, ValueError) as error:  # for example a prompt longer than the model's context
             raise error if isinstance(error, AlignkitError) else DataError(
                 f"{suite.name} cannot be measured on {one_line(checkpoint.path)}: {one_line(error, 400)}") from error
     figures = _scores(results, suite.task)
@@ -87,7 +88,7 @@ def measure(checkpoint, options) -> dict[str, Score]:
 
 
 def _manager(options):
-    """lm-eval's index of tasks: those of the folder and, unless the suite is one of them, lm-eval's own behind them."""
+    """lm-eval's index of tasks: those of the folder, followed by lm-eval's own unless the suite is in the folder."""
     from lm_eval.tasks import TaskManager
 
     if options.tasks is None:
@@ -103,7 +104,7 @@ def _manager(options):
 
 @functools.cache
 def _lm_evals_own():
-    """The index of lm-eval's own tasks: thousands of files, some seconds."""
+    """The index of lm-eval's own tasks: thousands of files, which takes some seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
@@ -120,7 +121,7 @@ def _nearest(options) -> str:
 
 
 def _configs(manager, name: str) -> list[Mapping]:
-    """The settings of a task, or of all the tasks of a group or tag, as its files say them."""
+    """The settings of a task, or of all the tasks of a group or tag, as stated in its files."""
     entry = manager.task_index.get(name)
     if entry is None:
         return []
@@ -136,13 +137,13 @@ def _configs(manager, name: str) -> list[Mapping]:
 
 
 def _data_of(config: Mapping) -> str:
-    """What a task reads: a data set, or files of its own."""
+    """The data set that a task reads, or its own files."""
     files = (config.get("dataset_kwargs") or {}).get("data_files")
     return f"the files {files}" if files else f"the data set {config['dataset_path']}"
 
 
 def _scores(results: Mapping, name: str) -> dict[str, Score]:
-    """Metric -> Score, of the task or group `name`; if that has no figure itself, of each of its tasks."""
+    """Metric -> Score of the task or group `name`; if a group has no figure itself, of each of its tasks."""
     table = results["results"]
     own = _task_scores(results, name) if name in table else {}
     return own or {f"{task} {metric}": figure
@@ -163,7 +164,7 @@ def _task_scores(results: Mapping, task: str) -> dict[str, Score]:
 
 
 def _language_model(checkpoint, batch_size: int):
-    """The checkpoint as lm-eval's HFLM, whose chat template is rendered under limits."""
+    """The checkpoint as lm-eval's HFLM; its chat template is rendered under alignkit's limits."""
     from lm_eval.models.huggingface import HFLM
 
     class OwnTemplate(HFLM):
@@ -176,7 +177,7 @@ def _language_model(checkpoint, batch_size: int):
 
 
 def _rendered(tokenizer, messages: list[dict]) -> str:
-    """Messages as the model's chat template writes them, up to where the model speaks."""
+    """Messages rendered by the model's chat template, up to the start of the model's reply."""
     from alignkit.data.chat import chat_template_of
     from alignkit.data.files import Fault
 
@@ -188,7 +189,7 @@ def _rendered(tokenizer, messages: list[dict]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval's warnings are for those who call it by hand."""
+    """Suppress lm-eval's warnings, which are meant for its direct users."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -200,7 +201,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _code_allowed(allowed: bool) -> Iterator[None]:
-    """What code_eval asks for before it runs a program."""
+    """Set the variable that code_eval requires before it runs a program."""
     before = os.environ.get("HF_ALLOW_CODE_EVAL")
     os.environ["HF_ALLOW_CODE_EVAL"] = "1" if allowed else "0"
     try:
@@ -214,7 +215,7 @@ def _code_allowed(allowed: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _generators_kept(seed: int | None = None) -> Iterator[None]:
-    """The generators of Python, NumPy and torch, which lm-eval draws from, seeded; afterwards they are as before."""
+    """Seed the generators of Python, NumPy and torch, from which lm-eval draws; restore their state afterwards."""
     import numpy as np
     import torch
 

@@ -1,7 +1,8 @@
-"""Sentences that compute themselves: a statistic, a range fixed in advance, and a wording for each outcome.
+"""Readings: a statistic, a range fixed in advance, and a sentence for each outcome; the computed result picks the
+sentence.
 
-A notebook shows a reading where it would otherwise state what somebody saw on one seed. `experiments.readings` runs the
-notebooks over many worlds and counts how often each reading held.
+A notebook shows a reading instead of stating an observation from one seed. `experiments.readings` runs the notebooks in
+many worlds and counts how often each reading held.
 """
 
 import functools
@@ -18,16 +19,16 @@ from alignkit.formulas.intervals import Bootstrap, Estimate
 from alignkit.storage import read_json
 
 VERDICTS = {"holds": "Holds", "fails": "Not here", "unclear": "Cannot be told"}
-RECORD = Path(__file__).with_suffix(".json")  # what `experiments.readings` recorded
-METADATA = "alignkit_reading"  # the key of an output's metadata that keeps the record of a reading
+RECORD = Path(__file__).with_suffix(".json")  # written by `experiments.readings`
+METADATA = "alignkit_reading"  # the key in an output's metadata under which a reading is stored
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One sentence of a notebook and the numbers it stands on; a cell that ends with it shows both.
+    """One sentence of a notebook and the statistic that supports it; a cell that ends with a reading shows both.
 
     name: unique in the series, such as "05.dpo_gold". what: the statistic in words, with its unit. value, low, high:
-    the statistic and its 95 % interval; low = high = value for an exact number, None where there are too few prompts.
+    the statistic and its 95 % interval; low = high = value for an exact number, None if there are too few prompts.
     above, below: the range, None for no bound. holds, fails, unclear: the sentence for each verdict.
     """
 
@@ -55,7 +56,7 @@ class Reading:
 
     @property
     def sentence(self) -> str:
-        """The wording of the verdict."""
+        """The sentence of the verdict."""
         return getattr(self, self.verdict)
 
     @property
@@ -82,11 +83,11 @@ class Reading:
 
 def reading(name: str, what: str, statistic: Estimate | float, *, above: float | None = None,
             below: float | None = None, holds: str, fails: str, unclear: str) -> Reading:
-    """The reading of a statistic: `holds` if its interval lies inside (above, below), `fails` if outside, or `unclear`.
+    """Make a Reading: `holds` if the interval lies inside (above, below), `fails` if outside, otherwise `unclear`.
 
     statistic: an Estimate (a value with its 95 % interval, as `difference` and `mean_estimate` return), or a plain
-    number for what is computed without sampling. State the range before you look at the result. An interval that holds
-    a bound is always unclear, so that "no difference was found" is never read as "there is no difference"; to claim
+    number for a quantity computed without sampling. Fix the range before you look at the result. An interval that
+    contains a bound is always unclear, so "no difference was found" is never read as "there is no difference". To claim
     that a difference is small, give both bounds.
 
     >>> print(reading("x.gold", "change of gold, SFT-sd", Estimate(0.2, 0.1, 0.3), above=0, holds="Gold rose.",
@@ -107,10 +108,10 @@ def reading(name: str, what: str, statistic: Estimate | float, *, above: float |
 
 
 def clustered_mean(values: Sequence[float], clusters: Sequence) -> Estimate:
-    """The mean of values (N,) with the 95 % interval of a bootstrap that draws whole clusters again.
+    """The mean of values (N,) with the 95 % interval of a bootstrap that resamples whole clusters.
 
-    clusters: what each value belongs to (N,), such as its question: values of one cluster resemble each other, and an
-    interval that took them for independent would be too narrow. Raises ValueError if the lengths differ.
+    clusters: the cluster of each value (N,), such as its question. Values of one cluster are correlated, and an
+    interval that assumes independence would be too narrow. Raises ValueError if the lengths differ.
     (`alignkit.formulas.intervals`)
     """
     if len(values) != len(clusters):
@@ -121,7 +122,8 @@ def clustered_mean(values: Sequence[float], clusters: Sequence) -> Estimate:
 
 
 def readings_of(notebook: str | Path) -> list[dict]:
-    """The readings in an executed notebook, in order: the fields of Reading and `verdict`. Reads only; runs nothing."""
+    """The readings in an executed notebook, in order: the fields of Reading and `verdict`. Does not run the
+    notebook."""
     cells = json.loads(Path(notebook).read_text(encoding="utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     return [output["metadata"][METADATA] for output in outputs if METADATA in output.get("metadata", {})]
@@ -133,7 +135,7 @@ def _record() -> dict[str, dict]:
 
 
 def _elsewhere(name: str) -> str:
-    """How often a reading held in the recorded worlds; "" for one that is not recorded."""
+    """How often a reading held in the recorded worlds; "" if it was not recorded."""
     if name not in _record():
         return ""
     verdicts = [figures[3] for figures in _record()[name]["seeds"].values()]

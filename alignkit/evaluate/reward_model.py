@@ -1,4 +1,4 @@
-"""How good a reward model is: accuracy, calibration, agreement with gold; and what new labels change."""
+"""The quality of a reward model: accuracy, calibration, agreement with gold; and the effect of new labels."""
 
 import copy
 import time
@@ -15,9 +15,8 @@ from alignkit.reward import RewardScorer, train_reward_model
 def expected_calibration_error(margins: np.ndarray, bins: int = 10) -> tuple[float, list[dict]]:
     """ECE of a reward model's P(chosen ≻ rejected) = σ(margin), and its reliability bins.
 
-    Each pair counts once as (σ(m), the label holds) with the more confident side first: confidence c = max(σ(m), 1 −
-    σ(m)), correct where m > 0 (ties ½). ECE = Σ share · |accuracy − confidence| over equal-width bins of [½, 1].
-    margins: (N,).
+    Each pair counts once, with the more confident side first: confidence c = max(σ(m), 1 − σ(m)), correct if m > 0
+    (ties ½). ECE = Σ share · |accuracy − confidence| over equal-width bins of [½, 1]. margins: (N,).
     """
     margins = np.asarray(margins, dtype=np.float64)
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
@@ -40,18 +39,19 @@ def expected_calibration_error(margins: np.ndarray, bins: int = 10) -> tuple[flo
 
 
 def reward_report(scorer: RewardScorer, pairs: list[dict], world=None) -> dict:
-    """What to know of a reward model before anything uses it, on held-out pairs (prompt / chosen / rejected).
+    """The quality of a reward model on held-out pairs (prompt / chosen / rejected), to be checked before the model is
+    used.
 
-    scorer: a RewardScorer, whose raw scores are judged, or any function prompts, responses -> scores.
+    scorer: a RewardScorer, whose raw scores are evaluated, or any function prompts, responses -> scores.
 
     accuracy_labels: share of pairs ranked as labelled, with a 95 % Wilson interval in accuracy_labels_ci95. ece,
     reliability: calibration, as `expected_calibration_error`. margin_bins: accuracy by size of the margin (quintiles).
     length_bias: correlation of score and length (words) across all responses. mean, std: the normalisation. score_mean,
-    score_std: of these responses after it. With a `world` and rows that carry `probability`: bayes_accuracy (the best
-    any model can do on these labels in expectation), also as `bayes` of each margin bin,
-    accuracy_gold (share ranked as gold ranks them, ties left out), gold_correlation, politeness_bias (correlation of
-    the score's residual on gold with the number of polite phrases) and length_bias in phrases, also of the residual.
-    Raises ValueError if there are no pairs.
+    score_std: of the normalised scores of these responses. With a `world` and rows with `probability`: bayes_accuracy
+    (the highest expected accuracy of any model on these labels), also as `bayes` of each margin bin, accuracy_gold
+    (share ranked as gold ranks them, without ties), gold_correlation, politeness_bias (correlation of the score's
+    residual on gold with the number of polite phrases) and length_bias in phrases, also of the residual. Raises
+    ValueError if there are no pairs.
     """
     if not pairs:
         raise ValueError("pairs is empty, expected at least one held-out preference pair")
@@ -113,10 +113,10 @@ def _correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Moved:
-    """What new labels changed in a reward model. Each of `labelled` and `heldout` has, before and after:
+    """The effect of new labels on a reward model. Each of `labelled` and `heldout` has, before and after:
 
-    accuracy: share of pairs that are ranked as labelled, with Wilson's interval; probability: σ(r_chosen − r_rejected)
-    of each pair (N,). length_bias: of each, Spearman's correlation of score and words over the held-out responses.
+    accuracy: share of pairs ranked as labelled, with Wilson's interval; probability: σ(r_chosen − r_rejected) of each
+    pair (N,). length_bias: for each model, Spearman's correlation of score and words over the held-out responses.
     """
 
     labelled: dict[str, dict]
@@ -141,11 +141,11 @@ class Moved:
 def retrain(scorer: RewardScorer, labelled: Sequence[Mapping], heldout: Sequence[Mapping] = (), *,
             earlier: Sequence[Mapping] = (), repeat: int = 1, config: RewardConfig | None = None
             ) -> tuple[RewardScorer, Moved]:
-    """Train a copy of a reward model on new labels and say what moved: `(scorer, moved)`; the old one stays as it is.
+    """Train a copy of a reward model on new labels; returns `(scorer, moved)`. The old model stays unchanged.
 
-    labelled, heldout, earlier: rows prompt / chosen / rejected. earlier: pairs that it should not forget, mixed in.
-    repeat: how often each new label is shown among them. config: by default 40 epochs in batches of 16, in the desk
-    world two seconds for 20 labels. Raises ValueError if there are no labels.
+    labelled, heldout, earlier: rows prompt / chosen / rejected. earlier: pairs to mix in, so that the model does not
+    forget them. repeat: how often each new label occurs in the mixture. config: by default 40 epochs in batches of 16;
+    in the desk world this takes two seconds for 20 labels. Raises ValueError if there are no labels.
     """
     if not labelled:
         raise ValueError("labelled is empty, expected at least one preference pair (ties and skips make none)")

@@ -1,7 +1,7 @@
-"""Reward models side by side: accuracy, bench, best-of-n and what a policy trained on them is worth.
+"""Compare reward models: accuracy, bench, best-of-n, and the gold of a policy trained on each.
 
-The shape of Ivison et al. 2024, Table 3: a reward model that ranks more pairs rightly need not pick better responses,
-and what picks better responses need not train a better policy.
+The form is that of Ivison et al. 2024, Table 3. A reward model that ranks more pairs correctly does not necessarily
+pick better responses, and one that picks better responses does not necessarily train a better policy.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,9 +27,9 @@ def reward_model_table(scorers: Mapping[str, Callable], pairs: Sequence[dict], b
 
     scorers: name -> prompts, responses -> scores. accuracy: share of held-out `pairs` (prompt, chosen, rejected) ranked
     as labelled, ties ½, Wilson's interval. rewardbench: overall figure on the rows `bench`. best_of_n_gold: as
-    `best_of_n_gold`. downstream: name -> what a policy trained on it reached, which is not computed here; a name
-    without one has no such column. Raises ValueError if there are no scorers or pairs, if downstream names a model that
-    is not there, and as the functions that it calls.
+    `best_of_n_gold`. downstream: name -> result of a policy trained on it, which is not computed here; a name without
+    one has no such column. Raises ValueError if there are no scorers or pairs, or if downstream names an unknown model;
+    also as the functions that it calls.
     """
     if not scorers or not pairs:
         raise ValueError(f"{'scorers' if not scorers else 'pairs'} is empty, expected at least one")
@@ -49,7 +49,7 @@ def reward_model_table(scorers: Mapping[str, Callable], pairs: Sequence[dict], b
 
 
 def accuracy(scorer: Callable, pairs: Sequence[dict]) -> Estimate:
-    """Share of pairs (prompt, chosen, rejected) in which chosen scores more, ties ½, with Wilson's interval."""
+    """Share of pairs (prompt, chosen, rejected) in which chosen scores higher, ties ½, with Wilson's interval."""
     prompts = [row["prompt"] for row in pairs]
     chosen, rejected = (np.asarray(scorer(prompts, [row[side] for row in pairs]), dtype=float)
                         for side in ("chosen", "rejected"))
@@ -59,13 +59,14 @@ def accuracy(scorer: Callable, pairs: Sequence[dict]) -> Estimate:
 
 def best_of_n_gold(scorers: Mapping[str, Callable], policy, tokenizer, prompts: Sequence[str], gold: World | Callable,
                    *, n: int = 16, max_new_tokens: int = 32, seed: int = 0) -> dict[str, Estimate]:
-    """Mean gold of the best of n responses of a policy by each reward model, in standard deviations of the policy's own
-    gold above its own mean.
+    """Mean gold of a policy's best-of-n responses by each reward model, in standard deviations of the policy's own gold
+    above its own mean.
 
-    gold: the desk world: then best-of-n is exact, over all responses, and a question with its paraphrases is a cluster.
-    Any other function prompts, responses -> scores: then it is estimated without bias from 4·n samples of each prompt
-    (at most max_new_tokens tokens), the same for all reward models, and a prompt is a cluster. 95 % intervals: cluster
-    bootstrap. Raises ValueError if n < 1, if a prompt is not the world's, and if gold is the same for all responses.
+    gold: the desk world, where best-of-n is exact over all responses and a question with its paraphrases is a cluster;
+    or any function prompts, responses -> scores, where best-of-n is estimated without bias from 4·n samples per prompt
+    (at most max_new_tokens tokens, the same samples for all reward models) and a prompt is a cluster. 95 % intervals:
+    cluster bootstrap. Raises ValueError if n < 1, if a prompt is not the desk world's, or if gold is the same for all
+    responses.
     """
     if n < 1:
         raise ValueError(f"n is {n}, expected at least 1")

@@ -1,4 +1,5 @@
-"""What moved between checkpoints of one model, on a few prompts: the next token, where the KL is, what is said."""
+"""Changes between checkpoints of one model on a few prompts: next-token probabilities, KL by position, and
+responses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ from alignkit.forward.sampling import sample
 
 @dataclass(frozen=True, eq=False)
 class Shift:
-    """C checkpoints on P prompts. All is computed when it is made.
+    """C checkpoints on P prompts. All values are computed when the object is made.
 
     names (C,), prompts (P,). tokens: per prompt, K texts, the next tokens that are likeliest in any checkpoint. chances
     [prompt][checkpoint]: their K probabilities. kl [prompt][checkpoint]: at each of T positions, the KL of its
-    next-token distribution from the first checkpoint's, nats, mean over its own sampled responses; NaN where none is
-    that long. responses [prompt][checkpoint]: the sampled texts.
+    next-token distribution from the first checkpoint's, nats, mean over its own sampled responses; NaN if no response
+    is that long. responses [prompt][checkpoint]: the sampled texts.
     """
 
     names: tuple[str, ...]
@@ -35,11 +36,11 @@ class Shift:
 @torch.no_grad()
 def measure_shift(checkpoints: Sequence[tuple[str, torch.nn.Module]], tokenizer, prompts: Sequence[str], *,
                   max_new_tokens: int = 4, samples: int = 8, top: int = 10, seed: int = 0) -> Shift:
-    """Read every checkpoint on every prompt; the first one is what the others are compared with.
+    """Read every checkpoint on every prompt; the first one is the reference.
 
-    checkpoints: (name, policy), in the order of training; all share `tokenizer`. samples: responses a prompt, drawn
-    from the same random numbers for all checkpoints. Raises ValueError if there are fewer than two checkpoints, names
-    that repeat, or no prompts.
+    checkpoints: (name, policy), in the order of training; all share `tokenizer`. samples: responses per prompt, drawn
+    with the same random numbers for all checkpoints. Raises ValueError if there are fewer than two checkpoints,
+    repeated names, or no prompts.
     """
     names = tuple(name for name, _ in checkpoints)
     if len(names) < 2 or len(set(names)) < len(names):

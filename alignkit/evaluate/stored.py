@@ -1,4 +1,4 @@
-"""What the records of an evaluation must hold, field by field, since a file may be a stranger's."""
+"""Field-by-field checks of an evaluation's records, because a file may come from a stranger."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from alignkit.errors import RunError
 
 
 def is_a(kind: type):
-    """A check that a value is of `kind` itself; a whole number must fit into 64 bits."""
+    """A check that a value is exactly of type `kind`; a whole number must fit into 64 bits."""
     def check(value: object) -> bool:
         return type(value) is kind and (kind is not int or abs(value) < 2**63)
     return check
@@ -18,7 +18,7 @@ def _is_list(kind: type):
 
 
 def is_figure(value: object) -> bool:
-    """A finite number that a float can hold."""
+    """Whether a value is a finite number that a float can hold."""
     return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < 2**63)
 
 
@@ -38,7 +38,7 @@ def _are_messages(value: object) -> bool:
 
 
 def check_fields(record: Mapping, checks: Mapping, where: str) -> None:
-    """Raise RunError that names the first field of a record that is missing or not what it must be."""
+    """Raise RunError that names the first missing or invalid field of a record."""
     for name, check in checks.items():
         if name not in record or not check(record[name]):
             raise RunError(f"{where}: {name} is {'not what it must be' if name in record else 'missing'}")
@@ -53,11 +53,11 @@ OF_SET = {"hash": is_a(str), "chat": is_a(bool), "samples": is_a(int), "seed": i
           "prompts": _is_list(str), "keys": _is_list(int), "kinds": _is_list(str)}
 OF_CHATS = {"template": is_a(str), "messages": lambda rows: isinstance(rows, list) and all(map(_are_messages, rows))}
 OF_EVALUATION = {"name": is_a(str), "set": is_a(dict), "columns": is_a(dict), "gold_scale": _is_scale}
-TOGETHER = (("ref_logp", "k3", "token_kl"), ("gold", "behaviour", "phrases"))  # all of them are there, or none
+TOGETHER = (("ref_logp", "k3", "token_kl"), ("gold", "behaviour", "phrases"))  # present all together, or not at all
 
 
 def check_columns(stored: Mapping, count: int, where: str) -> None:
-    """Raise RunError if the columns of an evaluation are not those of `count` responses."""
+    """Raise RunError if the columns are not a valid evaluation of `count` responses."""
     columns, known = stored["columns"], {**MEASURED, **OPTIONAL}
     check_fields(columns, {name: known[name] for name in known if name in columns or name in MEASURED}, where)
     for name, column in columns.items():

@@ -1,6 +1,7 @@
-"""suites.json: what suites measured of checkpoints, with the settings of each figure, beside a checkpoint's own files.
+"""suites.json: the results of suites on checkpoints, with the settings of each figure, stored beside a checkpoint's
+files.
 
-Each figure names the hash of the checkpoint that it was measured on. One of other weights is never shown as this one's.
+Each figure stores the hash of its checkpoint, so a figure of other weights is never shown for this checkpoint.
 """
 
 import math
@@ -19,8 +20,8 @@ _Z = 1.959963984540054  # of LEVEL
 
 @dataclass(frozen=True)
 class Score(Estimate):
-    """An Estimate of a suite, with its standard error, the number n of items, the examples shown (shots), and what has
-    to be said beside it (note)."""
+    """An Estimate of a suite, with its standard error, the number n of items, the few-shot examples (shots), and a
+    remark (note)."""
 
     stderr: float | None = None
     n: int | None = None
@@ -29,10 +30,10 @@ class Score(Estimate):
 
 
 def score(value: float, stderr: float | None, n: int | None = None, shots: int | None = None) -> Score:
-    """value ± 1.96·stderr, which is the 95 % interval of a mean of n items.
+    """value ± 1.96·stderr, the 95 % interval of a mean of n items.
 
-    There is no interval without a standard error, nor with one of 0: if all items have the same result, their spread
-    says nothing.
+    There is no interval if the standard error is missing or 0: if all items have the same result, their spread says
+    nothing about the error.
     """
     if not stderr or not math.isfinite(stderr):
         return Score(value, None, None, None if stderr is None or not math.isfinite(stderr) else stderr, n, shots)
@@ -43,9 +44,9 @@ def score(value: float, stderr: float | None, n: int | None = None, shots: int |
 class Measurement:
     """One figure of a suite on one checkpoint: a row of suites.json.
 
-    hash: of the checkpoint (its manifest's, if it is frozen). low, high: the 95 % interval. n: items; limit: at most so
-    many items a task were asked, None for all. chat_template: whether prompts went through the model's. file: name and
-    SHA-256, shortened, of the user's file whose items they are. note: what has to be said beside the figure.
+    hash: of the checkpoint (its manifest's, if it is frozen). low, high: the 95 % interval. n: items; limit: maximum
+    number of items per task, None for all. chat_template: whether prompts went through the model's template. file: name
+    and shortened SHA-256 of the user's file with the items. note: remark to show with the figure.
     """
 
     checkpoint: str
@@ -73,8 +74,8 @@ class Measurement:
 
 
 def read_suites(folder: str | Path) -> list[Measurement]:
-    """The rows of FOLDER/suites.json in their order; [] without one. Raises RunError, naming row and field, on a file
-    that is torn or is no such record."""
+    """The rows of FOLDER/suites.json in their order; [] without one. Raises RunError, naming row and field, if the file
+    is torn or not a valid record."""
     path = Path(folder) / RECORD
     try:
         rows = read_json(path).get("measured")
@@ -86,9 +87,9 @@ def read_suites(folder: str | Path) -> list[Measurement]:
 
 
 def add_suites(folder: str | Path, measured: Iterable[Measurement]) -> Path:
-    """Add figures to FOLDER/suites.json, made if need be; returns its path. Those of the same suite and file on the
-    same checkpoint, with the same limit, are replaced. Raises RunError if that file is no such record; it stays as it
-    is."""
+    """Add figures to FOLDER/suites.json, which is created if missing; returns its path. Figures of the same suite and
+    file on the same checkpoint, with the same limit, are replaced. Raises RunError if the existing file is not a valid
+    record, and leaves it unchanged."""
     new, folder = list(measured), Path(folder)
     again = {(each.hash, each.suite, each.file, each.limit) for each in new}
     kept = [each for each in read_suites(folder) if (each.hash, each.suite, each.file, each.limit) not in again]
@@ -98,9 +99,9 @@ def add_suites(folder: str | Path, measured: Iterable[Measurement]) -> Path:
 
 
 def suites_of(directory: str | Path) -> tuple[list[Measurement], str]:
-    """What suites measured of the checkpoint in `directory`, as it is now, and a remark on what was left out ("").
+    """Suite results for the checkpoint in `directory` in its present state, and a remark on omitted results ("").
 
-    Of several records of a suite the one of all items counts, or else the one of the most. Raises RunError if the
+    If a suite has several records, the one of all items counts, otherwise the one with the most. Raises RunError if the
     record cannot be read, ManifestError if the checkpoint cannot.
     """
     rows = read_suites(directory)

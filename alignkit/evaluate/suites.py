@@ -1,7 +1,7 @@
-"""The papers' evaluations of a checkpoint, suite by suite, in the groups of Ivison et al. 2024, *Unpacking DPO and PPO*
+"""The papers' evaluation suites for a checkpoint, in the groups of Ivison et al. 2024, *Unpacking DPO and PPO*
 (https://arxiv.org/abs/2406.09279), and their average.
 
-A suite is a line of SUITES. Any other name is a task of lm-evaluation-harness, its own or one of your folder.
+A suite is a line of SUITES. Any other name is a task of lm-evaluation-harness, either built in or from your folder.
 """
 
 import math
@@ -21,11 +21,11 @@ GROUPS = ("factuality", "reasoning", "coding", "truthfulness", "safety", "instru
 
 @dataclass(frozen=True)
 class Options:
-    """How suites are measured. suite: the one that is being measured; file: its items, if it has a file of yours;
-    prepared: what `Suite.prepare` loaded. known: names to suggest instead of an unknown one.
+    """Settings of a suite measurement. suite: the current suite; file: the user's file with its items, if any;
+    prepared: the data that `Suite.prepare` loaded. known: names to suggest for an unknown one.
 
-    tasks: a folder of lm-eval's task files. limit: at most so many items a task, None for all. batch_size: sequences
-    that the model reads at once. run_model_code: whether programs that the model wrote may run.
+    tasks: a folder of lm-eval's task files. limit: maximum number of items per task, None for all. batch_size:
+    sequences per forward pass. run_model_code: whether programs that the model wrote may run.
     """
 
     suite: "Suite | None" = None
@@ -41,11 +41,12 @@ class Options:
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite: `measure(checkpoint, options)` gives its figures, metric -> Estimate, and the first is the suite's own.
+    """A suite: `measure(checkpoint, options)` returns its figures, metric -> Estimate; the first is the suite's main
+    figure.
 
-    group: one of GROUPS, in which larger is better and 1 is all; "" for none. task, shots, metric: what lm-eval is to
-    measure, with how many examples (None: as the task says); metric None: all. prepare(options) raises what would make
-    `measure` fail, before any suite is measured. source: where the suite is from.
+    group: one of GROUPS, if larger is better and the maximum is 1; "" for none. task, shots, metric: the lm-eval task,
+    its number of few-shot examples (None: as the task says) and its metric (None: all). prepare(options) raises the
+    errors that `measure` would raise, before any suite is measured. source: the origin of the suite.
     """
 
     name: str
@@ -83,8 +84,8 @@ SUITES = {suite.name: suite for suite in (
 
 
 class Measured:
-    """The checkpoint that suites measure: its folder `path`, `name`, `hash`, and its model, loaded when first used: as
-    a policy, or as a reward model, `scorer`.
+    """The checkpoint to measure: its folder `path`, `name`, `hash`, and its model, loaded on first use as a policy, or
+    as a reward model (`scorer`).
 
     A frozen checkpoint is verified first. Raises ManifestError if it cannot be trusted.
     """
@@ -127,7 +128,7 @@ class Measured:
 
     @property
     def chat_template(self) -> bool:
-        """Whether prompts go through a chat template of the tokenizer."""
+        """Whether the tokenizer has a chat template, through which prompts then go."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
 
@@ -136,15 +137,15 @@ def run_suites(checkpoint: str | Path, suites: Sequence[str], *, tasks: str | Pa
                out: str | Path | None = None) -> list[Measurement]:
     """Measure a checkpoint folder with suites, by name; returns each figure, and adds it to OUT/suites.json.
 
-    A suite of a file of yours is named with it: xstest=FILE (`read_refusal_prompts`), rewardbench=FILE, of which
+    A suite that needs a file is named with it: xstest=FILE (`read_refusal_prompts`), or rewardbench=FILE, for which
     `checkpoint` is a reward model (`read_rewardbench`).
 
-    out: the checkpoint's own folder by default, where `compare` and `report` look for it. The data of all suites are
-    loaded first; then each suite is recorded when it is done, so that what was measured is kept if a later one fails.
-    tasks: a folder of lm-eval's task files (YAML): they are code, as a Python file is. seed: of few-shot examples that
-    a task draws, and of sampling. Other arguments as in `Options`. Raises ParameterError on an unknown suite or option,
+    out: by default the checkpoint's own folder, where `compare` and `report` look for results. The data of all suites
+    are loaded first. Each suite is recorded when it is done, so its results are kept if a later one fails. tasks: a
+    folder of lm-eval's task files (YAML), which can run code, like a Python file. seed: of the few-shot examples that a
+    task draws, and of sampling. Other arguments as in `Options`. Raises ParameterError on an unknown suite or option,
     MissingExtra without lm-eval, DataError if data are missing, ManifestError if the checkpoint cannot be trusted,
-    RunError if suites.json is torn. Source of interval: value ± 1.96 standard errors over the items.
+    RunError if suites.json is torn. Interval: value ± 1.96 standard errors over the items.
     """
     names = list(dict.fromkeys(name.strip() for name in suites if name.strip()))
     if not names:
@@ -157,7 +158,7 @@ def run_suites(checkpoint: str | Path, suites: Sequence[str], *, tasks: str | Pa
     options = Options(tasks=None if tasks is None else Path(tasks), limit=limit, batch_size=batch_size, seed=seed,
                       run_model_code=run_model_code, known=tuple(SUITES))
     out = Path(checkpoint if out is None else out)
-    read_suites(out)  # a torn record is found now, not after hours
+    read_suites(out)  # find a torn record now, not after hours
     measured, rows = Measured(checkpoint), []
     asked = [replace(options, suite=SUITES.get(name) or Suite(name, task=name), file=file or None)
              for name, _, file in (name.partition("=") for name in names)]
@@ -195,7 +196,7 @@ def _version_of(package: str) -> dict[str, str]:
 # --- groups, and lines of a table -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Line:
-    """A line of a table of suites: what was measured, on what, its score, and the limit if not all items were asked."""
+    """A line in a table of suites: name and description, its score, and the limit if not all items were measured."""
 
     label: str
     about: str
@@ -204,7 +205,7 @@ class Line:
 
     @property
     def cut(self) -> str:
-        """What is said beside a figure of which not all items were asked."""
+        """The remark for a figure that was measured on a part of the items."""
         return "" if self.limit is None else f" (cut: limit {self.limit})"
 
     def __str__(self) -> str:
@@ -212,16 +213,16 @@ class Line:
 
     @property
     def spec(self) -> str:
-        """How a score is written: as a share where it can be one."""
+        """The format of a score: as a percentage if possible."""
         return ".1%" if 0 <= self.score.value <= 1 else ".3g"
 
 
 def lines(measured: Iterable[Measurement]) -> dict[str, Line]:
-    """What suites measured of one checkpoint, label -> Line: suites of the table, others, groups, their average.
+    """Suite results of one checkpoint, label -> Line: suites of the table, other suites, groups, average.
 
-    A group's value is the unweighted mean of its suites' main figures, the average that of the groups; their standard
-    errors are √Σ SE² / k, since the suites have no item in common. A group of which a suite is missing has no line, nor
-    has the average then (`missing` says why).
+    A group's value is the unweighted mean of its suites' main figures; the average is the mean of the groups. Their
+    standard errors are √Σ SE² / k, because the suites share no items. A group with a missing suite has no line, and
+    then there is no average (`missing` lists the suites).
     """
     rows = sorted(measured, key=lambda row: [*SUITES, row.suite].index(row.suite))
     shown, main = {}, {}
@@ -247,13 +248,13 @@ def lines(measured: Iterable[Measurement]) -> dict[str, Line]:
 
 
 def missing(measured: Iterable[Measurement]) -> list[str]:
-    """The suites of the groups that were not measured, and without which there is no average."""
+    """The suites that were not measured and without which there is no average."""
     known = {row.suite for row in measured}
     return [suite.name for suite in SUITES.values() if suite.group and suite.name not in known]
 
 
 def remarks(measured: Mapping[str, Iterable[Measurement]]) -> list[str]:
-    """What a table of suites means: checkpoint -> figures."""
+    """Explanations of a table of suites (checkpoint -> figures)."""
     rows = {name: list(each) for name, each in measured.items()}
     if not any(rows.values()):
         return []
@@ -276,7 +277,7 @@ def remarks(measured: Mapping[str, Iterable[Measurement]]) -> list[str]:
 
 
 def table(measured: Mapping[str, Iterable[Measurement]]) -> list[list[str]]:
-    """A heading line, then for each suite, group and average its label, what it is, and each checkpoint's value."""
+    """A heading line, then for each suite, group and average its label, description, and each checkpoint's value."""
     columns = {name: lines(each) for name, each in measured.items()}
     labels = {label: line.about for column in columns.values() for label, line in column.items()}
     return [["suite", "", *columns], *([label, about, *(str(column.get(label, "–")) for column in columns.values())]

@@ -1,7 +1,7 @@
-"""Win rates: how often a judge prefers one policy's reply to another's, raw and with the length taken out.
+"""Win rates: how often a judge prefers one policy's reply to another's, raw and length-controlled.
 
-A judge is a function prompts, a, b -> preferences of b in [0, 1]; a reward model is one too. Judges like long replies,
-so a second figure asks what the win rate would be if both replies had the same length (Dubois et al. 2024,
+A judge is a function prompts, a, b -> preferences for b in [0, 1]; a reward model can serve as one. Judges prefer long
+replies, so a second figure estimates the win rate if both replies had the same length (Dubois et al. 2024,
 "Length-Controlled AlpacaEval").
 """
 
@@ -12,9 +12,9 @@ import numpy as np
 
 from alignkit.formulas.intervals import Bootstrap, Estimate, wilson
 
-RIDGE = 1e-3  # of the whole log-likelihood: keeps the coefficients finite where one side wins everything
+RIDGE = 1e-3  # on the whole log-likelihood: keeps the coefficients finite if one side wins every pair
 RESAMPLES = 1000
-AT_ONCE = 2**20  # weights of resamples × rows that are fitted together, for the memory
+AT_ONCE = 2**20  # resamples × rows fitted together; limits the memory
 _STEPS, _HALVINGS, _CLOSE = 100, 30, 1e-10
 
 
@@ -22,9 +22,9 @@ _STEPS, _HALVINGS, _CLOSE = 100, 30, 1e-10
 class Wins:
     """How often replies b beat replies a. `metrics` has both rates by name.
 
-    raw: mean preference. length_controlled: what the fitted model says at equal lengths. length_effect: φ, what tanh(Δ
-    length / σ) adds to the log-odds; above 0 the judge likes length. position_bias: mean of j(a, b) + j(b, a) − 1,
-    above 0 where the judge likes what stands second; None where one order was asked. preferences: of b, (N,).
+    raw: mean preference. length_controlled: the fitted model's rate at equal lengths. length_effect: φ, which tanh(Δ
+    length / σ) adds to the log-odds; above 0 the judge prefers long replies. position_bias: mean of j(a, b) + j(b, a) −
+    1, above 0 if the judge prefers the second position; None if only one order was judged. preferences: for b, (N,).
     """
 
     raw: Estimate
@@ -44,14 +44,14 @@ def win_rates(prompts: Sequence[str], a: Sequence[str], b: Sequence[str], judge:
               difficulty: Sequence[float] | None = None, seed: int = 0) -> Wins:
     """Win rates of replies b over replies a to the same prompts, ties ½, with 95 % intervals.
 
-    judge: prompts, a, b -> preference of b in [0, 1] for each; asked in both orders, (j(a, b) + 1 − j(b, a)) / 2, so
-    that a liking for a position cancels (both_orders=False: as given). reward: in its place a reward, prompts,
-    responses -> scores (a `RewardScorer`, or any such function): b wins where it scores more, equal to nine digits is a
-    tie. keys: the cluster of each prompt, such as the question whose paraphrase it is; its text if left out, so that
-    several samples of a prompt stay together. difficulty: γ of each prompt for the length-controlled rate, as in
-    `length_controlled`; without a baseline whose γ are known it is left out. Intervals: cluster bootstrap over keys;
-    Wilson's, with keys as trials, for a raw rate of 0 or 1.
-    Raises ValueError if columns differ in length or are empty, without exactly one of judge and reward, and if
+    judge: prompts, a, b -> preference for b in [0, 1], for each prompt; it is called with both orders, (j(a, b) + 1 −
+    j(b, a)) / 2, so that a position bias cancels (both_orders=False: only the given order). reward: alternatively a
+    reward, prompts, responses -> scores (a `RewardScorer`, or any such function): b wins if it scores higher; scores
+    equal to nine digits are a tie. keys: the cluster of each prompt, such as the question that it paraphrases; by
+    default the prompt's text, so that several samples of a prompt stay together. difficulty: γ of each prompt for the
+    length-controlled rate, as in `length_controlled`; omitted if no baseline with known γ exists. Intervals: cluster
+    bootstrap over keys; Wilson's, with keys as trials, for a raw rate of 0 or 1.
+    Raises ValueError if columns are empty or differ in length, unless exactly one of judge and reward is given, and if
     preferences are not N numbers in [0, 1].
     """
     columns = {"prompts": prompts, "a": a, "b": b, "keys": prompts if keys is None else keys}
@@ -82,14 +82,15 @@ def win_rates(prompts: Sequence[str], a: Sequence[str], b: Sequence[str], judge:
 def length_controlled(preferences, length_differences, difficulty=None, weights=None) -> tuple[np.ndarray, np.ndarray]:
     """Length-controlled win rates (R,) and coefficients (R, C), C = θ, φ and, with a difficulty, ψ.
 
-    P(b ≻ a) = σ(θ + ψ·γ + φ·tanh(Δ / s)), fitted by Newton's method to the preferences (cross-entropy, RIDGE / 2 times
-    the squared coefficients beside it); the rate is the mean of σ(θ + ψ·γ), as if all Δ were 0.
-    preferences: of b (N,), in [0, 1]. length_differences: Δ = length of b − length of a (N,), characters; s is their
-    standard deviation (N − 1), and the term is absent where all are equal. difficulty: γ (N,), of each prompt, known
-    from the baseline. weights: (R, N), how often each row counts in each of R fits; one fit of all rows if left out.
-    (Dubois et al. 2024, eq. 2: θ and ψ are differences to the baseline's. AlpacaEval shrinks by an L1 penalty chosen by
-    cross-validation and by rows of baselines that were told to be verbose or concise, and knows γ from all models of
-    its leaderboard. Here a policy is compared with another one, so there is none of these but a γ that is passed.)
+    P(b ≻ a) = σ(θ + ψ·γ + φ·tanh(Δ / s)), fitted to the preferences by Newton's method (cross-entropy plus RIDGE / 2
+    times the squared coefficients). The rate is the mean of σ(θ + ψ·γ), as if all Δ were 0.
+    preferences: for b (N,), in [0, 1]. length_differences: Δ = length of b − length of a (N,), characters; s is their
+    standard deviation (N − 1), and the term is absent if all are equal. difficulty: γ (N,) of each prompt, known from
+    the baseline. weights: (R, N), how often each row counts in each of R fits; by default one fit of all rows.
+    (Dubois et al. 2024, eq. 2: θ and ψ are differences to the baseline's. AlpacaEval regularises by an L1 penalty
+    chosen by cross-validation and by rows of baselines that were prompted to be verbose or concise, and estimates γ
+    from all models of its leaderboard. Here one policy is compared with another, so none of these is used, except a
+    given γ.)
     """
     preferences, lengths = np.asarray(preferences, float), np.asarray(length_differences, float)
     weights = np.ones((1, len(preferences))) if weights is None else np.asarray(weights, float)
@@ -148,7 +149,7 @@ def _fit(design: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndar
 
 
 def _by_reward(reward: Callable, prompts: list[str], a: list[str], b: list[str]) -> np.ndarray:
-    """1 where b scores more than a, ½ where equal, as `win_rate` of evaluations has it: (N,)."""
+    """1 if b scores higher than a, ½ if equal, as in `win_rate` of evaluations: (N,)."""
     scores = [np.asarray(reward(prompts, side), dtype=float) for side in (a, b)]
     for side in scores:
         if side.shape != (len(prompts),) or not np.isfinite(side).all():

@@ -1,4 +1,4 @@
-"""What is known exactly: all responses of the desk world enumerated, and what follows from that."""
+"""Exact computations: all responses of the desk world enumerated, and the quantities that follow."""
 
 from alignkit.exact.cache import cached
 from alignkit.exact.causes import Turn, turn

@@ -1,4 +1,4 @@
-"""Tables that took long to compute, kept on disk under a hash of everything they depend on."""
+"""A disk cache for tables that are slow to compute, keyed by a hash of everything they depend on."""
 
 import hashlib
 import json
@@ -16,10 +16,10 @@ VERSION = 1  # of the enumeration's order and arithmetic: part of the key of the
 
 # ---- the cache on disk
 def cached(directory: str | Path, key: object, table: Callable[[], Tensor]) -> Tensor:
-    """The table kept in `directory` under the hash of `key` (anything JSON can hold); made and kept if there is none.
+    """Return the table stored in `directory` under the hash of `key` (any JSON value); compute and store it if missing.
 
-    Written under a temporary name and then renamed: a reader never sees half a file. A file that cannot be read is made
-    again.
+    The file is written under a temporary name and then renamed, so a reader never sees half a file. An unreadable file
+    is computed again.
     """
     digest = hashlib.sha256(json.dumps([VERSION, key]).encode()).hexdigest()
     path = Path(directory) / f"{digest[:32]}.npy"

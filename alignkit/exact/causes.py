@@ -1,9 +1,9 @@
-"""The recorded causes of over-optimisation: reward models from biased or unbiased, noisy or clean labels. Notebook 07
-reads them; `python -m experiments.causes` makes `causes.json`.
+"""The recorded experiment on the causes of over-optimisation: reward models from biased or unbiased, noisy or clean
+labels. Notebook 07 reads it; `python -m experiments.causes` makes `causes.json`.
 
-The factors are *bias* (the annotator likes politeness and length, or does not) and *noise* (the default annotator's
-soft decisions and flipped labels, or almost none). Each reward model is handed to the exact optimiser of its own score,
-so that no policy's training is part of any figure.
+The factors are *bias* (whether the annotator prefers politeness and length) and *noise* (the default annotator's soft
+decisions and flipped labels, or almost none). The exact optimum of each reward model's own score is evaluated, so no
+figure depends on the training of a policy.
 """
 
 import json
@@ -16,23 +16,23 @@ import numpy as np
 from alignkit.formulas.intervals import Estimate, mean_estimate
 
 FILE = Path(__file__).with_name("causes.json")
-FAR = 6.0  # nats: the distance at which "far" is read
-AT = (1.0, 2.0)  # nats: the distances at which gold is compared with the most that any policy can have
+FAR = 6.0  # nats: the KL at which "far" is measured
+AT = (1.0, 2.0)  # nats: the KLs at which gold is compared with the maximum over all policies
 FACTORS = ("bias", "noise", "interaction")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Where gold turns along a curve. peak, far and fall in the unit of gold, peak_kl in nats."""
+    """The turning point of gold along a curve. peak, far and fall are in units of gold, peak_kl is in nats."""
 
     peak: float  # the highest gold
     peak_kl: float  # its KL
     far: float  # gold at FAR nats, or at the end of a shorter curve
-    fall: float  # from the highest gold up to FAR nats to `far`: 0 where gold has not fallen by then
+    fall: float  # highest gold up to FAR nats − `far`: 0 if gold has not fallen by then
 
 
 def turn(kl: Sequence[float], gold: Sequence[float]) -> Turn:
-    """Where gold (N,) turns along a curve of KLs (N,), nats in increasing order, with lines between the points.
+    """The turning point of gold (N,) along a curve of increasing KL (N,), nats, interpolated linearly.
 
     Raises ValueError if KL does not increase from point to point.
     """
@@ -46,13 +46,13 @@ def turn(kl: Sequence[float], gold: Sequence[float]) -> Turn:
 
 @dataclass(frozen=True)
 class Judge:
-    """One reward model and the exact optimum of its score. Gold and proxy in SFT-sd, over SFT.
+    """One reward model and the exact optimum of its score. Gold and proxy are in SFT-sd, relative to SFT.
 
     arm: its labels and their number. world: world seed. training: number of the response, label and training seed.
-    figures: "peak", "peak_kl", "far", "fall" (see `Turn`), "lost at 1" and "lost at 2" (the most gold that any policy
-    has at so many nats − gold), "proxy at 2". labels: "turned" (share of labels that are not the annotator's likelier
-    choice), "against gold" (share that prefer the response with less gold, where gold differs). gold, proxy: along the
-    record's `kl`.
+    figures: "peak", "peak_kl", "far", "fall" (see `Turn`), "lost at 1" and "lost at 2" (maximum gold of any policy at
+    that KL − gold), "proxy at 2". labels: "turned" (share of labels that contradict the annotator's likelier choice),
+    "against gold" (share that prefer the response with less gold, where gold differs). gold, proxy: along the record's
+    `kl`.
     """
 
     arm: str
@@ -68,7 +68,7 @@ class Judge:
 class Causes:
     """All recorded reward models. arms: name -> {"biased", "noisy", "pairs"}; kl: the grid of the curves, nats.
 
-    best: world -> the most gold that any policy has at each KL of the grid. command, settings, versions: what made it.
+    best: world -> the maximum gold of any policy at each KL of the grid. command, settings, versions: how it was made.
     """
 
     command: str
@@ -85,20 +85,21 @@ class Causes:
         return sorted(self.best)
 
     def select(self, arm: str) -> list[Judge]:
-        """The reward models of an arm by world, then training. Raises ValueError on another arm."""
+        """The reward models of an arm by world, then training. Raises ValueError on an unknown arm."""
         if arm not in self.arms:
             raise ValueError(f"arm is {arm!r}, expected one of {', '.join(map(repr, self.arms))}")
         return sorted((each for each in self.judges if each.arm == arm), key=lambda each: (each.world, each.training))
 
     def values(self, arm: str, figure: str) -> np.ndarray:
-        """A figure of an arm's reward models, (worlds × trainings,): the same order in every arm, so that they pair."""
+        """A figure of an arm's reward models, (worlds × trainings,), in the same order in every arm, so that arms can
+        be paired."""
         return np.array([each.figures[figure] for each in self.select(arm)])
 
     def contrast(self, factor: str, figure: str) -> np.ndarray:
-        """What a factor does to a figure in each world and training, (worlds × trainings,).
+        """Effect of a factor on a figure in each world and training, (worlds × trainings,).
 
-        "bias", "noise": with the factor − without it, mean over the levels of the other factor. "interaction": what
-        bias does where labels are noisy − what it does where they are clean. Raises ValueError on another factor.
+        "bias", "noise": with the factor − without it, mean over the levels of the other factor. "interaction": effect
+        of bias with noisy labels − effect of bias with clean labels. Raises ValueError on an unknown factor.
         """
         if factor not in FACTORS:
             raise ValueError(f"factor is {factor!r}, expected one of {', '.join(FACTORS)}")
@@ -112,7 +113,7 @@ class Causes:
 
 
 def load_causes(path: str | Path | None = None) -> Causes:
-    """The record that comes with alignkit, or the one in `path`. Raises FileNotFoundError that says how to make one."""
+    """The record shipped with alignkit, or the one in `path`. Raises FileNotFoundError that says how to make one."""
     path = FILE if path is None else Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; make it with: python -m experiments.causes --json {path}")

@@ -1,11 +1,12 @@
-"""The exact truth: a policy's probability of every response, and everything that follows from it.
+"""Exact enumeration: a policy's probability of every response, and the quantities that follow from it.
 
-Where responses are sequences of at most T phrases out of K (the desk world: K = 11, T = 4, so 16,105 responses), a
-policy can be enumerated: π(y | x) for all y, as a table `logps` (prompts, N). Beside a table of rewards (prompts, N) it
+If responses are sequences of at most T phrases out of K (the desk world: K = 11, T = 4, so 16,105 responses), a policy
+can be enumerated: π(y | x) for all y, as a table `logps` (prompts, N). Together with a table of rewards (prompts, N) it
 gives the optimum of the KL-regularised objective, its frontier, best-of-n and the policy gradient, without sampling.
-Everything is float64. The last part estimates the same from samples, for models whose responses cannot be enumerated.
+All values are float64. `exact.sampled` estimates the same from samples, for models whose responses cannot be
+enumerated.
 
-All tables are ordered as `response_space` says; rewards may have any unit, KL and log-probabilities are in nats.
+All tables have the order of `response_space`. Rewards may have any unit; KL and log-probabilities are in nats.
 """
 
 import copy
@@ -38,12 +39,13 @@ def trie_logps(policy, prompt_ids: Tensor, prompt_mask: Tensor, *, phrase_ids: S
                max_phrases: int = MAX_PHRASES, tolerance: float = 1e-4) -> Tensor:
     """log π(y | x) of every response: (prompts, N) float64 on the CPU, in the order of `response_space(K, T)`.
 
-    Level by level down the prefix tree. A prefix is computed once: its keys and values are kept, and the K phrases that
-    may follow are K queries of one row that see the prefix and themselves (a 4-D attention mask). Works for any Hugging
-    Face causal LM: where the attention does not take such a mask, or keeps another kind of cache, each context is a row
-    of its own. One path per prompt is compared with an ordinary forward pass on every call.
+    The function walks the prefix tree level by level. Each prefix is computed once: its keys and values are kept, and
+    the K phrases that may follow are K queries of one row, which attend to the prefix and to themselves (a 4-D
+    attention mask). It works for any Hugging Face causal LM: if the attention does not support such a mask, or the
+    model has another kind of cache, each context is a separate row. Every call compares one path per prompt with an
+    ordinary forward pass.
 
-    policy: a causal LM. prompt_ids, prompt_mask: (prompts, P), left-padded. phrase_ids: the K tokens that are phrases.
+    policy: a causal LM. prompt_ids, prompt_mask: (prompts, P), left-padded. phrase_ids: the token ids of the K phrases.
     Raises ValueError if the policy puts more than `tolerance` of its probability on other responses, RuntimeError if
     the enumeration does not agree with the ordinary forward pass.
     """
@@ -66,8 +68,8 @@ def response_logps(policy, tokenizer, prompts: Sequence[str | Prompt], *, max_ph
                    directory: str | Path | None = None) -> Tensor:
     """log π(y | x) of every response to desk-world prompts: (prompts, N) float64. `trie_logps` for texts.
 
-    directory: keep the table there, under a hash of the weights and the prompts, and read it back the next time.
-    Raises ValueError if `tokenizer` is not the desk world's, and as `trie_logps`.
+    directory: store the table there, under a hash of the weights and the prompts, and load it the next time. Raises
+    ValueError if `tokenizer` is not the desk world's, and as `trie_logps`.
     """
     ids, mask = encode_prompts(tokenizer, [prompt if isinstance(prompt, str) else prompt.text for prompt in prompts])
     where = {"phrase_ids": phrase_ids(tokenizer), "eos_token_id": tokenizer.eos_token_id, "max_phrases": max_phrases}
@@ -108,9 +110,9 @@ def _assemble(levels: Sequence[Tensor]) -> Tensor:
 class _Reader:
     """Calls a model and reads values from its output after each token of a prefix tree.
 
-    model: what is called (a causal LM, or a classifier's backbone). read: output → (rows, tokens, …) float64. children:
-    the tokens that may follow a prefix; the first `branches` of them have children of their own. closing: a token to
-    put after each branch of the last level. vocabulary: logits per context.
+    model: the called module (a causal LM, or a classifier's backbone). read: output → (rows, tokens, …) float64.
+    children: the tokens that may follow a prefix; the first `branches` of them have children of their own. closing: a
+    token to append after each branch of the last level. vocabulary: logits per context.
     """
 
     def __init__(self, model, read: Callable, children: Sequence[int], branches: int, closing: int | None = None,
@@ -119,9 +121,9 @@ class _Reader:
         self.children = torch.tensor(children, device=model.device)
         self.queries = max(1, min(QUERIES, LOGITS // vocabulary))
         single = model.device.type == "cpu" and model.config.dtype not in (torch.bfloat16, torch.float16)
-        self.tolerance = 1e-3 if single else 0.1  # nats, between two ways to compute the same
+        self.tolerance = 1e-3 if single else 0.1  # nats, between two ways to compute the same value
         accepted = inspect.signature(model.forward).parameters
-        self.takes_positions = "position_ids" in accepted or "args" in accepted  # a peft model takes anything
+        self.takes_positions = "position_ids" in accepted or "args" in accepted  # a peft model accepts any argument
 
     def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor, cache=None) -> tuple[Tensor, object]:
         """Values (rows, tokens, …) and the cache."""
@@ -147,7 +149,8 @@ def _policy_reader(policy, phrase_ids: Sequence[int], eos_token_id: int) -> _Rea
 
 
 def _reward_reader(model, phrase_ids: Sequence[int], eos_token_id: int) -> _Reader:
-    """Reads a classifier's score: (rows, tokens). EOS is a child without children, and follows the last phrases too."""
+    """Reads a classifier's score: (rows, tokens). EOS is a child without children, and also follows the last
+    phrases."""
 
     def read(output) -> Tensor:
         return model.score(output.last_hidden_state)[..., 0].double()
@@ -157,7 +160,7 @@ def _reward_reader(model, phrase_ids: Sequence[int], eos_token_id: int) -> _Read
 
 @dataclass
 class _Rows:
-    """Prefixes about to be continued: one row each."""
+    """Prefixes that are about to be continued: one row each."""
 
     cache: object
     past: Tensor  # (rows, L) bool: which keys in the cache are real tokens
@@ -168,12 +171,13 @@ class _Rows:
 
 def _walk(reader: _Reader, prompt_ids: Tensor, prompt_mask: Tensor, depths: int,
           shared: bool) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """Yield (depth, prompt (R,), node (R,), values (R, children, …)): what `reader` reads after each child.
+    """Yield (depth, prompt (R,), node (R,), values (R, children, …)): the values that `reader` reads after each child.
 
-    Depth 0 comes first, with one value per prompt; the children of node j of depth − 1 follow. Depth first in chunks of
-    at most reader.queries contexts, so memory does not grow with the number of prompts, and with K·T instead of K^T.
+    Depth 0 comes first, with one value per prompt; the children of node j of depth − 1 follow. The walk is depth-first
+    in chunks of at most reader.queries contexts, so memory does not grow with the number of prompts, and grows with K·T
+    instead of K^T.
     """
-    # Check the prompts, and leave out columns that are padding in all of them.
+    # Check the prompts, and drop columns that are padding in all rows.
     device = reader.model.device
     prompt_mask = prompt_mask.to(device).bool()
     if prompt_ids.shape != prompt_mask.shape or not prompt_mask[:, -1].all():
@@ -183,7 +187,7 @@ def _walk(reader: _Reader, prompt_ids: Tensor, prompt_mask: Tensor, depths: int,
     prompt_ids, prompt_mask = prompt_ids.to(device)[:, unused:], prompt_mask[:, unused:]
     positions = position_ids(prompt_mask)
 
-    # Go down: continue prefixes by all children, a chunk at a time, in the way that their cache allows.
+    # Descend: continue prefixes by all children, a chunk at a time, as the cache allows.
     def descend(rows: _Rows, depth: int):
         size = max(1, reader.queries // len(reader.children))
         for start in range(0, len(rows.node), size):
@@ -194,11 +198,11 @@ def _walk(reader: _Reader, prompt_ids: Tensor, prompt_mask: Tensor, depths: int,
         return shared and _plain(cache) and reader.model.config._attn_implementation in ("sdpa", "eager")
 
     def continue_shared(rows: _Rows, depth: int):
-        """The children of a prefix are queries of its row, each of which sees the prefix and itself."""
+        """The children of a prefix are queries of the prefix's row; each attends to the prefix and to itself."""
         count, k = len(rows.node), reader.branches
         tokens, steps = reader.children, torch.zeros_like(reader.children)
-        related = torch.eye(len(tokens), dtype=torch.bool, device=device)  # (queries, queries): who sees whom
-        if depth == depths and reader.closing is not None:  # and after each branch comes a closing token, which sees it
+        related = torch.eye(len(tokens), dtype=torch.bool, device=device)  # (queries, queries): attention mask
+        if depth == depths and reader.closing is not None:  # a closing token follows each branch and attends to it
             tokens = torch.cat([tokens, tokens.new_full((k,), reader.closing)])
             steps = torch.cat([steps, steps.new_ones(k)])
             related = torch.eye(len(tokens), dtype=torch.bool, device=device)
@@ -215,7 +219,7 @@ def _walk(reader: _Reader, prompt_ids: Tensor, prompt_mask: Tensor, depths: int,
             yield from descend(next_rows(rows, cache, k), depth + 1)
 
     def continue_apart(rows: _Rows, depth: int):
-        """Each child is a row of its own: for any attention and any cache."""
+        """Each child is a separate row: works for any attention and any cache."""
         count, width = len(rows.node), len(reader.children)
         cache = _select(rows.cache, torch.arange(count, device=device).repeat_interleave(width))
         past = torch.cat([rows.past, rows.past.new_ones(count, 1)], 1).repeat_interleave(width, 0)
@@ -232,7 +236,7 @@ def _walk(reader: _Reader, prompt_ids: Tensor, prompt_mask: Tensor, depths: int,
         return _Rows(cache, past.repeat_interleave(k, 0), (rows.position + 1).repeat_interleave(k),
                      rows.prompt.repeat_interleave(k), node)
 
-    # Start: read the prompts themselves, a chunk at a time, and go down from each chunk before the next.
+    # Start: read the prompts, a chunk at a time, and descend from each chunk before the next.
     size = max(1, reader.queries // prompt_ids.shape[1])
     for start in range(0, len(prompt_ids), size):
         rows = slice(start, start + size)
@@ -257,7 +261,7 @@ def _plain(cache) -> bool:
 
 
 def _select(cache, rows: Tensor | slice):
-    """A cache that holds these rows only; the one given stays as it is."""
+    """A cache that holds only these rows; the given cache is not changed."""
     if not _plain(cache):
         selected = copy.deepcopy(cache)
         selected.reorder_cache(rows)
@@ -275,7 +279,8 @@ def _take(rows: _Rows, part: slice) -> _Rows:
 
 
 def _shares_rows(reader: _Reader, prompt_ids: Tensor, prompt_mask: Tensor) -> bool:
-    """Whether this model takes children as queries of their prefix's row: tried on the first prompt's first levels."""
+    """Whether this model supports children as queries of their prefix's row: tested on the first levels of the first
+    prompt."""
     try:
         levels = _levels(reader, prompt_ids[:1], prompt_mask[:1], 3, True)
     except (ValueError, RuntimeError, IndexError):  # its attention takes no 4-D mask
@@ -289,7 +294,7 @@ def _path_error(reader: _Reader, prompt_ids: Tensor, prompt_mask: Tensor, levels
     size = max(1, reader.queries // (prompt_ids.shape[1] + steps))
     for start in range(0, len(prompt_ids), size):
         prompt = torch.arange(start, min(start + size, len(prompt_ids)))
-        path = (prompt[:, None] + 3 * torch.arange(steps - 1)) % k  # (prompts, T − 1): another one for each prompt
+        path = (prompt[:, None] + 3 * torch.arange(steps - 1)) % k  # (prompts, T − 1): a different path for each prompt
         ids = torch.cat([prompt_ids[prompt].to(reader.children), reader.children[path]], 1)
         mask = torch.nn.functional.pad(prompt_mask[prompt].bool(), (0, steps - 1), value=True).to(ids.device)
         values = reader(ids, mask.long(), position_ids(mask))[0][:, -steps:].cpu()
@@ -304,7 +309,7 @@ def _path_error(reader: _Reader, prompt_ids: Tensor, prompt_mask: Tensor, levels
 
 @contextmanager
 def _evaluating(model):
-    """Dropout off inside, every module's mode as it was afterwards."""
+    """Switch dropout off inside the block; restore every module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -326,9 +331,9 @@ def proxy_table(reward: Callable, prompts: Sequence[str | Prompt], responses: Re
                 directory: str | Path | None = None) -> Tensor:
     """The reward's score of every response to every desk-world prompt: (prompts, N) float64, in the reward's own units.
 
-    reward: any callable prompts, responses -> scores (N,). A `RewardScorer` whose model is causal is read at every node
-    of the prefix tree, each prefix once, and compared with its own scores of eight responses per prompt; where they
-    differ, and for any other callable, each response is scored by itself. directory: where to keep the table of a
+    reward: any callable prompts, responses -> scores (N,). A `RewardScorer` with a causal model is read at every node
+    of the prefix tree, each prefix once, and compared with its own scores of eight responses per prompt. If they
+    differ, and for any other callable, each response is scored separately. directory: where to store the table of a
     RewardScorer, as in `response_logps`.
     """
     texts = [prompt if isinstance(prompt, str) else prompt.text for prompt in prompts]

@@ -17,15 +17,16 @@ def score_gradient(policy, prompt_ids: Tensor, prompt_mask: Tensor, weights: Ten
                    eos_token_id: int, max_phrases: int = MAX_PHRASES) -> dict[str, Tensor]:
     """Σ_x Σ_y w(x, y) ∇_θ log π_θ(y | x), by parameter name, for every parameter that requires a gradient.
 
-    One backward pass through the prefix tree, whose token log-probs get the sum of the weights of all responses below
-    them. weights: (prompts, N), held constant. Any objective's exact gradient is of this form: `exact_gradient` is one.
+    It uses one backward pass through the prefix tree; each token's log-prob is weighted by the sum of the weights of
+    all responses below it. weights: (prompts, N), held constant. The exact gradient of any objective has this form;
+    `exact_gradient` is one case.
     """
     space = response_space(len(phrase_ids), max_phrases)
     if weights.shape != (len(prompt_ids), len(space)):
         raise ValueError(f"weights has shape {tuple(weights.shape)}, expected {(len(prompt_ids), len(space))} "
                          "(prompts, responses)")
-    # Weigh: sum, from the longest prefixes to the shortest, the weights of all responses below each token.
-    below = weights[:, space.level(max_phrases)]  # of each prefix: the weights of all responses that start with it
+    # Weights: sum the weights of all responses below each token, from the longest prefixes to the shortest.
+    below = weights[:, space.level(max_phrases)]  # for each prefix: the weights of all responses that begin with it
     levels: list[Tensor] = []
     for t in reversed(range(max_phrases)):
         ends, children = weights[:, space.level(t)], below.unflatten(1, (-1, space.phrases))
@@ -52,10 +53,10 @@ def score_gradient(policy, prompt_ids: Tensor, prompt_mask: Tensor, weights: Ten
 
 def exact_gradient(policy, prompt_ids: Tensor, prompt_mask: Tensor, rewards: Tensor, ref_logps: Tensor, beta: float, *,
                    phrase_ids: Sequence[int], eos_token_id: int, max_phrases: int = MAX_PHRASES) -> dict[str, Tensor]:
-    """Gradient of J = mean over prompts of E_π[r] − β KL(π ‖ π_ref), by parameter name. Nothing is sampled.
+    """Exact gradient of J = mean over prompts of E_π[r] − β KL(π ‖ π_ref), by parameter name, without sampling.
 
-    ∇J = Σ_y π(y) (r(y) − β log π(y)/π_ref(y) − b) ∇ log π(y), for any b: here the mean, which keeps the sum small.
-    rewards, ref_logps: (prompts, N). What REINFORCE, RLOO and PPO's first step estimate.
+    ∇J = Σ_y π(y) (r(y) − β log π(y)/π_ref(y) − b) ∇ log π(y), for any b; here b is the mean, which keeps the sum small.
+    rewards, ref_logps: (prompts, N). REINFORCE, RLOO and PPO's first step estimate this gradient.
     """
     same_shape("ref_logps", ref_logps, rewards=rewards)
     where = dict(phrase_ids=phrase_ids, eos_token_id=eos_token_id, max_phrases=max_phrases)

@@ -1,6 +1,7 @@
-"""Some prompts with all their responses: what SFT says, what it is worth, and what is best at each price of KL.
+"""Some prompts with all their responses: the SFT policy's probabilities, the rewards, and the optimum at each KL
+coefficient.
 
-The tables that the frontier's slider reads. Everything is exact, for the policy and the reward model that made them.
+These are the tables of the frontier's slider. All values are exact for the given policy and reward model.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from alignkit.desk.world import BEHAVIOURS, Prompt, World
 class Enumerated:
     """P prompts × N responses, in the order of `exact.response_space()`.
 
-    ref_logps (P, N): log π_ref, nats. proxy, gold (P, N): both in units of π_ref's standard deviation of each (gold is
-    centred on its mean as well). behaviour (P, N): numbers in alignkit.world.BEHAVIOURS. seed: the world's.
+    ref_logps (P, N): log π_ref, nats. proxy, gold (P, N): each in units of its standard deviation under π_ref (gold is
+    also centred on its mean). behaviour (P, N): indices into alignkit.world.BEHAVIOURS. seed: the world's.
     """
 
     seed: int
@@ -37,7 +38,7 @@ class Enumerated:
         """"beta", "kl", "proxy", "gold" of the optimum at each β, largest first, means over the prompts."""
         curve = exact.frontier(self.ref_logps, self.proxy, betas, self.gold)
         columns = {"beta": curve.beta, "kl": curve.kl, "proxy": curve.reward, "gold": curve.other}
-        return {name: values[1:-1].tolist() for name, values in columns.items()}  # without its ends, β = ∞ and 0
+        return {name: values[1:-1].tolist() for name, values in columns.items()}  # without the ends, β = ∞ and 0
 
     def optimum(self, prompt: int, beta: float) -> Tensor:
         """log π* (N,) of one prompt: π* ∝ π_ref exp(proxy / β). Raises ValueError if β is not positive."""
@@ -58,8 +59,9 @@ def enumerate_world(policy, tokenizer, scorer, world: World, prompts: Sequence[P
                     directory: str | Path | None = None) -> Enumerated:
     """Enumerate a desk-world policy and score all responses: about a second for eight prompts.
 
-    scorer: any reward, prompts, responses -> scores; a RewardScorer's are in SFT-sd already. directory: where tables
-    are kept for the next time. Raises ValueError if `prompts` is empty, and as `exact.response_logps` does.
+    scorer: any reward, prompts, responses -> scores; the scores of a RewardScorer are already in SFT-sd. directory:
+    where to store tables for the next call. Raises ValueError if `prompts` is empty, and as `exact.response_logps`
+    does.
     """
     if not prompts:
         raise ValueError("prompts is empty, expected at least one prompt of the world")
@@ -70,16 +72,16 @@ def enumerate_world(policy, tokenizer, scorer, world: World, prompts: Sequence[P
     mean = exact.expectation(ref_logps, raw).mean()
     gold = (raw - mean) / exact.expectation(ref_logps, (raw - mean).square()).mean().sqrt()
     _, first, place = np.unique(space.counts.numpy(), axis=0, return_index=True, return_inverse=True)
-    responses = [_texts()[i] for i in first]  # the order of sentences does not matter to what is done
+    responses = [_texts()[i] for i in first]  # the order of sentences does not affect the behaviour
     named = [[BEHAVIOURS.index(b) for b in world.behaviours([p.text] * len(responses), responses)] for p in prompts]
     return Enumerated(world.seed, tuple(prompts), ref_logps, proxy, gold, torch.tensor(named)[:, place.reshape(-1)])
 
 
 def at_price(frontier: Mapping[str, Sequence[float | None]], beta: float) -> dict[str, float]:
-    """Where the optimum for β is: every column of `frontier` but "beta", by a cubic in log β through the nearest four.
+    """The optimum at β: every column of `frontier` except "beta", by a cubic in log β through the nearest four points.
 
-    frontier: "beta" and columns beside it; a β of None, 0 or ∞ is left out. Exact at its β; between those of the
-    recorded sweep, 20 % apart, off by some 0.1 %. Raises ValueError outside their range.
+    frontier: "beta" and other columns; entries with β None, 0 or ∞ are ignored. Exact at its β; between those of the
+    recorded sweep, which are 20 % apart, the error is about 0.1 %. Raises ValueError outside their range.
     """
     recorded = [i for i, b in enumerate(frontier["beta"]) if b and math.isfinite(b)]
     logs = np.log([frontier["beta"][i] for i in recorded])

@@ -1,4 +1,4 @@
-"""The response space: every response of at most T phrases, and the trie that they form."""
+"""The response space: every response of at most T phrases, and its prefix tree."""
 
 import functools
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from alignkit.desk.world import MAX_PHRASES, SENTENCES
 class Responses:
     """All N = Σ_{t ≤ T} K^t responses of at most T phrases out of K, shortest first, then in lexicographic order.
 
-    Response i is also node i of the prefix tree: the responses of length t are its level t, and the children of number
-    j in a level are the numbers jK … jK + K − 1 of the next. A response shorter than T ends with EOS, one of T phrases
-    ends without.
+    Response i is also node i of the prefix tree. The responses of length t are level t, and the children of number j in
+    a level are numbers jK … jK + K − 1 of the next. A response shorter than T ends with EOS; one of T phrases has no
+    EOS.
     """
 
     phrases: int  # K
@@ -32,7 +32,7 @@ class Responses:
         return len(self.length)
 
     def level(self, length: int) -> slice:
-        """Where the responses of this length are."""
+        """The slice of the responses of this length."""
         start = sum(self.phrases**t for t in range(length))
         return slice(start, start + self.phrases**length)
 
@@ -65,9 +65,9 @@ class Responses:
         return ids, step <= self.length[:, None]
 
     def below(self, values: Tensor) -> Tensor:
-        """Sum of values (…, N) over each response and all that continue it: (…, N).
+        """Sum of values (…, N) over each response and all its continuations: (…, N).
 
-        The entry of response i is Σ_y v(y) over the y that begin with its phrases: below(π) is the probability of every
+        The entry of response i is Σ_y v(y) over all y that begin with its phrases: below(π) is the probability of every
         prefix, and below(π v) / below(π) is E_π[v | the response begins so].
         """
         if values.shape[-1] != len(self):
@@ -79,7 +79,7 @@ class Responses:
         return sums
 
     def texts(self, sentences: Sequence[str] = tuple(SENTENCES.values())) -> list[str]:
-        """The N response texts: the phrases' sentences put together."""
+        """The N response texts: the concatenated sentences of the phrases."""
         texts = [""]
         for parent, last in zip(self.parent[1:].tolist(), self.last[1:].tolist(), strict=True):
             texts.append(texts[parent] + sentences[last])
@@ -88,7 +88,7 @@ class Responses:
 
 @functools.lru_cache(maxsize=4)
 def response_space(phrases: int = len(SENTENCES), max_phrases: int = MAX_PHRASES) -> Responses:
-    """All responses of at most `max_phrases` (T) phrases out of `phrases` (K): made once, then kept.
+    """All responses of at most `max_phrases` (T) phrases out of `phrases` (K): computed once and cached.
 
     >>> [len(response_space(11, T)) for T in (1, 2, 3, 4)]
     [12, 133, 1464, 16105]

@@ -1,4 +1,4 @@
-"""The optimum and best-of-n estimated from samples, for models whose responses cannot be enumerated."""
+"""Estimates of the optimum and of best-of-n from samples, for models whose responses cannot be enumerated."""
 
 import math
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from alignkit.exact.truth import _reward_groups
 # ---- from samples, for real models
 @dataclass(frozen=True, eq=False)
 class SampledOptimum:
-    """What samples say about the optimum π*. All (prompts,)."""
+    """Estimates of the optimum π* from samples. All fields are (prompts,)."""
 
     log_z: Tensor  # log Ẑ
     reward: Tensor  # Ê[r] under π*
-    other: Tensor | None  # the same of another score
+    other: Tensor | None  # the same for another score
     kl: Tensor  # KL(π* ‖ π_ref) estimated, nats
-    ceiling: Tensor  # no estimate of the KL from these samples can be above: log N where they come from π_ref
-    effective: Tensor  # effective sample size (Σw)² / Σw²: near 1, the estimate rests on one response
+    ceiling: Tensor  # upper bound on the estimated KL: log N if the samples come from π_ref
+    effective: Tensor  # effective sample size (Σw)² / Σw²: near 1, the estimate depends on one response
 
 
 def sampled_optimum(rewards: Tensor, beta: float, *, other: Tensor | None = None, logps: Tensor | None = None,
@@ -27,9 +27,10 @@ def sampled_optimum(rewards: Tensor, beta: float, *, other: Tensor | None = None
     """The optimum π* ∝ π_ref e^{r/β} estimated from N samples per prompt, by importance weights.
 
     w_i = (π_ref/q)(y_i) e^{r_i/β};  log Ẑ = log mean w;  Ê[v] = Σ w v / Σ w;  KL̂ = Ê[r]/β − log Ẑ ≤ log N + Ê[log
-    q/π_ref]. rewards, other: (prompts, N). logps, ref_logps: (prompts, N) log-probs of the samples under the policy q
-    that drew them and under π_ref; leave both out if π_ref drew them. log Ẑ is biased low, by about 1/(2 · effective).
-    Raises ValueError if only one is given.
+    q/π_ref].
+    rewards, other: (prompts, N). logps, ref_logps: (prompts, N) log-probs of the samples under the sampling policy q
+    and under π_ref; omit both if π_ref drew the samples. log Ẑ is biased downwards by about 1/(2 · effective). Raises
+    ValueError if only one of them is given.
     """
     if (logps is None) != (ref_logps is None):
         raise ValueError("logps and ref_logps go together: give both, or neither if the reference drew the samples")
@@ -49,8 +50,8 @@ def sampled_optimum(rewards: Tensor, beta: float, *, other: Tensor | None = None
 def sampled_best_of_n(rewards: Tensor, n: int, other: Tensor | None = None) -> Tensor:
     """Mean score of best-of-n, estimated without bias from N ≥ n samples per prompt: (prompts,).
 
-    Σ_i C(i − 1, n − 1) / C(N, n) · v_(i) over the samples in order of reward: the mean over all subsets of n. Equal
-    rewards share their weight. other: the score v to average, (prompts, N); the reward itself if left out. Raises
+    Σ_i C(i − 1, n − 1) / C(N, n) · v_(i) over the samples in order of reward: the mean over all subsets of size n.
+    Equal rewards share their weight. other: the score v to average, (prompts, N); by default the reward itself. Raises
     ValueError unless 1 ≤ n ≤ N. (Nakano et al. 2021, appendix I)
     """
     count = rewards.shape[1]

@@ -1,7 +1,7 @@
-"""The recorded sweep: PPO and DPO over β and world seeds, measured exactly. Notebooks and sliders read it.
+"""The recorded sweep: PPO and DPO over β and world seeds, evaluated exactly. Notebooks and sliders read it.
 
-`python -m experiments.sweep` makes `sweep.json`. It holds the hashes of the code that made it, and a test compares them
-with the code that is here, so that a figure is never older than what it describes.
+`python -m experiments.sweep` makes `sweep.json`. The file stores hashes of the code that made it. A test compares them
+with the present code, so the figures are never older than the code that they describe.
 """
 
 import ast
@@ -14,18 +14,18 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1]
 SOURCES = ("configs.py", "data/encoding.py", "data/fitting.py", "desk", "dpo.py", "exact", "formulas", "forward",
            "models", "optim.py", "ppo.py", "reward.py", "sft.py", "task.py", "trainer.py")
-UNMEASURED = ("exact/cache.py", "exact/causes.py", "exact/sweep.py")  # they store and read figures, and make none
+UNMEASURED = ("exact/cache.py", "exact/causes.py", "exact/sweep.py")  # these store and read figures but compute none
 FILE = Path(__file__).with_name("sweep.json")
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """One run from SFT, measured on the world's held-out prompts by enumeration: no sampling error in any figure.
+    """One run from SFT, evaluated on the world's held-out prompts by enumeration: no figure has sampling error.
 
-    value: PPO's kl_coef or DPO's beta. kl, entropy: nats a response. proxy, gold: SFT-sd. optimum: proxy of the best
-    policy at this KL. share: (proxy − SFT's) / (optimum − SFT's). trained: "kl", "proxy" and "share" on prompts that
-    the run was trained on, so that what it did not optimise can be told from what it did not carry over to new
-    questions. shares: class -> behaviour -> probability.
+    value: PPO's kl_coef or DPO's beta. kl, entropy: nats per response. proxy, gold: SFT-sd. optimum: proxy of the best
+    policy at this KL. share: (proxy − SFT's) / (optimum − SFT's). trained: "kl", "proxy" and "share" on training
+    prompts, which separates incomplete optimisation from incomplete generalisation to new questions. shares: prompt
+    class -> behaviour -> probability.
     trajectory: "step", "kl", "proxy", "gold", "entropy", lists along training (iterations of PPO, optimiser steps of
     DPO). by_prompt: "kl", "proxy", "gold", lists in the order of the world's prompts.
     """
@@ -49,11 +49,11 @@ class RecordedRun:
 
 @dataclass(frozen=True)
 class RecordedWorld:
-    """What is exactly known of one seed's SFT policy and reward model on its held-out prompts.
+    """Exact quantities of one seed's SFT policy and reward model on its held-out prompts.
 
     frontier: "beta", "kl", "proxy", "gold" (gold along it); gold_frontier: "beta", "kl", "gold"; best_of_n: "n", "kl",
     "proxy", "gold": lists. sft: its "proxy", "gold", "entropy", and "shares". by_prompt: "variance" of the proxy under
-    SFT, "entropy". gold_scale: mean and sd of raw gold under SFT: gold is (raw − mean) / sd everywhere here.
+    SFT, "entropy". gold_scale: mean and sd of raw gold under SFT; every gold here is (raw − mean) / sd.
     """
 
     seed: int
@@ -71,7 +71,7 @@ class RecordedWorld:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All runs and worlds. command, versions, sources, configs: what made them."""
+    """All runs and worlds. command, versions, sources, configs: how they were made."""
 
     command: str
     versions: dict[str, str]
@@ -87,14 +87,15 @@ class Sweep:
         return sorted(self.worlds)
 
     def values(self, method: str) -> list[float]:
-        """The recorded kl_coef of "ppo" or beta of "dpo", smallest first. Raises ValueError on another method."""
+        """The recorded kl_coef of "ppo" or beta of "dpo", smallest first. Raises ValueError on an unknown method."""
         values = sorted({run.value for run in self.runs if run.method == method})
         if not values:
             raise ValueError(f"method is {method!r}, expected one of {sorted({run.method for run in self.runs})}")
         return values
 
     def select(self, method: str, value: float | None = None, seed: int | None = None) -> list[RecordedRun]:
-        """Runs of a method, of one value or all, of one seed or all; by value, then seed. Raises ValueError on none."""
+        """Runs of a method, of one value or all, of one seed or all; by value, then seed. Raises ValueError if there is
+        none."""
         chosen = [run for run in self.runs if run.method == method and value in (None, run.value)
                   and seed in (None, run.seed)]
         if not chosen:
@@ -104,7 +105,7 @@ class Sweep:
 
 
 def load_sweep(path: str | Path | None = None) -> Sweep:
-    """The sweep that comes with alignkit, or the one in `path`.
+    """The sweep shipped with alignkit, or the one in `path`.
 
     Raises FileNotFoundError that says how to make one.
     """
@@ -119,7 +120,7 @@ def load_sweep(path: str | Path | None = None) -> Sweep:
 
 
 def source_hashes(sources: Sequence[str] = SOURCES) -> dict[str, str]:
-    """Module's path in alignkit -> SHA-256 of its syntax tree: docstrings, comments and line breaks do not count."""
+    """Module path in alignkit -> SHA-256 of its syntax tree, which ignores docstrings, comments and line breaks."""
     hashes = {}
     for source in sources:
         path = PACKAGE / source

@@ -1,4 +1,5 @@
-"""What tables of all responses say: optimum, frontier, best-of-n, KL, entropy; and the part that carries the mass."""
+"""Quantities computed from tables of all responses: optimum, frontier, best-of-n, KL, entropy, and the most probable
+part."""
 
 import math
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def response_kl(logps: Tensor, ref_logps: Tensor) -> Tensor:
 def optimum(ref_logps: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """The policy that maximises E_π[r] − β KL(π ‖ π_ref): its logps (prompts, N), and log Z (prompts,).
 
-    π*(y) = π_ref(y) e^{r(y)/β} / Z,  Z = Σ_y π_ref(y) e^{r(y)/β}.  The maximum itself is J* = β log Z.
+    π*(y) = π_ref(y) e^{r(y)/β} / Z,  Z = Σ_y π_ref(y) e^{r(y)/β}.  The maximum is J* = β log Z.
     beta: β > 0, in units of reward per nat. Raises ValueError if it is not positive. (Rafailov et al. 2023, eq. 4)
     """
     same_shape("ref_logps", ref_logps, rewards=rewards)
@@ -49,13 +50,13 @@ def optimum(ref_logps: Tensor, rewards: Tensor, beta: float) -> tuple[Tensor, Te
 
 def tabular_dpo(ref_logps: Tensor, first: Tensor, second: Tensor, wins: Tensor, beta: float, *,
                 start: Tensor | None = None, loss_type: str = "sigmoid", steps: int = 500) -> Tensor:
-    """DPO where the policy is a table: log-probs (N,) that minimise the loss of M pairs of responses to one prompt.
+    """DPO with a tabular policy: log-probs (N,) that minimise the loss of M pairs of responses to one prompt.
 
     Σ_m [w_m L(first ≻ second) + (1 − w_m) L(second ≻ first)] / M, with L = `dpo_loss`, by L-BFGS in float64.
-    ref_logps: (N,). first, second: (M,) int64, which responses. wins: (M,) in [0, 1], the share of labels that prefer
-    the first: with every pair of responses and w = σ(Δr), the minimiser is the optimum π* of r. start: (N,) log-probs
-    to begin with, the reference if left out. It matters: the loss says nothing about responses that no pair names, and
-    has no minimum where a response wins (or loses) every comparison. There the answer is how far `steps` steps came.
+    ref_logps: (N,). first, second: (M,) int64, indices of responses. wins: (M,) in [0, 1], the share of labels that
+    prefer the first; with every pair of responses and w = σ(Δr), the minimiser is the optimum π* of r. start: (N,)
+    initial log-probs, by default the reference. The start matters: the loss does not constrain responses that are in no
+    pair, and has no minimum if a response wins (or loses) every comparison. In that case the result depends on `steps`.
     Raises ValueError on shapes that do not fit. (Rafailov et al. 2023, eq. 7)
     """
     if ref_logps.ndim != 1 or not first.shape == second.shape == wins.shape == (len(wins),):
@@ -64,7 +65,7 @@ def tabular_dpo(ref_logps: Tensor, first: Tensor, second: Tensor, wins: Tensor, 
     ref_logps = ref_logps.double()
     which, place, times = torch.stack([first, second]).unique(dim=1, return_inverse=True, return_counts=True)
     wins = torch.zeros(len(times), dtype=torch.float64).index_add(0, place, wins.double()) / times
-    first, second = which  # the loss is linear in the labels: a pair that was labelled often is one pair with a weight
+    first, second = which  # the loss is linear in the labels: repeated pairs become one pair with a weight
     start = ref_logps if start is None else start.double()
     moved = torch.zeros_like(start, requires_grad=True)  # β (log π − log π_start) + a constant: well scaled for any β
     references = ref_logps[first], ref_logps[second]
@@ -87,11 +88,11 @@ def tabular_dpo(ref_logps: Tensor, first: Tensor, second: Tensor, wins: Tensor, 
 
 @dataclass(frozen=True, eq=False)
 class Frontier:
-    """The best mean reward that any policy can have at each mean KL to the reference: a concave curve, one point per β.
+    """The highest mean reward of any policy at each mean KL to the reference: a concave curve, one point per β.
 
-    From the reference itself (β = ∞, first) to the policy that always gives a best response (β = 0, last), KL
-    increasing. One β for all prompts is what maximises the mean reward at a given mean KL. The slope d reward / d KL is
-    β.
+    It runs from the reference itself (β = ∞, first) to the policy that always gives a best response (β = 0, last), with
+    increasing KL. Using one β for all prompts maximises the mean reward at a given mean KL. The slope d reward / d KL
+    is β.
     """
 
     beta: Tensor  # (B,)
@@ -103,8 +104,8 @@ class Frontier:
     def reward_at(self, kl: Tensor | float) -> Tensor:
         """Reward of the frontier at these KLs (any shape): Hermite interpolation in √KL, between chord and tangents.
 
-        Exact at the points and nowhere above the true curve's tangents; beyond the last point the reward stays the last
-        one's. Raises ValueError on a negative or NaN KL.
+        Exact at the points, and never above the true curve's tangents. Beyond the last point the reward is that of the
+        last point. Raises ValueError on a negative or NaN KL.
         """
         kl = torch.as_tensor(kl, dtype=torch.float64)
         if not (kl >= 0).all():
@@ -125,7 +126,7 @@ class Frontier:
 
 
 def frontier(ref_logps: Tensor, rewards: Tensor, betas: Sequence[float], other: Tensor | None = None) -> Frontier:
-    """The reward–KL frontier over these β, with both its ends (β = ∞ and 0) put to them.
+    """The reward–KL frontier at these β, plus both ends (β = ∞ and 0).
 
     ref_logps, rewards, other: (prompts, N). Raises ValueError if a β is not positive.
     """
@@ -143,14 +144,15 @@ def frontier(ref_logps: Tensor, rewards: Tensor, betas: Sequence[float], other: 
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a policy is from the best that is possible at its own KL. All but `share` and `kl` in units of reward."""
+    """Distance of a policy from the optimum at the policy's own KL. All fields except `share` and `kl` are in units of
+    reward."""
 
     kl: float  # nats
     reward: float
     optimum: float  # reward of the exact optimum at the same KL
     reference: float  # reward of the reference
-    gap: float  # optimum − reward: 0 is perfect, and never below 0 but for sampling error
-    share: float  # (reward − reference) / (optimum − reference): 1 is perfect; NaN where the optimum gains nothing
+    gap: float  # optimum − reward: 0 is perfect; below 0 only by sampling error
+    share: float  # (reward − reference) / (optimum − reference): 1 is perfect; NaN if the optimum gains nothing
 
 
 def gap(kl: float, reward: float, frontier: Frontier) -> Gap:
@@ -162,10 +164,10 @@ def gap(kl: float, reward: float, frontier: Frontier) -> Gap:
 
 
 def best_of_n(ref_logps: Tensor, rewards: Tensor, n: float) -> Tensor:
-    """log-probs of best-of-n: draw n responses from π_ref, keep the one with the highest reward. (prompts, N).
+    """Log-probs (prompts, N) of best-of-n: draw n responses from π_ref, keep the one with the highest reward.
 
     π_n(y) = (F(r)ⁿ − F₋(r)ⁿ) · π_ref(y) / π_ref(reward = r(y)), with F(r) = π_ref(reward ≤ r) and F₋(r) = π_ref(reward
-    < r): among equal rewards the winner is drawn as π_ref draws. n ≥ 1 need not be whole. Raises ValueError if n < 1.
+    < r): ties are broken as π_ref draws. n ≥ 1 need not be an integer. Raises ValueError if n < 1.
     """
     same_shape("ref_logps", ref_logps, rewards=rewards)
     if not n >= 1:
@@ -184,14 +186,14 @@ def best_of_n(ref_logps: Tensor, rewards: Tensor, n: float) -> Tensor:
 
 
 def best_of_n_kl_bound(n: float) -> float:
-    """log n − (n − 1)/n ≥ KL(best-of-n ‖ π_ref), nats: close where no response is likely. (Beirami et al. 2025)"""
+    """log n − (n − 1)/n ≥ KL(best-of-n ‖ π_ref), nats: tight if no response is likely. (Beirami et al. 2025)"""
     return math.log(n) - (n - 1) / n
 
 
 def _reward_groups(rewards: Tensor) -> tuple[Tensor, Tensor]:
-    """Order (prompts, N) by increasing reward, and for each place in it the number of its group of equal rewards.
+    """Order (prompts, N) by increasing reward, and for each position the number of its group of equal rewards.
 
-    Equal up to rounding: 0.1 + 0.2 and 0.3 are one reward.
+    Rewards are equal up to rounding: 0.1 + 0.2 and 0.3 are one reward.
     """
     ordered, order = rewards.sort(dim=1, stable=True)
     steps = torch.zeros_like(order)
@@ -206,10 +208,10 @@ def _rounding(rewards: Tensor) -> Tensor:
 # ---- pruning
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """The likeliest responses, and exactly how much is missing. `bound` functions turn that into error bounds."""
+    """The likeliest responses, and the exact missing probability. The `…_bound` methods turn it into error bounds."""
 
     keep: Tensor  # (prompts, N) bool
-    dropped: Tensor  # (prompts,) δ: probability of what is not kept
+    dropped: Tensor  # (prompts,) δ: probability of the dropped responses
 
     def expectation_bound(self, low: float, high: float) -> Tensor:
         """|E_π[v] − Σ_kept π v / (1 − δ)| ≤ δ (high − low) for any v with values in [low, high]: (prompts,)."""
@@ -218,7 +220,8 @@ class Pruned:
     def log_z_bound(self, log_z: Tensor, beta: float, highest: float) -> Tensor:
         """log Z − log Z_kept ≤ log(1 + δ e^{r_max/β} / Z_kept) ≤ δ e^{r_max/β} / Z_kept: (prompts,), the tighter one.
 
-        log_z: log Z_kept (prompts,), the log-sum-exp over the kept responses. highest: r_max, no reward is above.
+        log_z: log Z_kept (prompts,), the log-sum-exp over the kept responses. highest: r_max, an upper bound on all
+        rewards.
         """
         return torch.nn.functional.softplus(self.dropped.log() + highest / beta - log_z)
 
@@ -226,8 +229,8 @@ class Pruned:
 def prune(logps: Tensor, mass: float = 0.999) -> Pruned:
     """Keep the fewest responses per prompt that hold at least `mass` of the probability.
 
-    Enumerating a policy is cheap; scoring 16,105 responses with a large reward model is not: score the kept ones only.
-    Raises ValueError unless 0 < mass ≤ 1.
+    Enumerating a policy is cheap, but scoring 16,105 responses with a large reward model is not: score only the kept
+    ones. Raises ValueError unless 0 < mass ≤ 1.
     """
     if not 0 < mass <= 1:
         raise ValueError(f"mass is {mass}, expected a share of the probability in (0, 1]")

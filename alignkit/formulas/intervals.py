@@ -1,8 +1,8 @@
-"""95 % intervals by paired cluster bootstrap: prompt keys are drawn again, with all their paraphrases and samples.
+"""95 % intervals by paired cluster bootstrap: whole prompt keys are resampled, with all their paraphrases and samples.
 
-Samples of one prompt, and paraphrases of one question, resemble each other; so the question (its *key*) is what is
-drawn. Every figure here is a ratio of sums over keys, Σ_k w_k a_k / Σ_k w_k b_k, so that 2,000 resamples of all figures
-are two matrix products. The same weights serve every checkpoint: differences between checkpoints are paired.
+Samples of one prompt, and paraphrases of one question, are correlated, so the bootstrap draws whole questions (*keys*).
+Every figure here is a ratio of sums over keys, Σ_k w_k a_k / Σ_k w_k b_k, so 2,000 resamples of all figures are two
+matrix products. All checkpoints share the same weights, so differences between checkpoints are paired.
 """
 
 import math
@@ -18,7 +18,7 @@ _T = (12.70620, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600, 2
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval; f"{estimate:.1%}" prints all three. low, high: None with too few keys to tell."""
+    """A value with its 95 % interval; f"{estimate:.1%}" prints all three. low, high: None if there are too few keys."""
 
     value: float
     low: float | None
@@ -41,8 +41,8 @@ class Estimate:
 class Bootstrap:
     """Resampling weights (R, K): how often each of K keys is drawn in each of R resamples, within its stratum.
 
-    strata: the stratum of each key (K,), such as its class: a set that holds fixed numbers of keys of each class is
-    drawn again with the same numbers. Weights depend on strata, resamples and seed alone.
+    strata: the stratum of each key (K,), such as its class. Each resample has the same number of keys per class as the
+    set. The weights depend only on strata, resamples and seed.
     """
 
     def __init__(self, strata, resamples: int = 2000, seed: int = 0):
@@ -56,7 +56,7 @@ class Bootstrap:
             self.weights[:, members] = rng.multinomial(len(members), even, size=resamples)
 
     def estimates(self, numerators: np.ndarray, denominators: np.ndarray) -> list[Estimate]:
-        """Estimates of M ratios Σ_k a_k / Σ_k b_k with a, b (M, K). A key with b = 0 does not belong to that ratio."""
+        """Estimates of M ratios Σ_k a_k / Σ_k b_k with a, b (M, K). A key with b = 0 does not count for that ratio."""
         draws = self._ratios(numerators, denominators)
         return [self._estimate(a.sum() / b.sum(), draw, [b])
                 for a, b, draw in zip(numerators, denominators, draws, strict=True)]
@@ -70,7 +70,7 @@ class Bootstrap:
                 for value, draw, b1, b2 in zip(values, draws, first[1], second[1], strict=True)]
 
     def estimate(self, value: float, draws: np.ndarray) -> Estimate:
-        """The interval of any figure of all keys: `value`, and what it is in each resample, draws (R,), in order."""
+        """The interval of any figure of all keys: `value`, and its values in the resamples, draws (R,), in order."""
         return self._estimate(value, np.asarray(draws), [np.ones(len(self.strata))])
 
     def _ratios(self, numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
@@ -89,7 +89,7 @@ class Bootstrap:
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, (low, high): for `successes` of `n` independent trials. (Wilson 1927)"""
+    """Wilson's 95 % interval (low, high) of a share, for `successes` in `n` independent trials. (Wilson 1927)"""
     share, z2 = successes / n, _Z**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
@@ -112,18 +112,18 @@ def mean_estimate(values: Sequence[float]) -> Estimate:
 
 
 def student_t(freedom: int) -> float:
-    """The 97.5 % point of Student's t: a table up to 10 degrees of freedom, Cornish and Fisher's expansion beyond."""
+    """The 97.5 % point of Student's t: a table up to 10 degrees of freedom, Cornish and Fisher's expansion above."""
     if freedom <= len(_T):
         return _T[freedom - 1]
     return _Z + (_Z**3 + _Z) / (4 * freedom) + (5 * _Z**5 + 16 * _Z**3 + 3 * _Z) / (96 * freedom**2)
 
 
 def vote_shares(votes: Sequence[str], names: Sequence[str]) -> dict[str, Estimate]:
-    """Share of the votes that each name got, with Wilson's 95 % interval; a "tie" is divided evenly among all names.
+    """Share of the votes for each name, with Wilson's 95 % interval; a "tie" is divided evenly among all names.
 
-    The shares sum to 1; without preference each is 1 / len(names). With ties the interval is a little wide, because a
-    divided vote varies less than a whole one. Votes count as independent: many votes on few prompts tell less than it
-    says. Low and high are None without votes. Raises ValueError on a vote for another name.
+    The shares sum to 1; with no preference each is 1 / len(names). Ties make the interval slightly too wide, because a
+    divided vote varies less than a whole one. Votes are treated as independent: with many votes on few prompts the
+    interval is too narrow. Low and high are None without votes. Raises ValueError on a vote for another name.
     """
     if unknown := sorted(set(votes) - {*names, "tie"}):
         raise ValueError(f"votes name {unknown[0]!r}, expected one of {', '.join(names)}, or 'tie'")
@@ -136,9 +136,8 @@ def vote_shares(votes: Sequence[str], names: Sequence[str]) -> dict[str, Estimat
 def _tail(keys: int, strata: int) -> float:
     """Probability to cut off at each end of the bootstrap distribution: the expanded percentile interval.
 
-    Resampling K keys in H strata gives a variance smaller by (K − H) / K, and tails of the normal rather than of
-    Student's t; Φ(−√(K / (K − H)) · t_{K−H}) corrects for both. (Hesterberg 2015, §5.3; t by Cornish and Fisher's
-    expansion)
+    Resampling K keys in H strata gives a variance smaller by (K − H) / K, and normal tails instead of Student's t;
+    Φ(−√(K / (K − H)) · t_{K−H}) corrects for both. (Hesterberg 2015, §5.3; t by Cornish and Fisher's expansion)
     """
     freedom = keys - strata
     z = _Z

@@ -1,6 +1,6 @@
 """KL(π ‖ π_ref): three estimators from samples, and the exact value from logits. All in nats per token.
 
-The samples must come from the policy that gave `logprobs`; from any other sampler all three estimate something else.
+The samples must come from the policy that gave `logprobs`; otherwise all three estimate a different quantity.
 """
 
 import torch
@@ -15,14 +15,15 @@ def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k2 = ½ (log π − log π_ref)²: never negative, low variance, biased. Shaped as the arguments. (Schulman 2020)"""
+    """k2 = ½ (log π − log π_ref)²: never negative, low variance, biased. Same shape as the arguments. (Schulman
+    2020)"""
     return 0.5 * (logprobs - ref_logprobs).square()
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """k3 = (r − 1) − log r with r = π_ref / π: unbiased, never negative. Shaped as the arguments. (Schulman 2020)
+    """k3 = (r − 1) − log r with r = π_ref / π: unbiased, never negative. Same shape as the arguments. (Schulman 2020)
 
-    Uses expm1, so that it stays non-negative when π and π_ref almost agree in float32.
+    Uses expm1, so the result stays non-negative when π and π_ref are almost equal in float32.
     """
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio

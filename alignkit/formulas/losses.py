@@ -9,7 +9,8 @@ from alignkit.formulas.kl import k1
 
 
 def same_shape(name: str, tensor: Tensor, **others: Tensor) -> None:
-    """Raise ValueError, naming the argument, if one of `others` is not of the shape of `tensor`, which is `name`."""
+    """Raise ValueError, naming the argument, if one of `others` has another shape than `tensor`, whose name is
+    `name`."""
     for other, value in others.items():
         if value.shape != tensor.shape:
             raise ValueError(
@@ -38,9 +39,9 @@ def gae(
 
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float = 0.2) -> Tensor:
-    """PPO's clipped surrogate, to minimise, per token: (B, T).
+    """PPO's clipped surrogate loss per token: (B, T).
 
-    −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A), ρ = π / π_old. (Schulman 2017, eq. 7, with the sign turned)
+    −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A), ρ = π / π_old. (Schulman 2017, eq. 7, with the sign changed to minimise)
     """
     same_shape("logprobs", logprobs, old_logprobs=old_logprobs, advantages=advantages)
     ratio = torch.exp(logprobs - old_logprobs)
@@ -48,7 +49,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
 
 
 def clipped(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float = 0.2) -> Tensor:
-    """Where `policy_loss` has no gradient: (B, T) bool. ρ > 1 + ε with A > 0, or ρ < 1 − ε with A < 0."""
+    """Tokens at which `policy_loss` has no gradient: (B, T) bool. ρ > 1 + ε with A > 0, or ρ < 1 − ε with A < 0."""
     ratio = torch.exp(logprobs - old_logprobs)
     return ((ratio > 1 + clip_range) & (advantages > 0)) | ((ratio < 1 - clip_range) & (advantages < 0))
 
@@ -66,9 +67,9 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: 
 def token_rewards(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float
 ) -> Tensor:
-    """Per-token rewards (B, T): −kl_coef · (log π − log π_ref) at each response token, the score (B,) at the last.
+    """Per-token rewards (B, T): −kl_coef · (log π − log π_ref) at each response token, plus the score (B,) at the last.
 
-    The tokens must come from the policy that gave `logprobs`. A row without response tokens gets no reward.
+    The tokens must be sampled from the policy that gave `logprobs`. A row without response tokens gets no reward.
     """
     same_shape("logprobs", logprobs, ref_logprobs=ref_logprobs, response_mask=response_mask)
     rewards = torch.where(response_mask, -kl_coef * k1(logprobs, ref_logprobs), 0.0)
@@ -82,7 +83,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, target_kl: float, responses: int, h
 
 
 def implicit_reward(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-    """β log(π / π_ref) of each response: (B,). Only differences in a prompt mean anything. (Rafailov 2023, eq. 5)"""
+    """β log(π / π_ref) of each response: (B,). Only differences within a prompt are meaningful. (Rafailov 2023,
+    eq. 5)"""
     return beta * (logps - ref_logps)
 
 
@@ -103,9 +105,9 @@ def dpo_loss(
     hinge    max(0, 1 − m)                       (SLiC; Zhao 2023)
     robust   [−(1 − ε) log σ(m) + ε log σ(−m)] / (1 − 2ε)   (Chowdhury, Kini and Natarajan 2024)
 
-    robust is unbiased: where a share ε of the labels is flipped, its mean over the flips is the sigmoid loss of the
-    right labels. cDPO's is not, and rests at log((1 − ε) / ε) instead. In exchange a robust loss can be below 0.
-    Raises ValueError on shapes that differ or an unknown loss_type.
+    robust is unbiased: if a share ε of the labels is flipped, its mean over the flips is the sigmoid loss of the
+    correct labels. cDPO is biased, and has its minimum at m = log((1 − ε) / ε). A robust loss can be negative. Raises
+    ValueError on shapes that differ or an unknown loss_type.
     """
     same_shape("policy_chosen_logps", policy_chosen_logps, policy_rejected_logps=policy_rejected_logps,
                ref_chosen_logps=ref_chosen_logps, ref_rejected_logps=ref_rejected_logps)
@@ -124,7 +126,8 @@ def dpo_loss(
 
 
 def preference_chance(difference: Tensor | float, noise: float = 0.0) -> Tensor:
-    """P(first preferred) = (1 − ε) σ(d) + ε σ(−d), d the difference of the scores, ε the share of flipped labels.
+    """P(first preferred) = (1 − ε) σ(d) + ε σ(−d), with d the difference of the scores and ε the share of flipped
+    labels.
 
     (Bradley and Terry 1952; with flips as in cDPO, Mitchell 2023)
     """
@@ -133,6 +136,7 @@ def preference_chance(difference: Tensor | float, noise: float = 0.0) -> Tensor:
 
 
 def bradley_terry_loss(difference: Tensor, wins: int, labels: int) -> Tensor:
-    """Mean loss of a reward model that says `difference`, any shape: −(w log σ(d) + (n − w) log σ(−d)) / n, nats."""
+    """Mean loss (nats) of a reward model with score differences `difference` of any shape: −(w log σ(d) + (n − w) log
+    σ(−d)) / n."""
     difference = torch.as_tensor(difference, dtype=torch.float64)
     return -(wins * F.logsigmoid(difference) + (labels - wins) * F.logsigmoid(-difference)) / labels

@@ -1,4 +1,4 @@
-"""The one door for randomness: seeded generators, seeded weights, and draws by the inverse CDF."""
+"""All randomness of alignkit: seeded generators, seeded weights, and sampling by the inverse CDF."""
 
 import contextlib
 
@@ -9,8 +9,8 @@ from torch import Tensor
 def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (B,) drawn from softmax(logits), and their log-probs (B,), nats: `(token, logprob)`.
 
-    The first token whose cumulative probability exceeds uniform (B, 1), float64 in [0, 1); logits: (B, V). A token of
-    probability 0 is never drawn. NaN or infinite logits give a log-prob that is not finite.
+    Takes the first token whose cumulative probability exceeds uniform (B, 1), float64 in [0, 1); logits: (B, V). A
+    token with probability 0 is never drawn. NaN or infinite logits give a log-prob that is not finite.
     """
     total = logits.logsumexp(-1, keepdim=True)
     cumulative = (logits - total).exp().cumsum(-1, dtype=torch.float64)
@@ -21,14 +21,15 @@ def inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def seeded_weights(seed: int):
-    """Weights that are made inside this block are fixed by the seed; the caller's random state is left as it was."""
+    """The seed determines all weights initialised inside this block; the caller's random state is not changed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
 
 def seeded(*numbers: int) -> torch.Generator:
-    """A CPU generator whose stream is fixed by the numbers, such as (seed, iteration); other numbers, other stream."""
+    """A CPU generator seeded by several numbers, such as (seed, iteration); different numbers give a different
+    stream."""
     state = 0
     for number in numbers:
         state = (state * 6364136223846793005 + int(number) + 1442695040888963407) % 2**63

@@ -1,4 +1,4 @@
-"""Per-token tensors: (B, T), aligned to the response tokens, exactly 0 where `response_mask` is False."""
+"""Per-token tensors (B, T), aligned with the response tokens and exactly 0 where `response_mask` is False."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def sequence_logps(logprobs: Tensor, response_mask: Tensor) -> Tensor:
-    """Log-probability of each response: (B,), nats; the sum of its tokens' (B, T) where response_mask (B, T)."""
+    """Log-probability of each response: (B,), nats; the sum of its token log-probs (B, T) over response_mask (B, T)."""
     return torch.where(response_mask, logprobs, 0.0).sum(-1)
 
 
@@ -34,7 +34,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Mean of values where mask is True; 0 where nothing is. Over everything, or over `dim`."""
+    """Mean of values where mask is True; 0 if the mask is empty. Over everything, or over `dim`."""
     kept = torch.where(mask, values, 0.0)
     if dim is None:
         return kept.sum() / mask.sum().clamp(min=1)
@@ -42,9 +42,10 @@ def masked_mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
 
 
 def whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Values scaled to variance 1 over the mask, and shifted to mean 0 unless shift_mean is False; 0 outside.
+    """Values scaled to variance 1 over the mask, and shifted to mean 0 unless shift_mean is False; 0 outside the mask.
 
-    (x − μ) / √(σ² + 1e-8), σ² the mean square deviation. Equal values, or a single one, become 0 rather than NaN.
+    (x − μ) / √(σ² + 1e-8), with σ² the mean squared deviation. Equal values, or a single value, become 0 instead of
+    NaN.
     """
     mean = masked_mean(values, mask)
     centred = torch.where(mask, values - mean, 0.0)

@@ -1,1 +1,1 @@
-"""What a model says: responses sampled, and responses read."""
+"""Forward passes of models: sample responses, and read existing ones."""

@@ -1,11 +1,12 @@
-"""Llama, Qwen2 and Phi read with their own weights, without what the generic forward pass repeats or throws away.
+"""Fast CPU forward passes of Llama, Qwen2 and Phi with the model's own weights, without redundant work of the generic
+pass.
 
-Padding is not read: real tokens lie one after the other, and only attention sees rows. The last layer is computed
-only where its result is wanted. A norm, a rotation and a gated product are one operation each, forward and backward.
-A decoder keeps one matrix a layer for q, k and v, and writes keys and values into place.
+Padding is skipped: real tokens are packed, and only attention separates rows. The last layer is computed only at the
+requested positions. A norm, a rotation and a gated product are one operation each, forward and backward. A decoder
+keeps one matrix per layer for q, k and v, and writes keys and values into a preallocated cache.
 
-`reader` gives None wherever this is not known to be what the model itself computes; callers then take the generic path.
-It is for a CPU: left out are a GPU, LoRA, quantised weights, dropout, scaled rotary embeddings and sliding windows.
+`reader` returns None unless the result is known to equal the model's own; callers then use the generic path. It
+supports only a CPU, without LoRA, quantised weights, dropout, scaled rotary embeddings and sliding windows.
 """
 
 import weakref
@@ -17,17 +18,17 @@ from torch import Tensor, nn
 
 from alignkit.forward.known import GATED, PARALLEL, as_complex, product_dtype, readable, rotation_order
 
-SHORT = 16  # columns: up to there plain products are faster than the fused attention
-TOLERANCE = 1e-4  # of a logit, against the model itself
+SHORT = 16  # columns: up to this number plain products are faster than the fused attention
+TOLERANCE = 1e-4  # of a logit, compared with the model itself
 _agreed: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def reader(model: nn.Module) -> "Reader | None":
-    """A Reader of this model if it is one that can be read exactly, otherwise None.
+    """A Reader of this model if it can be read exactly, otherwise None.
 
-    What the model is made of is looked at in every call (an adapter may have been added, a hook set, dropout switched
-    on). Whether the numbers agree is tried once a model: logits or scores of a small padded batch, read at once and
-    decoded, within 1e-4 of the model's own.
+    The model's structure is checked in every call (an adapter, a hook or dropout may have been added). The numbers are
+    checked once per model: logits or scores of a small padded batch, read at once and decoded, must be within 1e-4 of
+    the model's own.
     """
     if type(model) not in GATED + PARALLEL or not readable(model):
         return None
@@ -37,9 +38,9 @@ def reader(model: nn.Module) -> "Reader | None":
 
 
 class Reader:
-    """Hidden states of a Llama, Qwen2 or Phi model, of its present weights. Made by `reader`.
+    """Computes hidden states of a Llama, Qwen2 or Phi model with its current weights. Made by `reader`.
 
-    In torch.autocast the products are in its dtype; residual stream, attention and heads stay in the weights' own.
+    In torch.autocast the products use its dtype; residual stream, attention and heads stay in the dtype of the weights.
     """
 
     def __init__(self, model: nn.Module):
@@ -55,7 +56,7 @@ class Reader:
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor) -> Tensor:
         """Last hidden states (n, H) of the n positions where `wanted` (B, L) is True, row by row. Differentiable.
 
-        input_ids, attention_mask: (B, L); positions count real tokens. wanted is ignored outside the mask.
+        input_ids, attention_mask: (B, L); positions count only real tokens. wanted is ignored outside the mask.
         """
         real = attention_mask.bool()
         wanted, used = wanted & real, real.any(0)
@@ -68,7 +69,7 @@ class Reader:
             return self._read(input_ids, self._places(real, wanted), dtype, None)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """What the model's head (of words, or of a score) says of hidden states (…, H)."""
+        """Output of the model's head (LM head or score head) for hidden states (…, H)."""
         with torch.autocast("cpu", enabled=False):
             return self.head(hidden)
 
@@ -87,7 +88,7 @@ class Reader:
         asked = wanted.flatten() if whole else wanted.flatten()[packed]
         queries = wanted[:, first:].flatten()
         seen = torch.ones(length, length, dtype=torch.bool).tril()[None] & real[: 1 if whole else rows, None]
-        seen = seen | torch.eye(length, dtype=torch.bool)  # padding sees itself, so that no softmax is 0 / 0
+        seen = seen | torch.eye(length, dtype=torch.bool)  # padding attends to itself, so no softmax is 0 / 0
         mask = torch.zeros(seen.shape, dtype=self.body.embed_tokens.weight.dtype).masked_fill_(~seen, -torch.inf)
         positions = (real.long().cumsum(1) - 1).clamp(min=0).flatten()
         return _Places(
@@ -149,7 +150,7 @@ class Reader:
         dtype: torch.dtype | None,
         *linear: nn.Linear,
     ) -> tuple[Tensor, ...]:
-        """q, or k and v, or all: (rows, heads, columns, width) each."""
+        """q, or k and v, or all three: (rows, heads, columns, width) each."""
         sizes = tuple(module.out_features // self.width for module in linear)
         turned = sizes[0] + (sizes[1] if len(sizes) == 3 else 0)
         return _Heads.apply(
@@ -166,9 +167,9 @@ class Reader:
 
 
 class Decoder:
-    """Reads prompts, then a token a row at a time, with room for keys and values from the start. No gradients.
+    """Reads prompts, then one token per row at a time, with a cache of fixed size. No gradients.
 
-    prompt_ids, prompt_mask: (B, P), left-padded (each ends with a real token). room: how many tokens may follow.
+    prompt_ids, prompt_mask: (B, P), left-padded (each ends with a real token). room: maximum number of further tokens.
     logits: (B, V), of the next token.
     """
 
@@ -195,7 +196,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self, tokens: Tensor, real: Tensor) -> Tensor:
-        """Logits (B, V) after one more token (B,) a row; real (B,): False where it is padding.
+        """Logits (B, V) after one more token (B,) per row; real (B,): False at padding.
 
         Raises IndexError when the room is used up.
         """
@@ -231,16 +232,17 @@ class Decoder:
         return reader.logits(hidden)
 
     def select(self, rows: Tensor) -> None:
-        """Read on with these rows (R,) alone."""
+        """Continue with only these rows (R,)."""
         self.cache, self.mask, self.position = self.cache[:, :, rows], self.mask[rows], self.position[rows]
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the tokens of a batch are. Indices are None where they would name everything in order.
+    """Positions of the tokens of a batch. Indices are None if they would select everything in order.
 
-    packed (N,): real tokens among the B · L. wanted (n,): those wanted, among the N. queries (n,): the same, among the
-    columns from `first` on. mask (B or 1, 1, L, L): 0, or −inf where a token is not seen. rope (N, 1, width / 2).
+    packed (N,): real tokens among the B · L. wanted (n,): the wanted ones among the N. queries (n,): the same, among
+    the columns from `first` on. mask (B or 1, 1, L, L): 0, or −inf if a token is not attended to. rope (N, 1, width /
+    2).
     """
 
     rows: int
@@ -255,7 +257,7 @@ class _Places:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer's weights as the decoder needs them: q, k, v in one matrix, gate and up too, RMS norms folded in."""
+    """A layer's weights for the decoder: q, k, v in one matrix, gate and up too, RMS norms folded in."""
 
     qkv: Tensor
     qkv_bias: Tensor | None
@@ -308,15 +310,15 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, grad):
         unit, scale, weight = ctx.saved_tensors
         along = grad * unit
-        radial = torch.mv(along, weight).div_(unit.shape[-1])[:, None]  # a step along x changes nothing
+        radial = torch.mv(along, weight).div_(unit.shape[-1])[:, None]  # a step along x does not change the result
         return torch.addcmul(grad * weight, unit, radial, value=-1).mul_(scale), along.sum(0), None
 
 
 class _Heads(torch.autograd.Function):
-    """Tokens (N, H) to heads, of which the first are rotated: (rows, heads, columns, width) for each of the weights.
+    """Tokens (N, H) to heads, the first of which are rotated: (rows, heads, columns, width) for each of the weights.
 
-    place (N,): where the tokens are among rows · columns; a token stands in for what is padding, which nobody sees.
-    order: of the rotated rows of the weights, pair by pair.
+    place (N,): positions of the tokens among rows · columns; padding is filled with an arbitrary token, which nothing
+    attends to. order: of the rotated rows of the weights, pair by pair.
     """
 
     @staticmethod
@@ -348,7 +350,8 @@ class _Heads(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(q · kᵀ / √width + mask) · v for short rows, (rows, heads, columns, width): the fused kernel is slow."""
+    """softmax(q · kᵀ / √width + mask) · v for short rows, (rows, heads, columns, width), for which the fused kernel is
+    slow."""
 
     @staticmethod
     def forward(ctx, q, k, v, mask):
@@ -442,12 +445,12 @@ def _scaled(x: Tensor, eps: float) -> Tensor:
 
 
 def _sources(place: Tensor, size: int) -> Tensor:
-    """Which token stands at each of `size` positions, given where the tokens stand; 0 where none does."""
+    """Number of the token at each of `size` positions, given the positions of the tokens; 0 where there is none."""
     return place.new_zeros(size).index_copy_(0, place, torch.arange(len(place)))
 
 
 def _ordered(rows: Tensor, order: Tensor) -> Tensor:
-    """The first rows in this order, the others where they are."""
+    """The first rows in this order, the other rows unchanged."""
     return torch.cat([rows[order], rows[len(order) :]]) if len(order) else rows
 
 
@@ -459,7 +462,7 @@ def _unordered(rows: Tensor, order: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _agrees(model: nn.Module) -> bool:
-    """Whether a small batch, of which one row is padded, gives the model's own logits or scores."""
+    """Whether a small batch with one padded row gives the model's own logits or scores."""
     reader, length = Reader(model), 6
     ids = (7919 * torch.arange(2 * length) + 3).remainder(model.config.vocab_size).view(2, length)
     mask = torch.ones_like(ids, dtype=torch.bool)

@@ -1,11 +1,11 @@
-"""Tokens drawn on a GPU without waiting for Python: one step, model and draw, is captured in a CUDA graph and replayed.
+"""Sample on a GPU without waiting for Python: one step (model and draw) is captured in a CUDA graph and replayed.
 
-Nothing in the step is a number that Python knows. Column, positions, mask and uniforms are tensors, which the step
-itself advances; keys and values are written into a cache of fixed length; only every CHECK steps the host asks whether
-every row has ended. Precision is that of `forward.precision.autocast`: products in bf16 on a GPU, the rest in float32.
+No value inside the step is a Python number. Column, positions, mask and uniforms are tensors, which the step itself
+advances. Keys and values are written into a cache of fixed length. The host checks only every CHECK steps whether every
+row has ended. Precision follows `forward.precision.autocast`: products in bf16 on a GPU, the rest in float32.
 
-For Llama, Qwen2 and Phi on a GPU, if a small batch gives what the model itself gives; everything else is left to
-`sampling`'s generic loop. On a CPU the step can be run uncaptured, as the tests do.
+Supports Llama, Qwen2 and Phi on a GPU, if a small batch gives the model's own results; all other cases use the generic
+loop of `sampling`. On a CPU the step can run without capture, as in the tests.
 """
 
 import warnings
@@ -25,17 +25,17 @@ from alignkit.forward.precision import autocast
 from alignkit.forward.rollout import distinct_prompts, each_end, position_ids
 
 DEVICE = "cuda"
-SHORTEST = 16  # tokens: to capture the step for fewer costs more than it saves
+SHORTEST = 16  # tokens: for fewer, capturing the step costs more than it saves
 CHECK = 16  # steps
-WARM_UP = 3  # steps before the capture, in which kernels are chosen and workspaces made
+WARM_UP = 3  # steps before the capture, which choose kernels and allocate workspaces
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of log-probs, in units of their standard deviation
 _agreed: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def usable(policy: nn.Module, max_new_tokens: int) -> bool:
-    """Whether `Decoder` reads this policy as it reads itself: tried once a model, with a warning if it does not.
+    """Whether `Decoder` gives this policy's own results: tested once per model, with a warning if it does not.
 
-    What the model is made of is looked at in every call, as by `cpu.reader`.
+    The model's structure is checked in every call, as in `cpu.reader`.
     """
     if policy.device.type != DEVICE or max_new_tokens < SHORTEST:
         return False
@@ -47,7 +47,7 @@ def usable(policy: nn.Module, max_new_tokens: int) -> bool:
             agrees, why = error <= TOLERANCE[_precision(policy)], f"its log-probs are off by {error:.2g} deviations"
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as raised:  # what a capture that is not permitted raises
+        except RuntimeError as raised:  # raised if a capture is not permitted
             agrees, why = False, str(raised).partition("\n")[0]
         if not agrees:
             warnings.warn(f"{type(policy).__name__} is sampled without a CUDA graph: {why}", stacklevel=3)
@@ -56,10 +56,10 @@ def usable(policy: nn.Module, max_new_tokens: int) -> bool:
 
 
 class Decoder:
-    """Samples `room` tokens for each of `rows` prompts of `width` columns, with the policy's present weights.
+    """Samples `room` tokens for each of `rows` prompts of `width` columns, with the policy's current weights.
 
-    Use: `start`, then `run`. Read from it: tokens, logprobs and real (rows, room); alive (rows,): not ended yet;
-    finite: False if a logit was NaN or infinite; logits (rows, V) float32: of the next token. No gradients.
+    Usage: `start`, then `run`. Results: tokens, logprobs and real (rows, room); alive (rows,): not ended yet; finite:
+    False if a logit was NaN or infinite; logits (rows, V) float32: of the next token. No gradients.
     """
 
     @torch.no_grad()
@@ -80,7 +80,7 @@ class Decoder:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.cache = [zeros(rows, 2 * reader.groups, length, reader.width, dtype=dtype) for _ in self.layers]
-        self.mask = zeros(rows, 1, 1, length, dtype=dtype)  # 0, or −inf at what is not there
+        self.mask = zeros(rows, 1, 1, length, dtype=dtype)  # 0, or −inf at empty positions
         self.logits = zeros(rows, policy.config.vocab_size)
         self.uniform = zeros(room, rows, dtype=torch.float64)
         self.turn, self.place = zeros(1, dtype=torch.long), zeros(1, dtype=torch.long)  # columns of response and cache
@@ -92,12 +92,12 @@ class Decoder:
 
     @torch.no_grad()
     def start(self, prompt_ids: Tensor, prompt_mask: Tensor, uniform: Tensor) -> None:
-        """Read prompts (rows, width), left-padded, by the policy itself; each that occurs several times once.
+        """Read prompts (rows, width), left-padded, with the policy itself; each distinct prompt once.
 
-        uniform (room, rows): float64 in [0, 1), from which the tokens will be drawn.
+        uniform (room, rows): float64 in [0, 1), used to draw the tokens.
         """
         if self.mask.device.type == "cuda" and self.graph is None:
-            self._capture()  # the steps of its warm-up write where start writes again
+            self._capture()  # start overwrites what the warm-up steps write
         ids, mask, which = distinct_prompts(prompt_ids, prompt_mask)
         with autocast(ids.device):
             output = self.policy(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask),
@@ -114,10 +114,11 @@ class Decoder:
         self.tokens.fill_(self.pad_token_id), self.logprobs.zero_(), self.real.zero_()
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw until every row has ended: tokens, mask and log-probs (rows, T), T ≤ room the longest response."""
+        """Sample until every row has ended: tokens, mask and log-probs (rows, T), with T ≤ room the longest
+        response."""
         for turn in range(1, len(self.uniform) + 1):
             self.advance()
-            if turn % CHECK == 0 and not (self.alive.any() & self.finite):  # here alone the host waits
+            if turn % CHECK == 0 and not (self.alive.any() & self.finite):  # the host waits only here
                 break
         length = int(self.real.any(0).sum())
         return self.tokens[:, :length], self.real[:, :length], self.logprobs[:, :length]
@@ -128,7 +129,7 @@ class Decoder:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Draw a token a row from `logits`, keep it, and read it. No operation here waits for the device."""
+        """Draw one token per row from `logits`, store it, and read it. No operation here waits for the device."""
         with torch.autocast(self.mask.device.type, enabled=False):
             self._read(self._draw())
 
@@ -171,7 +172,7 @@ class Decoder:
             counter.add_(1)
 
     def _capture(self) -> None:
-        """As PyTorch's notes on CUDA graphs have it: some steps on a side stream, then the capture."""
+        """As in PyTorch's notes on CUDA graphs: some steps on a side stream, then the capture."""
         with torch.cuda.device(self.mask.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -216,7 +217,7 @@ class _Layer:
 
 
 def stacked_weights(modules: list[nn.Linear], dtype: torch.dtype) -> Linear:
-    """Stack weights and biases of linear layers that read the same input, so that one product does for all of them."""
+    """Stack weights and biases of linear layers with the same input, so that one product computes all of them."""
     weights, biases = ([getattr(module, name) for module in modules] for name in ("weight", "bias"))
     return tuple(None if parts[0] is None else torch.cat(parts).to(dtype) for parts in (weights, biases))
 
@@ -233,15 +234,16 @@ def _norm(x: Tensor, module: nn.Module) -> Tensor:
 
 
 def _precision(policy: nn.Module) -> torch.dtype:
-    """What `forward.precision.autocast` multiplies in."""
+    """The dtype in which `forward.precision.autocast` multiplies."""
     return torch.bfloat16 if policy.device.type == "cuda" else product_dtype() or torch.float32
 
 
 @torch.no_grad()
 def _error(policy: nn.Module) -> float:
-    """How far log-probs drawn step by step are from those of the model's own forward pass over the same tokens.
+    """Difference between log-probs computed step by step and those of the model's own forward pass over the same
+    tokens.
 
-    Root mean square over all words that are not impossible, in units of their standard deviation. One row is padded.
+    Root mean square over all words with non-zero probability, in units of their standard deviation. One row is padded.
     """
     device, width, room = policy.device, 6, 8
     ids = (7919 * torch.arange(2 * width) + 3).remainder(policy.config.vocab_size).view(2, width).to(device)

@@ -1,4 +1,4 @@
-"""What must hold when a policy samples and when it learns, checked while PPO runs."""
+"""Conditions that must hold when a policy samples and trains; PPO checks them while it runs."""
 
 import torch
 from torch import Tensor
@@ -10,11 +10,11 @@ from alignkit.forward.rollout import Rollout
 
 
 def check_sampler(rollout: Rollout, logprobs: Tensor, *, iteration: int = 1, bf16: bool = False) -> None:
-    """Check that the trainer gives the sampled tokens the log-probs that the sampler gave them: the ratio is 1.
+    """Check that the trainer's log-probs of the sampled tokens equal the sampler's, so that the ratio is 1.
 
-    logprobs: (B, T), the trainer's. They must agree to 1e-4 nats at every token (1e-3 after the first iteration:
-    trained weights are larger), or in bf16, where single tokens were seen 0.3 nats apart, to a root mean square of 0.1.
-    Raises InvariantError, which says why they usually do not.
+    logprobs: (B, T), the trainer's. They must agree to 1e-4 nats at every token (1e-3 after the first iteration,
+    because trained weights are larger), or in bf16, where differences of 0.3 nats occur at single tokens, to a root
+    mean square of 0.1. Raises InvariantError with the usual causes.
     """
     tolerance, where = (0.1, "root mean square") if bf16 else (1e-4 if iteration == 1 else 1e-3, "at most")
     worst = _apart(logprobs, rollout.logprobs, rollout.response_mask, bf16)
@@ -35,16 +35,17 @@ def check_first_rollout(
     kl_coef: float,
     bf16: bool = False,
 ) -> None:
-    """Check what must hold before the first step. Raises InvariantError, which says what does not hold and why usually.
+    """Check the conditions before the first step. Raises InvariantError that names the violated condition and its usual
+    causes.
 
-    `check_sampler` passes. Policy and reference agree, within the same tolerance. The KL that is logged is the KL in
-    the reward.
+    `check_sampler` passes. Policy and reference agree, within the same tolerance. The KL in the reward is the logged
+    KL.
     """
     check_sampler(rollout, logprobs, bf16=bf16)
     mask = rollout.response_mask
     tolerance, where = (0.1, "root mean square") if bf16 else (1e-4, "at most")
 
-    # The policy is the reference: KL is 0.
+    # The policy equals the reference: KL is 0.
     gap = _apart(logprobs, ref_logprobs, mask, bf16)
     if not gap <= tolerance:
         raise InvariantError(
@@ -52,7 +53,7 @@ def check_first_rollout(
             "reference is not the policy that training starts from: check which checkpoint, and whether an adapter is "
             "switched off"
         )
-    # What the rewards of a response lack to its score is the KL that is logged, at its price.
+    # The score minus the sum of the rewards is kl_coef times the logged KL.
     if rewards is not None:
         charged = (scores - rewards.sum(1))[mask.any(1)]
         logged = kl_coef * torch.where(mask, k1(logprobs, ref_logprobs), 0.0).sum(1)[mask.any(1)]
@@ -61,6 +62,6 @@ def check_first_rollout(
 
 
 def _apart(one: Tensor, other: Tensor, mask: Tensor, mean: bool) -> float:
-    """How far two log-probs (B, T) are apart on the masked tokens: root mean square, or the largest gap."""
+    """Difference between two log-probs (B, T) on the masked tokens: root mean square, or the largest gap."""
     squares = torch.where(mask, k1(one, other), 0.0).square()
     return float((masked_mean(squares, mask) if mean else squares.max()).sqrt())

@@ -1,4 +1,4 @@
-"""Which models the fast paths may read, and what the CPU's and the GPU's share."""
+"""The models that the fast paths support, and functions that the CPU and GPU paths share."""
 
 import functools
 
@@ -22,7 +22,8 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def spread(packed: Tensor, mask: Tensor) -> Tensor:
-    """What was read where mask (B, T) is True, (n, …) row by row, in its place: (B, T, …), 0 elsewhere."""
+    """Values (n, …) of the positions where mask (B, T) is True, row by row, put in their places: (B, T, …), 0
+    elsewhere."""
     if mask.all():
         return packed.view(*mask.shape, *packed.shape[1:])
     place = mask.flatten().nonzero().squeeze(1)
@@ -34,25 +35,25 @@ def spread(packed: Tensor, mask: Tensor) -> Tensor:
 
 
 def as_complex(heads: Tensor) -> Tensor:
-    """(…, width) as (…, width / 2) complex numbers, the same memory."""
+    """(…, width) viewed as (…, width / 2) complex numbers in the same memory."""
     return torch.view_as_complex(heads.unflatten(-1, (-1, 2)))
 
 
 @functools.lru_cache
 def rotation_order(heads: int, width: int, turned: int, device: torch.device) -> Tensor:
-    """The rows of q and k, head by head, with the dimensions that are rotated together side by side."""
+    """The rows of q and k, head by head, with dimensions that are rotated together next to each other."""
     pairs = torch.arange(turned, device=device).view(2, -1).t().flatten()
     within = torch.cat([pairs, torch.arange(turned, width, device=device)])
     return (torch.arange(heads, device=device).unsqueeze(1) * width + within).flatten()
 
 
 def product_dtype() -> torch.dtype | None:
-    """The dtype in which a CPU multiplies in the torch.autocast that is on; None if none is."""
+    """The dtype of CPU products in the current torch.autocast; None if it is off."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
 def readable(model: nn.Module, device: str = "cpu") -> bool:
-    """Whether the model is made of nothing but what is written out here, on this kind of device."""
+    """Whether the model consists only of supported modules, on this kind of device."""
     config, attention = model.config, model.model.layers[0].self_attn
     rope = getattr(config, "rope_parameters", None) or {}
     supported = (
@@ -69,10 +70,10 @@ def readable(model: nn.Module, device: str = "cpu") -> bool:
 
 
 def _ordinary(module: nn.Module, device: str) -> bool:
-    """Whether a module is one of torch's or transformers' own, unhooked, with float32 weights on this device."""
+    """Whether a module is one of torch's or transformers' own, without hooks, with float32 weights on this device."""
     attributes = vars(module)
     if "forward" in attributes or any(attributes[hooks] for hooks in HOOKS) or attributes.get("gradient_checkpointing"):
-        return False  # someone watches it, or changes what it does
+        return False  # a hook observes or changes it
     if not type(module).__module__.startswith(
         ("torch.nn.modules.", "transformers.models.", "transformers.activations")
     ):

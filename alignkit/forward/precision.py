@@ -1,4 +1,4 @@
-"""The one rule of precision, and layers that are computed again in the backward pass."""
+"""The precision rule, and layers that are recomputed in the backward pass."""
 
 import contextlib
 import functools
@@ -10,9 +10,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def autocast(device: torch.device, precision: str = "fp32"):
-    """The one rule of precision that sampling, scoring and training share.
+    """The precision rule shared by sampling, scoring and training.
 
-    bf16 autocast on a GPU; on a CPU if precision is "bf16", otherwise what is on already.
+    bf16 autocast on a GPU; on a CPU if precision is "bf16", otherwise the current autocast state.
     """
     kind = torch.device(device).type
     if kind == "cuda" or (kind == "cpu" and precision == "bf16"):
@@ -22,9 +22,9 @@ def autocast(device: torch.device, precision: str = "fp32"):
 
 @contextlib.contextmanager
 def checkpointed(model: nn.Module, wanted: bool = True):
-    """In it, if `wanted`, the model's layers keep their inputs alone and are computed again in the backward pass.
+    """If `wanted`, the model's layers store only their inputs inside the block and are recomputed in the backward pass.
 
-    The layers that transformers would checkpoint are, but in any mode: train mode would switch dropout on.
+    The same layers as in transformers' gradient checkpointing, but in any mode: train mode would switch dropout on.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)] if wanted else []
     own = [vars(layer).get("forward") for layer in layers]

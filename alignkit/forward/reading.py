@@ -1,4 +1,4 @@
-"""The one door for reading: log-probs, entropy, hidden states and values of given responses."""
+"""All forward passes over given responses: log-probs, entropy, hidden states and values."""
 
 import inspect
 import weakref
@@ -19,14 +19,14 @@ from alignkit.models.heads import SharedCritic, body, score_head
 
 
 def response_logps(policy: nn.Module, responses: Rollout) -> Tensor:
-    """log π(response | prompt) (B,), nats a response. Differentiable."""
+    """log π(response | prompt) (B,), nats per response. Differentiable."""
     return sequence_logps(response_logprobs(policy, responses), responses.response_mask)
 
 
 def token_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, keep: int) -> Tensor:
-    """What a sequence classifier's head says at each of the last `keep` positions: (B, keep), float32.
+    """Output of a sequence classifier's head at each of the last `keep` positions: (B, keep), float32.
 
-    At padding it means nothing.
+    Values at padding positions are meaningless.
     """
     head, reader = score_head(model), cpu.reader(model.policy if isinstance(model, SharedCritic) else model)
     if reader is not None:
@@ -40,14 +40,14 @@ def token_values(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, ke
     return head(hidden[:, -keep:]).squeeze(-1).float()
 
 
-MOST_LOGITS = 2**28  # elements, 1 GiB in float32: what would be more is computed in parts, and again in backward
+MOST_LOGITS = 2**28  # elements, 1 GiB in float32; more logits are computed in parts, and again in backward
 _linear: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def response_logits(policy: nn.Module, rollout: Rollout, temperature: float = 1.0) -> Tensor:
     """Logits (B, T, V), divided by `temperature`, that predict each response token. Differentiable.
 
-    Outside the response they mean nothing.
+    Values outside the response are meaningless.
     """
     return _response(policy, rollout, temperature, False)[0]
 
@@ -55,16 +55,16 @@ def response_logits(policy: nn.Module, rollout: Rollout, temperature: float = 1.
 def response_logprobs(policy: nn.Module, rollout: Rollout, temperature: float = 1.0) -> Tensor:
     """Log-prob (B, T), nats, of each response token at `temperature`; 0 outside the response. Differentiable.
 
-    `token_logprobs` of `response_logits`, which are not held all at once if they are more than MOST_LOGITS.
+    The same as `token_logprobs` of `response_logits`, but if there are more than MOST_LOGITS logits, they are not
+    stored all at once.
     """
     return read_responses(policy, rollout, temperature)[0]
 
 
 def read_responses(policy: nn.Module, rollout: Rollout, temperature: float = 1.0, *, with_entropy: bool = False,
                    with_states: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`response_logprobs`, and from the same forward pass, where asked for, the entropies (B, T) of the next-token
-    distributions, nats, 0 outside the response, and the last hidden states (B, T, H), which mean nothing there.
-    """
+    """`response_logprobs` and, from the same forward pass and on request, the entropies (B, T) of the next-token
+    distributions, nats, 0 outside the response, and the last hidden states (B, T, H), which are meaningless there."""
     mask, tokens, packed = rollout.response_mask, rollout.response_ids, None
     if mask.numel() * getattr(policy.config, "vocab_size", 0) > MOST_LOGITS:
         packed = _packed(policy, rollout)
@@ -83,7 +83,7 @@ def read_responses(policy: nn.Module, rollout: Rollout, temperature: float = 1.0
 
 def _in_parts(head: Callable, states: Tensor, tokens: Tensor, size: int, temperature: float, with_entropy: bool
               ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs (n,) of tokens (n,), and entropies, from hidden states (n, H): logits of `size` at a time, not kept."""
+    """Log-probs (n,) of tokens (n,), and entropies, from hidden states (n, H): `size` logits at a time, not stored."""
     def read(states: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
         logits = head(states)
         logits = logits if temperature == 1.0 else logits / temperature
@@ -96,9 +96,9 @@ def _in_parts(head: Callable, states: Tensor, tokens: Tensor, size: int, tempera
 
 
 def _packed(policy: nn.Module, rollout: Rollout) -> tuple[Callable, Tensor] | None:
-    """The head, and the last hidden states (n, H) that it reads for the response's tokens, row by row.
+    """The head, and the last hidden states (n, H) that it reads for the response tokens, row by row.
 
-    None if the policy's logits are not known to be what a linear head says of them, which is tried once a model.
+    None if the policy's logits are not known to be a linear head's output; this is tested once per model.
     """
     ids, mask = full_ids(rollout)
     reader = cpu.reader(policy)
@@ -121,11 +121,12 @@ def _packed(policy: nn.Module, rollout: Rollout) -> tuple[Callable, Tensor] | No
 
 
 def _read(policy: nn.Module, ids: Tensor, mask: Tensor, keep: int) -> tuple[Tensor, Tensor | None]:
-    """Logits at the last `keep` positions (0: at all), and the last hidden states (B, L, H), by one forward pass.
+    """Logits at the last `keep` positions (0: all positions), and the last hidden states (B, L, H), by one forward
+    pass.
 
-    The states are None if the model makes its logits without calling its own body, as OPT does.
+    The states are None if the model computes its logits without calling its own body, as OPT does.
     """
-    if type(_base(policy)) not in GATED + PARALLEL:  # of these it is known
+    if type(_base(policy)) not in GATED + PARALLEL:  # known for these models
         judged(policy, cache=False)
     states = []
     hook = body(_base(policy)).register_forward_hook(lambda module, inputs, output: states.append(output[0]))
@@ -139,7 +140,7 @@ def _read(policy: nn.Module, ids: Tensor, mask: Tensor, keep: int) -> tuple[Tens
 
 
 def _response(policy: nn.Module, rollout: Rollout, temperature: float, states: bool) -> tuple[Tensor, Tensor | None]:
-    """`response_logits`, and, if asked for, the last hidden states (B, T, H) that they were read from."""
+    """`response_logits`, and on request the last hidden states (B, T, H) from which they were computed."""
     ids, mask = full_ids(rollout)
     length = rollout.response_ids.shape[1]
     reader = cpu.reader(policy)
@@ -159,10 +160,10 @@ def _response(policy: nn.Module, rollout: Rollout, temperature: float, states: b
 
 
 def last_logits(policy: nn.Module, keep: int) -> dict[str, int]:
-    """`logits_to_keep`, for models that can leave out the head at the other positions."""
+    """`logits_to_keep`, for models that can skip the head at the other positions."""
     return {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(_base(policy).forward).parameters else {}
 
 
 def _base(policy: nn.Module) -> nn.Module:
-    """The model in which an adapter is, or the model."""
+    """The model inside an adapter, or the model itself."""
     return policy.get_base_model() if hasattr(policy, "get_base_model") else policy

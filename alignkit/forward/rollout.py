@@ -1,4 +1,4 @@
-"""B prompts with a response each, as padded tensors; made from texts or ids, cut into parts, decoded."""
+"""B prompts with one response each, as padded tensors; made from texts or ids, split into parts, decoded."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -12,12 +12,12 @@ from alignkit.data.ends import end_after
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions (B, L) that count real tokens only, so that left padding changes nothing."""
+    """Positions (B, L) that count only real tokens, so left padding does not change the result."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def distinct_prompts(prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and mask (N, P) of the prompts that are there, each once, and which of them each row (B,) is."""
+    """Ids and mask (N, P) of the distinct prompts, and for each row (B,) the number of its prompt."""
     both, which = torch.unique(torch.cat([prompt_ids, prompt_mask.long()], 1), dim=0, return_inverse=True)
     ids, mask = both.chunk(2, 1)
     return ids, mask.bool(), which
@@ -25,11 +25,11 @@ def distinct_prompts(prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, T
 
 @dataclass(frozen=True)
 class Rollout:
-    """B prompts with a response each.
+    """B prompts with one response each.
 
     prompt_ids (B, P): left-padded. prompt_mask (B, P): True at real tokens. response_ids (B, T): right-padded, EOS
     included. response_mask (B, T): True at response tokens. logprobs (B, T): the sampler's, nats, 0 outside the mask.
-    finished (B,): True where the response ended with EOS, or another of its ends, rather than at the limit.
+    finished (B,): True if the response ended with EOS or another end token, False if it reached the limit.
     """
 
     prompt_ids: Tensor
@@ -63,8 +63,8 @@ def right_pad(sequences: list[list[int]], pad_token_id: int) -> tuple[Tensor, Te
 
 
 def encode_prompts(tokenizer, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Token ids (B, P), left-padded, and mask (B, P) of prompt texts. Special tokens written in a prompt stay text
-    (in a `ChatText`, which a chat template wrote, they are real).
+    """Token ids (B, P), left-padded, and mask (B, P) of prompt texts. Special tokens written in a prompt stay text (in
+    a `ChatText`, which a chat template rendered, they are real).
 
     Raises ValueError, naming the row, if a prompt has no tokens.
     """
@@ -76,14 +76,14 @@ def encode_prompts(tokenizer, prompts: list[str]) -> tuple[Tensor, Tensor]:
 
 
 def full_ids(rollout: Rollout) -> tuple[Tensor, Tensor]:
-    """Prompt and response in a row, without the last token, which predicts nothing: ids and mask (B, P + T − 1)."""
+    """Prompt and response concatenated, without the last token, which predicts nothing: ids and mask (B, P + T − 1)."""
     return (torch.cat([rollout.prompt_ids, rollout.response_ids[:, :-1]], 1),
             torch.cat([rollout.prompt_mask, rollout.response_mask[:, :-1]], 1))
 
 
 def rollout_from_ids(prompts: list[list[int]], responses: list[list[int]], *, eos_token_id: int | Collection[int],
                      pad_token_id: int, device="cpu") -> Rollout:
-    """A Rollout of given token ids (EOS is theirs to contain), with logprobs 0: to score text that was not sampled.
+    """A Rollout of given token ids, with logprobs 0, for scoring text that was not sampled. The ids may contain EOS.
 
     eos_token_id: the id that ends a response, or several (`end_ids`).
     """
@@ -96,8 +96,8 @@ def rollout_from_ids(prompts: list[list[int]], responses: list[list[int]], *, eo
 
 
 def encode_rows(tokenizer, rows: list[dict], column: str, max_new_tokens: int) -> Rollout:
-    """Rows with `prompt` and `column` (texts) as a Rollout; its end (`end_after`) follows a response if max_new_tokens
-    leave room."""
+    """A Rollout of rows with `prompt` and `column` (texts); the end token (`end_after`) is appended to a response that
+    is shorter than max_new_tokens."""
     pairs = encode_pairs(tokenizer, [row["prompt"] for row in rows], [row[column] for row in rows])[0]
     ends = [end_after(tokenizer, row["prompt"]) for row in rows]
     prompts = [prompt for prompt, _ in pairs]
@@ -113,10 +113,10 @@ def each_end(eos_token_id: int | Collection[int] | None) -> tuple[int, ...]:
 
 
 def passes(rollout: Rollout, most: int | None, rows: int) -> list[tuple[slice | Tensor, Rollout]]:
-    """Split a rollout into parts that fit one forward pass; each with the rows of the rollout that it holds.
+    """Split a rollout into parts that fit one forward pass; each part comes with its row numbers in the rollout.
 
-    most: the most tokens, padding included, of a part: rows of like length then make a part, without columns in which
-    all of them are padding. None makes parts of `rows` rows, in their order.
+    most: maximum number of tokens of a part, padding included. Rows of similar length form a part, without columns that
+    are padding in all of its rows. None makes parts of `rows` rows, in their order.
     """
     if most is None:
         slices = [slice(start, start + rows) for start in range(0, len(rollout), rows)]
@@ -126,9 +126,10 @@ def passes(rollout: Rollout, most: int | None, rows: int) -> list[tuple[slice | 
 
 
 def groups(prompt_tokens: Tensor, response_tokens: Tensor, most: int) -> list[Tensor]:
-    """Rows of like length, of which a forward pass reads at most `most` tokens, padding included.
+    """Groups of rows of similar length; a forward pass over one group reads at most `most` tokens, padding included.
 
-    prompt_tokens, response_tokens: (B,), how many there are. A row that has more is a group of its own.
+    prompt_tokens, response_tokens: (B,), the numbers of tokens. A row with more than `most` tokens is a group of its
+    own.
     """
     lengths = torch.stack([prompt_tokens, response_tokens], 1).tolist()
     parts, widest = [], (0, 0)
@@ -144,7 +145,7 @@ def groups(prompt_tokens: Tensor, response_tokens: Tensor, most: int) -> list[Te
 
 
 def trimmed(rollout: Rollout) -> Rollout:
-    """The same rows without columns that are padding in all of them; one column of the response is left at least."""
+    """The same rows without columns that are padding in all of them; at least one column of the response is kept."""
     prompt, response = rollout.prompt_mask.any(0), rollout.response_mask.any(0)
     response[0] = True
     return Rollout(rollout.prompt_ids[:, prompt], rollout.prompt_mask[:, prompt], rollout.response_ids[:, response],
@@ -157,8 +158,8 @@ def to_device(rollout: Rollout, device) -> Rollout:
 
 
 def token_ids(rollout: Rollout) -> dict[str, list[list[int]]]:
-    """The token ids of prompts and responses, without padding, as plain lists: for a record of what a step was made on.
-    """
+    """The token ids of prompts and responses, without padding, as plain lists: for a record of a training step's
+    data."""
     sides = {"prompts": (rollout.prompt_ids, rollout.prompt_mask),
              "responses": (rollout.response_ids, rollout.response_mask)}
     return {name: [row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)]
@@ -166,8 +167,8 @@ def token_ids(rollout: Rollout) -> dict[str, list[list[int]]]:
 
 
 def decode_responses(tokenizer, rollout: Rollout) -> list[str]:
-    """The response texts, without their ends and padding: `encode_pair` of prompt and text gives the same ids, where
-    they are what the tokenizer makes of that text."""
+    """The response texts, without end tokens and padding: `encode_pair` of prompt and text gives the same ids, if the
+    tokenizer itself produces them for that text."""
     columns = (rollout.prompt_ids[:, -1], rollout.response_ids, rollout.response_mask, rollout.finished)
     rows = []
     for before, ids, mask, finished in zip(*(column.tolist() for column in columns), strict=True):

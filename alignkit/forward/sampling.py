@@ -1,7 +1,7 @@
-"""Rollouts: sample responses with a KV cache, and read the logits of responses that are there already.
+"""Rollouts: sample responses with a KV cache, using the caller's generator.
 
-This is the one door for randomness: what is sampled comes from the generator that the caller passes, and from the full
-softmax at `temperature`. There is no top-k or top-p, so that what is sampled is what is scored.
+All sampling happens here. Samples come from the generator that the caller passes, and from the full softmax at
+`temperature`. There is no top-k or top-p, so sampling and scoring use the same distribution.
 """
 
 from collections.abc import Collection
@@ -35,9 +35,9 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
            temperature: float = 1.0) -> Rollout:
     """One response for each prompt row, sampled by inverse CDF from softmax(logits / temperature).
 
-    eos_token_id: what ends a response, one id or several (`alignkit.data.ends.end_ids`).
-    generator: on the CPU; one uniform number a row and a position is drawn from it, so results do not depend on the
-    device. On a GPU longer responses are drawn by `alignkit.forward.cuda_graph`, where it reads the policy.
+    eos_token_id: the id that ends a response, or several (`alignkit.data.ends.end_ids`).
+    generator: on the CPU; it draws one uniform number per row and position, so results do not depend on the device. On
+    a GPU, `alignkit.forward.cuda_graph` samples longer responses if it supports the policy.
     Raises ValueError if prompt and response do not fit the model's context, NonFinite on NaN logits.
     """
     limit = context_length(policy)
@@ -55,7 +55,7 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
                                 pad_token_id=pad_token_id, temperature=temperature)
     decoder, logits = decoder_after_prompts(policy, prompt_ids, prompt_mask, max_new_tokens - 1)
     alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
-    rows = torch.arange(len(prompt_ids), device=device)  # those that the model still reads
+    rows = torch.arange(len(prompt_ids), device=device)  # rows that have not ended yet
     padding, nothing = torch.full_like(rows, pad_token_id), torch.zeros(len(prompt_ids), device=device)
     tokens, masks, logprobs = [], [], []
     while True:
@@ -70,7 +70,7 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
         if len(tokens) == max_new_tokens or not alive.any():
             break
         going = alive[rows]
-        if 2 * going.sum() <= len(rows) and decoder.selectable:  # half of the rows have ended: they are read no longer
+        if 2 * going.sum() <= len(rows) and decoder.selectable:  # half of the rows have ended: drop them
             rows = rows[going]
             decoder.select(going.nonzero().squeeze(1))
         logits = decoder.step(tokens[-1][rows], masks[-1][rows])
@@ -82,7 +82,7 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
 def decoder_after_prompts(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, room: int) -> tuple:
     """Make a decoder that has read the prompts; returns it with the logits (B, V) of the next token.
 
-    A prompt that occurs several times is read once, if prompts occur twice or more on average.
+    If prompts occur twice or more on average, each distinct prompt is read only once.
     """
     reader = cpu.reader(policy)
 
@@ -108,13 +108,13 @@ def _sample_by_graph(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor,
     tokens, mask, logprobs = decoder.run()
     if not decoder.finite:
         raise NonFinite(DIVERGED)
-    generator.set_state(state)  # it has then given as many numbers as when they are drawn one position at a time
+    generator.set_state(state)  # the generator has then advanced as far as with one draw per position
     torch.rand(tokens.shape[1], rows, generator=generator, dtype=torch.float64)
     return Rollout(prompt_ids, prompt_mask, tokens, mask, logprobs, ~decoder.alive)
 
 
 class _Decoder:
-    """Any Hugging Face causal LM, a token at a time, with its own cache. logits: (B, V), of the next token."""
+    """Any Hugging Face causal LM, one token at a time, with its own cache. logits: (B, V), of the next token."""
 
     def __init__(self, policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor):
         judged(policy)
@@ -129,7 +129,7 @@ class _Decoder:
         return output.logits[:, -1]
 
     def step(self, tokens: Tensor, real: Tensor) -> Tensor:
-        """Logits (B, V) after one more token (B,) a row; real (B,): False where it is padding."""
+        """Logits (B, V) after one more token (B,) per row; real (B,): False at padding."""
         self.mask = torch.cat([self.mask, real[:, None]], 1)
         self.positions = self.positions[:, -1:] + 1
         return self._read(tokens[:, None])
@@ -139,7 +139,7 @@ class _Decoder:
         return _selectable(self.cache)
 
     def select(self, rows: Tensor) -> None:
-        """Read on with these rows (R,) alone."""
+        """Continue with only these rows (R,)."""
         self.mask, self.positions = self.mask[rows], self.positions[rows]
         self.cache.batch_select_indices(rows)
 
@@ -155,7 +155,7 @@ def generate_texts(
     temperature: float = 1.0,
     batch_size: int = 256,
 ) -> list[list[str]]:
-    """`samples` response texts for each prompt text. The same seed gives the same responses for the same batch size."""
+    """`samples` response texts for each prompt text. The same seed and batch size give the same responses."""
     texts = []
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     for start in range(0, len(repeated), batch_size):
@@ -174,5 +174,5 @@ def _inverse_cdf(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _selectable(cache) -> bool:
-    """Whether rows can be taken out of the cache: all that the model remembers is keys and values, a row a response."""
+    """Whether rows can be removed from the cache: its whole state is keys and values, with one row per response."""
     return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)

@@ -1,4 +1,4 @@
-"""Between a policy and its reward: what a reward can read, the ids that it reads, and what it may return."""
+"""Checks between a policy and its reward: what a reward can read, the ids that it reads, and its return values."""
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -17,7 +17,8 @@ from alignkit.models.loading import same_vocabulary
 
 
 def as_scores(returned, number: int) -> Tensor:
-    """What a reward returned as scores (number,), float32. Raises ValueError, saying what came, on anything else."""
+    """The reward's return value as scores (number,), float32. Raises ValueError, naming the actual value, on anything
+    else."""
     expected = f"expected {number} numbers, one score a response"
     values = returned
     if isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Tensor | Iterable | int | float):
@@ -39,12 +40,12 @@ def as_scores(returned, number: int) -> Tensor:
 
 
 def check_reward_reads(reward, tokenizer, prompts: Sequence[str]) -> None:
-    """Check that a reward model understands conversations that the policy's chat template wrote (`ChatText`).
+    """Check that a reward model can read conversations rendered by the policy's chat template (`ChatText`).
 
-    One with a chat template of its own renders their messages with that (`in_own_template`); whether it can is tried
-    on the first hundred. Where the messages are not known, it reads what the policy's template wrote. Raises ValueError
-    if its template refuses them, or if its tokenizer does not know a special token in what it reads, which it would
-    read letter by letter. Warns if it knows them all and yet has a template of its own that differs.
+    A reward model with its own chat template renders the messages with that (`in_own_template`); this is tested on the
+    first hundred prompts. If the messages are unknown, it reads the text of the policy's template. Raises ValueError if
+    its template refuses them, or if its tokenizer lacks a special token in the text, which it would split into letters.
+    Warns if the tokenizer has all of them but a different template.
     """
     other = getattr(reward, "tokenizer", None)
     chats = [prompt for prompt in prompts if isinstance(prompt, ChatText)]
@@ -67,11 +68,11 @@ def check_reward_reads(reward, tokenizer, prompts: Sequence[str]) -> None:
 
 
 def check_reward_ids(rollout: Rollout, tokenizer, reward, prompts: Sequence[str], responses: Sequence[str]) -> None:
-    """Check that a reward model reads of each response the ids that the policy wrote, and one end of a reply.
+    """Check that, for each response, a reward model reads the same ids as the policy sampled, plus one end token.
 
-    Nothing is checked of a reward without a tokenizer or with another vocabulary. What a policy writes in unusual
-    pieces, which no text is encoded to, is read as the text is, as in training; a conversation that the reward model
-    renders with its own template, as that writes it. Raises InvariantError that shows both.
+    Nothing is checked for a reward without a tokenizer or with another vocabulary. If a policy samples an unusual
+    tokenisation, the reward model reads the tokenisation of the text, as in training; a conversation that it renders
+    with its own template is read as that template writes it. Raises InvariantError that shows both.
     """
     if not hasattr(reward, "ids") or not same_vocabulary(tokenizer, reward.tokenizer):
         return
@@ -102,7 +103,7 @@ def check_room(policy, tokenizer, prompts: Sequence[str], max_new_tokens: int) -
 
 
 def check_lengths(policy, lengths: Tensor) -> None:
-    """Raise ValueError if one of these numbers of tokens (N,), of prompt and response, is more than the context."""
+    """Raise ValueError if one of these numbers of tokens (N,), prompt plus response, exceeds the context."""
     limit, longest = context_length(policy), int(lengths.max())
     if limit is not None and longest > limit:
         raise ValueError(f"{int((lengths > limit).sum())} of {len(lengths)} prompts do not fit with their response in "

@@ -1,1 +1,1 @@
-"""The command, and notebooks as jobs."""
+"""The command line, and notebooks as jobs."""

@@ -1,8 +1,7 @@
-"""The `alignkit` command: notebooks as jobs, data and checkpoints checked, checkpoints compared.
+"""The `alignkit` command: run notebooks as jobs, check data and checkpoints, compare checkpoints.
 
-Exit codes: 0 done; 1 it did not work, with one message and no traceback; 2 wrong usage; 130 interrupted.
-ALIGNKIT_TRACEBACK=1 shows tracebacks all the same. What a command needs is imported when it runs, so that
-`alignkit --help` is quick.
+Exit codes: 0 success; 1 failure, with one message and no traceback; 2 wrong usage; 130 interrupted.
+ALIGNKIT_TRACEBACK=1 shows tracebacks. Each command imports its dependencies when it runs, so `alignkit --help` is fast.
 """
 
 import argparse
@@ -21,7 +20,7 @@ from alignkit.teaching.commands import add_teaching
 
 
 class Refused(AlignkitError, ValueError):
-    """What a command was asked to do cannot be done with what it was given."""
+    """A command cannot be carried out with the given arguments."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,18 +69,18 @@ def _parser() -> argparse.ArgumentParser:
 
     card = add("card", _card, "write the model card of a frozen checkpoint, README.md beside its manifest")
     card.add_argument("checkpoint", type=folder, metavar="DIR")
-    card.add_argument("--out", type=Path, metavar="FILE", help="write it there instead")
-    push = add("push", _push, "send a frozen checkpoint to the Hugging Face Hub: private, and after asking")
+    card.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: README.md in DIR)")
+    push = add("push", _push, "push a frozen checkpoint to the Hugging Face Hub: private by default, asks first")
     push.add_argument("checkpoint", type=folder, metavar="DIR")
     push.add_argument("repo", metavar="REPO_ID", help="OWNER/NAME")
-    push.add_argument("--public", action="store_true", help="for everybody to see (default: private)")
-    push.add_argument("--yes", action="store_true", help="do not ask")
+    push.add_argument("--public", action="store_true", help="make the repository public (default: private)")
+    push.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     for command in (card, push):
-        command.add_argument("--licence", metavar="L", help="such as mit or apache-2.0 (default: unknown)")
+        command.add_argument("--licence", metavar="L", help="the licence, such as mit or apache-2.0 (default: unknown)")
 
-    export = add("export", _export, "write a run's data and settings for another tool to start from")
+    export = add("export", _export, "export a run's data and settings to another tool")
     export.add_argument("run", type=folder, metavar="RUN")
-    export.add_argument("--to", required=True, choices=("llama-factory", "trl"), help="the tool")
+    export.add_argument("--to", required=True, choices=("llama-factory", "trl"), help="the tool to export to")
     add_out(export)
 
     compare = add("compare", _compare, "evaluate checkpoints side by side on the frozen evaluation set")
@@ -96,27 +95,27 @@ def _parser() -> argparse.ArgumentParser:
     suites.add_argument("checkpoint", type=folder, metavar="DIR")
     suites.add_argument("--suite", required=True, metavar="NAME,…", help="suites, or tasks of lm-eval; "
                         "xstest=FILE, rewardbench=FILE (of a reward model)")
-    suites.add_argument("--tasks", type=folder, metavar="FOLDER", help="lm-eval task files of your own; they are code")
-    suites.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task: a try-out")
-    suites.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences read at once (default: 8)")
-    suites.add_argument("--seed", type=int, default=0, metavar="N", help="of what a task draws (default: 0)")
-    suites.add_argument("--run-model-code", action="store_true", help="let programs that the model wrote run here")
-    suites.add_argument("--out", type=folder, metavar="DIR", help="where suites.json goes (default: the checkpoint)")
+    suites.add_argument("--tasks", type=folder, metavar="FOLDER", help="your own lm-eval task files; they can run code")
+    suites.add_argument("--limit", type=int, metavar="N", help="use only the first N items of each task")
+    suites.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences read together (default: 8)")
+    suites.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the tasks (default: 0)")
+    suites.add_argument("--run-model-code", action="store_true", help="allow programs that the model wrote to run")
+    suites.add_argument("--out", type=folder, metavar="DIR", help="folder for suites.json (default: the checkpoint's)")
 
     add_teaching(add)
 
-    for verb in importlib.metadata.entry_points(group="alignkit.commands"):  # those of other packages, such as `app`
+    for verb in importlib.metadata.entry_points(group="alignkit.commands"):  # commands of other packages, such as `app`
         verb.load()(add)
 
     report = add("report", _report, "write report.html of a run directory again")
     report.add_argument("run", type=folder, metavar="DIR")
 
-    runs = add("runs", None, "look after run directories").add_subparsers(required=True, metavar="ACTION")
-    about = "list what a run has set aside, and what killed processes left; --yes deletes it"
+    runs = add("runs", None, "manage run directories").add_subparsers(required=True, metavar="ACTION")
+    about = "list the folders that a run has set aside and the leftovers of killed processes; --yes deletes them"
     prune = runs.add_parser("prune", help=about, description=f"{about[0].upper()}{about[1:]}.")
     prune.set_defaults(command=_prune)
     prune.add_argument("run", type=folder, metavar="DIR")
-    prune.add_argument("--yes", action="store_true", help="delete what is listed")
+    prune.add_argument("--yes", action="store_true", help="delete the listed folders")
     return parser
 
 
@@ -230,7 +229,7 @@ def _prune(options: argparse.Namespace) -> None:
     from alignkit.runs.stage_folders import prune, removable
     from alignkit.safe_text import visible
 
-    removable(options.run)  # is it a run?
+    removable(options.run)  # raises if it is not a run
     with run_lock(options.run):
         folders = removable(options.run)
         for folder in folders:
@@ -240,35 +239,35 @@ def _prune(options: argparse.Namespace) -> None:
             prune(folders)
             print(f"deleted: {total}")
         else:
-            print(f"{total}; with --yes they are deleted" if folders else "there is nothing to delete")
+            print(f"{total}; --yes deletes them" if folders else "nothing to delete")
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
 def _add_jobs(add) -> None:
     """The verbs that run notebooks: course, notebooks and run."""
-    course = add("course", _course, "run the series of notebooks as one job; run again, it resumes")
+    course = add("course", _course, "run the series of notebooks as one job; repeat the command to resume")
     course.add_argument("--model", default="tiny", metavar="MODEL", help="`tiny`, a folder or a Hub id (default: tiny)")
     add_data(course)
     add_reading(course)
     add_job(course)
     add_restart(course)
 
-    add("notebooks", _notebooks, "list the notebooks: what each asks, needs and takes")
+    add("notebooks", _notebooks, "list the notebooks: question, required stages and duration of each")
 
     run = add("run", _run, "run one notebook as a job; `run NOTEBOOK --help` lists its parameters", add_help=False)
     run.add_argument("-h", "--help", nargs=0, action=_NotebookHelp,
-                     help="show this, and after NOTEBOOK its parameters too, and exit")
+                     help="show this help (after NOTEBOOK also its parameters) and exit")
     run.add_argument(
         "notebook", metavar="NOTEBOOK", help="a path, or the name or number of one of alignkit's notebooks"
     )
     add_reading(run)
     add_job(run)
     add_restart(run)
-    run.add_argument("--force", action="store_true", help="run it even if it was done already")
+    run.add_argument("--force", action="store_true", help="run the notebook even if it has already finished")
 
 
 class _NotebookHelp(argparse.Action):
-    """--help, which also lists the parameters of the notebook that was named before it."""
+    """--help, which also lists the parameters of the notebook named before it."""
 
     def __call__(self, parser, options, values, option_string=None):
         parser.print_help()
@@ -294,30 +293,30 @@ def add_data(command: argparse.ArgumentParser) -> None:
 
 
 def add_job(command: argparse.ArgumentParser) -> None:
-    """Add what a job of notebooks takes to a command: --out, -p, --timeout and --track."""
+    """Add the arguments of a notebook job to a command: --out, -p, --timeout and --track."""
     add_out(command)
-    about = "a parameter of the notebooks, or STAGE.NAME=VALUE, of one: ppo.kl_coef=0.1; may be repeated"
+    about = "a parameter of all notebooks, or of one as STAGE.NAME=VALUE (ppo.kl_coef=0.1); may be repeated"
     command.add_argument(
         "-p", dest="parameters", action="append", default=[], type=_assignment, metavar="NAME=VALUE", help=about
     )
-    command.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="stop a notebook after so many")
+    command.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="stop a notebook after this time")
     command.add_argument("--track", choices=("tensorboard", "wandb", "mlflow", "trackio"),
-                         help="also send what the training logs there (default: nowhere)")
+                         help="also send the training's metrics to this tracker (default: none)")
 
 
 def add_reading(command: argparse.ArgumentParser) -> None:
-    """Add what says how data is read to a command: --kind, --split and --columns."""
+    """Add the arguments that say how to read data to a command: --kind, --split and --columns."""
     command.add_argument("--kind", choices=("pairs", "demonstrations", "prompts"),
-                         help="what the data is (default: what its columns say)")
-    command.add_argument("--split", metavar="S", help="which split of a data set (default: train, or the only one)")
+                         help="the kind of data (default: detected from its columns)")
+    command.add_argument("--split", metavar="S", help="the split of a data set (default: train, or the only one)")
     command.add_argument("--columns", type=_columns, metavar="FIELD=COLUMN,…",
-                         help="which column is what: prompt=question,chosen=good; system= leaves a column out")
+                         help="the column of each field: prompt=question,chosen=good; system= ignores a column")
 
 
 def add_restart(command: argparse.ArgumentParser) -> None:
     """Add --restart to a command."""
-    command.add_argument("--restart", action="store_true", help="begin anew, instead of going on from the last "
-                         "checkpoint; what is there is set aside")
+    command.add_argument("--restart", action="store_true", help="start again instead of continuing from the last "
+                         "checkpoint; existing results are set aside")
 
 
 def _assignment(text: str) -> tuple[str, str]:
@@ -328,7 +327,7 @@ def _assignment(text: str) -> tuple[str, str]:
 
 
 def _columns(text: str) -> str:
-    """FIELD=COLUMN,…, checked, as it was written."""
+    """FIELD=COLUMN,…, checked but returned as written."""
     from alignkit.data.layouts import columns_of
 
     try:
@@ -339,7 +338,7 @@ def _columns(text: str) -> str:
 
 
 def folder(text: str) -> Path:
-    """A folder named on the command line; it need not be there."""
+    """A folder named on the command line; it need not exist."""
     if not text.strip():
         raise argparse.ArgumentTypeError("expected a folder, got an empty name")
     return Path(text).expanduser()

@@ -1,7 +1,8 @@
-"""What training will cost, said before it starts: a few real steps that change nothing, or recorded times and a probe.
+"""Estimates of the training time before training starts: from a few real steps that change nothing, or from recorded
+times and a probe.
 
-`seconds.json` holds what the notebooks took once, and what the probe took on that machine in the same minutes;
-`python -m benchmarks.seconds RUN` makes it.
+`seconds.json` holds the recorded time of each notebook, and the probe's time on that machine at the same time; `python
+-m benchmarks.seconds RUN` makes it.
 """
 
 import json
@@ -14,9 +15,10 @@ RECORDED = Path(__file__).with_name("seconds.json")
 
 
 def notebook_seconds(speed: float | None = None) -> dict[str, float]:
-    """Seconds that each notebook takes here at its default settings, by the recorded times and this machine's speed.
+    """Seconds that each notebook takes on this machine with default settings, from the recorded times and the machine's
+    speed.
 
-    speed: of this machine, in recorded machines; None: probed, which takes about a second.
+    speed: of this machine relative to the recorded one; None: measured by a probe, which takes about a second.
     """
     recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
     speed = recorded["probe"] / probe_seconds() if speed is None else speed
@@ -24,7 +26,7 @@ def notebook_seconds(speed: float | None = None) -> dict[str, float]:
 
 
 def probe_seconds() -> float:
-    """CPU seconds of a fixed piece of work on one thread: elementwise functions of small arrays. Best of five."""
+    """CPU seconds of a fixed computation on one thread: elementwise functions of small arrays. Best of five."""
     start = np.linspace(-2, 2, 65536, dtype=np.float32)
     best = float("inf")
     for _ in range(5):

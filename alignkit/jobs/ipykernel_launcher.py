@@ -1,7 +1,7 @@
-"""The program that every kernel of a job runs: ipykernel, bound to the process that started it.
+"""The program that every job kernel runs: ipykernel, tied to the process that started it.
 
-Run as a script, with `python -P`: neither this file's folder nor the one in which the kernel starts is a place to
-import from, so that a pandas.py there stays what it is, a file of somebody. What the user put on PYTHONPATH counts.
+Run it as a script, with `python -P`. Neither this file's folder nor the kernel's start folder is then searched for
+modules, so a user's pandas.py there is not imported. The user's PYTHONPATH still applies.
 """
 
 import importlib.util
@@ -13,21 +13,21 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """Have this process killed as soon as its parent ends, even inside a long call in C; Linux alone can do that.
+    """Kill this process as soon as its parent ends, even inside a long C call; only Linux supports this.
 
-    Elsewhere ipykernel looks each second whether its parent is there, which it cannot during such a call.
+    Elsewhere ipykernel checks once per second whether its parent exists, which it cannot do during such a call.
     """
     if sys.platform == "linux":
         import ctypes
 
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = os.environ.get("JPY_PARENT_PID", "")
-    if os.name == "posix" and parent and os.getppid() != int(parent):  # it ended before this line
+    if os.name == "posix" and parent and os.getppid() != int(parent):  # the parent ended before this line
         os._exit(1)
 
 
 def import_alignkit() -> None:
-    """Import the alignkit that this file belongs to: the job's, wherever it lies and whatever else is installed."""
+    """Import the alignkit to which this file belongs (the job's), whatever else is installed."""
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     spec = importlib.util.spec_from_file_location(
         "alignkit", os.path.join(package, "__init__.py"), submodule_search_locations=[package])

@@ -1,4 +1,4 @@
-"""One notebook as a job: what its outcome depends on, and whether that changed since it ran."""
+"""One notebook as a job: what its result depends on, and whether that has changed since it ran."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ from alignkit.storage import content_hash, file_hash, plain
 
 @dataclass(frozen=True)
 class Job:
-    """A notebook, the run directory that it works in, its parameters, and the values given for some of them."""
+    """A notebook, its run directory, its parameters, and the given values."""
 
     notebook: Path
     out: Path
@@ -33,35 +33,36 @@ class Job:
 
     @property
     def settings(self) -> dict[str, object]:
-        """The value of every parameter that the outcome can depend on."""
+        """The value of every parameter that can affect the result."""
         return {name: self.values.get(name, parameter.default) for name, parameter in self.parameters.items()
                 if name not in ("run", "checkpoint_seconds")}
 
     @property
     def given(self) -> dict[str, object]:
-        """The settings that are not the notebook's defaults; without model and data, which are the whole run's."""
+        """The settings that differ from the notebook's defaults, without model and data, which belong to the
+        whole run."""
         return {name: value for name, value in self.settings.items()
                 if name not in ("model", "data") and value != self.parameters[name].default}
 
     @property
     def builds_beside(self) -> bool:
-        """Whether the notebook leaves a finished stage alone until it has finished itself."""
+        """Whether the notebook leaves a finished stage unchanged until it has finished itself."""
         return b"stage_folder(" in self.notebook.read_bytes()
 
     @property
     def folder(self) -> Path | None:
-        """The folder of RUN that is this notebook's own."""
+        """The notebook's own folder in RUN."""
         return self.out / CHAIN[self.name] if CHAIN.get(self.name) else None
 
 
 def job_key(job: Job, records: Mapping[str, dict]) -> dict[str, object]:
-    """What decides the outcome of a job, part by part, so that a difference can be named."""
+    """Everything that determines the result of a job, part by part, so that a message can name a difference."""
     made = {name: finished(record).get("made") for name, record in records.items() if name < job.name}
     earlier = {name: files for name, files in made.items() if files}
     named = {name: Path(value) for name, value in job.values.items() if name != "run" and isinstance(value, str)
              and os.path.isabs(value)}
     code = job.values.get("reward")
-    if isinstance(code, str) and re.fullmatch(r"[\w.]+:\w+", code):  # a module in the present folder
+    if isinstance(code, str) and re.fullmatch(r"[\w.]+:\w+", code):  # a module in the current folder
         named["reward"] = Path.cwd() / f"{code.partition(':')[0].replace('.', '/')}.py"
     files = {name: _digest(path) for name, path in named.items() if path.exists()}
     return plain(
@@ -76,7 +77,7 @@ def job_key(job: Job, records: Mapping[str, dict]) -> dict[str, object]:
 
 
 def why_run(job: Job, before: Mapping, key: Mapping) -> str:
-    """Why a job has to run (again); "" if it is finished and nothing changed."""
+    """The reason why a job must run (again); "" if it is finished and nothing has changed."""
     status, last = before.get("status", ""), before
     before = finished(before)
     was = before.get("key", {})
@@ -105,8 +106,8 @@ def why_run(job: Job, before: Mapping, key: Mapping) -> str:
 
 
 def finished(record: Mapping) -> Mapping:
-    """The record of a job's last finished run, which stands in its folder: `record`, or what it has kept of that; {} if
-    it never finished."""
+    """The record of a job's last finished run, whose results are in its folder: `record` itself, or the record kept in
+    it; {} if the job has never finished."""
     return record if record.get("status") == "finished" else record.get("kept", {})
 
 
@@ -122,7 +123,7 @@ def files_made(folder: Path | None) -> dict[str, str]:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file's bytes; of a folder, the names, sizes and times of what is in it."""
+    """SHA-256 of a file's bytes; for a folder, of the names, sizes and times of its files."""
     if path.is_dir():
         return content_hash(
             [

@@ -1,8 +1,8 @@
-"""One notebook in one kernel, through papermill, and the truth about how it ended.
+"""Run one notebook in one kernel with papermill, and report correctly how it ended.
 
-Papermill's own engine leaves a notebook in which every cell says `completed` when its kernel was killed, loses the
-kernel's last words, and takes whatever kernel is called python3 on this machine. `execute` raises NotebookFailed
-instead, with the cell and the reason, and uses the Python that it runs under.
+If a kernel is killed, papermill's own engine marks every cell of the notebook as `completed` and loses the kernel's
+last output; it also uses any kernel named python3 on this machine. `execute` raises NotebookFailed with the cell and
+the reason instead, and uses the Python of this process.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from alignkit.jobs.memory import memory_advice
 from alignkit.jobs.spare_kernel import JobKernel, Spare, start_options
 
 ENGINE = "alignkit"
-SAVE_SECONDS = 10  # that a cell which was interrupted has to write what it wants to keep
+SAVE_SECONDS = 10  # time for an interrupted cell to save its state
 STOP_SECONDS = 2  # from SIGTERM to SIGKILL, for a kernel that has not stopped by then
 
 
@@ -41,13 +41,13 @@ def execute(
     spare: Spare | None = None,
     lock: tuple[int, ...] = (),
 ) -> None:
-    """Run `notebook` with `parameters` and leave it, with its outputs so far, in `executed`.
+    """Run `notebook` with `parameters` and write it, with its outputs so far, to `executed`.
 
     timeout: seconds for the whole notebook. on_cell(index, number of cells): called before each cell, counted from 0 as
     in `notebook`, and with a third argument, text, whenever the cell prints some. spare: a kernel to use, with its env
     and cwd, instead of a new one. lock: descriptors that a new kernel inherits. Raises NotebookFailed: an error in a
-    cell, a kernel that died, the timeout, or Ctrl-C, after which the cell has SAVE_SECONDS to save what it has; a
-    second Ctrl-C ends that. No process of the kernel is left.
+    cell, a dead kernel, the timeout, or Ctrl-C, after which the cell has SAVE_SECONDS to save its state; a second
+    Ctrl-C ends it at once. No process of the kernel remains.
     """
     watch = _Watch(on_cell, timeout)
     with contextlib.nullcontext(spare.log) if spare else tempfile.TemporaryFile() as log:
@@ -87,7 +87,7 @@ def execute(
 
 
 class _Watch:
-    """What the client tells `execute` about a run: where it is, and how its kernel ended."""
+    """Information from the client to `execute` about a run: its position, and how its kernel ended."""
 
     def __init__(self, on_cell: Callable[..., None] | None, timeout: float | None):
         self.on_cell, self.end = on_cell, None if timeout is None else time.monotonic() + timeout
@@ -110,7 +110,7 @@ class _Watch:
         return None if self.end is None else max(1, round(self.end - time.monotonic()))
 
     def ran_out_of_memory(self, last_words: str) -> bool:
-        """The system kills what takes too much memory with SIGKILL; other programs ask first."""
+        """The system kills processes that use too much memory with SIGKILL; other programs rarely do."""
         return self.exit_code == -getattr(signal, "SIGKILL", 9) or is_out_of_memory(last_words)
 
     def failure(self, error: str, status: str = "failed", count: int | None = None) -> NotebookFailed:
@@ -136,7 +136,7 @@ class _Client(PapermillNotebookClient):
         try:
             return run_sync(self._cell)(cell, index, **options)
         except BaseException as error:
-            # or papermill writes `completed`, here and in all later cells
+            # otherwise papermill writes `completed`, here and in all later cells
             self.nb_man.cell_exception(cell, cell_index=index)
             self._stop(error)
             raise
@@ -144,7 +144,7 @@ class _Client(PapermillNotebookClient):
     async def _cell(self, cell, index, **options):
         """Raises KeyboardInterrupt beside the task that collects the outputs: it goes on when the loop does."""
         self.task = asyncio.ensure_future(self.async_execute_cell(cell, index, **options))
-        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may wait for it
+        self.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # perhaps nothing awaits it
         interrupt = asyncio.Event()
         with _interrupts_set(interrupt):
             waiting = asyncio.ensure_future(interrupt.wait())
@@ -166,14 +166,14 @@ class _Client(PapermillNotebookClient):
             await super()._async_poll_kernel_alive()
 
     def _stop(self, error: BaseException) -> None:
-        """Note how a dead kernel ended; let a living one come to an end."""
+        """Record how a dead kernel ended; let a living one finish."""
         if isinstance(error, DeadKernelError):
             process = getattr(self.kernel.provisioner, "process", None)
             self.watch.exit_code = process.poll() if process else None
         elif isinstance(error, CellTimeoutError):
             self.shutdown_kernel = "immediate"
         elif isinstance(error, KeyboardInterrupt):
-            self.shutdown_kernel = "immediate"  # should there be a second one
+            self.shutdown_kernel = "immediate"  # in case there is a second one
             if run_sync(self._let_save)():
                 self.shutdown_kernel = "graceful"
 
@@ -202,10 +202,10 @@ class _Client(PapermillNotebookClient):
 
 @contextlib.contextmanager
 def _interrupts_set(event: asyncio.Event) -> Iterator[None]:
-    """Have the signals that raise KeyboardInterrupt set `event` instead.
+    """Signals that raise KeyboardInterrupt set `event` instead.
 
-    An exception out of a signal handler ends whichever task of the loop is at work at that moment, and with it, now and
-    then, the one that collects a cell's outputs.
+    An exception raised by a signal handler ends whichever task of the loop is running at that moment, sometimes the one
+    that collects a cell's outputs.
     """
     loop, before = asyncio.get_running_loop(), {}
 
@@ -239,7 +239,7 @@ class _Engine(NBClientEngine):
         try:
             return client.execute(**start)
         finally:
-            client.kernel.kill()  # a second Ctrl-C comes in the midst of anything
+            client.kernel.kill()  # a second Ctrl-C may come at any time
 
 
 papermill_engines.register(ENGINE, _Engine)

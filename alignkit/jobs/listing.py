@@ -1,4 +1,5 @@
-"""What `alignkit run NOTEBOOK --help` and `alignkit notebooks` print: read from the notebooks, nothing is run."""
+"""The output of `alignkit run NOTEBOOK --help` and `alignkit notebooks`, read from the notebooks without running
+them."""
 
 import json
 import re
@@ -19,10 +20,10 @@ NAMES = 24  # columns for the names of parameters
 
 
 def parameter_help(notebook: str | Path, columns: int | None = None) -> str:
-    """A notebook's title and parameters, each with what its comment says, its type and its default.
+    """A notebook's title and parameters, each with its comment, type and default.
 
-    columns: of the text, by default the terminal's, 100 at most. Raises FileNotFoundError if there is no such notebook,
-    ParameterError if it is none.
+    columns: width of the text, by default the terminal's, at most 100. Raises FileNotFoundError if there is no such
+    notebook, ParameterError if the file is not a notebook.
     """
     path, columns = find_notebook(notebook), columns or _columns()
     parameters = [each for each in notebook_parameters(path).values() if each.name != "run"]  # which is --out
@@ -37,7 +38,8 @@ def parameter_help(notebook: str | Path, columns: int | None = None) -> str:
 
 
 def notebook_list(columns: int | None = None) -> str:
-    """The notebooks: name, title, what each asks, the stages that it needs, and how long it takes at its defaults."""
+    """The notebooks: name, title, the question of each, the stages that it needs, and its duration with default
+    settings."""
     columns, seconds = columns or _columns(), json.loads(RECORDED.read_text(encoding="utf-8"))["notebooks"]
     entries = []
     for name, path in find_notebooks().items():
@@ -69,7 +71,7 @@ def _literal(value: object) -> str:
 
 
 def _head(path: Path) -> tuple[str, str]:
-    """The title in a notebook's first cell, without its number, and the sentence in bold below it; "" for none."""
+    """The title in a notebook's first cell, without its number, and the bold sentence below it; "" if missing."""
     try:
         first = read_json(path, error=ParameterError)["cells"][0]
         text = "".join(first["source"]) if first["cell_type"] == "markdown" else ""

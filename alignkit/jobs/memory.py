@@ -1,4 +1,4 @@
-"""What to lower when memory ran out: the job's own parameters, with the values that they have."""
+"""Advice when memory ran out: the job's own parameters to lower, with their current values."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from alignkit.configs import DPOConfig, PPOConfig, RewardConfig, SFTConfig, pres
 from alignkit.errors import ParameterError
 from alignkit.jobs.parameters import notebook_parameters
 
-# what takes memory, what helps most first; max_new_tokens and max_length cost more than their share (attention)
+# parameters that affect memory, most effective first; max_new_tokens and max_length cost more than linearly (attention)
 LOWER = ("minibatch_size", "batch_size", "tokens_per_pass", "prompts_per_iteration", "max_new_tokens", "max_length",
          "pairs", "demonstrations")
 CONFIGS = {"01_sft": SFTConfig, "02_reward_model": RewardConfig, "03a_ppo_by_hand": PPOConfig, "03b_ppo": PPOConfig,
@@ -15,9 +15,9 @@ CONFIGS = {"01_sft": SFTConfig, "02_reward_model": RewardConfig, "03a_ppo_by_han
 
 
 def memory_advice(notebook: Path, given: Mapping[str, object], error: str = "") -> str:
-    """Which parameters of `notebook` to lower, and to what half of it is, given values for some of them.
+    """The parameters of `notebook` to lower, each to half of its current value (given or default).
 
-    "" if `error`, what the notebook itself said, names one of them already.
+    "" if `error`, the notebook's own message, already names one of them.
     """
     if any(name in error for name in LOWER):
         return ""

@@ -1,8 +1,8 @@
-"""Notebooks as jobs: one notebook, or the whole course, in a run directory that can be resumed.
+"""Run notebooks as jobs: one notebook, or the whole course, in a run directory that can be resumed.
 
-RUN/jobs.json says of each notebook how far it came, written before, during and last of all: whether a notebook finished
-is never judged from the notebook itself. A job is known by its key: the notebook's source, its parameters, the code of
-alignkit and what the notebooks before it left in RUN. A finished job with the same key is not repeated.
+RUN/jobs.json records the state of each notebook, before, during and at the end of its run. The notebook file itself
+never decides whether a notebook has finished. A job's key is made of the notebook's source, its parameters, alignkit's
+code and the results of earlier notebooks in RUN. A finished job with the same key is not repeated.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from alignkit.storage import plain, read_json, write_json
 
 
 def find_notebooks() -> dict[str, Path]:
-    """alignkit's notebooks, name -> path: those of a clone, or those installed; the course comes first."""
+    """alignkit's notebooks, name -> path: from a clone or from the installed package, course notebooks first."""
     package = Path(__file__).parents[1]
     for folder in (package / "notebooks", package.parent / "notebooks"):
         if notebooks := {path.stem: path for path in sorted(folder.glob("*.ipynb"))}:
@@ -50,7 +50,7 @@ def find_notebooks() -> dict[str, Path]:
 def find_notebook(notebook: str | Path) -> Path:
     """A notebook by path, by name (`03b_ppo`) or by number (`3`, `03`, `03a`).
 
-    Of two lessons with one number, the digits alone mean the one that makes a stage: `3` is 03b_ppo. Raises
+    If two lessons share a number, the digits alone mean the one that makes a stage: `3` is 03b_ppo. Raises
     FileNotFoundError that lists them.
     """
     path, known = Path(notebook), find_notebooks()
@@ -76,15 +76,16 @@ def run_notebook(
     restart: bool = False,
     track: str | None = None,
 ) -> Path:
-    """Run one notebook in the run directory `out`, unless that was done already; returns the executed notebook.
+    """Run one notebook in the run directory `out`, unless it has already finished; returns the executed notebook.
 
-    A run that was interrupted goes on from its last checkpoint. What a finished run left stays until the new one has
-    finished, and is then set aside. parameters: name -> value; `run` is set to `out`; model, data, seed and how the
-    data is read are by default those of the run that `out` holds. STAGE.NAME is a name too, if STAGE means this
-    notebook. timeout: seconds. progress: print one line about it. force: run even if it was done. restart: begin anew
-    where it would go on. track: a tracker that gets what the training logs (`jobs.tracking`). Raises ParameterError;
-    RunError if the directory is of another run, lacks a stage, or holds one that is not what was made, or if the model
-    cannot be read; DataError; RunInUse; all before a kernel starts; NotebookFailed, with the cell.
+    An interrupted run continues from its last checkpoint. The results of an earlier finished run stay until the new run
+    has finished, and are then set aside. parameters: name -> value; `run` is set to `out`; model, data, seed and the
+    way to read the data are by default those of the run in `out`. STAGE.NAME is also accepted if this notebook makes
+    STAGE. timeout: seconds. progress: print one line about the notebook. force: run even if it has already finished.
+    restart: start again instead of continuing. track: a tracker that receives the training's metrics (`jobs.tracking`).
+    Raises ParameterError; RunError if the directory belongs to another run, lacks a stage, or holds a stage that was
+    changed, or if the model cannot be read; DataError; RunInUse (all of these before a kernel starts); NotebookFailed,
+    which names the cell.
     """
     notebook, out = find_notebook(notebook), _place(out)
     known, given = notebook_parameters(notebook), dict(parameters or {})
@@ -114,15 +115,15 @@ def course(
 ) -> Path:
     """Run the series of notebooks in order as one job, then write report.html; returns the run directory.
 
-    Each notebook gets those of `parameters` that it knows, and STAGE.NAME goes to one stage alone (`ppo.learning_rate`)
-    and wins there; with progress a line says where each went. A name that none knows is refused, before a kernel
-    starts. What an earlier call finished is not repeated, what it began goes on from the last checkpoint; with
-    `restart` all begins anew. When a notebook fails, what came before it is kept and reported.
+    Each notebook gets those of `parameters` that it knows. STAGE.NAME goes only to that stage (`ppo.learning_rate`) and
+    overrides NAME there. With progress, a line says which notebooks got each parameter. A name that no notebook knows
+    is refused before a kernel starts. Finished notebooks are not repeated, and unfinished ones continue from the last
+    checkpoint; with `restart` everything starts again. If a notebook fails, the earlier results are kept and reported.
     Raises as `run_notebook` does, and RunError if `out` belongs to a run of another model, data or seed.
     """
     from alignkit.jobs.report import build_report
 
-    # every name and value is checked before anything starts
+    # check every name and value before anything starts
     out, paths = _place(out), {path.stem: path for path in map(find_notebook, notebooks)}
     known = {name: notebook_parameters(path) for name, path in paths.items()}
     anywhere = {name: parameter for parameters_there in known.values() for name, parameter in parameters_there.items()}
@@ -139,7 +140,7 @@ def course(
     if progress:
         for line in where_they_went(known, parameters or {}):
             print(line, flush=True)
-    # one notebook after the other; the kernel of the next one gets ready meanwhile
+    # run one notebook at a time; the kernel of the next one starts meanwhile
     with run_lock(_run_directory(out)):
         start_run(out, facts["model"] or model, facts["data"] or data, facts["seed"])
         spare = _spare(jobs[0]) if jobs else None
@@ -156,7 +157,7 @@ def course(
         except BaseException:
             if spare:
                 spare.close()
-            with contextlib.suppress(Exception):  # what went wrong first is what has to be told
+            with contextlib.suppress(Exception):  # report the first error
                 build_report(out)
             raise
         build_report(out)
@@ -175,8 +176,8 @@ def _job(notebook: Path, out: Path, known: dict[str, Parameter], given: Mapping[
 
 
 def _of_run(notebook: Path, out: Path, known: Mapping, given: Mapping) -> dict[str, object]:
-    """Model, data, seed and how the data is read, of the run in `out`, for the parameters that were not given. A name
-    that the notebook would fetch from the Hub is not taken from a file: RunError asks for it."""
+    """Model, data, seed and the way to read the data, taken from the run in `out`, for the parameters that were not
+    given. A name in a file that the notebook would fetch from the Hub is not used: RunError asks the user for it."""
     names = ("model", "data", "seed", *(READING if _reads_data(known) else ()))
     facts = {name: value for name, value in run_facts(out).items()
              if name in names and name in known and name not in given}
@@ -187,14 +188,15 @@ def _of_run(notebook: Path, out: Path, known: Mapping, given: Mapping) -> dict[s
 
 
 def _reads_data(parameters: Mapping) -> bool:
-    """Whether a notebook says how its data is read; in a user's own a `split` alone may be anything."""
+    """Whether a notebook's parameters say how to read its data; in a user's notebook, `split` alone may mean
+    anything."""
     return {"data", *READING} <= parameters.keys()
 
 
 def absolute(name: str, value: object) -> object:
-    """The value of parameter `name`, with a path made absolute; `tiny`, `desk`, Hub ids and all else as they are.
+    """The value of parameter `name`, with a path made absolute; `tiny`, `desk`, Hub ids and other values unchanged.
 
-    Raises ParameterError if a `model` or `data` that can only be a path is not there.
+    Raises ParameterError if a `model` or `data` that can only be a path does not exist.
     """
     if not isinstance(value, str) or value in ("tiny", "desk"):
         return value
@@ -207,7 +209,7 @@ def absolute(name: str, value: object) -> object:
 
 
 def _place(out: str | Path) -> Path:
-    """Where a run directory is, or will be made; nothing is made yet. RunError if it cannot be."""
+    """The path of an existing or future run directory; nothing is created. RunError if it cannot be created."""
     try:
         place = Path(out).expanduser().absolute()
         if not place.is_dir() and os.path.lexists(place):
@@ -215,13 +217,13 @@ def _place(out: str | Path) -> Path:
         os.lstat(place)
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: the home of nobody
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: an unknown user's home (~name)
         raise RunError(f"run directory {str(out)!r} cannot be made: {error}") from None
     return place
 
 
 def _run_directory(out: Path) -> Path:
-    """`out`, made if need be; RunError if that cannot be done, or nothing can be written there."""
+    """`out`, created if missing; RunError if it cannot be created or written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
@@ -235,7 +237,7 @@ def _run_directory(out: Path) -> Path:
 
 
 def _expected(jobs: Sequence[Job]) -> dict[str, float]:
-    """Say what the notebooks that are to run will take; their seconds by name, where that is known before they run."""
+    """Print the expected duration of the notebooks to run; returns their seconds by name, if known in advance."""
     done, usual = _read_jobs(jobs[0].out), {"model": "tiny", "data": "desk"}
     ahead = [job for job in jobs if done.get(job.name, {}).get("status") != "finished"]
     changed = any(set(job.values) - {"run", "seed", *usual} for job in ahead)
@@ -265,7 +267,7 @@ def _run(
     before, key = records.get(job.name, {}), job_key(job, records)
     changed = why_run(job, before, key)
     line = Progress(job.name, before.get("seconds", expected)) if progress else None
-    if before.get("status") == "finished":  # and its process may have been killed right after that was written
+    if before.get("status") == "finished":  # its process may have been killed right after writing this
         _needs_no_checkpoints(job)
     if not changed and not force:
         if line:
@@ -276,7 +278,7 @@ def _run(
     other_run = "begun anew" if restart else changed if before and before.get("key") != key else ""
     moved = _clear(job, finished(before), other_run)
     record = {"status": "running", "key": key, "given": plain(job.given), "pid": os.getpid(), "started": _now()}
-    if finished(before) and not moved:  # what it finished stays until this run has finished
+    if finished(before) and not moved:  # keep its results until this run has finished
         record["kept"] = {name: value for name, value in finished(before).items() if name != "kept"}
     executing = job.executed.with_suffix(".new.ipynb") if "kept" in record else job.executed
     started = time.monotonic()
@@ -314,7 +316,7 @@ def _run(
 
 
 def _check_tracker(track: str | None, job: Job | None = None) -> None:
-    """Raise ParameterError if a tracker is asked for that is not installed, or for a notebook that trains nothing."""
+    """Raise ParameterError if the requested tracker is not installed, or if a notebook does not train."""
     if track is None:
         return
     from alignkit.jobs.tracking import check_tracker
@@ -327,13 +329,13 @@ def _check_tracker(track: str | None, job: Job | None = None) -> None:
 
 @contextlib.contextmanager
 def _tracked(job: Job, track: str | None, key: Mapping, *, anew: bool) -> Iterator[None]:
-    """Have a tracker follow what the job's training logs, if one is asked for."""
+    """Send the metrics of the job's training to the tracker, if one is requested."""
     if track is None or not job.folder:
         yield
         return
     from alignkit.jobs.tracking import following
 
-    finished_before = is_finished(job.folder)  # then the new one is built beside it, and takes its place at the end
+    finished_before = is_finished(job.folder)  # then the new stage is built beside it and replaces it at the end
     place = [job.folder.with_name(f"{job.folder.name}{NEW}") if finished_before else job.folder]
     with following(track, job.out, job.folder.name, lambda: place[0], key=key, settings=job.settings, anew=anew):
         yield
@@ -341,8 +343,9 @@ def _tracked(job: Job, track: str | None, key: Mapping, *, anew: bool) -> Iterat
 
 
 def _clear(job: Job, kept: Mapping, other_run: str) -> Path | None:
-    """Set aside what another run of this job left unfinished, and the finished stage if this notebook would write over
-    it; returns where that is now, None if it stays. other_run: why the run is another one, "" if it is not."""
+    """Set aside what another run of this job left unfinished, and the finished stage if this notebook would overwrite
+    it; returns the new path of that stage, None if it stays. other_run: why the run is a different one, "" if it is
+    not."""
     if job.folder and other_run:
         set_aside_unfinished(job.out, job.folder.name, other_run)
     if job.folder and kept and not job.builds_beside and job.folder.is_dir():
@@ -351,7 +354,7 @@ def _clear(job: Job, kept: Mapping, other_run: str) -> Path | None:
 
 
 def _take_place(job: Job, executing: Path) -> None:
-    """After the last cell: the executed notebook gets its name; the one that it replaces goes to the old stage."""
+    """After the last cell: rename the executed notebook to its final name; the replaced one goes to the old stage."""
     if executing != job.executed:
         replaced = sorted((job.out / "aside").glob(f"{job.folder.name}-*")) if job.folder else []
         if replaced and job.executed.exists():
@@ -366,7 +369,7 @@ def _needs_no_checkpoints(job: Job) -> None:
 
 
 def _spare(job: Job | None):
-    """A kernel that starts while other work goes on; None if there is no job, or it was finished once."""
+    """A kernel that starts while other work continues; None if there is no job or it has already finished."""
     if job is None or _read_jobs(job.out).get(job.name, {}).get("status") == "finished":
         return None
     from alignkit.jobs.spare_kernel import Spare
@@ -382,12 +385,12 @@ def _environment(job: Job) -> dict[str, str]:
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
         **({"OMP_NUM_THREADS": "1"} if job.values.get("model", "tiny") == "tiny" else {}),
     }.items():
-        env.setdefault(name, value)  # the tiny model's matrices are too small to be worth a second thread
+        env.setdefault(name, value)  # the tiny model's matrices are too small for a second thread to help
     return env
 
 
 def _needs(job: Job) -> Iterator[tuple[str, str]]:
-    """The stages that a job reads, each with the notebook that makes it; of a user's own notebook nothing is known."""
+    """The stages that a job reads, each with the notebook that makes it; unknown for a user's own notebook."""
     reads_stages = job.builds_beside or CHAIN.get(job.name, "") is None  # a lesson of the course that makes no stage
     for stage in NEEDS.get(job.name, ()) if reads_stages else ():
         if stage != "reward" or not job.settings.get("reward"):
@@ -395,7 +398,7 @@ def _needs(job: Job) -> Iterator[tuple[str, str]]:
 
 
 def _check_stages(job: Job) -> None:
-    """RunError if a stage that a job reads is missing, or has a model of which it cannot make what it should."""
+    """Raise RunError if a stage that a job reads is missing, or if its model cannot be used for the job's stage."""
     for stage, maker in _needs(job):
         if not (job.out / stage / "config.json").exists():
             raise RunError(f"{job.out / stage} has no model: run notebook {maker} in the same run directory first")
@@ -404,8 +407,8 @@ def _check_stages(job: Job) -> None:
 
 
 def _check_facts(job: Job) -> None:
-    """Raise RunError if a job cannot work in its run directory: it is another run's, or a stage that the job reads is
-    missing or was changed since it was made."""
+    """Raise RunError if a job cannot run in its directory: it belongs to another run, or a stage that the job reads is
+    missing or was changed after it was made."""
     settings, records = job.settings, _read_jobs(job.out)
     if {"model", "data", "seed"} <= settings.keys():
         reading = {name: settings[name] for name in READING} if _reads_data(settings) else None

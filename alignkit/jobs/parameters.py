@@ -1,8 +1,8 @@
-"""A notebook's parameters, read without running it; and values for them, refused before a kernel starts.
+"""Read a notebook's parameters without running it, and check values for them before a kernel starts.
 
-The parameters of a notebook are the assignments in its cell tagged `parameters`, each a name and a literal, with an
-annotation (`steps: int = 40`) where the literal does not tell the type, and a comment that says what it is for.
-Papermill itself only warns of an unknown name, takes a value of any type, and runs a "name" that contains code.
+A notebook's parameters are the assignments in its cell tagged `parameters`: a name and a literal, with an annotation
+(`steps: int = 40`) if the literal does not determine the type, and a comment with a description. Papermill itself only
+warns about an unknown name, accepts a value of any type, and runs a "name" that contains code.
 """
 
 import ast
@@ -23,13 +23,13 @@ TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "di
 _WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-# what text that is no Python, or is meant to break its parser, raises
+# raised by text that is not Python, or that is meant to break its parser
 _NO_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError)
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """type: a key of TYPES, "" when neither default nor annotation tells; element: the type of a list's items."""
+    """type: a key of TYPES, "" if neither default nor annotation determines it; element: the type of a list's items."""
 
     name: str
     default: object
@@ -44,9 +44,11 @@ class Parameter:
 
 
 def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
-    """The parameters of a notebook in their order, by name; {} if it has no cell tagged `parameters`. Runs nothing.
+    """The parameters of a notebook in their order, by name; {} if no cell is tagged `parameters`. Does not run the
+    notebook.
 
-    Raises ParameterError if the file is not a notebook, or that cell has more than comments and names given literals.
+    Raises ParameterError if the file is not a notebook, or if that cell contains anything except comments and
+    assignments of literals to names.
     """
     notebook = Path(notebook)
     try:
@@ -75,16 +77,16 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
 
 
 def check_parameters(notebook: str | Path, given: Mapping[str, object]) -> dict[str, object]:
-    """`given` (name -> a value, or its text as typed on a command line) as values of the types that the notebook has.
+    """Convert `given` (name -> a value, or its text from a command line) to the types of the notebook's parameters.
 
-    Raises ParameterError that lists everything wrong: a name that is not a plain name or not one of the notebook's,
-    with the closest ones; a value that is not of the type, with what came.
+    Raises ParameterError that lists all errors: a name that is not a plain name or not one of the notebook's, with the
+    closest ones; a value of the wrong type, with the value.
     """
     return typed_values(notebook_parameters(notebook), given, Path(notebook).stem)
 
 
 def typed_values(known: Mapping[str, Parameter], given: Mapping[str, object], notebook: str) -> dict[str, object]:
-    """As `check_parameters`, for the parameters `known` of the notebook of that name."""
+    """The same as `check_parameters`, for the parameters `known` of the notebook of that name."""
     values, wrong = {}, []
     for name, value in given.items():
         try:
@@ -100,14 +102,15 @@ def typed_values(known: Mapping[str, Parameter], given: Mapping[str, object], no
 
 
 def check_name(name: object) -> None:
-    """Raise ParameterError unless `name` can be a parameter: an identifier, no keyword, that starts with a letter."""
+    """Raise ParameterError unless `name` can be a parameter: an identifier that starts with a letter and is not a
+    keyword."""
     plain = isinstance(name, str) and name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
     if not plain or name.startswith("_"):
         raise ParameterError(f"parameter name is {name!r}, expected a plain name such as `seed`")
 
 
 def unknown_name(name: str, known: Mapping[str, Parameter], what: str) -> str:
-    """The message for a name that is not in `known`: close matches if there are any, else all names."""
+    """The message for a name that is not in `known`, with close matches if there are any, otherwise with all names."""
     close = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(close)}?" if close else f"it has: {', '.join(known) or 'none'}"
     return f"{name}: {what}; {hint}"
@@ -156,7 +159,8 @@ def _parameter(statement: ast.stmt, comments: Mapping[int, str], notebook: Path)
 
 
 def _annotation(node: ast.expr | None) -> tuple[str, bool, str]:
-    """Type, may it be None, type of the items; for `int`, `float | None`, `list[int]`. Anything else tells nothing."""
+    """Type, whether None is allowed, and type of the items, for `int`, `float | None`, `list[int]`; nothing for other
+    annotations."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         left, right = _annotation(node.left), _annotation(node.right)
         kind, _, element = left if left[0] else right
@@ -197,7 +201,7 @@ def _items(parameter: Parameter, value: object) -> list:
 
 
 def _one(value: object, kind: str, where: str, parameter: Parameter) -> object:
-    """`value` as a `kind`, from that kind, from its text, or from an int where a float is expected."""
+    """`value` converted to `kind`, from that kind, from text, or from an int if a float is expected."""
     text = value.strip() if isinstance(value, str) else None
     converted = value
     try:
@@ -222,7 +226,7 @@ def _one(value: object, kind: str, where: str, parameter: Parameter) -> object:
 
 
 def _literal(text: str) -> object:
-    """A JSON or Python literal; text that is neither stays text."""
+    """A JSON or Python literal; other text stays text."""
     for read in (json.loads, ast.literal_eval):
         try:
             return read(text)

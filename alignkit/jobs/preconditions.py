@@ -1,6 +1,6 @@
-"""What can be known to be wrong before anything starts: values out of range, a model or data that cannot be used.
+"""Checks before anything starts: values out of range, and a model or data that cannot be used.
 
-Nothing is written here, and no run directory is needed. A message is the cause alone.
+These checks write nothing and need no run directory. A message contains only the cause.
 """
 
 import dataclasses
@@ -16,16 +16,16 @@ from alignkit.stages import CHAIN
 CONFIGS = {"01_sft": (SFTConfig,), "02_reward_model": (RewardConfig,), "03a_ppo_by_hand": (PPOConfig,),
            "03b_ppo": (PPOConfig,), "05_dpo": (DPOConfig,), "your_model": (PPOConfig, DPOConfig)}
 LEAST = {"demonstrations": 1, "pairs": 1, "heldout_pairs": 1, "scale_samples": 2, "eval_prompts": 1, "eval_samples": 1,
-         "lora_rank": 0}  # of parameters that no config checks
-READ_THE_MODEL = ("00_the_world", "01_sft", "your_model")  # the notebooks after them take it from a stage of the run
+         "lora_rank": 0}  # minimum of parameters that no config checks
+READ_THE_MODEL = ("00_the_world", "01_sft", "your_model")  # later notebooks take the model from a stage of the run
 NEED_PAIRS = ("02_reward_model", "05_dpo", "your_model")
-ROWS = 2000  # of the data, that are looked at
+ROWS = 2000  # number of rows of the data to check
 
 
 def check_before(jobs: Sequence[Job]) -> None:
-    """Raise ParameterError, RunError or DataError if one of the jobs cannot work, whatever is in its run directory.
+    """Raise ParameterError, RunError or DataError if one of the jobs cannot work, whatever its run directory contains.
 
-    Looked at are the values that a config checks, the model's records and its class, and the first rows of the data.
+    Checks the values against the configs, the model's records and its class, and the first rows of the data.
     """
     for job in jobs:
         _check_values(job)
@@ -48,7 +48,7 @@ def check_before(jobs: Sequence[Job]) -> None:
 
 
 def check_model(model: str | Path, *, scored: bool) -> None:
-    """Raise RunError if a model cannot be read, or, scored, cannot become a reward model. No weight is read."""
+    """Raise RunError if a model cannot be read or, with scored, cannot become a reward model. No weight is read."""
     from alignkit.models import loading
 
     try:
@@ -58,7 +58,7 @@ def check_model(model: str | Path, *, scored: bool) -> None:
 
 
 def _check_values(job: Job) -> None:
-    """ParameterError if a config refuses a value that goes into it."""
+    """Raise ParameterError if a config refuses a value."""
     values = job.settings
     if type(seed := values.get("seed", 0)) is int and not 0 <= seed < 2**63:
         raise ParameterError(f"seed is {seed}, expected a whole number from 0 to 2**63 - 1; the parameter is "
@@ -77,7 +77,7 @@ def _check_values(job: Job) -> None:
 
 
 def _one_after_the_other(values: Mapping[str, object]):
-    """Each name of `values` with what stands up to it, so that a value that is refused can be named."""
+    """Each name of `values` with the values up to it, so that an error can name the refused value."""
     chosen: dict[str, object] = {}
     for name, value in values.items():
         chosen[name] = value
@@ -86,11 +86,12 @@ def _one_after_the_other(values: Mapping[str, object]):
 
 def _check_data(data: str, kind: str | None, split: str | None, columns: str | None, skip_bad: bool,
                 readers: Sequence[str]) -> None:
-    """DataError if data cannot be read, has bad rows among the first, or is not of the kind that a notebook needs."""
+    """Raise DataError if the data cannot be read, has bad rows among the first ones, or is not of the kind that a
+    notebook needs."""
     from alignkit.data.files import readable
     from alignkit.data.rows import check
 
-    if not readers:  # a user's own notebook, which may read it in its own way
+    if not readers:  # a user's own notebook may read the data in its own way
         if os.path.exists(data):
             readable(data, split)
         return

@@ -1,4 +1,4 @@
-"""How far a notebook is, on one line of a terminal or in a log, with what it says itself of its progress."""
+"""Progress of a notebook on one line of a terminal or in a log, including the notebook's own progress messages."""
 
 import re
 import shutil
@@ -10,7 +10,7 @@ import unicodedata
 from alignkit.metrics import duration
 from alignkit.safe_text import one_line
 
-LOG_SECONDS = 30  # between two lines of a log, where something has changed; twice as long where nothing has
+LOG_SECONDS = 30  # between two lines of a log if something has changed, otherwise twice as long
 # "step 44 of 80", "12 of 40, 31.0 s left", "63 steps of 128 pairs, 0.21 s each: about 30 s"
 _OF_PROGRESS = re.compile(r"\b\d[\d,]* of \d|\babout \d[\d.,:]* ?(s|min|h)\b|\bleft\b")
 
@@ -27,24 +27,24 @@ class Progress:
         self.over, self.thread = threading.Event(), None
 
     def say(self, what: str) -> None:
-        """Print a line of its own."""
+        """Print a separate line."""
         print(f"{self.name:<24}{what}", flush=True)
 
     def at(self, cell: int, cells: int, printed: str = "") -> None:
-        """The notebook is at cell number `cell`, counted from 0, of `cells`, or has `printed` some text there."""
+        """The notebook is at cell number `cell`, counted from 0, of `cells`, or has just `printed` some text."""
         if printed:
             self.own = last_of_progress(printed) or self.own
             return
         filled = round(20 * cell / cells)
         self.place, self.bar = f"cell {cell + 1} of {cells}", "█" * filled + "░" * (20 - filled)
-        if "about" not in self.own:  # an estimate is of the training in a later cell
+        if "about" not in self.own:  # an estimate refers to the training in a later cell
             self.own = ""
         if not self.thread:
             self.thread = threading.Thread(target=self._tick, daemon=True)
             self.thread.start()
 
     def end(self, what: str) -> None:
-        """Stop, and say how it ended."""
+        """Stop, and print how the notebook ended."""
         self.over.set()
         if self.thread:
             self.thread.join()
@@ -52,14 +52,15 @@ class Progress:
         self.say(what)
 
     def words(self) -> str:
-        """Where the notebook is, for how long it runs, what is left by what it took before, and its own words."""
+        """The notebook's position, its elapsed time, the remaining time according to earlier runs, and its own
+        message."""
         seconds = time.monotonic() - self.started
         left = self.expected - seconds if self.expected else 0
         return (f"{self.place}, {duration(seconds)}" + (f", about {duration(left)} left" if left > 0 else "")
                 + (f" · {self.own}" if self.own else ""))
 
     def line(self, columns: int) -> str:
-        """Name, bar and words in at most `columns` columns; the words matter more than the bar."""
+        """Name, bar and words in at most `columns` columns; the words take precedence over the bar."""
         words = self.words()
         whole = f"{self.name:<24}{self.bar} {words}"
         return whole if _width(whole) <= columns else clipped(f"{self.name} {words}", columns)
@@ -76,9 +77,9 @@ class Progress:
 
 
 def last_of_progress(text: str) -> str:
-    """The last line of what a cell printed that tells how far it is or what it will take, escaped; "" if none does.
+    """The last printed line of a cell that reports progress or an estimate, escaped; "" if there is none.
 
-    A carriage return begins a line anew, as on a terminal.
+    A carriage return restarts the line, as on a terminal.
     """
     lines = re.split(r"[\r\n]+", text[-4000:])
     line = next((line for line in reversed(lines) if _OF_PROGRESS.search(line)), "")
@@ -86,7 +87,7 @@ def last_of_progress(text: str) -> str:
 
 
 def clipped(text: str, columns: int) -> str:
-    """`text` in at most `columns` columns of a terminal, on which wide characters take two; … where it is cut."""
+    """`text` in at most `columns` terminal columns (wide characters take two), with … if it is cut."""
     if _width(text) <= columns:
         return text
     while _width(text) >= columns:

@@ -1,8 +1,8 @@
-"""report.html: a run on one page.
+"""report.html: a whole run on one page.
 
-The charts are the PNG outputs of the executed notebooks' cells tagged `report` (of all cells where a notebook has no
-such tag); a chart's caption is the cell's metadata `caption`, or the comment on its first line. Sample responses come
-from RUN/STAGE/samples.json: [{"prompt", "response", "stage", "kind"}, …].
+The charts are the PNG outputs of the executed notebooks' cells tagged `report` (of all cells if a notebook has no such
+tag). A chart's caption is the cell's metadata `caption`, or the comment on its first line. Sample responses come from
+RUN/STAGE/samples.json: [{"prompt", "response", "stage", "kind"}, …].
 """
 
 import base64
@@ -21,14 +21,14 @@ from alignkit.safe_text import in_red, one_line
 from alignkit.stages import CHAIN, STAGES, in_order
 from alignkit.storage import read_json, write_atomically
 
-PROMPTS = 24  # prompts whose responses are shown
+PROMPTS = 24  # number of prompts whose responses are shown
 POLICY_FIGURES = ("gold_mean", "proxy_mean", "kl_to_sft", "risky_failure_rate", "over_refusal_rate",
                   "paraphrase_agreement", "self_agreement", "answered_gold", "entropy", "length", "eos_rate")
 REWARD_FIGURES = ("accuracy_labels", "bayes_accuracy", "accuracy_gold", "ece")
 
 
 def build_report(run: str | Path) -> Path:
-    """Write RUN/report.html from what is in the run directory, as far as that goes; returns its path.
+    """Write RUN/report.html from the available results in the run directory; returns its path.
 
     Raises RunError if `run` is not a run directory.
     """
@@ -57,7 +57,7 @@ def build_report(run: str | Path) -> Path:
 
 
 def overview(run: str | Path) -> str:
-    """What a terminal shows after a run: the main figures of each stage, and where to look."""
+    """Summary for the terminal after a run: the main figures of each stage, and where to find the details."""
     run = Path(run)
     seen = _Run(run)
     headlines = {stage: ", ".join(_headline(seen, stage)) for stage in seen.stages}
@@ -75,7 +75,7 @@ def overview(run: str | Path) -> str:
 
 # --- what is in a run directory --------------------------------------------------------------------------------------
 class _Run:
-    """The records of a run, each as far as it can be read."""
+    """The readable records of a run."""
 
     def __init__(self, run: Path):
         if not run.is_dir():
@@ -103,7 +103,7 @@ def _json(path: Path) -> object:
 
 
 def _tame(value: object) -> object:
-    """A JSON value without numbers that no float can hold: those become text."""
+    """A JSON value whose numbers all fit into a float; larger ones become text."""
     if isinstance(value, dict):
         return {name: _tame(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -116,7 +116,7 @@ def _list(value: object) -> list:
 
 
 def _joined(value: object) -> str:
-    """Text of a notebook's cell, which is one text or a list of lines."""
+    """Text of a notebook cell, which is stored as one string or a list of lines."""
     return "".join(line for line in ([value] if isinstance(value, str) else _list(value)) if isinstance(line, str))
 
 
@@ -132,7 +132,7 @@ def _charts(notebook: Path) -> list[Picture]:
 
 
 def _readings(notebook: Path) -> list[list[str]]:
-    """What the readings of an executed notebook print, [verdict and sentence, numbers] each."""
+    """The printed readings of an executed notebook: [verdict and sentence, numbers] each."""
     outputs = [output for cell in _list(_mapping(_json(notebook)).get("cells"))
                for output in map(_mapping, _list(_mapping(cell).get("outputs")))]
     texts = [_joined(_mapping(output.get("data")).get("text/plain")) for output in outputs
@@ -157,7 +157,7 @@ def _cell_charts(cell: Mapping) -> list[Picture]:
 
 # --- the parts of the page -------------------------------------------------------------------------------------------
 def _chain(seen: _Run) -> list[dict]:
-    """The stages as cards in a row, each a link to its section if it has one."""
+    """The stages as cards in a row; each links to its section if it has one."""
     notebooks = {stage: name for name, stage in CHAIN.items() if stage}
     cards = []
     for position, (stage, (name, does)) in enumerate(STAGES.items(), 1):
@@ -186,7 +186,7 @@ def _headline(seen: _Run, stage: str) -> list[str]:
 
 
 def _failures(seen: _Run) -> list[dict]:
-    """What stands in red at the top of the page."""
+    """The errors shown in red at the top of the page."""
     warning = chance_warning(seen.stages.get("reward", {}))
     failures = [{"heading": "Warning", "message": warning}] if warning else []
     for name in seen.jobs:
@@ -198,7 +198,7 @@ def _failures(seen: _Run) -> list[dict]:
 
 
 def _figures(names: Sequence[str], columns: Sequence[Mapping]) -> list[dict]:
-    """A row for each figure that some of the results have: what it is called, and how it is written in each column."""
+    """A row for each figure that any of the results has: its name, and its formatted value in each column."""
     return [{"label": _label(name), "about": METRICS[name].about or METRICS[name].unit, "better": METRICS[name].better,
              "cells": [_with_interval(results, name) for results in columns]}
             for name in names if any(is_number(results.get(name)) for results in columns)]
@@ -216,7 +216,7 @@ def _with_interval(results: Mapping, name: str) -> dict:
 
 
 def _suites(seen: _Run) -> tuple[dict | None, list[dict]]:
-    """What suites measured of the stages, as a table with remarks, and the records that cannot be read."""
+    """Suite results of the stages, as a table with remarks, and the records that cannot be read."""
     places = {path.parent.name: path.parent for path in seen.path.glob("*/suites.json")}
     if not places:
         return None, []
@@ -265,7 +265,7 @@ def _notebook(seen: _Run, notebook: Path) -> dict | None:
 
 
 def _details(heading: str, results: Mapping) -> tuple[list, list[dict]]:
-    """All figures of a stage: (name, value) of the plain ones, and those that are tables (row -> column -> value)."""
+    """All figures of a stage: (name, value) of the scalars, and the tables (row -> column -> value)."""
     rows, grids = {}, []
     for name, value in results.items():
         if isinstance(value, Mapping) and value and all(isinstance(row, Mapping) and row for row in value.values()):
@@ -285,7 +285,8 @@ def _grid(caption: str, grid: Mapping, write) -> dict:
 
 
 def _samples(seen: _Run) -> tuple[list[dict], list[str]]:
-    """Prompts with up to three responses of each stage, and the stages; first the prompts that most stages answered."""
+    """Prompts with up to three responses of each stage, and the stages; prompts with responses from most stages come
+    first."""
     answers: dict[str, dict[str, list]] = {}  # prompt -> stage -> responses
     kinds: dict[str, object] = {}
     for path in sorted(seen.path.glob("*/samples.json")):
@@ -302,7 +303,7 @@ def _samples(seen: _Run) -> tuple[list[dict], list[str]]:
 
 
 def _command(seen: _Run) -> list[str]:
-    """The command that makes such a run, with what was not left at its default."""
+    """The command that makes such a run, with all parameters that differ from their defaults."""
     names = [path.stem for path in seen.notebooks]
     alone = names[0] if len(names) == 1 and names[0] not in CHAIN else None  # a notebook that is a run of its own
     command = ["alignkit", *(("run", alone) if alone else ("course",)), "--out", f"runs/{seen.name}"]
@@ -313,7 +314,8 @@ def _command(seen: _Run) -> list[str]:
 
 
 def _given(seen: _Run, names: Sequence[str]) -> list[str]:
-    """The parameters that were given, NAME=VALUE, or STAGE.NAME=VALUE where not all notebooks that know it got it."""
+    """The given parameters as NAME=VALUE, or as STAGE.NAME=VALUE if only some of the notebooks that know NAME
+    got it."""
     values = {name: _mapping(_mapping(seen.job(name).get("key")).get("parameters")) for name in names}
     given = {}
     for notebook in names:

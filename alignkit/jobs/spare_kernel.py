@@ -1,6 +1,6 @@
-"""The kernels of jobs: how one starts and how it is stopped, and one that gets ready while other work goes on.
+"""Start and stop the kernels of jobs, and prepare a spare kernel while another notebook runs.
 
-Apart from kernel.py, because papermill takes longer to import than this kernel takes to start.
+Separate from kernel.py, because importing papermill takes longer than starting this kernel.
 """
 
 import contextlib
@@ -16,16 +16,16 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_core.utils import run_sync
 
-# what notebooks spend seconds importing
+# imports that take notebooks several seconds
 NEEDED = ("alignkit.models.loading", "matplotlib.figure", "pandas", "datasets", "trl.trainer.sft_trainer")
-# at its end Python looks through all objects for cycles, two seconds with these modules; files are closed all the same
+# at exit Python searches all objects for cycles, which takes two seconds with these modules; files are closed anyway
 QUICK_END = "__import__('atexit').register(__import__('gc').freeze);"
 LAUNCHER = Path(__file__).with_name("ipykernel_launcher.py")
 
 
 class JobKernel(AsyncKernelManager):
-    """A kernel of the Python that this process runs under. It is interrupted once, however often it is asked to: the
-    cell that runs may be writing what it has."""
+    """A kernel that uses the same Python as this process. Several interrupt requests interrupt it only once, because
+    the running cell may be saving its state."""
 
     def __init__(self, **options):
         super().__init__(kernel_name="python3", kernel_spec_manager=ThisPython(), **options)
@@ -39,13 +39,13 @@ class JobKernel(AsyncKernelManager):
     interrupt_kernel = _async_interrupt_kernel
 
     def kill(self) -> None:
-        """Kill at once what is left of the kernel and of the processes it started; nothing, if it came to its end."""
+        """Kill the rest of the kernel and its child processes at once; does nothing if it has ended normally."""
         process = getattr(self.provisioner, "process", None)
         if process is None:
             return
         with contextlib.suppress(OSError):
             if hasattr(os, "killpg"):
-                os.killpg(process.pid, signal.SIGKILL)  # a kernel leads a group of its own
+                os.killpg(process.pid, signal.SIGKILL)  # a kernel leads its own process group
             else:
                 process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -53,7 +53,7 @@ class JobKernel(AsyncKernelManager):
 
 
 class Spare:
-    """A kernel for the next notebook, which starts and imports while the present one runs. `close` it in the end.
+    """A kernel for the next notebook, which starts and imports while the present one runs. Call `close` at the end.
 
     lock: descriptors that the kernel inherits, so that it holds the run's lock too.
     """
@@ -79,18 +79,18 @@ class Spare:
 
 
 def start_options(env: Mapping[str, str], cwd: Path, log, lock: tuple[int, ...]) -> dict[str, object]:
-    """What a kernel is started with, as `start_kernel` and Popen take it."""
+    """Start options of a kernel, for `start_kernel` and Popen."""
     return {"env": dict(env), "cwd": str(cwd), "stdout": log, "stderr": log, **({"pass_fds": lock} if lock else {})}
 
 
 class ThisPython(KernelSpecManager):
-    """Every kernel is the Python that this process runs under, whatever is installed as `python3`."""
+    """Every kernel uses the Python of this process, whatever is installed as `python3`."""
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         return KernelSpec(
             argv=[sys.executable, "-P", str(LAUNCHER), "-f", "{connection_file}",
-                  "--IPKernelApp.ignore_cwd=True",  # an IPython before 9.7 does not know -P
-                  "--IPKernelApp.log_level=ERROR",  # or its warnings lead the last words of every kernel that dies
+                  "--IPKernelApp.ignore_cwd=True",  # IPython before 9.7 does not support -P
+                  "--IPKernelApp.log_level=ERROR",  # otherwise its warnings precede every kernel's last error
                   f"--IPKernelApp.exec_lines={QUICK_END}"],
             display_name="Python 3",
             language="python",

@@ -1,4 +1,5 @@
-"""Which notebook gets which parameter: `learning_rate` goes to all that know it, `ppo.learning_rate` to one."""
+"""Distribute parameters to notebooks: `learning_rate` goes to all notebooks that know it, `ppo.learning_rate` to
+one."""
 
 import difflib
 import re
@@ -10,18 +11,18 @@ from alignkit.safe_text import one_line
 from alignkit.stages import CHAIN, has_number
 
 OF_THE_RUN = ("run", "model", "data", "seed")  # one value for all notebooks of a run
-READING = ("kind", "split", "columns")  # how its data is read
+READING = ("kind", "split", "columns")  # how the data is read
 
 
 def values_by_notebook(
     known: Mapping[str, Mapping[str, Parameter]], given: Mapping[str, object]
 ) -> dict[str, dict[str, object]]:
-    """What each notebook gets of `given`: notebook -> name -> value, not converted.
+    """The parameters of each notebook: notebook -> name -> value, not converted.
 
-    known: notebook -> its parameters. given: a name, or STAGE.NAME, -> value; a stage is its name (`ppo`), or its
-    notebook's number (`03`, `03a`) or name (`03b_ppo`). The value of a stage wins over the one of the bare name. Raises
-    ParameterError on a name that no notebook knows, or that the stage does not know, on a stage that is none, and on a
-    parameter that is given twice, or to one stage although it is the whole run's.
+    known: notebook -> its parameters. given: a name, or STAGE.NAME, -> value; a stage is given by its name (`ppo`), or
+    by its notebook's number (`03`, `03a`) or name (`03b_ppo`). The value for a stage overrides that of the bare name.
+    Raises ParameterError on a name that no notebook or not the named stage has, on an unknown stage, and on a parameter
+    that is given twice, or for one stage although it belongs to the whole run.
     """
     bare = {name: value for name, value in given.items() if not _is_addressed(name)}
     for name in bare:
@@ -51,8 +52,8 @@ def values_by_notebook(
 
 
 def addressed(notebook: str, known: Mapping[str, Parameter], given: Mapping[str, object]) -> dict[str, object]:
-    """`given` for one notebook that runs alone: STAGE.NAME becomes NAME, and wins over a bare one. Raises
-    ParameterError as `values_by_notebook` does, but for bare names, which `typed_values` checks."""
+    """`given` for one notebook that runs alone: STAGE.NAME becomes NAME, and overrides a bare one. Raises
+    ParameterError as `values_by_notebook` does, except for bare names, which `typed_values` checks."""
     bare = {name: value for name, value in given.items() if not _is_addressed(name)}
     of_stage = {name: value for name, value in given.items() if name not in bare}
     return bare | values_by_notebook({notebook: known}, of_stage)[notebook]
@@ -61,7 +62,8 @@ def addressed(notebook: str, known: Mapping[str, Parameter], given: Mapping[str,
 def where_they_went(
     known: Mapping[str, Mapping[str, Parameter]], given: Mapping[str, object]
 ) -> list[str]:
-    """A line for each given parameter that is not the whole run's: its value, and the notebooks that get it."""
+    """A line for each given parameter that does not belong to the whole run: its value, and the notebooks that
+    get it."""
     lines = []
     for address, value in given.items():
         stage, dot, name = address.rpartition(".")
@@ -78,12 +80,12 @@ def where_they_went(
 
 
 def _is_addressed(name: object) -> bool:
-    """Whether a name is of the form STAGE.NAME; all others are checked as names."""
+    """Whether a name has the form STAGE.NAME; all others are checked as names."""
     return isinstance(name, str) and re.fullmatch(r"[\w-]+\.\w+", name, re.ASCII) is not None
 
 
 def _notebook(stage: str, address: str, known: Mapping[str, object]) -> str:
-    """The notebook in `known` that `stage` means."""
+    """The notebook in `known` to which `stage` refers."""
     def meant(notebook: str) -> bool:
         return stage in (notebook, CHAIN.get(notebook)) or has_number(notebook, stage)
 
@@ -99,7 +101,7 @@ def _notebook(stage: str, address: str, known: Mapping[str, object]) -> str:
 
 
 def _known_by_none(name: str, known: Mapping[str, Mapping[str, Parameter]]) -> str:
-    """The message for a name that no notebook knows: the nearest names, each with the notebooks that know it."""
+    """The message for a name that no notebook knows: the nearest names, each with the notebooks that have it."""
     anywhere = {other: None for parameters in known.values() for other in parameters}
     what = "no notebook of the course has such a parameter"
     if not (close := difflib.get_close_matches(name, anywhere, n=3)):

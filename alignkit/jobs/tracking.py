@@ -1,11 +1,12 @@
-"""Experiment trackers: what a job writes to its metrics.jsonl also goes to TensorBoard, W&B, MLflow or trackio.
+"""Experiment trackers: the rows of a job's metrics.jsonl are also sent to TensorBoard, W&B, MLflow or trackio.
 
-Off unless `--track` names one. A tracker follows the file from the process of the job, beside the kernel: the training
-code knows nothing of it, and a tracker that fails costs no training. Every step goes out once, also when a job goes on
-after it was killed: RUN/tracking.json says how far each file was sent, and which run of the tracker it belongs to.
+Tracking is off unless `--track` names a tracker. The tracker reads the file from the job's process, outside the kernel,
+so the training code is independent of it, and a failing tracker does not affect the training. Every step is sent once,
+even if a job continues after it was killed: RUN/tracking.json records how far each file was sent, and the tracker's
+run.
 
-A tracker is an object with `log(step, metrics)` and `finish()`; that is the whole interface. Names are those of
-metrics.jsonl, which are TRL's where TRL has the number (docs/publishing.md has the table).
+A tracker is any object with `log(step, metrics)` and `finish()`. The names are those of metrics.jsonl, which are TRL's
+if TRL has the number (docs/publishing.md has the table).
 """
 
 from __future__ import annotations
@@ -28,21 +29,21 @@ from alignkit.safe_text import one_line
 from alignkit.storage import content_hash, parse_json, read_json, write_json
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
-LOGS = ("metrics.jsonl", "overoptimised/metrics.jsonl")  # of a stage's folder
-RECORD, FOLDER = "tracking.json", "tracking"  # in RUN: how far it is; where trackers that work offline write
+LOGS = ("metrics.jsonl", "overoptimised/metrics.jsonl")  # in a stage's folder
+RECORD, FOLDER = "tracking.json", "tracking"  # in RUN: the progress, and the folder of trackers that work offline
 PROJECT = "alignkit"
-SECONDS = 2.0  # between two looks at the file
-LAST_SECONDS = 60.0  # that a tracker may take to finish
+SECONDS = 2.0  # between two reads of the file
+LAST_SECONDS = 60.0  # maximum time for a tracker to finish
 
 
 class Tracker(Protocol):
-    """Where the numbers of one training go."""
+    """Receives the metrics of one training."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send the numbers of one step."""
 
     def finish(self) -> None:
-        """All steps are sent."""
+        """Called after all steps have been sent."""
 
 
 def check_tracker(name: str) -> None:
@@ -55,8 +56,8 @@ def check_tracker(name: str) -> None:
 
 
 def flat(row: Mapping) -> dict[str, float]:
-    """The numbers of one row of a metrics.jsonl: name -> value; mappings inside it as NAME/KEY, everything else left
-    out, and `step` too.
+    """The numbers of one row of a metrics.jsonl: name -> value; nested mappings as NAME/KEY; everything else, and
+    `step`, is omitted.
 
     PPO's rows also get TRL's objective/non_score_reward, which is objective/rlhf_reward − objective/scores.
     """
@@ -74,20 +75,22 @@ def flat(row: Mapping) -> dict[str, float]:
 @contextlib.contextmanager
 def following(name: str | None, run: Path, stage: str, folders: Callable[[], Path], *, key: Mapping, settings: Mapping,
               anew: bool = False) -> Iterator[None]:
-    """Send what the stage's logs get to the tracker `name` while the block runs, and the rest after it; None: nothing.
+    """Send new rows of the stage's logs to the tracker `name` while the block runs, and the rest afterwards; None: no
+    tracker.
 
-    folders: () -> the folder in which the stage is being built at that moment. key: what decides the job's outcome;
-    with another one, or with `anew`, the tracker's run is a new one, else the earlier one goes on. settings: the job's
-    parameters, for the tracker to show. Raises nothing: what goes wrong is a warning, once, and the block goes on.
+    folders: () -> the folder in which the stage is being built at that moment. key: everything that determines the
+    job's result; with another key, or with `anew`, a new tracker run starts, otherwise the earlier one continues.
+    settings: the job's parameters, shown by the tracker. Raises nothing: an error gives one warning, and the block
+    continues.
     """
     if name is None:
         yield
         return
     over = threading.Event()
     follower = _Follower(name, run, stage, folders, content_hash(key), settings, anew)
-    with contextlib.suppress(OSError, RunError):  # the run's record says it too
+    with contextlib.suppress(OSError, RunError):  # the run's record contains it too
         write_json(run / "run.json", {**run_facts(run), "track": name})
-    thread = threading.Thread(target=follower.follow, args=(over,), daemon=True)  # a tracker that hangs ends with us
+    thread = threading.Thread(target=follower.follow, args=(over,), daemon=True)  # a hanging tracker ends with us
     thread.start()
     try:
         yield
@@ -116,11 +119,11 @@ class _Follower:
             self.send()
             for tracker in self.trackers.values():
                 tracker.finish()
-        except Exception as error:  # of somebody else's package, server or disk: training must not end because of it
+        except Exception as error:  # errors of a package, server or disk must not stop the training
             self.warn(f"{type(error).__name__}: {one_line(error, 300)}")
 
     def send(self) -> None:
-        """Send each whole row that was not sent yet."""
+        """Send each complete row that has not been sent yet."""
         folder = self.folders()
         for log in LOGS:
             sent = self.state["sent"].get(log, 0)
@@ -135,7 +138,7 @@ class _Follower:
                 write_json(self.run / RECORD, {**_record(self.run), self.stage: self.state})
 
     def warn(self, why: str) -> None:
-        """Say once that the tracker has failed."""
+        """Report once that the tracker has failed."""
         if not self.broken:
             self.broken = True
             print(f"alignkit: --track {self.name} has failed and gets nothing more of {self.stage}; the training goes "
@@ -150,10 +153,10 @@ def _record(run: Path) -> dict:
 
 
 def _whole_rows(path: Path) -> list[dict]:
-    """The rows of a log that is being written; a line that is not whole yet is left for the next time."""
+    """The complete rows of a log that is being written; an incomplete line is left for the next time."""
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
-    except OSError:  # not there yet, or its folder is being renamed
+    except OSError:  # does not exist yet, or its folder is being renamed
         return []
     rows = [parse_json(line, where=str(path)) for line in lines if line.strip()]
     return [row for row in rows if is_number(row.get("step"))]
@@ -181,7 +184,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """Weights & Biases: offline in RUN/tracking unless WANDB_MODE says otherwise (`wandb sync` sends it later)."""
+    """Weights & Biases: offline in RUN/tracking unless WANDB_MODE says otherwise (`wandb sync` uploads it later)."""
 
     def __init__(self, run: Path, what: str, name: str, settings: Mapping):
         import wandb
@@ -229,7 +232,7 @@ class _MLflow:
 
 
 class _Trackio:
-    """trackio: on this machine (TRACKIO_DIR says where), unless TRACKIO_SPACE_ID names a Space."""
+    """trackio: on this machine (in TRACKIO_DIR), unless TRACKIO_SPACE_ID names a Space."""
 
     def __init__(self, run: Path, what: str, name: str, settings: Mapping):
         os.environ.setdefault("TRACKIO_DIR", str(run / FOLDER / "trackio"))

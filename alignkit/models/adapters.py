@@ -1,4 +1,4 @@
-"""LoRA adapters, and the reference policy that training starts from."""
+"""LoRA adapters, and the reference policy at the start of training."""
 
 import copy
 from pathlib import Path
@@ -10,12 +10,12 @@ from alignkit.formulas.randomness import seeded_weights
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
-    """A copy that no optimiser can change: merged if it has an adapter, in eval mode, without gradients."""
+    """A copy that no optimiser can change: adapter merged, eval mode, no gradients."""
     return copy.deepcopy(merged(model)).eval().requires_grad_(False)
 
 
 def add_lora(policy: nn.Module, *, rank: int = 8, alpha: int = 16, seed: int = 0) -> nn.Module:
-    """`policy` with a fresh LoRA adapter on every linear layer (peft); only the adapter is trained."""
+    """`policy` with a new LoRA adapter on every linear layer (peft); only the adapter is trained."""
     from peft import LoraConfig, get_peft_model
 
     with seeded_weights(seed):
@@ -25,7 +25,8 @@ def add_lora(policy: nn.Module, *, rank: int = 8, alpha: int = 16, seed: int = 0
 
 
 def with_adapter(policy: nn.Module, folder: str | Path) -> tuple[nn.Module, set[str]]:
-    """`policy` with the adapter of a folder that passed the gate, and the names of the tensors that it should have."""
+    """`policy` with the adapter from a folder that passed the gate, and the names of the tensors that the adapter
+    requires."""
     from peft import PeftModel, get_peft_model_state_dict
 
     adapted = PeftModel.from_pretrained(policy, folder)
@@ -33,16 +34,16 @@ def with_adapter(policy: nn.Module, folder: str | Path) -> tuple[nn.Module, set[
 
 
 def merged(model: nn.Module) -> nn.Module:
-    """The model itself, or, if it has an adapter, a copy with the adapter merged in."""
+    """The model itself or, if it has an adapter, a copy with the adapter merged in."""
     return copy.deepcopy(model).merge_and_unload() if _has_adapter(model) else model
 
 
 def reference_policy(policy: nn.Module) -> nn.Module:
-    """The policy as it is now, to measure KL against.
+    """The current policy as the reference for KL.
 
-    With an adapter that has not been trained yet the reference is the same model with the adapter switched off, which
-    costs no memory; in every other case it is a frozen copy. (A trained adapter switched off would be the *base*, not
-    this policy.)
+    If the policy has an untrained adapter, the reference is the same model with the adapter switched off, which costs
+    no memory. Otherwise it is a frozen copy. (With a trained adapter switched off, the reference would be the *base*
+    model, not this policy.)
     """
     if _has_adapter(policy) and all(
         (weight == 0).all() for name, weight in policy.named_parameters() if "lora_B" in name
@@ -52,7 +53,7 @@ def reference_policy(policy: nn.Module) -> nn.Module:
 
 
 class AdapterOff(nn.Module):
-    """A PEFT model read with its adapter switched off."""
+    """A PEFT model that is read with its adapter switched off."""
 
     def __init__(self, policy: nn.Module):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whether a model can be read as alignkit reads models: its switches, its context, and a trial on a few tokens."""
+"""Checks whether alignkit can read a model: its switches, its context, and a test on a few tokens."""
 
 import weakref
 
@@ -13,7 +13,7 @@ _judged: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary(
 
 
 def set_switches(config) -> None:
-    """Set what in a model's config changes the form of its outputs to what is read here."""
+    """Set the options in a model's config that change the form of its outputs to the form that alignkit reads."""
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         for name, value in SWITCHES.items():
             if getattr(part, name, value) != value:
@@ -21,7 +21,7 @@ def set_switches(config) -> None:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """How many tokens a model can read, by its config; None where that sets no limit."""
+    """The model's maximum number of tokens, from its config; None if the config sets no limit."""
     config = model.config
     parts = (config, config.get_text_config()) if hasattr(config, "get_text_config") else (config,)
     limits = [getattr(part, name, None) for part in parts for name in CONTEXT]
@@ -29,8 +29,8 @@ def context_length(model: nn.Module) -> int | None:
 
 
 def judged(model: nn.Module, cache: bool = True) -> None:
-    """`judge` a model the first time that it is seen; without cache: one that only reads what is there."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters change no wiring
+    """`judge` a model on its first use; without cache: for a model that only reads existing text."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters keep the architecture
     if _judged.get(model, -1) < cache:
         judge(model, cache)
         _judged[model] = cache
@@ -38,16 +38,16 @@ def judged(model: nn.Module, cache: bool = True) -> None:
 
 @torch.no_grad()
 def judge(model: nn.Module, cache: bool = True) -> None:
-    """Try a model on two short rows: the beginning of the padded one is read in their batch, with the cache, and
-    all of it alone, without.
+    """Test a model on two short rows. The beginning of the padded row is read in a batch with the cache, and the whole
+    row alone without it.
 
-    Sets its switches. Raises ValueError, one sentence that says what it does, if log-probs (scores, of a classifier)
-    differ by more than 1e-4, if it has no cache to read on with, or if it cannot be read at all.
+    Sets the model's switches. Raises ValueError, with one sentence about the fault, if log-probs (scores, for a
+    classifier) differ by more than 1e-4, if the model has no usable cache, or if it cannot be read at all.
     """
     set_switches(model.config)
     name, training = type(model).__name__, [(module, module.training) for module in model.modules()]
     try:
-        model.eval()  # dropout would make every two readings differ
+        model.eval()  # with dropout any two forward passes would differ
         with torch.autocast(model.device.type, enabled=False):
             if "SequenceClassification" in name:
                 gaps, size = _trial_of_classifier(model)
@@ -73,7 +73,8 @@ CACHED = "with its cache otherwise than without"
 
 
 def _trial(model: nn.Module, name: str, cached: bool) -> tuple[dict[str, float], float]:
-    """The largest gaps between log-probs of the padded row, and the largest logit. Three forward passes, or two."""
+    """The largest gaps between log-probs of the padded row, and the largest logit. Uses three forward passes, or
+    two."""
     ids, mask = _rows(model)
     first = ids.shape[1] - int(mask[1].sum())
 
@@ -97,7 +98,7 @@ def _trial(model: nn.Module, name: str, cached: bool) -> tuple[dict[str, float],
 
 
 def _trial_of_classifier(model: nn.Module) -> tuple[dict[str, float], float]:
-    """The largest gap between scores of tokens, and the largest score; padded on the right, as replies are scored."""
+    """The largest gap between scores of tokens, and the largest score; padded on the right, as in scoring replies."""
     ids, mask = (part.flip(1) for part in _rows(model))
     body = getattr(model, model.base_model_prefix)
 
@@ -112,7 +113,7 @@ def _trial_of_classifier(model: nn.Module) -> tuple[dict[str, float], float]:
 
 
 def _rows(model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Two rows of ordinary tokens, five and three of them, padded on the left: ids and mask (2, 5)."""
+    """Two rows of ordinary tokens, of lengths five and three, padded on the left: ids and mask (2, 5)."""
     config = model.config.get_text_config()
     named = {value for part in (model.config, config) for name, value in part.to_dict().items()
              if "token" in name and isinstance(value, int)}  # those of padding, ends or images mean something
@@ -125,5 +126,5 @@ def _rows(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _gap(one: Tensor, other: Tensor) -> float:
-    """The largest difference; where a chance is 0 it is no difference how far it is from another that is 0."""
+    """The largest difference; if a probability is 0, differences between two very small log-probs are ignored."""
     return float((one.clamp(min=-100) - other.clamp(min=-100)).abs().max())

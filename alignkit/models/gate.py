@@ -1,7 +1,7 @@
-"""The gate before every read of a model folder: what a stranger's folder may hold, checked before anything opens it.
+"""Checks of a model folder before any file in it is opened, because the folder may come from a stranger.
 
-Weights are safetensors that lie in the folder itself; records are JSON of limited size whose values have the types they
-must have; nothing in them makes transformers or peft fetch, import or run anything.
+Weights must be safetensors files inside the folder. Records must be JSON of limited size with values of the right
+types. Nothing in the folder may make transformers or peft fetch, import or run anything.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ CHECKPOINT_FILES = re.compile(
 )
 RECORDS = re.compile(r"(config|generation_config|tokenizer|tokenizer\..+|tokenizer_config|special_tokens_map"
                      r"|added_tokens|vocab|chat_template|adapter_config|model\.safetensors\.index)\.json")
-ATTENTION = ("eager", "sdpa", "flex_attention")  # in torch itself; all others import, or fetch, code
+ATTENTION = ("eager", "sdpa", "flex_attention")  # built into torch; all others import or fetch code
 ELSEWHERE = ("transformers_weights", "configuration_files", "gguf_file", "tokenizer_object", "__slow_tokenizer")
 LAYERS = re.compile(r"(?!.*(size|dim|width|channel)).*(layer|depth|attention_types|num_labels).*")
 MOST_LAYERS = 1000  # a config may name as many, or as many as there are tensors
@@ -45,7 +45,7 @@ LARGEST = 2**53  # of other whole numbers in a config; how large a model may get
 
 @dataclass(frozen=True)
 class Contents:
-    """What the gate saw: the records (name -> JSON object), the files of the weights, each tensor's file and size."""
+    """Result of the checks: the records (name -> JSON object), the weight files, and each tensor's file and size."""
 
     folder: Path
     records: dict[str, dict]
@@ -58,8 +58,8 @@ def check_model_folder(folder: str | Path, *, adapter: bool = False) -> Contents
     """Check a local model folder without opening its model; every reader calls this first.
 
     adapter: the folder holds a LoRA adapter, not a whole model. Raises ManifestError, naming the file, on: weights that
-    are not safetensors in the folder itself, or not whole; links that leave the folder (those of the Hub's cache to its
-    own blobs are fine); records that are not JSON objects with values of the right types; code (`auto_map`), kernels,
+    are not complete safetensors files inside the folder; links that leave the folder (except those of the Hub's cache
+    to its own blobs); records that are not JSON objects with values of the right types; code (`auto_map`), kernels,
     quantisation, or anything else that would be fetched or run.
     """
     folder = Path(folder)
@@ -90,10 +90,10 @@ def check_model_folder(folder: str | Path, *, adapter: bool = False) -> Contents
 
 
 def check_record(record: dict, path: Path, tensors: int = MOST_LAYERS, rank: int = 0, *, code: bool = True) -> None:
-    """Raise ManifestError if one of a model's records asks for code, or holds values that it cannot hold.
+    """Raise ManifestError if one of a model's records asks for code, or holds invalid values.
 
-    path: the file, whose name says what it must hold. tensors: how many the weights have. rank: the largest of an
-    adapter. code=False lets `auto_map` pass, for a model of the Hub of which transformers has code of its own.
+    path: the file, whose name determines the checks. tensors: number of tensors in the weights. rank: the largest of an
+    adapter. code=False permits `auto_map`, for a Hub model for which transformers has its own code.
     """
     def wrong(what: str) -> ManifestError:
         return ManifestError(f"{path} {_printable(what)}", [path.name])
@@ -147,7 +147,7 @@ def check_record(record: dict, path: Path, tensors: int = MOST_LAYERS, rank: int
 
 
 def drop_attention(config) -> None:
-    """Let the model choose its attention where its config names a library's (flash attention), as if none was named."""
+    """Let the model choose its attention if its config names an external library's (flash attention)."""
     for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))):
         for name in ("_attn_implementation", "_experts_implementation"):
             if getattr(part, name, None) not in (None, *ATTENTION):
@@ -159,9 +159,10 @@ _one_at_a_time = threading.RLock()
 
 @contextlib.contextmanager
 def confined(contents: Contents) -> Iterator[None]:
-    """While the block opens a folder that passed the gate: no network, and no model larger than its weights.
+    """Open a folder that passed the gate inside the block: without network, and with no model larger than its weights.
 
-    Raises ManifestError when a config makes transformers build (without memory yet) far more than the weights hold.
+    Raises ManifestError if a config makes transformers build (before memory is allocated) far more than the weights
+    hold.
     """
     thread, built = threading.get_ident(), {"parameters": 0, "elements": 0, "bytes": 0}
 
@@ -192,18 +193,18 @@ def confined(contents: Contents) -> Iterator[None]:
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first tensor with NaN or infinity in it; None if there is none. One pass over each."""
+    """The name of the first tensor that contains NaN or infinity; None if there is none. Reads each tensor once."""
     for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.numel():
             exact = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-            # NaN and infinity survive a sum; so may an overflow, which the slow way tells from them
+            # a sum keeps NaN and infinity, but can also overflow; the slow check below distinguishes these
             if not math.isfinite(tensor.sum(dtype=exact)) and not tensor.to(exact).isfinite().all():
                 return name
     return None
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that a model is saved with, tied ones once: (name, tensor)."""
+    """The tensors that are saved with a model, tied ones once: (name, tensor)."""
     seen = set()
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor) and (tensor.data_ptr(), tensor.shape) not in seen:
@@ -212,9 +213,10 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def left_over(model: nn.Module, unexpected: Iterable[str]) -> str | None:
-    """A tensor in the files that is a further layer of the model, for which its config has no place; None: no such one.
+    """A tensor in the files that belongs to an additional layer for which the config has no place; None if there is
+    none.
 
-    Other tensors that a model does not use (tables of older versions, parts for images) are nobody's loss.
+    Other unused tensors (tables of older versions, image parts) are harmless.
     """
     def kind(name: str) -> str:
         return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
@@ -225,12 +227,13 @@ def left_over(model: nn.Module, unexpected: Iterable[str]) -> str | None:
 
 
 def of_a_model(name: str) -> bool:
-    """Whether a file of this name is part of a model: it goes when the model is replaced, a stage's records stay."""
+    """Whether a file of this name is part of a model: it is deleted when the model is replaced; a stage's records are
+    kept."""
     return bool(CHECKPOINT_FILES.fullmatch(name)) or name in (ADAPTER, ADAPTER_WEIGHTS, "additional_chat_templates")
 
 
 def check_vocabulary(model: nn.Module, tokenizer) -> None:
-    """Raise ValueError, with both numbers, if the tokenizer has a token for which the model has no embedding."""
+    """Raise ValueError, with both numbers, if the tokenizer has a token without an embedding in the model."""
     rows, largest = model.get_input_embeddings().num_embeddings, max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:
         raise ValueError(f"the tokenizer does not fit the model: its largest token id is {largest}, the model has "
@@ -238,7 +241,7 @@ def check_vocabulary(model: nn.Module, tokenizer) -> None:
 
 
 def is_folder(name: str | Path) -> bool:
-    """Whether a name is that of a folder here (recovered, if need be); False for one that no folder can have."""
+    """Whether a name is that of an existing folder (recovered, if necessary); False for an impossible folder name."""
     try:
         recover(name)
         return Path(name).is_dir()
@@ -247,7 +250,7 @@ def is_folder(name: str | Path) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """An error in one printable line; its type if it has no message."""
+    """An error as one printable line; its type if it has no message."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return _printable(lines[0][:500] if lines else type(error).__name__)
 
@@ -261,7 +264,8 @@ def _reading(folder: Path) -> Iterator[None]:
 
 
 def _entries(folder: Path) -> set[str]:
-    """The names of the files in a folder, after refusing links that leave it and what is neither file nor folder."""
+    """The names of the files in a folder. Refuses links that leave the folder, and entries that are neither file nor
+    folder."""
     root = folder.resolve()
     homes = [root]
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
@@ -279,7 +283,7 @@ def _entries(folder: Path) -> set[str]:
         except FileNotFoundError:
             if path.is_symlink():
                 raise ManifestError(f"{path} is a link that leads nowhere", [path.name]) from None
-            continue  # it was deleted just now
+            continue  # deleted in the meantime
         if stat.S_ISREG(mode):
             if path.parent == folder:
                 names.add(path.name)
@@ -289,7 +293,7 @@ def _entries(folder: Path) -> set[str]:
 
 
 def _weight_files(folder: Path, names: set[str], index: dict | None) -> list[str]:
-    """The names of the files that transformers will read the weights from."""
+    """The names of the files from which transformers will read the weights."""
     if index is not None:
         check_record(index, folder / INDEX)
     return [WEIGHTS] if WEIGHTS in names or index is None else sorted(set(index["weight_map"].values()))
@@ -306,7 +310,7 @@ def _lacking(folder: Path, name: str, names: set[str]) -> ManifestError:
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:
-    """The shapes of the tensors in a safetensors file; ManifestError, naming it, if it is not whole."""
+    """The shapes of the tensors in a safetensors file; ManifestError, naming the file, if it is incomplete."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -348,7 +352,7 @@ def _is_dtype(value) -> bool:
 
 
 def _native(name: str) -> bool:
-    """Whether a name stands for flash attention: not refused, since honest configs name it, and not used either."""
+    """Whether a name means flash attention: accepted, because valid configs name it, but not used."""
     return re.fullmatch(r"flash_attention_\d", name) is not None
 
 
@@ -376,7 +380,7 @@ def _texts(value) -> list[str]:
 
 
 def _numbers(value) -> list[int]:
-    """The integers in a number, or in a list at any depth (what mappings hold has keys of its own)."""
+    """The integers in a number, or in a list at any depth (mappings are checked by their own keys)."""
     if isinstance(value, list):
         return [number for item in value for number in _numbers(item)]
     return [value] if isinstance(value, int) and not isinstance(value, bool) else []

@@ -1,4 +1,4 @@
-"""Reward and value models: a body with a head that says one number a token."""
+"""Reward and value models: a body with a head that outputs one number per token."""
 
 import copy
 
@@ -13,7 +13,7 @@ from alignkit.models.adapters import _has_adapter, merged
 
 
 def reward_model_from(policy: nn.Module, seed: int = 0) -> nn.Module:
-    """A sequence classifier with the policy's body and a new linear head of standard deviation 1/√(hidden + 1)."""
+    """A sequence classifier with the policy's body and a new linear head with standard deviation 1/√(hidden + 1)."""
     policy = merged(policy)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
@@ -31,7 +31,7 @@ def reward_model_from(policy: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def value_model_from(model: nn.Module) -> nn.Module:
-    """A critic: a copy of a reward model, or, if `model` is a policy, its body with a head that is 0."""
+    """A critic: a copy of a reward model or, if `model` is a policy, its body with a zero head."""
     if hasattr(model, "score"):
         return copy.deepcopy(model).requires_grad_(True)
     critic = reward_model_from(model)
@@ -41,9 +41,9 @@ def value_model_from(model: nn.Module) -> nn.Module:
 
 
 class SharedCritic(nn.Module):
-    """A critic that is a value head, 0 at first, on the policy's own body. Its parameters are the head's alone.
+    """A critic that is a value head, initialised to 0, on the policy's own body. Its only parameters are the head's.
 
-    `token_values` reads it as any other critic, with a forward pass of its own.
+    `token_values` reads it like any other critic, with a separate forward pass.
     """
 
     base_model_prefix = "trunk"
@@ -70,7 +70,7 @@ def body(model: nn.Module) -> nn.Module:
 
 
 def score_head(model: nn.Module) -> nn.Linear:
-    """The head that says one number a token. Raises ValueError if the model has none, or one with more outputs."""
+    """The head that outputs one number per token. Raises ValueError if the model has none, or one with more outputs."""
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ValueError(f"{type(model).__name__} has no `score` head with one output; expected a causal "

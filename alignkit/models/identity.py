@@ -1,4 +1,4 @@
-"""What tells two models apart."""
+"""Hashes that identify models."""
 
 import functools
 import hashlib
@@ -14,7 +14,8 @@ from alignkit.storage import content_hash
 
 
 def weights_hash(model) -> str:
-    """SHA-256 of what decides a model's output: its class, configuration, every weight, and which adapters are on."""
+    """SHA-256 of everything that determines a model's output: class, configuration, all weights, and the active
+    adapters."""
     unrelated = ("_name_or_path", "transformers_version")
     config = {name: value for name, value in model.config.to_dict().items() if name not in unrelated}
     adapters = [[name, module.disable_adapters, module.merged, module.active_adapters, getattr(module, "scaling", None)]
@@ -27,8 +28,8 @@ def weights_hash(model) -> str:
 
 
 def function_hash(function: object) -> str:
-    """SHA-256 (hex) of what decides what a callable returns, as far as that can be seen: its name, its code, what it
-    holds (closures, partial arguments, attributes). For a model's reward: its weights."""
+    """SHA-256 (hex) of what determines a callable's result, as far as it can be inspected: its name, its code, and its
+    data (closures, partial arguments, attributes). For a model's reward: its weights."""
     return hashlib.sha256(json.dumps(_parts(function, 0), sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -67,7 +68,7 @@ def _parts(value: object, depth: int) -> object:
 
 
 def tensors_hash(tensors: Mapping[str, Tensor], kind: str = "") -> str:
-    """SHA-256 (hex) of tensors by name: names, types, shapes and bytes, after the text `kind`."""
+    """SHA-256 (hex) of named tensors: names, types, shapes and bytes, after the text `kind`."""
     digest = hashlib.sha256(kind.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

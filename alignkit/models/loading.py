@@ -1,6 +1,6 @@
 """Load, make and save models: any Hugging Face causal LM, the tiny default, reward and value models, LoRA.
 
-Weights are read from and written to safetensors only, and remote code is never run.
+Only safetensors weights are read and written, and remote code is never run.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _KINDS = {AutoModelForCausalLM: "class that continues a text (…ForCausalLM)",
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """The device to train on: "auto" is a GPU where there is one, otherwise the CPU."""
+    """The device for training: "auto" means a GPU if there is one, otherwise the CPU."""
     if device != "auto":
         return torch.device(device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,9 +41,9 @@ def pick_device(device: str = "auto") -> torch.device:
 def load_policy(model: str | Path, *, seed: int = 0, device: str = "auto"):
     """A causal LM and its tokenizer: `(policy, tokenizer)`.
 
-    model: "tiny" (a fresh desk-world model, seeded by `seed`), a local directory, or a Hub id. Dropout is off, the
-    dtype is float32. A tokenizer whose pad token is missing or is its EOS gets another one, so that EOS can be learned.
-    Raises ValueError that says what to do if the model cannot be read safely.
+    model: "tiny" (a new desk-world model, initialised from `seed`), a local directory, or a Hub id. Dropout is off, the
+    dtype is float32. If the tokenizer has no pad token, or uses EOS as pad, it gets a new pad token, so that EOS can be
+    learned. Raises ValueError that says what to do if the model cannot be read safely.
     """
     if str(model) == "tiny":
         tokenizer = desk_tokenizer()
@@ -74,7 +74,7 @@ def adapted_policy(folder: str | Path, *, device: str = "cpu"):
         raise
     except BaseException as error:
         raise ManifestError(f"the adapter in {folder} does not fit {base!r}: {gate.reason(error)}") from error
-    if missing := sorted(expected - contents.tensors.keys()):  # peft would leave them at 0, and say nothing
+    if missing := sorted(expected - contents.tensors.keys()):  # peft would silently leave them at 0
         raise ManifestError(f"{contents.files[0]} has no {missing[0]!r}, which its {gate.ADAPTER} asks for",
                             [gate.ADAPTER_WEIGHTS])
     if (broken := gate.first_not_finite(gate.weights_of(adapted))) is not None:
@@ -83,10 +83,10 @@ def adapted_policy(folder: str | Path, *, device: str = "cpu"):
 
 
 def check_model(model: str | Path, *, scored: bool = False) -> None:
-    """Raise as `load_policy` does, as far as a model's records and the sizes of its files tell; no weight is read.
+    """Raise as `load_policy` does, as far as the model's records and file sizes show; no weight is read.
 
-    scored: a reward model is to be made of it too (`reward_model_from`): ManifestError if transformers has no class
-    that scores a text for its architecture.
+    scored: also check that a reward model can be made of it (`reward_model_from`): ManifestError if transformers has no
+    sequence classifier for its architecture.
     """
     if str(model) == "tiny":
         return
@@ -106,11 +106,11 @@ def check_model(model: str | Path, *, scored: bool = False) -> None:
 
 
 def save_model(model: nn.Module, tokenizer, directory: str | Path) -> Path:
-    """Write a model (adapter merged) and its tokenizer as an ordinary Hugging Face folder, all or nothing.
+    """Write a model (adapter merged) and its tokenizer as an ordinary Hugging Face folder, atomically.
 
-    Another model in `directory` is replaced, the records of its stage stay. What is saved can be loaded: raises
-    NonFinite on weights with NaN or infinity, ValueError on a tokenizer that does not fit, ManifestError on what the
-    gate would refuse (a quantised model); `directory` is then as it was.
+    Another model in `directory` is replaced; the records of its stage are kept. A saved model can always be loaded:
+    raises NonFinite on weights with NaN or infinity, ValueError on a tokenizer that does not fit, ManifestError on a
+    model that the gate would refuse (such as a quantised one). `directory` is then unchanged.
     """
     model, directory = merged(model), Path(directory)
     if (name := gate.first_not_finite(gate.weights_of(model))) is not None:
@@ -168,7 +168,7 @@ def _load(auto, model, **config_options):
         if not empty:
             gate.check_vocabulary(loaded, tokenizer)
             _give_pad_token(loaded, tokenizer)
-            tokenizer.decode(tokenizer(" a").input_ids)  # settings of the wrong type show here
+            tokenizer.decode(tokenizer(" a").input_ids)  # settings of the wrong type raise here
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
@@ -177,7 +177,7 @@ def _load(auto, model, **config_options):
         raise ValueError(f"model {name!r} has no tokenizer files beside its weights; save its tokenizer to the same "
                          "folder")
     limit = context_length(loaded)
-    if limit is not None:  # the tokenizer carries the model's context to where texts are cut
+    if limit is not None:  # texts are truncated to the tokenizer's limit, so store the model's context there
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     for module in loaded.modules():  # dropout off: the policy that is scored must be the policy that sampled
         if isinstance(module, nn.Dropout):
@@ -194,7 +194,7 @@ def _load(auto, model, **config_options):
 
 @contextlib.contextmanager
 def _telling(model: str | Path) -> Iterator[Path | None]:
-    """The folder that a model's name means, None for a Hub id; what goes wrong in the block names it."""
+    """The folder that a model's name refers to, None for a Hub id; errors in the block name the model."""
     name, path = str(model), None
     expected = ("expected a folder with config.json, tokenizer files and *.safetensors, a Hub id that is cached or "
                 "online, or 'tiny'")
@@ -220,7 +220,7 @@ def _telling(model: str | Path) -> Iterator[Path | None]:
 
 
 def _passed(name: str, path: Path | None) -> gate.Contents | None:
-    """What the gate saw of a model folder, None for a Hub id, whose records it let pass."""
+    """The gate's result for a model folder; None for a Hub id whose records pass the gate."""
     if path is None:
         _check_hub_records(name)
         return None
@@ -240,7 +240,7 @@ def _config(auto, name: str, options: dict):
 
 
 def _open(auto, name: str, config_options: dict) -> tuple:
-    """What transformers makes of a name that passed the gate: model, tokenizer, and a report of what was lacking."""
+    """Open a name that passed the gate with transformers: model, tokenizer, and a report of missing weights."""
     config = _config(auto, name, config_options)
     gate.drop_attention(config)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -257,13 +257,13 @@ def _open(auto, name: str, config_options: dict) -> tuple:
 
 
 def _is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a LoRA adapter and no whole model."""
+    """Whether a folder holds a LoRA adapter and not a whole model."""
     config = folder / "config.json"
     return not config.exists() and not config.is_symlink() and (folder / gate.ADAPTER).exists()
 
 
 def _adapter(folder: Path) -> tuple[gate.Contents, str]:
-    """What the gate saw of an adapter, and the folder of the base model that it names."""
+    """The gate's result for an adapter, and the folder of the base model that it names."""
     contents = gate.check_model_folder(folder, adapter=True)
     base = contents.records[gate.ADAPTER].get("base_model_name_or_path") or ""
     if not isinstance(base, str) or not gate.is_folder(base):
@@ -274,7 +274,7 @@ def _adapter(folder: Path) -> tuple[gate.Contents, str]:
 
 
 def _merged_adapter(auto, folder: Path) -> tuple:
-    """The base that an adapter names, with the adapter merged in, and its tokenizer: of a policy alone."""
+    """The base model of an adapter, with the adapter merged in, and its tokenizer; for policies only."""
     if auto is not AutoModelForCausalLM:
         raise ManifestError(f"model {str(folder)!r} is an adapter, not a whole reward model; merge it first (peft's "
                             "merge_and_unload, then save_pretrained)")
@@ -283,9 +283,10 @@ def _merged_adapter(auto, folder: Path) -> tuple:
 
 
 def _check_hub_records(name: str) -> None:
-    """The gate for a model of the Hub: its records are read before its weights are. Its files are the Hub's cache's.
+    """The gate for a model of the Hub: its records are checked before its weights are read from the Hub's cache.
 
-    OSError at the first record if the Hub cannot be reached and has nothing cached: each try takes half a minute."""
+    OSError at the first record if the Hub cannot be reached and nothing is cached; each attempt takes half a minute.
+    """
     try:
         cached_file(name, "config.json")
     except OSError as error:
@@ -300,7 +301,7 @@ def _check_hub_records(name: str) -> None:
 
 
 def _drop_auto_map(folder: Path) -> None:
-    """Models of the Hub that brought code, of which transformers has its own by now, are saved without a word of it."""
+    """Remove `auto_map` from a Hub model that came with code but for which transformers now has its own code."""
     for name in ("config.json", "tokenizer_config.json"):
         if (folder / name).exists():
             record = read_json(folder / name, error=ManifestError)
@@ -316,7 +317,7 @@ def _give_pad_token(model: nn.Module, tokenizer) -> None:
                  if number is not None and number != tokenizer.eos_token_id]
         if spare:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(spare[0])
-        else:  # a new row, the mean of all others, so that its logit is an average one: about never sampled
+        else:  # a new row, the mean of all others, has an average logit and is almost never sampled
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
             if len(tokenizer) > model.get_input_embeddings().num_embeddings:
                 model.resize_token_embeddings(len(tokenizer))

@@ -1,7 +1,7 @@
-"""HTML pages that need nothing else: no script, no request, and no text of a model or a file that is read as markup.
+"""Self-contained HTML pages: no script, no request, and no text of a model or a file is interpreted as markup.
 
-The templates lie beside this file. Whatever a template writes is escaped, and spelled out where it cannot be seen;
-longer text is cut with a note. Only `visible(limit)`, a filter, changes how much of it is shown.
+The templates are beside this file. All template output is escaped, invisible characters are spelled out, and long text
+is truncated with a note. Only the filter `visible(limit)` changes how much of a text is shown.
 """
 
 import base64
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG to be shown `width` CSS pixels wide; alt and caption are text."""
+    """A PNG displayed `width` CSS pixels wide; alt and caption are text."""
 
     png: bytes
     alt: str
@@ -28,7 +28,7 @@ class Picture:
 
 
 def picture(png: bytes, alt: str, caption: str = "", width: int | None = None) -> Picture | None:
-    """A picture for a page, at most as wide as it has pixels. None if `png` is not a PNG."""
+    """A picture for a page, at most as wide as its number of pixels. None if `png` is not a PNG."""
     if png[:8] != b"\x89PNG\r\n\x1a\n" or len(png) < 24:
         return None
     pixels, height = struct.unpack(">II", png[16:24])
@@ -37,7 +37,7 @@ def picture(png: bytes, alt: str, caption: str = "", width: int | None = None) -
 
 
 def render(template: str, **facts: object) -> str:
-    """The page that a template of this folder makes of `facts`."""
+    """The page that a template of this folder renders from `facts`."""
     return _templates().get_template(template).render(facts)
 
 

@@ -1,1 +1,1 @@
-"""How does a model leave this machine? Model cards, the Hub, and files from which other tools start."""
+"""Export models from this machine: model cards, the Hub, and files for other tools."""

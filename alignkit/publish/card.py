@@ -1,7 +1,7 @@
-"""The model card of a frozen checkpoint: README.md beside its manifest, in the form that the Hub reads.
+"""The model card of a frozen checkpoint: README.md beside its manifest, in the Hub's format.
 
-It says what the records say and nothing else: a licence that nobody gave is "unknown". The manifest does not list the
-card, since an evaluation, which the card reports, comes after freezing.
+The card contains only information from the records; a licence that was not given is "unknown". The manifest does not
+list the card, because the card reports an evaluation, which comes after freezing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-READING = ("kind", "split", "columns", "skip_bad", "max_length", "max_new_tokens")  # how a run read its data
+READING = ("kind", "split", "columns", "skip_bad", "max_length", "max_new_tokens")  # settings for reading a run's data
 UNKNOWN_LICENCE = "unknown: nobody gave one. Fill it in before you publish, after reading those of base model and data"
 LIMITS = (
     "The evaluation asks held-out prompts of the data that it was trained on, and no others.",
@@ -41,9 +41,9 @@ DESK_LIMIT = ("It lives in a toy world of a dozen sentences, which was made to s
 def model_card(checkpoint: str | Path, *, licence: str | None = None) -> ModelCard:
     """The card of a frozen checkpoint, a `huggingface_hub.ModelCard`: metadata, lineage, data, evaluation, hashes.
 
-    checkpoint: a folder that `freeze` made; in a run directory, the run's records beside it are read too. licence: an
-    identifier such as "mit"; None: "unknown". Raises ManifestError if a byte of the checkpoint is not as it was frozen,
-    RunError, naming the file, on records that cannot be read.
+    checkpoint: a folder made by `freeze`; in a run directory, the records of the run are read too. licence: an
+    identifier such as "mit"; None: "unknown". Raises ManifestError if a byte of the checkpoint has changed since
+    freezing, RunError, naming the file, on records that cannot be read.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -72,7 +72,7 @@ def model_card(checkpoint: str | Path, *, licence: str | None = None) -> ModelCa
 def write_card(checkpoint: str | Path, *, licence: str | None = None, out: str | Path | None = None) -> Path:
     """Write the card of a frozen checkpoint; returns its path: `out`, or README.md beside the manifest.
 
-    The checkpoint's own files stay as they are, and `verify` still passes. Raises as `model_card` does.
+    The checkpoint's own files are not changed, and `verify` still passes. Raises as `model_card` does.
     """
     out = Path(checkpoint) / CARD if out is None else Path(out)
     write_atomically(out, str(model_card(checkpoint, licence=licence)))
@@ -80,7 +80,7 @@ def write_card(checkpoint: str | Path, *, licence: str | None = None, out: str |
 
 
 def card_is_of(checkpoint: str | Path, manifest: Manifest) -> bool:
-    """Whether the README.md in a checkpoint is the card of what the manifest lists: it names the manifest's hash."""
+    """Whether the README.md in a checkpoint is the card of this manifest, that is, names the manifest's hash."""
     with (Path(checkpoint) / CARD).open(encoding="utf-8", errors="replace") as file:
         return manifest.hash in file.read(2**20)
 
@@ -96,18 +96,18 @@ def _read(path: Path) -> dict:
 
 
 def _cell(value: object) -> str:
-    """A value in Markdown: a number or a truth value as it is, text with nothing in it that acts as markup."""
+    """A value for a Markdown cell: numbers and booleans unchanged, text escaped so that nothing acts as markup."""
     return str(value) if value is None or isinstance(value, bool | int | float) else markdown_cell(value, 200)
 
 
 def _hub_id(name: object) -> str | None:
-    """A name that can only be one on the Hub; paths of this machine stay here."""
+    """A name if it can only be a Hub id; paths of this machine are not published."""
     named = isinstance(name, str) and HUB_ID.fullmatch(name) and not os.path.exists(name)
     return name if named else None
 
 
 def _named(name: object, else_: str) -> str:
-    """What a model or data set is called in public: of a path its last part."""
+    """The public name of a model or data set: for a path its last part."""
     if not isinstance(name, str):
         return f"unknown: {else_} has no record of it"
     return markdown_cell(name if _hub_id(name) or os.sep not in name else f"a local one named {Path(name).name}")
@@ -115,7 +115,7 @@ def _named(name: object, else_: str) -> str:
 
 # --- sections --------------------------------------------------------------------------------------------------------
 def _evaluation(results: Mapping) -> dict[str, tuple]:
-    """Metric -> (title, value as text, interval as text, raw value, raw interval), of those that the results hold."""
+    """Metric -> (title, value as text, interval as text, raw value, raw interval), for the metrics in the results."""
     rows = {}
     for name, metric in METRICS.items():
         if is_number(results.get(name)):
@@ -131,7 +131,7 @@ def _row(title: str, value: float, interval: object, metric: Metric) -> tuple:
 
 
 def _suites(checkpoint: Path) -> dict[str, tuple]:
-    """Label -> row, as `_evaluation`, of what suites measured of the checkpoint as it is."""
+    """Label -> row, as `_evaluation`, of the suite results for the checkpoint in its present state."""
     rows = {}
     for label, line in suites.lines(suites_of(checkpoint)[0]).items():
         low, high = line.score.low, line.score.high
@@ -191,7 +191,7 @@ def _data(facts: Mapping, run: Path, record: Mapping) -> str:
 
 
 def _reading(run: Path) -> list[str]:
-    """How the notebooks read the data, a line for each way."""
+    """How the notebooks read the data, one line for each different way."""
     jobs, ways = _read(run / "jobs.json"), {}
     for notebook in CHAIN:
         job = jobs.get(notebook)
@@ -217,7 +217,7 @@ def _reward_model(run: Path) -> list[str]:
 
 
 def _limits(facts: Mapping, has_suites: bool) -> str:
-    limits = LIMITS[1:] if has_suites else LIMITS  # suites ask other prompts
+    limits = LIMITS[1:] if has_suites else LIMITS  # suites use other prompts
     desk = [DESK_LIMIT] if facts.get("data") == "desk" else []
     return "## Known limits\n\n" + "\n".join(f"* {sentence}" for sentence in (*desk, *limits))
 

@@ -1,8 +1,8 @@
-"""A run for another tool: its data in that tool's form, and its settings in that tool's names, to start from.
+"""Export a run to another tool: its data in that tool's format, and its settings under that tool's names.
 
-Left in the files are the rows that training saw, as they stood in the source (a conversation stays one, and the tool's
-chat template renders it); prompts that the run holds out are not exported, so that its evaluation stays one of unseen
-prompts. What has no counterpart is listed in the README.md beside the files.
+The files contain the training rows as they are in the source (a conversation stays one, and the tool's chat template
+renders it). Prompts that the run holds out are not exported, so the run's evaluation remains on unseen prompts. The
+README.md beside the files lists everything without a counterpart in the tool.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ COLUMNS = {"sft": ("completion",), "reward": ("chosen", "rejected"), "dpo": ("ch
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote: the folder, rows by stage, and sentences about what has no counterpart in the tool."""
+    """The result of `export`: the folder, rows by stage, and sentences about settings without a counterpart in the
+    tool."""
 
     folder: Path
     tool: str
@@ -49,11 +50,11 @@ class Exported:
 def export(run: str | Path, tool: str, out: str | Path) -> Exported:
     """Write the data and the settings of a run for `tool`, "llama-factory" or "trl", into the folder `out`.
 
-    The rows are those of the run's training part: demonstrations for SFT, pairs for the reward model and DPO, as far as
-    its data has them (the desk world's pairs are sampled again from the run's own checkpoints). Settings are those that
-    the stages' results.json recorded, else the presets for the model. Raises RunError if `run` is no run directory,
-    DataError if its data cannot be read any more, or holds what the tool cannot read, FileExistsError if `out` is not
-    empty.
+    The rows are those of the run's training part: demonstrations for SFT, pairs for the reward model and DPO, if its
+    data has them (the desk world's pairs are sampled again from the run's own checkpoints). The settings are those
+    recorded in the stages' results.json, otherwise the presets for the model. Raises RunError if `run` is not a run
+    directory, DataError if its data can no longer be read or contains something that the tool cannot read,
+    FileExistsError if `out` is not empty.
     """
     run, out = Path(run), Path(out)
     if tool not in TOOLS:
@@ -84,7 +85,7 @@ def export(run: str | Path, tool: str, out: str | Path) -> Exported:
 
 # --- what a run holds ------------------------------------------------------------------------------------------------
 def _parameters(run: Path) -> dict[str, dict]:
-    """Notebook -> its parameters, as far as RUN/jobs.json has them."""
+    """Notebook -> its parameters, as recorded in RUN/jobs.json."""
     try:
         jobs = read_json(run / "jobs.json")
     except FileNotFoundError:
@@ -95,7 +96,8 @@ def _parameters(run: Path) -> dict[str, dict]:
 
 
 def _config(run: Path, facts: Mapping, stage: str) -> dict:
-    """The settings that a stage was trained with; the preset for the model if it was not, or is of another version."""
+    """The settings with which a stage was trained; the preset for the model if it was not trained, or by another
+    version."""
     kind = STAGES[stage][1]
     try:
         recorded = read_json(run / stage / "results.json").get("config")
@@ -125,8 +127,8 @@ def _file_rows(run: Path, facts: Mapping, given: Mapping) -> dict[str, list[dict
 
 
 def _as_asked(run: Path, facts: Mapping, choices: Mapping, prompts: list) -> list[str | None]:
-    """The prompts as the run asked them, by which it decided what to hold out: messages in the words of the chat
-    template, cut to the model's context; None for one that the template refuses, which no training saw."""
+    """The prompts as the run used them to decide what to hold out: messages rendered by the chat template, truncated to
+    the model's context; None if the template refuses a prompt, which was then never trained on."""
     from transformers import AutoTokenizer
 
     from alignkit.data.chat import chat_template_of
@@ -155,7 +157,7 @@ def _as_asked(run: Path, facts: Mapping, choices: Mapping, prompts: list) -> lis
 
 
 def _desk_rows(run: Path, facts: Mapping, given: Mapping) -> dict[str, list[dict]]:
-    """The desk world's rows, drawn again as the notebooks draw them; pairs only where their policy was trained."""
+    """The desk world's rows, sampled again as in the notebooks; pairs only if their policy was trained."""
     from dataclasses import replace
 
     from alignkit.models.loading import load_policy
@@ -165,7 +167,7 @@ def _desk_rows(run: Path, facts: Mapping, given: Mapping) -> dict[str, list[dict
     asked = {stage: given.get(notebook, {}) for stage, (notebook, _) in STAGES.items()}
     task = replace(desk_task(seed), messiness=asked["sft"].get("messiness", 0.7))
     count = asked["sft"].get("demonstrations", 8000)
-    rows = {"sft": task.demonstrations(count, seed=seed)[max(1, count // 16):]}  # the first are put aside there
+    rows = {"sft": task.demonstrations(count, seed=seed)[max(1, count // 16):]}  # the notebook holds out the first ones
     places = {"reward": ("sft", 6000, seed, "default"),
               "dpo": (asked["dpo"].get("reference", "frozen"), 3000, seed + 7, "expert")}
     for stage, (source, pairs, number, annotator) in places.items():
@@ -178,7 +180,7 @@ def _desk_rows(run: Path, facts: Mapping, given: Mapping) -> dict[str, list[dict
 
 
 def _models(run: Path, facts: Mapping, given: Mapping, out: Path) -> dict[str, str]:
-    """Stage -> the model that it starts from, a Hub id or a path from `out`; the tiny one is written there."""
+    """Stage -> its initial model, a Hub id or a path relative to `out`; the tiny model is written there."""
     model = str(facts["model"])
     if model == "tiny":
         from alignkit.models.loading import load_policy, save_model
@@ -195,7 +197,7 @@ def _models(run: Path, facts: Mapping, given: Mapping, out: Path) -> dict[str, s
 
 # --- what the tools read ---------------------------------------------------------------------------------------------
 def _mapped(table: Mapping[str, Mapped], config: Mapping, stage: str) -> tuple[dict, list[str]]:
-    """The settings by the tool's names, and a sentence for each that has none there."""
+    """The settings under the tool's names, and a sentence for each setting without a counterpart."""
     values, notes = {}, []
     for name, value in config.items():
         mapped = table.get(name)
@@ -226,7 +228,7 @@ def _write_trl(out: Path, stage: str, rows: list[dict], config: Mapping, model: 
 
 def _write_llama_factory(out: Path, stage: str, rows: list[dict], config: Mapping,
                          model: str) -> tuple[str, list[str], int]:
-    """data/STAGE.json in its alpaca form, or, of conversations, its sharegpt form; and STAGE.yaml."""
+    """data/STAGE.json in LLaMA-Factory's alpaca format (sharegpt format for conversations), and STAGE.yaml."""
     chat = any(isinstance(row["prompt"], list) for row in rows)
     kept = [row for row in rows if not chat or _alternates(row["prompt"])]
     notes = [f"{stage}: {len(rows) - len(kept)} conversations whose turns do not alternate between user and assistant, "
@@ -295,7 +297,7 @@ def _write_lines(path: Path, rows: Iterable[dict]) -> None:
 
 
 def _write_yaml(path: Path, content: Mapping) -> None:
-    """YAML as JSON values, one setting a line: every YAML reader takes it, and no text in it can be anything else."""
+    """YAML with JSON values, one setting per line, which every YAML reader parses in the same way."""
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}\n" for name, value in content.items()]
     write_atomically(path, "# from alignkit; paths count from this folder\n" + "".join(lines))
 

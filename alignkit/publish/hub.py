@@ -1,6 +1,6 @@
-"""A frozen checkpoint to the Hugging Face Hub: on request only, private unless asked otherwise, and nothing unlisted.
+"""Push a frozen checkpoint to the Hugging Face Hub: only on request, private by default, and only listed files.
 
-No run and no notebook calls this: `alignkit push` does, for one folder, after it has shown what would go.
+No run and no notebook calls this. Only `alignkit push` does, for one folder, after it has shown the files.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ LOG_IN = ("there is no token of the Hub on this machine that may write: `hf auth
 
 
 class PushError(AlignkitError, RuntimeError):
-    """Nothing was pushed, or not all of it; the message says why and what to do."""
+    """Nothing was pushed, or only a part; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Parcel:
-    """What a push sends: `files` name -> bytes, of `folder`, to the repository `repo`, private or public."""
+    """The content of a push: `files` name -> bytes, from `folder`, to the repository `repo`, private or public."""
 
     folder: Path
     repo: str
@@ -40,10 +40,11 @@ class Parcel:
 
 
 def parcel(checkpoint: str | Path, repo: str, *, private: bool = True, licence: str | None = None) -> Parcel:
-    """What a push of a frozen checkpoint would send: the manifest, the files that it lists, and the model card.
+    """The content of a push of a frozen checkpoint: the manifest, the files that it lists, and the model card.
 
-    A card is written if there is none, or if `licence` is given. Raises ManifestError if a byte of the checkpoint is
-    not as it was frozen, and PushError if `repo` is no name of a repository, or the card is of another checkpoint.
+    The card is written if it is missing, or if `licence` is given. Raises ManifestError if a byte of the checkpoint has
+    changed since freezing, and PushError if `repo` is not a valid repository name, or if the card belongs to another
+    checkpoint.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -64,10 +65,10 @@ def parcel(checkpoint: str | Path, repo: str, *, private: bool = True, licence: 
 
 
 def send(what: Parcel) -> str:
-    """Push; returns the address of the commit. Makes the repository if there is none.
+    """Push the parcel; returns the address of the commit. Creates the repository if it does not exist.
 
-    Raises PushError without a token, if the Hub cannot be reached or refuses, and if a repository that is there is
-    public while the parcel is private.
+    Raises PushError without a token, if the Hub cannot be reached or refuses, and if the existing repository is public
+    but the parcel is private.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -90,14 +91,14 @@ def send(what: Parcel) -> str:
         raise PushError(f"the Hub refused: {one_line(error, 600)}{why}") from error
     except PushError:
         raise
-    except Exception as error:  # no connection, a broken one: whatever it is, the push is not done
+    except Exception as error:  # no connection, or it broke: in every case the push is incomplete
         raise PushError(f"the Hub could not be reached, or the push broke off: {one_line(error, 600)}. Give the same "
                         "command again") from error
     return str(commit)
 
 
 def push(checkpoint: str | Path, repo: str, *, public: bool, licence: str | None, ask) -> None:
-    """Show what would go, ask, and send it: the command `alignkit push`. ask: () -> whether to go on."""
+    """The command `alignkit push`: show the files, ask, and push. ask: () -> whether to continue."""
     what = parcel(checkpoint, repo, private=not public, licence=licence)
     print(what, flush=True)
     if not ask():

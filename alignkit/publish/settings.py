@@ -1,4 +1,5 @@
-"""What alignkit's settings are called in other tools, one table a tool and stage; `about` says why one is missing."""
+"""The names of alignkit's settings in other tools, one table per tool and stage; `about` explains a missing
+counterpart."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,9 +7,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Mapped:
-    """A setting elsewhere. name: there; "" if it has no counterpart. values: of text settings, ours -> theirs.
+    """A setting in another tool. name: its name there; "" if it has no counterpart. values: for text settings,
+    alignkit's -> the tool's.
 
-    neutral: the value at which a setting without counterpart changes nothing. about: what is to be known of it.
+    neutral: the value at which a setting without counterpart has no effect. about: a remark for the user.
     """
 
     name: str = ""
@@ -19,7 +21,7 @@ class Mapped:
 
 @dataclass(frozen=True)
 class Table:
-    """The settings of a stage in a tool: those that a run may have changed, and those that are always the same."""
+    """The settings of a stage in a tool: those that a run may have changed, and the constant ones."""
 
     settings: Mapping[str, Mapped]
     fixed: Mapping[str, object]
@@ -78,7 +80,7 @@ LLAMA_FACTORY = {
         "length_normalised": Mapped("", "it has no such loss", neutral=False),
         "max_new_tokens": Mapped("", "cutoff_len there counts prompt and response together, 2048 by default"),
     }, {"stage": "dpo", **LF_FIXED, **CONSTANT}),
-    # what PPOConfig prices and clips is fixed in its trainer
+    # the penalties and clips of PPOConfig are fixed in its trainer
     "ppo": Table({}, {"stage": "ppo", "do_train": True, "finetuning_type": "full", "reward_model_type": "full",
                       "per_device_train_batch_size": 16, "learning_rate": 3e-6, "num_train_epochs": 1.0,
                       "ppo_epochs": 4, "report_to": "none", "logging_steps": 1}),

@@ -1,1 +1,1 @@
-"""What a run leaves behind: records, stages, frozen checkpoints."""
+"""The files of a run: records, stages, frozen checkpoints."""

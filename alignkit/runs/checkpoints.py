@@ -1,9 +1,9 @@
-"""Checkpoints of a training run: written often enough to lose little, whole or absent, and gone on from bit for bit.
+"""Checkpoints of a training run: frequent, atomic, and sufficient to continue the run bit for bit.
 
-A checkpoint is a folder of safetensors and JSON with a SHA-256 of each file, written last. It holds what the training
-changes (weights, optimisers, counters, the KL controller), and the facts that it depends on: config, data, the models
-that it started from, alignkit's code. A run whose facts differ cannot go on from it. Random numbers come from the seed
-and the step, so no generator has to be stored; TRL's trainers, which use torch's own, store that.
+A checkpoint is a folder of safetensors and JSON files; a SHA-256 of each file is written last. It holds the state that
+training changes (weights, optimisers, counters, the KL controller), and the facts that the run depends on: config,
+data, initial models, alignkit's code. A run with different facts cannot continue from it. Random numbers come from the
+seed and the step, so no generator is stored; an exception are TRL's trainers, which use torch's own generators.
 """
 
 import contextlib
@@ -27,33 +27,33 @@ from alignkit.runs.records import code_hash, versions
 from alignkit.storage import file_hash, plain, read_json, settings, write_json
 
 TENSORS, STATE, FILES = "tensors.safetensors", "state.json", "files.json"  # of a checkpoint
-ENDED = "ended.json"  # of the run: that it ended by itself
-KEPT = 2  # whole checkpoints that stay
-SHORTEST, SHARE = 1.0, 0.02  # seconds between two checkpoints, and the share of the time that they may take
+ENDED = "ended.json"  # of the run: records that the run stopped itself
+KEPT = 2  # number of complete checkpoints to keep
+SHORTEST, SHARE = 1.0, 0.02  # minimum seconds between two checkpoints, and their maximum share of the time
 
 
 class Resumable(Protocol):
-    """What can be checkpointed: a PPOState, a DPOState, a Trainer's state."""
+    """An object that can be checkpointed: a PPOState, a DPOState, a Trainer's state."""
 
-    step: int  # steps made so far; -1 while one is half made
+    step: int  # completed steps; -1 during a step
 
     def facts(self) -> Mapping:
-        """What the run depends on besides its config: hashes of the models it started from and of its data."""
+        """What the run depends on besides its config: hashes of the initial models and of its data."""
 
     def state_dict(self) -> Mapping:
         """All that training changes: nested mappings and lists of tensors, numbers, text and None."""
 
     def load_state_dict(self, saved: Mapping) -> None:
-        """Go on from what `state_dict` returned."""
+        """Continue from the result of `state_dict`."""
 
 
 class Checkpoints:
-    """The checkpoints of one run in a folder, the newest two of them.
+    """The two newest checkpoints of one run, in a folder.
 
-    folder: theirs alone; made when the first is written. state: what they hold, as it is before the first step. config:
-    a dataclass or mapping; it, the facts of the state and the code of alignkit must be the same for a run to go on.
-    every: seconds between two; 0 writes one after each step; None writes as often as 2 % of the time allow, and not
-    more than once a second.
+    folder: used only for checkpoints; made when the first is written. state: the object to checkpoint, in its state
+    before the first step. config: a dataclass or mapping. A run can continue only if the config, the facts of the state
+    and alignkit's code are unchanged. every: seconds between two checkpoints; 0 writes one after each step; None limits
+    their cost to 2 % of the time, with at most one per second.
     """
 
     def __init__(self, folder: str | Path, state: Resumable, config, *, every: float | None = None) -> None:
@@ -65,8 +65,9 @@ class Checkpoints:
         self._last, self._step = time.monotonic(), -1
 
     def latest(self) -> tuple[int, dict] | None:
-        """The newest whole checkpoint: its step and what was saved; None if there is none. A torn one is skipped with a
-        warning that names it. Raises RunError, with the differing facts, if it belongs to another run."""
+        """The newest complete checkpoint: its step and its state; None if there is none. A torn checkpoint is skipped
+        with a warning that names it. Raises RunError, with the differing facts, if the checkpoint belongs to another
+        run."""
         for folder in self._folders():
             try:
                 record = _checked(folder)
@@ -79,7 +80,7 @@ class Checkpoints:
         return None
 
     def resume(self) -> int:
-        """Bring the state to where the newest whole checkpoint is; returns its step, 0 if there is none."""
+        """Restore the state from the newest complete checkpoint; returns its step, 0 if there is none."""
         newest = self.latest()
         if newest is None:
             return 0
@@ -89,17 +90,17 @@ class Checkpoints:
         return step
 
     def due(self) -> bool:
-        """Whether it is time for the next one."""
+        """Whether it is time for the next checkpoint."""
         wait = max(SHORTEST, self.cost / SHARE) if self.every is None else self.every
         return time.monotonic() - self._last >= wait
 
     def offer(self, step: int) -> None:
-        """Write a checkpoint if one is due: `step` steps are made, and logged."""
+        """Write a checkpoint if one is due; `step`: number of completed and logged steps."""
         if self.due():
             self.save(step)
 
     def save(self, step: int) -> None:
-        """Write a checkpoint of the state after `step` steps, unless that is the last one written."""
+        """Write a checkpoint of the state after `step` steps, unless it is already the last one written."""
         if step == self._step:
             return
         begun = time.monotonic()
@@ -119,19 +120,19 @@ class Checkpoints:
         self.seconds += self.cost
 
     def close(self, step: int) -> None:
-        """Write a last checkpoint, when a run ends or is interrupted, if the state is that after `step` steps."""
+        """Write a last checkpoint when a run ends or is interrupted, if the state is the one after `step` steps."""
         if step and self.state.step == step:
             self.save(step)
 
     def keep_batch(self, error: NonFinite) -> None:
-        """Write what a run stopped at, if the error tells, to nonfinite.json beside the folder."""
+        """Write the batch at which a run stopped, if the error contains it, to nonfinite.json beside the folder."""
         if error.batch is not None:
             write_json(self.folder.parent / "nonfinite.json",
                        {"error": str(error), "step": error.step, "batch": error.batch})
 
     def go_back(self, step: int) -> None:
-        """The state was brought back to what it was after `step` steps: write that, then delete what is of later ones.
-        """
+        """Call this after the state was restored to the one after `step` steps: writes it, then deletes later
+        checkpoints."""
         self._step = -1
         if step:
             self.save(step)
@@ -140,11 +141,12 @@ class Checkpoints:
                 discard(folder)
 
     def end(self, step: int, why: str) -> None:
-        """Note that the run ended by itself after `step` steps, before its last one: it does not go on from there."""
+        """Record that the run stopped itself after `step` steps, before its last step; it will not continue from
+        there."""
         write_json(self.folder / ENDED, {"step": step, "why": why})
 
     def ended(self, step: int) -> str:
-        """Why the run ended by itself after `step` steps; "" if it did not."""
+        """Why the run stopped itself after `step` steps; "" if it did not."""
         try:
             note = read_json(self.folder / ENDED)
         except (OSError, RunError):
@@ -173,7 +175,7 @@ class Checkpoints:
 
 
 class _Torn(Exception):
-    """Why a checkpoint cannot be used."""
+    """The reason why a checkpoint cannot be used."""
 
 
 def _checked(folder: Path) -> dict:
@@ -195,7 +197,7 @@ def _checked(folder: Path) -> dict:
 
 
 def _loaded(folder: Path, record: dict) -> dict:
-    """What was saved. Raises _Torn."""
+    """The saved state. Raises _Torn."""
     try:
         saved = _unpacked(record["saved"], load_file(folder / TENSORS))
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as problem:
@@ -206,7 +208,7 @@ def _loaded(folder: Path, record: dict) -> dict:
 
 
 def _packed(value: object, tensors: dict[str, Tensor], known: dict) -> object:
-    """`value` as JSON, its tensors moved to `tensors`; one that stands in two places is stored once."""
+    """`value` as JSON, with its tensors moved to `tensors`; a tensor that occurs twice is stored once."""
     if isinstance(value, Tensor):
         tensor = value.detach()
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
@@ -224,7 +226,7 @@ def _packed(value: object, tensors: dict[str, Tensor], known: dict) -> object:
 
 
 def _unpacked(tree: object, tensors: Mapping[str, Tensor]) -> object:
-    """What `_packed` was given."""
+    """The value that was given to `_packed`."""
     if not isinstance(tree, dict):
         return tree
     (kind, content), = tree.items()

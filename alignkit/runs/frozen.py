@@ -1,8 +1,8 @@
-"""Frozen checkpoints: freeze one, prove that it did not change, and tell where it came from.
+"""Frozen checkpoints: freeze a checkpoint, verify that it has not changed, and show its lineage.
 
-A frozen checkpoint is a folder of safetensors, JSON and tokenizer text with a SHA-256 manifest; nothing here reads or
-writes a pickle. What is frozen has been opened. It is written under another name, then renamed, so that a killed
-process leaves a whole one or none.
+A frozen checkpoint is a folder of safetensors, JSON and tokenizer text files with a SHA-256 manifest; pickles are never
+read or written. Every checkpoint is loaded once before it is frozen. It is written under a temporary name and then
+renamed, so a killed process leaves a complete checkpoint or none.
 """
 
 import json
@@ -38,7 +38,7 @@ class Manifest:
         return content_hash(self.files)
 
     def to_bytes(self) -> bytes:
-        """The only spelling of manifest.json that `verify` accepts, so that no byte of it can change unseen."""
+        """The only form of manifest.json that `verify` accepts, so no byte of it can change unnoticed."""
         return json.dumps({"hash": self.hash, "files": self.files}, indent=1, sort_keys=True).encode() + b"\n"
 
 
@@ -47,20 +47,20 @@ def freeze(source: str | Path, out: str | Path, *, stage: str = "ppo", parent: s
            model=None, tokenizer=None) -> Path:
     """Make a frozen checkpoint `out` of the policy in `source`; returns its path.
 
-    `out` gets the weights (LoRA adapters merged), the tokenizer, lineage.json (where it came from) and, last,
-    manifest.json. The copy is loaded before it is certified, written under a temporary name, flushed to the disk, then
-    renamed: `out` is whole or absent. Freezing the same bytes from the same parent again does nothing.
+    `out` gets the weights (LoRA adapters merged), the tokenizer, lineage.json (its origin) and, last, manifest.json.
+    The copy is loaded once, written under a temporary name, flushed to the disk, and then renamed, so `out` is complete
+    or absent. Freezing the same bytes from the same parent again has no effect.
 
     source: a checkpoint folder, or a folder with a LoRA adapter whose base is a local folder. config: a dataclass or
-    mapping, stored whole with its hash. model, tokenizer: freeze these objects instead of the files in `source`. Raises
-    FileExistsError if `out` holds anything else, NonFinite on weights with NaN or infinity, ManifestError if `source`
-    has no weights, or ones that are not whole, or has pickles, model code of its own, or links that leave it.
+    mapping, stored completely with its hash. model, tokenizer: freeze these objects instead of the files in `source`.
+    Raises FileExistsError if `out` holds anything else, NonFinite on weights with NaN or infinity, ManifestError if
+    `source` has no complete weights, or contains pickles, model code, or links that leave it.
     """
     source, out = Path(source), Path(out)
     recover(source)
     try:
         with replacing(out, overwrite=False) as new:
-            # the files of the model
+            # The files of the model.
             if model is not None or (source / gate.ADAPTER).exists():
                 _save_merged(source, new, model, tokenizer)
             else:
@@ -68,7 +68,7 @@ def freeze(source: str | Path, out: str | Path, *, stage: str = "ppo", parent: s
                     shutil.copyfile(path, new / path.name)  # not its mode: a source of mode 0600 is readable here
             _open(new, source)
             reached("freeze.copied")
-            # where they come from, then what they are
+            # Their origin, then their hashes.
             record = _lineage_record(source, out, parent, stage=stage, seed=seed, config=config, data_hash=data_hash,
                                      evaluation_set_hash=evaluation_set_hash)
             (new / LINEAGE).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -84,15 +84,14 @@ def freeze(source: str | Path, out: str | Path, *, stage: str = "ppo", parent: s
 
 
 class _FrozenAlready(Exception):
-    """The folder holds these very bytes already."""
+    """The folder already holds exactly these bytes."""
 
 
 def verify(directory: str | Path) -> Manifest:
     """Check every byte of a frozen checkpoint against its manifest; returns the manifest.
 
-    Raises ManifestError that names each file that is missing, was added, or has another size or hash, and if what was
-    frozen does not pass the gate before every model folder. Only a run's own records (RUN_FILES) may lie beside the
-    files that the manifest lists.
+    Raises ManifestError that names each missing, added or changed file, and if the checkpoint does not pass the checks
+    for model folders. Besides the listed files, only a run's own records (RUN_FILES) may be in the folder.
     """
     directory = Path(directory)
     recover(directory)
@@ -114,7 +113,7 @@ def verify(directory: str | Path) -> Manifest:
 
 
 def _manifest(directory: Path) -> Manifest:
-    """The manifest of a frozen checkpoint, in its only spelling."""
+    """The manifest of a frozen checkpoint; only its canonical form is accepted."""
     try:
         written = (directory / MANIFEST).read_bytes()
     except (OSError, ValueError):
@@ -134,7 +133,7 @@ def _manifest(directory: Path) -> Manifest:
 
 
 def _difference(path: Path | None, expected: dict) -> str | None:
-    """What is wrong with a file of a frozen checkpoint, in words; None if nothing is."""
+    """A description of what is wrong with a file of a frozen checkpoint; None if it is correct."""
     if path is None:
         return "is missing"
     if path.is_symlink():
@@ -149,10 +148,10 @@ def _difference(path: Path | None, expected: dict) -> str | None:
 
 
 def lineage(directory: str | Path) -> list[dict]:
-    """Where a frozen checkpoint came from: a record for each checkpoint, oldest ancestor first, `directory` last.
+    """The origin of a frozen checkpoint: a record for each checkpoint, oldest ancestor first, `directory` last.
 
-    The ancestors are stored in the checkpoint, so the chain stays readable when they have been moved or deleted.
-    Verifies first.
+    The ancestors' records are stored in the checkpoint, so the chain stays readable when the ancestors are moved or
+    deleted. Verifies the checkpoint first.
     """
     manifest = verify(directory)
     record = read_lineage(directory)
@@ -160,7 +159,8 @@ def lineage(directory: str | Path) -> list[dict]:
 
 
 def read_lineage(directory: str | Path) -> dict:
-    """The lineage.json of a checkpoint, unverified. Raises ManifestError, naming it, if it is not such a record."""
+    """The lineage.json of a checkpoint, without verification. Raises ManifestError, naming the file, if it is
+    invalid."""
     path = Path(directory) / LINEAGE
     try:
         record = read_json(path, error=ManifestError)
@@ -177,7 +177,7 @@ def read_lineage(directory: str | Path) -> dict:
 
 
 def checkpoint_hash(directory: str | Path) -> str:
-    """What identifies a checkpoint: its manifest's hash if it is frozen (verified first), else one of all its files."""
+    """Hash that identifies a checkpoint: its manifest's if it is frozen (verified first), else one of all its files."""
     directory = Path(directory)
     if (directory / MANIFEST).exists():
         return verify(directory).hash
@@ -185,7 +185,7 @@ def checkpoint_hash(directory: str | Path) -> str:
 
 
 def _checkpoint_files(source: Path) -> list[Path]:
-    """The files of `source` that make a model, after refusing what must not be trusted."""
+    """The files of `source` that make up a model; refuses files that must not be trusted."""
     _refuse_pickles(source)
     shards = gate.check_model_folder(source).files
     return [path for path in sorted(source.iterdir())
@@ -202,7 +202,7 @@ def _refuse_pickles(source: Path) -> None:
 
 
 def _open(new: Path, source: Path) -> None:
-    """Load what is about to be certified; errors name `source`."""
+    """Load the model that is about to be frozen; errors name `source`."""
     try:
         load_policy(new, device="cpu")
     except ValueError as error:
@@ -225,7 +225,7 @@ def _save_merged(source: Path, new: Path, model, tokenizer) -> None:
 
 def _lineage_record(source: Path, out: Path, parent: str | Path | None, *, stage: str, seed: int | None, config,
                     data_hash: str | None, evaluation_set_hash: str | None) -> dict:
-    """What lineage.json says: where the checkpoint comes from, and under which settings and versions it was made."""
+    """The content of lineage.json: the origin of the checkpoint, and its settings and versions."""
     config = None if config is None else settings(config)
     return {
         "stage": stage, "source": os.path.relpath(source, out.parent),
@@ -237,7 +237,7 @@ def _lineage_record(source: Path, out: Path, parent: str | Path | None, *, stage
 
 
 def _ancestors(parent: Path, out: Path) -> list[dict]:
-    """The parent's own chain, ending with the parent; its path is relative to the folder that `out` is in."""
+    """The parent's own chain, ending with the parent; its path is relative to the parent folder of `out`."""
     if (parent / MANIFEST).exists():
         chain = lineage(parent)
     else:

@@ -1,7 +1,6 @@
-"""One lock for a run directory: notebooks, the course and the app hold it while they work there.
+"""The lock of a run directory: notebooks, the course and the app hold it while they use the directory.
 
-A kernel inherits the lock's descriptor. Should its parent be killed, nobody else begins in the directory before the
-kernel, too, has ended.
+A kernel inherits the lock's descriptor. If its parent is killed, the lock stays held until the kernel has ended too.
 """
 
 import contextlib
@@ -15,18 +14,18 @@ from pathlib import Path
 from alignkit.errors import RunError, RunInUse
 from alignkit.storage import locked
 
-KERNEL_SECONDS = 3  # a kernel ends so soon after its parent was killed, if its computation lets it
+KERNEL_SECONDS = 3  # a kernel usually ends within this time after its parent was killed
 _handles: dict[str, int] = {}  # run directory -> descriptor of the lock that this process holds on it
 
 
 @contextlib.contextmanager
 def run_lock(run: str | Path) -> Iterator[None]:
-    """Hold RUN/.lock while the block runs, RUN made if need be. The system lets go of it when this process and its
-    kernels end, however.
+    """Hold RUN/.lock inside the block; RUN is created if missing. The system releases the lock when this process and
+    its kernels end for any reason.
 
-    Waits KERNEL_SECONDS for the kernel of a process that was killed, so that a job can be started again at once. Raises
-    RunInUse, which names the holder, if another process, or another place of this one, works in `run`, and
-    RunError if RUN cannot be made or RUN/.lock is a link or a device, which nobody but a stranger would put there.
+    Waits KERNEL_SECONDS for the kernel of a killed process, so that a job can be restarted at once. Raises RunInUse,
+    which names the holder, if another process, or another part of this one, uses `run`; RunError if RUN cannot be
+    created, or if RUN/.lock is a link or a device, which alignkit never creates.
     """
     note = Path(run) / ".lock"
     try:
@@ -58,16 +57,16 @@ def run_lock(run: str | Path) -> Iterator[None]:
 
 
 def lock_handles(run: str | Path) -> tuple[int, ...]:
-    """The descriptors with which a child process holds the lock that this process has on `run`; for Popen's pass_fds.
+    """The descriptors by which a child process inherits this process's lock on `run`; for Popen's pass_fds.
 
-    () if it has none, and on Windows, where no lock is inherited.
+    () if this process holds no lock, and on Windows, where locks are not inherited.
     """
     handle = _handles.get(os.path.realpath(run))
     return () if handle is None or os.name == "nt" else (handle,)
 
 
 def _try(note: Path, stack: contextlib.ExitStack) -> int | None:
-    """The descriptor of the lock, which `stack` lets go of; None if somebody else has it."""
+    """The descriptor of the lock, which `stack` releases; None if it is already held."""
     try:
         return stack.enter_context(locked(note))
     except BlockingIOError:
@@ -75,7 +74,8 @@ def _try(note: Path, stack: contextlib.ExitStack) -> int | None:
 
 
 def _holder(note: Path) -> tuple[str, bool]:
-    """Who holds the lock, as RUN/.lock says, and whether that process was killed, so that its kernel holds it."""
+    """The holder of the lock according to RUN/.lock, and whether it was killed, so that only its kernel holds
+    the lock."""
     with note.open(encoding="utf-8", errors="replace") as file:
         holder = file.read(200).strip() or "another process"
     match = re.match(r"pid (\d{1,9}) ", holder)

@@ -1,6 +1,6 @@
 """A run's records: run.json, results.json of each stage, seconds.json and summary.json.
 
-Needs neither torch nor transformers. JSON here has no NaN and no infinity: a number that is not there is left out or
+This module needs neither torch nor transformers. JSON here has no NaN and no infinity: a missing number is omitted or
 None.
 """
 
@@ -18,16 +18,16 @@ from alignkit.runs.stage_folders import finish_stage, stage_name
 from alignkit.stages import in_order
 from alignkit.storage import content_hash, plain, read_json, write_json
 
-READING = ("kind", "split", "columns")  # how the data of a run is read, as `load_task` takes it
-PRESENTATION = ("jobs", "pages", "publish")  # folders of code that changes nothing in a run
+READING = ("kind", "split", "columns")  # arguments of `load_task` that say how a run's data is read
+PRESENTATION = ("jobs", "pages", "publish")  # folders of code that does not affect a run's results
 
 
 def start_run(run: str | Path, model: str, data: str, seed: int, reading: Mapping | None = None) -> Path:
-    """The run directory, made if need be, with what is true of the whole run in run.json. Every notebook starts here.
+    """The run directory, created if missing, with the facts of the whole run in run.json. Every notebook starts here.
 
-    reading: how the data is read, its kind, split and columns (None where nothing was said); None if none is read here.
-    A relative `run` counts from the project's folder, also in a notebook that was opened in its notebooks/ folder.
-    Raises RunError as `check_run`.
+    reading: how the data is read: kind, split and columns (None if not given); None if this notebook reads no data. A
+    relative `run` is relative to the project's folder, also in a notebook opened in its notebooks/ folder. Raises
+    RunError as `check_run`.
     """
     run = Path(run)
     if not run.is_absolute() and Path.cwd().name == "notebooks":  # where JupyterLab starts the course's kernels
@@ -48,10 +48,10 @@ def start_run(run: str | Path, model: str, data: str, seed: int, reading: Mappin
 
 
 def check_run(run: str | Path, model: str, data: str, seed: int, reading: Mapping | None = None) -> dict:
-    """What RUN/run.json holds, {} if there is none. Raises RunError that lists the differing keys if it is of a run of
-    another model, data or seed, or of one that read its data in another way and has finished a stage."""
+    """The content of RUN/run.json, {} if there is none. Raises RunError that lists the differing keys if it belongs to
+    a run with another model, data or seed, or to one that reads its data differently and has finished a stage."""
     facts = {"model": str(model), "data": str(data), "seed": int(seed)}
-    if reading is not None and any(Path(run).glob("*/results.json")):  # until then it may have been a mistake
+    if reading is not None and any(Path(run).glob("*/results.json")):  # before that, the user may correct it
         facts |= reading
     before = run_facts(run)
     differing = [f"{key} was {before[key]!r}, now {value!r}" for key, value in facts.items()
@@ -65,9 +65,9 @@ def check_run(run: str | Path, model: str, data: str, seed: int, reading: Mappin
 def write_results(run: str | Path, stage: str, results: Mapping, *, built: str | Path | None = None) -> dict:
     """Write RUN/STAGE/results.json and rebuild RUN/summary.json; returns the summary.
 
-    results: numbers, text, lists and mappings. built: the folder that `stage_folder` gave: with these results the stage
-    is finished. Its checkpoints are deleted, and it takes its place; what it replaces goes to RUN/aside. Raises
-    ValueError with the place of a NaN or an infinity; nothing is written then.
+    results: numbers, text, lists and mappings. built: the folder from `stage_folder`; these results finish the stage.
+    Its checkpoints are deleted, it moves to its final place, and the stage that it replaces goes to RUN/aside. Raises
+    ValueError with the position of a NaN or an infinity; then nothing is written.
     """
     run = Path(run)
     folder = run / stage_name(stage) if built is None else Path(built)
@@ -79,7 +79,7 @@ def write_results(run: str | Path, stage: str, results: Mapping, *, built: str |
 
 
 def record_seconds(run: str | Path, notebook: str, seconds: float) -> dict:
-    """Note in RUN/seconds.json how long a notebook took, and rebuild RUN/summary.json; returns the summary."""
+    """Record in RUN/seconds.json how long a notebook took, and rebuild RUN/summary.json; returns the summary."""
     run = Path(run)
     if not math.isfinite(seconds) or seconds < 0:
         raise ValueError(f"seconds of {notebook} is {seconds}, expected a duration of 0 or more")
@@ -88,10 +88,11 @@ def record_seconds(run: str | Path, notebook: str, seconds: float) -> dict:
 
 
 def run_facts(run: str | Path) -> dict[str, object]:
-    """What run.json says of a run, {"model": text, "data": text, "seed": int} and what of READING was said, as far as
-    it says it; {} without one.
+    """The facts in run.json, {"model": text, "data": text, "seed": int} and the given ones of READING, as far as they
+    are recorded; {} without run.json.
 
-    Raises RunError, naming file and field, if it is no such record. A name in it is a stranger's: never fetch it.
+    Raises RunError, naming file and field, if the record is invalid. Never fetch a name in it: it may come from a
+    stranger.
     """
     path = Path(run) / "run.json"
     facts = _read(path, {})
@@ -104,8 +105,8 @@ def run_facts(run: str | Path) -> dict[str, object]:
 
 
 def check_not_fetched(run: str | Path, facts: Mapping, name: str, give: str) -> None:
-    """Raise RunError if the `name` ("model" or "data") that a run's record holds would be fetched from the Hub: a name
-    in a file is a stranger's. give: how the user says it himself, such as "--data"."""
+    """Raise RunError if the `name` ("model" or "data") in a run's record would be fetched from the Hub, because the
+    record may come from a stranger. give: how the user can give the name, such as "--data"."""
     value = facts.get(name)
     if value not in (None, "tiny", "desk") and not os.path.exists(value):
         raise RunError(f"{run} is a run of {name} {value!r}, which is not a file or folder here, and a name in a run "
@@ -113,7 +114,7 @@ def check_not_fetched(run: str | Path, facts: Mapping, name: str, give: str) -> 
 
 
 def versions() -> dict[str, str]:
-    """Versions of python, alignkit and the libraries that decide the numbers: name -> version, for those installed."""
+    """Versions of python, alignkit and the libraries that affect the numbers: name -> version, for installed ones."""
     installed = {"python": platform.python_version()}
     for name in ("alignkit", "torch", "transformers", "trl", "peft", "numpy"):
         try:
@@ -125,7 +126,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def code_hash() -> str:
-    """SHA-256 (hex) of all code of alignkit that a run's outcome can depend on."""
+    """SHA-256 (hex) of all of alignkit's code that can affect a run's results."""
     package = Path(__file__).parents[1]
     paths = [path for path in sorted(package.rglob("*")) if path.suffix in (".py", ".json")]
     files = {path.relative_to(package): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}

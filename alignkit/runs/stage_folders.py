@@ -1,8 +1,8 @@
-"""Where the folder of a stage is built, how it takes its place, and what becomes of the one that it replaces.
+"""Where a stage is built, how it moves to its final place, and what happens to the stage that it replaces.
 
-A finished stage (it has results.json, and no checkpoints any more) stays where it is until another one has finished:
-that is built beside it. What is replaced goes to RUN/aside with the date and the parameters that made it. Nothing but
-checkpoints is deleted, except by `prune`.
+A finished stage (with results.json and without checkpoints) stays in place until a new one has finished, which is built
+beside it. The replaced stage goes to RUN/aside with the date and its parameters. Only checkpoints are deleted, except
+by `prune`.
 """
 
 import itertools
@@ -20,15 +20,16 @@ from alignkit.stages import CHAIN, STAGES
 from alignkit.storage import flush, read_json, write_json
 
 CHECKPOINTS = "checkpoints"  # a folder of this name in a stage holds what a run needs to go on, until it has finished
-STAGE_OF_JOB = "ALIGNKIT_STAGE_OF_JOB"  # environment variable of a job's kernel: the stage that it makes
+STAGE_OF_JOB = "ALIGNKIT_STAGE_OF_JOB"  # environment variable of a job's kernel: the stage that the job makes
 NEW = ".new"  # RUN/STAGE.new is built while RUN/STAGE holds a finished stage
 
 
 def stage_folder(run: str | Path, stage: str, *, restart: bool = False) -> Path:
-    """The folder to build a stage in, made if need be: RUN/STAGE, or RUN/STAGE.new if RUN/STAGE holds a finished stage,
-    which stays there until `write_results(…, built=…)` puts the new one in its place.
+    """The folder in which to build a stage, created if missing: RUN/STAGE, or RUN/STAGE.new if RUN/STAGE holds a
+    finished stage, which stays there until `write_results(…, built=…)` replaces it.
 
-    What an unfinished run of the stage left in that folder stays too, to be gone on from. restart: set that aside.
+    The files of an unfinished run of the stage are kept in that folder, so that the run can continue. restart: set them
+    aside.
     """
     built = stage_in_work(Path(run), stage)
     if restart:
@@ -38,38 +39,39 @@ def stage_folder(run: str | Path, stage: str, *, restart: bool = False) -> Path:
 
 
 def stage_in_work(run: Path, stage: str) -> Path:
-    """Where a stage is built now, or will be: RUN/STAGE, or RUN/STAGE.new if RUN/STAGE is finished."""
+    """The folder in which a stage is or will be built: RUN/STAGE, or RUN/STAGE.new if RUN/STAGE is finished."""
     place, new = run / stage_name(stage), run / f"{stage}{NEW}"
     recover(place)
     if not place.exists() and (new / "results.json").exists():
-        os.rename(new, place)  # a process was killed after it had set the old stage aside
+        os.rename(new, place)  # a process was killed after setting the old stage aside
     return new if is_finished(place) else place
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a stage's folder holds one that has finished."""
+    """Whether a stage's folder holds a finished stage."""
     return (folder / "results.json").exists() and not checkpoint_folders(folder)
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """The folders of checkpoints at any depth of a stage; not a folder or link of that name that holds anything else.
-    """
+    """The checkpoint folders at any depth of a stage; a folder or link of that name with other content does not
+    count."""
     ours = re.compile(rf"\d+|\.?ended\.json(\.\w+)?|\..*{re.escape(MARK)}-.*")
     return [path for path in sorted(folder.rglob(CHECKPOINTS)) if path.is_dir() and not path.is_symlink()
             and all(ours.fullmatch(each.name) for each in path.iterdir())]
 
 
 def set_aside_unfinished(run: str | Path, stage: str, why: str) -> Path | None:
-    """Set aside what an unfinished run of a stage left; returns where it is now, None if there was nothing."""
+    """Set aside the files of an unfinished run of a stage; returns their new path, None if there were none."""
     built = stage_in_work(Path(run), stage)
     return set_aside(run, built, why) if built.is_dir() and any(built.iterdir()) else None
 
 
 def finish_stage(run: Path, stage: str, built: Path) -> None:
-    """Put a built stage, which has its results, in its place; what stood there is set aside.
+    """Move a built stage, which has its results, to its final place, and set the previous stage aside.
 
-    Its checkpoints are deleted last: by the job that makes this stage, if one does, since a job that is killed before
-    its end goes on from them."""
+    Its checkpoints are deleted last. If a job makes this stage, the job deletes them, because a job killed before its
+    end continues from them.
+    """
     reached("stage.results")
     place = run / stage_name(stage)
     if built.resolve() != place.resolve():
@@ -83,7 +85,7 @@ def finish_stage(run: Path, stage: str, built: Path) -> None:
 
 
 def delete_checkpoints(folder: Path) -> None:
-    """Delete the checkpoints of a finished stage, and what killed processes left in it."""
+    """Delete the checkpoints of a finished stage, and the leftovers of killed processes in it."""
     for checkpoints in checkpoint_folders(folder):
         discard(checkpoints)
     for part in leftovers(folder):
@@ -91,9 +93,8 @@ def delete_checkpoints(folder: Path) -> None:
 
 
 def set_aside(run: str | Path, folder: str | Path, why: str) -> Path:
-    """Move a stage's folder to RUN/aside/STAGE-DATE/STAGE, beside an aside.json that says why it was moved, whether it
-    was finished, and with which parameters it was made, as far as RUN/jobs.json and its results tell. Returns where it
-    is now."""
+    """Move a stage's folder to RUN/aside/STAGE-DATE/STAGE, beside an aside.json with the reason, whether the stage was
+    finished, and its parameters, as far as RUN/jobs.json and its results record them. Returns the new path."""
     run, folder = Path(run), Path(folder)
     stage, date = folder.name.removesuffix(NEW), datetime.now(UTC)
     names = (f"{stage}-{date:%Y-%m-%d-%H%M%S}{f'-{n}' if n else ''}" for n in itertools.count())
@@ -116,7 +117,7 @@ def set_aside(run: str | Path, folder: str | Path, why: str) -> Path:
 
 @dataclass(frozen=True)
 class Removable:
-    """A folder of a run that nothing needs: where it is, its bytes, what it is."""
+    """A folder of a run that is no longer needed: its path, its size in bytes, and a description."""
 
     path: Path
     bytes: int
@@ -124,9 +125,10 @@ class Removable:
 
 
 def removable(run: str | Path) -> list[Removable]:
-    """What `alignkit runs prune` would delete: all that was set aside, and temporary folders of killed processes.
+    """The folders that `alignkit runs prune` would delete: everything set aside, and temporary folders of killed
+    processes.
 
-    Raises RunError if `run` is no run directory.
+    Raises RunError if `run` is not a run directory.
     """
     run = Path(run)
     if not (run / "run.json").exists() and not (run / "jobs.json").exists():
@@ -158,14 +160,14 @@ def _aside(run: Path) -> Path:
 
 
 def stage_name(stage: str) -> str:
-    """`stage`, if it can name a stage's folder. Raises ValueError otherwise."""
+    """`stage`, if it is a valid name of a stage's folder. Raises ValueError otherwise."""
     if not re.fullmatch(r"[a-z][a-z0-9_-]*", stage):
         raise ValueError(f"stage is {stage!r}, expected a short name such as {', '.join(STAGES)}")
     return stage
 
 
 def _known(path: Path) -> dict:
-    """A record, or {} if there is none that can be read: what is set aside is worth keeping all the same."""
+    """A record, or {} if it cannot be read, because the stage must be set aside in any case."""
     try:
         return read_json(path)
     except (OSError, RunError):

@@ -1,6 +1,7 @@
-"""Widgets for alignkit's notebooks: they show and steer what `alignkit` computes, and compute nothing themselves.
+"""Widgets for alignkit's notebooks. They display and steer the computations of `alignkit`, and compute nothing
+themselves.
 
-A widget is loaded when it is first used.
+A widget is loaded on first use.
 """
 
 import importlib

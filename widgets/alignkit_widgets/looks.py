@@ -1,4 +1,4 @@
-"""How charts look, the same in JavaScript and in pictures: colours, dashes, and gaps where there is no number."""
+"""The style of charts, shared by JavaScript and pictures: colours, dashes, and gaps for missing numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from alignkit import plots
 
 
 def looks() -> dict:
-    """What `cockpit.js` draws with: colours of behaviours, colour and dashes of lines, names of metrics."""
+    """Style data for `cockpit.js`: colours of behaviours, colour and dashes of lines, names of metrics."""
     return {
         "behaviours": {name: colour for name, (colour, _) in plots.BEHAVIOUR_FACES.items()},
         "lines": [[colour, dashes(line)] for colour, _, line, _ in plots.SERIES],
@@ -22,5 +22,5 @@ def dashes(line: str | tuple) -> str:
 
 
 def finite(value: float) -> float | None:
-    """`value`, or None for NaN and the infinities: JSON has none of them, and a chart shows a gap."""
+    """`value`, or None for NaN and the infinities, which JSON lacks and a chart shows as a gap."""
     return value if math.isfinite(value) else None

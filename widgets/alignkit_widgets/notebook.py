@@ -1,4 +1,4 @@
-"""Is anybody watching? And what a run prints when nobody is."""
+"""Detect whether a notebook has a front end, and print progress if it has none."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from IPython.display import display
 
 
 def has_front_end() -> bool:
-    """True in a notebook that somebody has open.
+    """Whether the notebook is open in a front end.
 
-    ALIGNKIT_HEADLESS=1 says that nobody is there, =0 that somebody is. Without it: there must be a Jupyter kernel, and
-    the cell must have come from a client that could answer `input()`; papermill and nbconvert could not.
+    ALIGNKIT_HEADLESS=1 means no front end, =0 means there is one. Without it: there must be a Jupyter kernel, and the
+    cell must come from a client that could answer `input()`, unlike papermill and nbconvert.
     """
     chosen = os.environ.get("ALIGNKIT_HEADLESS", "").strip().lower()
     if chosen:
@@ -24,7 +24,7 @@ def has_front_end() -> bool:
 
 
 def in_kernel() -> bool:
-    """True inside a Jupyter kernel, watched or not: pictures can be displayed there."""
+    """Whether this is a Jupyter kernel, with or without a front end: pictures can be displayed."""
     return getattr(_shell(), "kernel", None) is not None
 
 
@@ -44,7 +44,7 @@ class TextProgress:
         self.last = time.monotonic()
 
     def update(self, place: str, row: Mapping[str, object], final: bool = False) -> None:
-        """Print `place` ("12 of 40, 31.0 s left") and the latest numbers, unless that was done just now."""
+        """Print `place` ("12 of 40, 31.0 s left") and the latest numbers, unless the last line is too recent."""
         now = time.monotonic()
         if now - self.last < self.every and not final:
             return
@@ -54,12 +54,12 @@ class TextProgress:
 
 
 def display_png(picture: tuple[bytes, dict], text: str) -> None:
-    """Show a picture, (PNG, metadata), below what the cell has shown so far."""
+    """Show a picture, (PNG, metadata), below the cell's earlier output."""
     data, metadata = bundle(picture, text)
     display(data, metadata=metadata, raw=True)
 
 
 def bundle(picture: tuple[bytes, dict], text: str) -> tuple[dict, dict]:
-    """A picture, (PNG, metadata), as IPython's `display` takes it with raw=True: data and metadata by MIME type."""
+    """A picture, (PNG, metadata), in the form of IPython's `display` with raw=True: data and metadata by MIME type."""
     png, metadata = picture
     return {"image/png": base64.b64encode(png).decode(), "text/plain": text}, {"image/png": metadata}

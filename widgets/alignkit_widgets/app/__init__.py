@@ -1,4 +1,4 @@
-"""The verb `app`, which `alignkit` finds by entry point: a page to train, compare and explore, on this machine only."""
+"""The command `alignkit app`, found by entry point: a page to train, compare and explore, only on this machine."""
 
 import argparse
 from pathlib import Path
@@ -9,7 +9,7 @@ from alignkit.runs.lock import run_lock
 
 
 def add_app(add) -> None:
-    """Add `alignkit app` to the command; add(name, function, about) gives the verb's parser."""
+    """Add `alignkit app` to the command; add(name, function, about) returns its parser."""
     app = add("app", _app, "a page to train, compare and explore without code, on this machine only")
     about = "a run directory; an empty or new one gets the desk world's defaults (default: runs/app)"
     app.add_argument("run", nargs="?", default=Path("runs/app"), type=folder, metavar="RUN", help=about)
@@ -20,7 +20,7 @@ def add_app(add) -> None:
 
 
 def _app(options: argparse.Namespace) -> None:
-    with run_lock(options.run):  # before the seconds that the imports take
+    with run_lock(options.run):  # before the imports, which take seconds
         _open(options.run, options.port, options.data)
 
 
@@ -48,5 +48,5 @@ def _open(run: Path, port: int, data: str | None) -> None:
     except ValueError as error:
         raise AlignkitError(str(error)) from error
     if playground.model == "tiny":
-        torch.set_num_threads(1)  # matrices this small only get slower with a second thread
+        torch.set_num_threads(1)  # a second thread only slows down matrices this small
     asyncio.run(serve(playground, port))

@@ -1,7 +1,7 @@
-"""A run directory to play with: its frozen start, its checkpoints, and PPO runs that are made one iteration at a time.
+"""A run directory for the dashboard: its frozen start, its checkpoints, and PPO runs made one iteration at a time.
 
-What the dashboard (`alignkit app`) computes is here. New runs and votes go to RUN/app; what the course made is only
-read. A directory without a run gets the desk world's SFT policy and reward model.
+The computations of the dashboard (`alignkit app`) are here. New runs and votes go to RUN/app; the course's files are
+only read. A directory without a run gets the desk world's SFT policy and reward model.
 """
 
 import math
@@ -32,7 +32,7 @@ from alignkit_widgets.cockpit.ppo_run import ppo_controls, ppo_row
 
 @dataclass(frozen=True)
 class Playground:
-    """A run directory, what it starts from, and its task. `open_playground` makes one."""
+    """A run directory, its initial models, and its task. `open_playground` makes one."""
 
     run: Path
     model: str
@@ -41,14 +41,14 @@ class Playground:
     scorer: Callable = field(repr=False)
 
     def checkpoints(self) -> dict[str, Path]:
-        """The policies in the directory, by name, in the order of the relay, then those made here."""
+        """The policies in the directory, by name, in the order of training, then the app's own policies."""
         folders = [self.run / stage for stage in ("sft", "ppo", "frozen", "dpo")]
         folders += sorted((self.run / "app").glob("ppo-*"), key=_number)
         return {folder.relative_to(self.run).as_posix(): folder for folder in folders
                 if (folder / "config.json").exists()}
 
     def prompts(self, n: int = 40) -> list[str]:
-        """n held-out prompts, evenly over the classes, the same each time."""
+        """n held-out prompts, evenly over the classes, the same in every call."""
         rng = np.random.default_rng([self.seed, 41])
         shuffled = [[prompts[i] for i in rng.permutation(len(prompts))]
                     for prompts in self.task.strata("heldout").values()]
@@ -68,13 +68,13 @@ class Playground:
         return LivePPO(self, folder, config, state, Checkpoints(folder / CHECKPOINTS, state, config))
 
     def unfinished(self) -> list[str]:
-        """Names of PPO runs that were stopped, or killed, before their end, and can go on."""
+        """Names of PPO runs that were stopped, or killed, before their end, and can be continued."""
         folders = sorted((self.run / "app").glob("ppo-*"), key=_number)
         return [folder.name for folder in folders if (folder / CHECKPOINTS).is_dir()]
 
     def continue_ppo(self, name: str) -> "LivePPO":
-        """An unfinished PPO run, to go on from its last checkpoint. Raises RunError if there is no such run, or it
-        cannot be gone on with: of other models, data or code."""
+        """An unfinished PPO run, to be continued from its last checkpoint. Raises RunError if there is no such run, or
+        if it cannot be continued because models, data or code have changed."""
         folder = self.run / "app" / name
         if name not in self.unfinished():
             raise RunError(f"{self.run / 'app'} has no unfinished run {name!r}; it has {self.unfinished() or 'none'}")
@@ -86,13 +86,13 @@ class Playground:
         policy, tokenizer = load_policy(self.run / "sft")
         state = PPOState.start(policy, tokenizer, self.scorer, list(self.task.strata().values()), config)
         checkpoints = Checkpoints(folder / CHECKPOINTS, state, config)
-        checkpoints.latest()  # raises if they are of another run, before anything is touched
+        checkpoints.latest()  # raises if they belong to another run, before anything is changed
         return LivePPO(self, folder, config, state, checkpoints, continued=True)
 
 
 @dataclass(frozen=True)
 class LivePPO:
-    """One PPO run. folder: where its log and, in the end, its policy are."""
+    """One PPO run. folder: for its log and its final policy."""
 
     playground: Playground
     folder: Path
@@ -100,22 +100,22 @@ class LivePPO:
     state: PPOState = field(repr=False)
     checkpoints: Checkpoints = field(repr=False)
     continued: bool = False
-    _lock: Lock = field(default_factory=Lock, repr=False)  # a run may be saved from another thread than it trains in
+    _lock: Lock = field(default_factory=Lock, repr=False)  # a run may be saved from a non-training thread
 
     @property
     def controls(self) -> dict[str, tuple]:
-        """What can be steered, as a TrainingCockpit takes it: name -> (low, high, start)."""
+        """The controls of the run, for a TrainingCockpit: name -> (low, high, start)."""
         return ppo_controls(self.config)
 
     def step(self, controls: Mapping[str, float]) -> dict:
-        """One iteration with the controls as they are now: metrics, samples, and in the desk world shares."""
+        """One iteration with the current controls: metrics, samples, and in the desk world shares."""
         with self._lock:
             config = replace(self.config, **controls)
             return ppo_row(self.state, ppo_iteration(self.state, config), self.playground.task, config)
 
     def save(self) -> Path | None:
-        """Write the policy as it is now to its folder; None, and no folder, if no iteration was done. The checkpoints
-        of a run that has come to its end are deleted. A run that was to go on, and did not, is left as it was."""
+        """Write the current policy to the run's folder; returns None, and makes no folder, if no iteration was done.
+        The checkpoints of a completed run are deleted. A continued run without a new iteration is left unchanged."""
         if self.continued and not self.state.iteration:
             return None
         if self.state.iteration or branch_files(self.folder / "metrics.jsonl"):
@@ -129,11 +129,13 @@ class LivePPO:
 
 
 def open_playground(run: str | Path, tell: Callable[[str], None] = print, data: str | None = None) -> Playground:
-    """The run in a directory; in an empty or missing one, the desk world's SFT policy and reward model are made first.
+    """The run in a directory; in an empty or missing one, the desk world's SFT policy and reward model are trained
+    first.
 
-    tell: is told what takes a while. data: what the run was made from; None takes the name in its run.json, if that is
-    the desk world or a file or folder that is here: a name that a run folder brings along is never looked up elsewhere.
-    Raises RunError if there is half a run of the course, an SFT policy without a reward model, or such a name.
+    tell: called with a message before each slow operation. data: the data of the run; None uses the name in its
+    run.json, if that is the desk world or an existing file or folder, because a name from a run folder is never
+    fetched. Raises RunError if the directory holds an incomplete run of the course (an SFT policy without a reward
+    model), or such a name.
     """
     run = Path(run)
     facts = {"model": "tiny", "data": "desk", "seed": 0} | run_facts(run)
@@ -144,7 +146,7 @@ def open_playground(run: str | Path, tell: Callable[[str], None] = print, data: 
     has = {stage: (run / stage / "config.json").exists() for stage in ("sft", "reward")}
     of_course = (run / "sft" / "results.json").exists() or (run / "jobs.json").exists()
     begun_here = has["sft"] and (run / "run.json").exists() and not of_course
-    if not any(has.values()) or (begun_here and not has["reward"]):  # its first start may have been killed half-way
+    if not any(has.values()) or (begun_here and not has["reward"]):  # an earlier start may have been killed
         if facts["model"] != "tiny" or facts["data"] != "desk":
             raise RunError(f"{run} has no sft/ and reward/ yet; run notebooks 01 and 02 in it first (alignkit course)")
         tell(f"{run} has no run yet: making the desk world's SFT policy and reward model (about a minute)")

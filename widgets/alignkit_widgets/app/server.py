@@ -1,8 +1,8 @@
 """`alignkit app`: cockpit, comparer and frontier on one page, without code. One small Tornado server, no CDN.
 
-The widgets' own modules run in the page; a channel stands in for the Jupyter comm, over one websocket. The server
-listens on 127.0.0.1 alone; without the token of its URL, from another host name or another origin, all it says is 403.
-Training goes on in a thread, an iteration at a time, so that the page always gets an answer.
+The widgets' own modules run in the page; a channel replaces the Jupyter comm, over one websocket. The server listens
+only on 127.0.0.1. Requests without the token of its URL, or from another host name or origin, get only a 403. Training
+runs in a thread, one iteration at a time, so the page always gets an answer.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ PAGE = """<!doctype html>
 <main></main><noscript>This page needs JavaScript.</noscript></body></html>
 """
 HOSTS = ("127.0.0.1", "localhost")
-MOST = 500  # iterations of a run
-SAVE_SECONDS = 60  # for the iteration that goes on when the app is ended, and to save the policy
+MOST = 500  # maximum iterations of a run
+SAVE_SECONDS = 60  # to finish the current iteration and save the policy when the app is ended
 
 
 class PortTaken(AlignkitError, OSError):
-    """The port that was asked for is in use, or needs rights that this process does not have."""
+    """The requested port is in use, or needs rights that this process does not have."""
 
 
 class Channel:
-    """What a widget has in place of a Jupyter comm: its messages to every page, and theirs to it."""
+    """The replacement for a widget's Jupyter comm: sends its messages to every page, and receives theirs."""
 
     def __init__(
         self, dashboard: Dashboard, tab: str, kind: str, config: dict, receive: Callable[[dict], None]
@@ -78,7 +78,7 @@ class Channel:
 
 
 class Cockpit(TrainingCockpit):
-    """A cockpit whose panel is a channel."""
+    """A cockpit with a channel as its panel."""
 
     def __init__(self, dashboard: Dashboard, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
@@ -92,14 +92,14 @@ class Cockpit(TrainingCockpit):
 
 
 class Dashboard:
-    """One run directory on one page. `url` holds the token."""
+    """The page for one run directory. `url` contains the token."""
 
     def __init__(self, playground: Playground, token: str | None = None) -> None:
         self.playground, self.token = playground, token or secrets.token_urlsafe(24)
         self.pages: set[Socket] = set()
-        self.widgets: dict[str, Channel] = {}  # tab -> what stands in it
+        self.widgets: dict[str, Channel] = {}  # tab -> the widget in it
         self.notes = {"train": "", "compare": "", "frontier": ""}
-        self.busy: dict[str, asyncio.Task] = {}  # tab -> what is going on in it
+        self.busy: dict[str, asyncio.Task] = {}  # tab -> the task that runs in it
         self.server = self.port = None
 
     @property
@@ -107,7 +107,8 @@ class Dashboard:
         return f"http://127.0.0.1:{self.port}/?token={self.token}"
 
     def listen(self, port: int = 0) -> str:
-        """Listen on 127.0.0.1 and return the URL; port 0 is a free one. Raises PortTaken if it is not to be had."""
+        """Listen on 127.0.0.1 and return the URL; port 0 means any free port. Raises PortTaken if the port is not
+        available."""
         try:
             (socket,) = bind_sockets(port, "127.0.0.1")
         except OSError as error:
@@ -125,7 +126,7 @@ class Dashboard:
         return self.url
 
     async def close(self) -> None:
-        """End what is going on, and the server."""
+        """End the running tasks and the server."""
         tasks = list(self.busy.values())
         for task in tasks:
             task.cancel()
@@ -144,7 +145,7 @@ class Dashboard:
             page.post(text)
 
     def status(self) -> dict:
-        """What the page says around the widgets."""
+        """The text of the page around the widgets."""
         return {
             "status": {
                 "run": visible(self.playground.run, 200),
@@ -158,13 +159,13 @@ class Dashboard:
         }
 
     def mount(self, tab: str, kind: str, config: dict, receive: Callable[[dict], None]) -> Channel:
-        """Put a widget in a tab, in place of what was there."""
+        """Put a widget in a tab and replace the previous one."""
         self.widgets[tab] = Channel(self, tab, kind, config, receive)
         self.tell(self.widgets[tab].mount)
         return self.widgets[tab]
 
     def take(self, message: object) -> None:
-        """Take one message of a page; what makes no sense is ignored."""
+        """Receive one message of a page; invalid messages are ignored."""
         if not isinstance(message, dict):
             return
         if isinstance(message.get("content"), dict):
@@ -184,7 +185,7 @@ class Dashboard:
                 self._begin("frontier", self._frontier(recorded))
 
     def _pass_on(self, widget: Channel, content: dict) -> None:
-        """Give a widget its message; what it cannot take is said on the page, and nothing else happens."""
+        """Pass a message to its widget; an error is shown on the page and has no other effect."""
         try:
             widget.receive(content)
         except Exception as error:
@@ -201,7 +202,7 @@ class Dashboard:
                 self.notes[tab] = ""
                 self.tell(self.status())
                 await work
-            except Exception as error:  # the page must hear of it
+            except Exception as error:  # show it on the page
                 name = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
                 self.notes[tab] = f"{name}{error}"
             finally:
@@ -266,7 +267,7 @@ class Dashboard:
 
 
 class Guarded(RequestHandler):
-    """A handler that answers only who has the token, under the name that this server has, from its own page."""
+    """A handler that answers only requests with the token, under this server's name, and from its own page."""
 
     def initialize(self, dashboard: Dashboard) -> None:
         self.dashboard = dashboard
@@ -280,13 +281,13 @@ class Guarded(RequestHandler):
             raise HTTPError(403)
 
     def set_default_headers(self) -> None:
-        """No other page may frame, read or cache what is here, or learn the token."""
+        """No other page may frame, read or cache the content, or learn the token."""
         self.set_header("Content-Security-Policy", self.settings["policy"])
         for name, value in HEADERS.items():
             self.set_header(name, value)
 
     def log_exception(self, kind, error, traceback) -> None:
-        """Tornado's own line would hold the address, and the address the token."""
+        """Log nothing: Tornado's own line would contain the address, which contains the token."""
         if not isinstance(error, HTTPError):
             logging.getLogger("tornado.application").error("%s in %s", kind.__name__, self.request.path)
 
@@ -323,7 +324,7 @@ class Nothing(Guarded):
 
 
 class Socket(WebSocketHandler, Guarded):
-    """A page's line to the dashboard."""
+    """The websocket of a page to the dashboard."""
 
     def check_origin(self, origin: str) -> bool:
         return origin == f"http://{self.request.host}"
@@ -334,7 +335,7 @@ class Socket(WebSocketHandler, Guarded):
             self.post(json.dumps(message))
 
     def on_message(self, message: str | bytes) -> None:
-        """Take what a page says. What is no JSON object, holds NaN or is nested too deeply makes no sense."""
+        """Receive a message of a page. Anything except a JSON object, or with NaN or too deep nesting, is ignored."""
         with contextlib.suppress(RunError):
             self.dashboard.take(parse_json(message, where="message"))
 
@@ -342,7 +343,7 @@ class Socket(WebSocketHandler, Guarded):
         self.dashboard.pages.discard(self)
 
     def post(self, text: str) -> None:
-        """Send text, if the page is still there."""
+        """Send text, if the page is still connected."""
         try:
             sent = asyncio.ensure_future(self.write_message(text))
             sent.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -356,9 +357,9 @@ def _whole(value: object, low: int, high: int) -> int | None:
 
 
 async def serve(playground: Playground, port: int = 0, tell: Callable[[str], None] = print) -> None:
-    """Serve a run's dashboard until Ctrl-C (or SIGTERM, SIGHUP), which ends a run that is going on and keeps it.
+    """Serve a run's dashboard until Ctrl-C (or SIGTERM, SIGHUP), which stops and saves a running training.
 
-    A second Ctrl-C, or SAVE_SECONDS in which that was not done, ends this process at once. Raises PortTaken.
+    A second Ctrl-C, or SAVE_SECONDS without completion, ends this process at once. Raises PortTaken.
     """
     dashboard, ended, at_once = Dashboard(playground), asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -379,7 +380,7 @@ async def serve(playground: Playground, port: int = 0, tell: Callable[[str], Non
         if not closing.done():
             tell("ended at once; training since the last checkpoint is lost")
             sys.stdout.flush()
-            os._exit(130)  # all else waits for the thread that trains
+            os._exit(130)  # any other exit waits for the training thread
         second.cancel()
         await closing
     finally:
@@ -388,7 +389,8 @@ async def serve(playground: Playground, port: int = 0, tell: Callable[[str], Non
 
 
 def _on_signal(loop: asyncio.AbstractEventLoop, number: int, call: Callable[[int], None]) -> Callable[[], object]:
-    """Call call(number) in the loop on a signal, unless it is ignored (nohup); returns what undoes that."""
+    """Call call(number) in the loop on a signal, unless the signal is ignored (nohup); returns a function that undoes
+    this."""
     before = signal.getsignal(number)
     if before == signal.SIG_IGN:
         return lambda: None

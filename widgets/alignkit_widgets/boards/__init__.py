@@ -1,1 +1,1 @@
-"""People judge: pairs labelled, checkpoints compared blind."""
+"""Boards for human judgement: label pairs, compare checkpoints blind."""

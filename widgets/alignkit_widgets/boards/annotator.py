@@ -1,4 +1,4 @@
-"""PreferenceAnnotator: say which of two responses is better, and keep every label."""
+"""PreferenceAnnotator: choose the better of two responses; every label is stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alignkit_widgets.notebook import has_front_end
 
 
 def first_shown(choices: Sequence[Mapping]) -> Estimate | None:
-    """How often the left response was chosen, of the choices that were no tie or skip; ½ without position bias."""
+    """How often the left response was chosen, among choices other than tie and skip; ½ without position bias."""
     decided = [row for row in choices if row["choice"] not in UNDECIDED]
     left = sum(row["choice"] == row["order"][0] for row in decided)
     return Estimate(left / len(decided), *wilson(left, len(decided))) if decided else None
@@ -28,17 +28,17 @@ class PreferenceAnnotator(Board):
     scorer, moved = retrain(scorer, labels, heldout)            # alignkit.labels
     ```
 
-    Each press is on the disk before the next pair is shown; the same file goes on where one stopped (see
-    `alignkit.data.labels`). Which response stands left is shuffled by `seed` and written down.
+    Each label is on disk before the next pair is shown; an existing file is continued (see `alignkit.data.labels`). The
+    left–right order is shuffled by `seed` and recorded.
 
     Args:
         rows: pairs to label; None: those in `labels`.
-        path: the file to write, as `alignkit.load_rows` reads it; FILE.log.jsonl beside it is the log.
+        path: the file to write, in the format of `alignkit.load_rows`; FILE.log.jsonl beside it is the log.
         labels: a stored label file, which a run without a front end replays.
-        seed: of the order of left and right.
-        patience: seconds that `run` waits for a page that is gone.
+        seed: of the left–right order.
+        patience: seconds that `run` waits for a closed page.
 
-    Raises ValueError if a row lacks something, FileExistsError if `path` is somebody else's file.
+    Raises ValueError if a row lacks a field, FileExistsError if `path` is a file that was not written by alignkit.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class PreferenceAnnotator(Board):
 
     @property
     def labels(self) -> list[dict]:
-        """The preference pairs made here so far: prompt, chosen, rejected, label. Ties and skips make none."""
+        """The preference pairs made here so far: prompt, chosen, rejected, label. Ties and skips give none."""
         return [row for row in self.log.pairs() if row["label"]["item"] in self.log.items]
 
     async def run(self, n: int | None = None) -> list[dict]:
         """Show the pairs until `n` of them are labelled (None: all), or Done is pressed; returns `labels`.
 
-        Labels that the file had before count. Without a front end the stored labels are replayed instead. Raises
-        ValueError if they know none of the pairs.
+        Labels that were already in the file count. Without a front end the stored labels are replayed instead. Raises
+        ValueError if none of them matches a pair.
         """
         self.goal = n
         if not has_front_end() and self.stored is not None:

@@ -1,6 +1,6 @@
-"""A board: responses to one prompt side by side, and buttons or keys to choose with. Annotator and comparer are boards.
+"""A board: responses to one prompt side by side, with buttons or keys to choose. Annotator and comparer are boards.
 
-Nothing waits for the page: each press is written to the log, then the board tells every page what to show next.
+Nothing waits for the page: each press is written to the log, then the board sends every page the next state.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from alignkit_widgets.boards.responses import word_differences
 from alignkit_widgets.notebook import has_front_end, in_kernel
 
 SHOWN = 6000  # characters of a response
-_BEAT = 12.0  # a page says "alive" every 5 s; after "gone", another view has this long to speak up
+_BEAT = 12.0  # a page says "alive" every 5 s; after "gone", another view has this long to answer
 
 
 class BoardView(anywidget.AnyWidget):
-    """The view is `board.js`, fed by custom messages only; `config` is what never changes (the title)."""
+    """The view is `board.js`, which receives only custom messages; `config` is constant (the title)."""
 
     _esm = (Path(__file__).parent / "board.js").read_text(encoding="utf-8")
     _css = (Path(__file__).parent / "board.css").read_text(encoding="utf-8")
@@ -31,7 +31,7 @@ class BoardView(anywidget.AnyWidget):
 
 
 class Board:
-    """Items to choose on, one shown at a time. `patience`: seconds that `run` waits for a page that is gone."""
+    """Items to choose on, shown one at a time. `patience`: seconds that `run` waits for a closed page."""
 
     def __init__(self, title: str, items: Sequence[Item], path: str | Path, patience: float = 180.0) -> None:
         self.title, self.items, self.patience = title, list(items), patience
@@ -42,18 +42,18 @@ class Board:
         self.go(self.next_open(0))
         self._heard = time.monotonic()
 
-    # what a kind of board decides
+    # methods that each kind of board defines
 
     def buttons(self) -> list[dict]:
-        """What can be pressed: {"id", "label", "keys", "shown", "off", and "card" for one that belongs to a card}."""
+        """The buttons: {"id", "label", "keys", "shown", "off", and "card" for one that belongs to a card}."""
         raise NotImplementedError
 
     def press(self, button: str, item: Item | None) -> None:
-        """Do what a button says, on the item that the page showed."""
+        """Carry out a button's action on the item that the page showed."""
         raise NotImplementedError
 
     def status(self) -> str:
-        """One line: how far it came, and where it is saved."""
+        """One line: the progress, and where the choices are saved."""
         raise NotImplementedError
 
     def label(self, item: Item, place: int) -> dict:
@@ -61,17 +61,17 @@ class Board:
         raise NotImplementedError
 
     def results(self) -> list[dict]:
-        """What was found so far: {"name", "text", "value", "low", "high"}; [] as long as it is not to be known."""
+        """The results so far: {"name", "text", "value", "low", "high"}; [] while they must stay hidden."""
         return []
 
     def enough(self) -> bool:
-        """True when `run` is over."""
+        """Whether `run` is finished."""
         return self.finished
 
-    # what all boards do
+    # methods that all boards share
 
     def next_open(self, start: int) -> int | None:
-        """The first item from `start` on, then from the beginning, that nobody has chosen on; None if there is none."""
+        """The first item without a choice, from `start` on, then from the beginning; None if there is none."""
         done, n = self.log.choices, len(self.items)
         return next((i % n for i in range(start, start + n) if self.items[i % n].id not in done), None)
 
@@ -80,18 +80,19 @@ class Board:
         self.at, self.since = place, time.monotonic()
 
     def choose(self, item: Item, choice: str, **facts) -> None:
-        """Write a choice down and go on to the next open item."""
+        """Record a choice and show the next open item."""
         self.log.choose(item, choice, seconds=round(time.monotonic() - self.since, 2), **facts)
         self.go(self.next_open(self.items.index(item) + 1))
 
     def undo(self) -> None:
-        """Take the last choice back and show its item."""
+        """Undo the last choice and show its item."""
         undone = self.log.undo()
         if undone is not None:
             self.go(next(i for i, item in enumerate(self.items) if item.id == undone))
 
     def receive(self, message: dict) -> None:
-        """Take one message of a page. One about an item that is no longer shown is ignored, as are unknown ones."""
+        """Receive one message of a page. Messages about an item that is no longer shown, and unknown ones, are
+        ignored."""
         kind, self._heard = message.get("type"), time.monotonic()
         if kind == "alive":
             return
@@ -108,13 +109,13 @@ class Board:
         self.tell()
 
     def tell(self) -> None:
-        """Send every page what to show."""
+        """Send every page the state to show."""
         state = self.state()
         for send in self.listeners:
             send(state)
 
     def state(self) -> dict:
-        """Everything that a page shows, as plain JSON."""
+        """The complete state of a page, as plain JSON."""
         item = self.items[self.at] if self.at is not None else None
         choice = self.log.choices.get(item.id, {}).get("choice") if item else None
         return {
@@ -133,7 +134,7 @@ class Board:
         }
 
     def cards(self, item: Item) -> list[dict]:
-        """The responses in the order in which they are shown, in pieces that say what differs."""
+        """The responses in display order, in pieces that mark the differences."""
         chosen = self.log.choices.get(item.id, {}).get("choice")
         pieces = word_differences([visible(item.responses[name].strip(), SHOWN) for name in item.order])
         return [
@@ -142,14 +143,14 @@ class Board:
         ]
 
     def show(self) -> None:
-        """Show the board and return at once; its picture as it is now stands in where there is no front end."""
+        """Show the board and return at once; without a front end, a picture of its current state."""
         if has_front_end():
             self._display(*self._picture_bundle())
         else:
             self._leave_picture()
 
     def _display(self, data: dict, metadata: dict | None = None):
-        """Show the panel, with what stands in for it where widgets are not shown."""
+        """Show the panel, with a replacement if widgets are not displayed."""
         from IPython.display import display
 
         view = BoardView(config={"title": self.title})
@@ -160,7 +161,7 @@ class Board:
         return display(data, metadata=metadata, raw=True, display_id=True)
 
     async def watch(self) -> None:
-        """Show the board, wait until it is `enough`, or the page is gone, and leave a picture in its place."""
+        """Show the board, wait until it is `enough`, or until the page is closed, and replace it by a picture."""
         self.running, self.finished, self._heard = True, False, time.monotonic()
         if not has_front_end() or self.enough():
             self.running = False
@@ -170,7 +171,7 @@ class Board:
         handle = self._display({"text/plain": text})
         try:
             while not self.enough():
-                await asyncio.sleep(0.1)  # and not wait_for, which can lose an interrupt that comes with a press
+                await asyncio.sleep(0.1)  # not wait_for, which can lose an interrupt that arrives together with a press
                 if time.monotonic() - self._heard > self.patience:
                     print(f"{self.title}: the page was closed. Your choices are saved; run the cell again to continue.")
                     break

@@ -1,4 +1,5 @@
-"""CheckpointComparer: the same prompts to two or more checkpoints, side by side, blind if you like; votes counted."""
+"""CheckpointComparer: responses of two or more checkpoints to the same prompts, side by side, optionally blind, with
+votes."""
 
 from __future__ import annotations
 
@@ -14,27 +15,27 @@ from alignkit_widgets.boards.responses import sample_side_by_side
 
 
 class CheckpointComparer(Board):
-    """Compare what checkpoints say to the same prompts, and vote.
+    """Compare the responses of checkpoints to the same prompts, and vote.
 
     ```python
     comparer = CheckpointComparer({"SFT": run / "sft", "PPO": run / "ppo"}, prompts, "votes.jsonl", max_new_tokens=4)
     shares = await comparer.run()          # {"SFT": Estimate, "PPO": Estimate}: share of the votes with its interval
     ```
 
-    The votes are kept as labels are: the file holds them as preference pairs, the log beside it holds all. Prompts to
-    which every checkpoint says the same are left out and counted in `.same`.
+    Votes are stored like labels: the file holds them as preference pairs, the log beside it holds all of them. Prompts
+    with the same response from every checkpoint are skipped and counted in `.same`.
 
     Args:
         checkpoints: name -> a folder, a Hub id, or (policy, tokenizer).
         prompts: texts.
         path: the file for the votes.
         max_new_tokens: of a response.
-        world: the desk world, whose behaviours are written beside the responses; None: no such notes.
+        world: the desk world, whose behaviours are shown beside the responses; None: no such notes.
         blind: hide the names and shuffle the order by `seed`, until "Show names" is pressed.
         seed: of the sampling and of the order.
-        patience: seconds that `run` waits for a page that is gone.
+        patience: seconds that `run` waits for a closed page.
 
-    Raises ValueError with fewer than two checkpoints, or if they say the same everywhere.
+    Raises ValueError with fewer than two checkpoints, or if their responses are equal for all prompts.
     """
 
     pictured = 3
@@ -69,12 +70,12 @@ class CheckpointComparer(Board):
         super().__init__(title, items, path, patience)
 
     async def run(self) -> dict:
-        """Show the board until Done is pressed; without a front end, its first prompts. Returns `shares()`."""
+        """Show the board until Done is pressed; without a front end, only its first prompts. Returns `shares()`."""
         await self.watch()
         return self.shares()
 
     def shares(self) -> dict:
-        """Share of the votes of each checkpoint, with Wilson's interval; ties are divided, skips left out."""
+        """Share of the votes for each checkpoint, with Wilson's interval; ties are divided, skips ignored."""
         votes = [row["choice"] for row in self.log.choices.values() if row["choice"] != "skip"]
         return vote_shares(votes, self.names)
 

@@ -1,4 +1,4 @@
-"""A board's picture where no page can show it: prompts, responses side by side with what differs, and the results."""
+"""A board as a picture, for places without a live page: prompts, responses with marked differences, and the results."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _PLAIN = {"parse_math": False, "va": "baseline"}
 
 
 def draw_board(title: str, status: str, items: list, results: list) -> tuple[bytes, dict]:
-    """One PNG with its size and alt text. items: (prompt, cards) as a page gets them; results: as a page gets them."""
+    """One PNG with its size and alt text. items: (prompt, cards) as sent to a page; results: as sent to a page."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # drawn as a box
+        warnings.filterwarnings("ignore", message="Glyph")  # missing glyphs are drawn as a box
         return _draw(title, status, items, results)
 
 
@@ -110,7 +110,7 @@ def _draw_line(ax, x: float, y: float, line: list) -> None:
 
 
 def _result(ax, top: float, row: dict) -> None:
-    """A line of text, and beside it the share with its interval between 0 and 1."""
+    """A line of text, with the share and its interval between 0 and 1 beside it."""
     ax.text(0.12, top + 0.16, row["text"][:90], fontsize=_SIZE, color=plots.INK, **_PLAIN)
     if row["low"] is None:
         return

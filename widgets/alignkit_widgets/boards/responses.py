@@ -1,4 +1,4 @@
-"""Responses to choose between, sampled from policies, and the words in which two differ."""
+"""Sample responses to choose between, and mark the words in which two differ."""
 
 import difflib
 import re
@@ -12,7 +12,8 @@ def sample_pairs(policy, tokenizer, prompts: Sequence[str], *, max_new_tokens: i
                  temperature: float = 1.0, tries: int = 8) -> list[dict]:
     """Rows {"prompt", "a", "b"}: two different responses of a policy to each prompt.
 
-    Equal and empty responses are drawn again, `tries` times at most; a prompt that gets no two others is left out.
+    Equal and empty responses are drawn again, at most `tries` times; a prompt without two different responses is
+    skipped.
     """
     differing: dict[int, dict] = {}
     for attempt in range(tries):
@@ -27,10 +28,11 @@ def sample_pairs(policy, tokenizer, prompts: Sequence[str], *, max_new_tokens: i
 
 def sample_side_by_side(checkpoints: Mapping[str, object], prompts: Sequence[str], *, max_new_tokens: int,
                         seed: int = 0, temperature: float = 1.0, world=None) -> list[dict]:
-    """Rows {"prompt", "responses": {checkpoint: text}, "notes": {checkpoint: behaviour}} on the same prompts and seed.
+    """Rows {"prompt", "responses": {checkpoint: text}, "notes": {checkpoint: behaviour}} with the same prompts and
+    seed.
 
     checkpoints: name -> a folder, a Hub id, or (policy, tokenizer); folders are loaded one at a time. world: the desk
-    world, which names the behaviour of each response; without it there are no notes.
+    world, which classifies the behaviour of each response; without it there are no notes.
     """
     responses, notes = {}, {}
     for name, checkpoint in checkpoints.items():
@@ -45,9 +47,10 @@ def sample_side_by_side(checkpoints: Mapping[str, object], prompts: Sequence[str
 
 
 def word_differences(texts: Sequence[str]) -> list[list[tuple[str, bool]]]:
-    """Each text as pieces (piece, differs) that add up to it; a word differs if some other text lacks it at its place.
+    """Each text as pieces (piece, differs) whose concatenation is the text; a word differs if another text lacks it
+    there.
 
-    Words carry the space before them, which is not compared. The places are those of Python's `difflib`, text by text.
+    Words include the space before them, which is not compared. Words are aligned by Python's `difflib`, text by text.
     """
     words = [re.findall(r"\s*\S+|\s+$", text) for text in texts]
     pieces = []

@@ -1,4 +1,4 @@
-"""TrainingCockpit: see a run train, steer it meanwhile, keep a log that runs it again and a picture that stays."""
+"""TrainingCockpit: watch a run, steer it, and keep a log for replaying it and a final picture."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class TrainingCockpit:
-    """Live charts and controls for a loop that trains.
+    """Live charts and controls for a training loop.
 
     ```python
     cockpit = TrainingCockpit("PPO", charts=[("KL to reference (nats)", ["objective/kl"])], total=40,
@@ -31,13 +31,13 @@ class TrainingCockpit:
     ```
 
     Args:
-        title: what trains.
+        title: name of the training.
         charts: (title with the unit, metric names) for each chart.
-        total: iterations of the run; a Trainer's callback finds out by itself.
-        controls: {name: (low, high, start)}, or (low, high, start, "log") for a slider spaced by factors.
+        total: iterations of the run; a Trainer's callback determines it itself.
+        controls: {name: (low, high, start)}, or (low, high, start, "log") for a slider with log spacing.
         log: metrics.jsonl to write, a row per iteration: {"step", metrics…, "controls", "shares"}. None: no file.
         every: seconds between two updates of the panel.
-        patience: seconds that a paused run waits for a page that is gone, before it goes on by itself.
+        patience: seconds that a paused run waits for a closed page before it continues by itself.
 
     Raises ValueError for a chart without metrics, a bad control or a `total` below 1.
     """
@@ -60,7 +60,7 @@ class TrainingCockpit:
                 raise ValueError(f"chart {name!r} has the metrics {keys!r}, expected a list with at least one name")
         self.title, self.charts, self.total = title, [(name, list(keys)) for name, keys in charts], total
         self.specs, self.log, self.every, self.patience = dict(controls or {}), log, every, patience
-        Controls(self.specs)  # a bad range is refused here, not when the run starts
+        Controls(self.specs)  # check the ranges here, not when the run starts
         self.session: Session | None = None
 
     @property
@@ -72,20 +72,20 @@ class TrainingCockpit:
         self, step: Callable, *, start: int = 0, replay: Mapping[int, Mapping] | None = None, state: object = None,
         checkpoints: object = None,
     ) -> list[dict]:
-        """Call `step(controls)` for iterations start + 1 … total, and let buttons and sliders through in between.
+        """Call `step(controls)` for iterations start + 1 … total, and process buttons and sliders in between.
 
-        `step` returns (or is awaited for) a dict of floats; three keys are special: "samples", a list of (prompt,
-        response), "shares", {prompt class: {behaviour: share}}, and "stop", why the run should end after this
-        iteration ("": go on). It may raise StopIteration to end the run early.
-        `start`: iterations that were done before; the rows of the log up to there are kept. `replay`: the controls by
-        iteration, as `replay(log)` reads them, instead of the sliders. `state`: what `step` changes, a PPOState or
-        anything else with PyTorch's `state_dict()` and `load_state_dict(saved)`; with it the panel can rewind the run.
-        The rows that it goes back over move to metrics.branch-1.jsonl (-2, …) beside the log, their lines stay on the
-        charts, dashed. Snapshots of it (see `cockpit/snapshots.py`) are taken only where there is a panel.
-        `checkpoints`: the run's `Checkpoints`; the run goes on from the newest, in place of `start`, writes others as
-        it goes, and one at its end or when it is interrupted.
+        `step` returns (or awaits) a dict of floats; three keys are special: "samples", a list of (prompt, response),
+        "shares", {prompt class: {behaviour: share}}, and "stop", the reason to end the run after this iteration ("":
+        continue). It may raise StopIteration to end the run early.
+        `start`: number of earlier iterations; their rows of the log are kept. `replay`: the controls by iteration, as
+        `replay(log)` returns them, instead of the sliders. `state`: the object that `step` changes, a PPOState or any
+        object with PyTorch's `state_dict()` and `load_state_dict(saved)`; with it the panel can rewind the run. The
+        rows after the rewind point move to metrics.branch-1.jsonl (-2, …) beside the log; their lines stay on the
+        charts, dashed. Snapshots of the state (see `cockpit/snapshots.py`) are taken only if there is a panel.
+        `checkpoints`: the run's `Checkpoints`; the run continues from the newest instead of `start`, writes checkpoints
+        while it runs, and writes one at its end or when it is interrupted.
 
-        Returns the rows. Interrupts and exceptions pass through; the log is whole then too, and the picture shown.
+        Returns the rows. Interrupts and exceptions are passed on; the log is then complete too, and the picture shown.
         """
         if state is not None and not (hasattr(state, "state_dict") and hasattr(state, "load_state_dict")):
             raise TypeError(f"state is a {type(state).__name__}, expected one with state_dict() and load_state_dict()")
@@ -114,7 +114,7 @@ class TrainingCockpit:
         return self.rows
 
     def run_sync(self, step: Callable, *, start: int = 0, replay: Mapping[int, Mapping] | None = None) -> list[dict]:
-        """`run` for plain scripts. In a notebook its charts are live too, but nothing can be steered."""
+        """`run` for plain scripts. In a notebook its charts are live too, but the run cannot be steered."""
         with self._opened("watch", start) as remote:
             for iteration in range(start + 1, self.total + 1):
                 controls, begun = remote.take(iteration, replay), time.perf_counter()
@@ -129,9 +129,9 @@ class TrainingCockpit:
         return self.rows
 
     def callback(self) -> TrainerCallback:
-        """A transformers TrainerCallback that shows and logs what a Trainer logs.
+        """A transformers TrainerCallback that shows and logs a Trainer's metrics.
 
-        A Trainer holds the cell: the charts are live, but only Interrupt reaches it.
+        A Trainer blocks the cell: the charts are live, but the only control is Interrupt.
         """
         from alignkit_widgets.cockpit.trainer import CockpitCallback
 
@@ -152,16 +152,16 @@ class TrainingCockpit:
         return draw_run(self._config("watch", "step"), rows, marks_of(rows, branches), place, branches)
 
     def show(self) -> None:
-        """Display `picture()`: after a reload, say, or in another notebook."""
+        """Display `picture()`, for example after a reload or in another notebook."""
         from alignkit_widgets.notebook import display_png
 
         display_png(self.picture(), self.title)
 
     def open(self, mode: str, start: int = 0, unit: str = "iteration", goes_on: bool = False) -> Remote:
-        """Start a session: `mode` is "control", "replay" or "watch", `unit` what the x axis counts, `goes_on` whether
-        branches in the log are this run's even at its start.
+        """Start a session. `mode` is "control", "replay" or "watch"; `unit` is the unit of the x axis; `goes_on` says
+        whether branches in the log belong to this run even at its start.
 
-        What opens a session must close it (`session.close`).
+        The caller must close the session (`session.close`).
         """
         controls = Controls(self.specs)
         remote = Remote(controls, self.patience)

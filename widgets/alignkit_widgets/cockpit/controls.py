@@ -1,4 +1,4 @@
-"""What can be steered: the range of a slider, its stops, and the changes that wait for the next iteration."""
+"""The controls: the range of a slider, its stops, and the changes that wait for the next iteration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Control:
-    """A number between `low` and `high` (both reachable) that begins at `start`; `log` spaces the slider by factors."""
+    """A number between `low` and `high` (inclusive) that starts at `start`; `log` gives the slider log spacing."""
 
     low: float
     high: float
@@ -18,7 +18,7 @@ class Control:
 
     @classmethod
     def parse(cls, name: str, spec: object) -> Control:
-        """From (low, high, start) or (low, high, start, "log"). Raises ValueError for anything else."""
+        """A control from (low, high, start) or (low, high, start, "log"). Raises ValueError for anything else."""
         parts = tuple(spec) if isinstance(spec, (tuple, list)) else ()
         good = len(parts) in (3, 4) and all(is_finite(p) for p in parts[:3]) and parts[3:] in ((), ("log",))
         if not good:
@@ -33,7 +33,7 @@ class Control:
         return control
 
     def stops(self, n: int = 100) -> list[float]:
-        """About n + 1 ascending values that the slider stops at, to three digits; the ends and `start` among them.
+        """About n + 1 ascending values of the slider, to three digits, including the ends and `start`.
 
         With log spacing from 0, the stops are 0 and then four decades below `high`.
         """
@@ -47,7 +47,7 @@ class Control:
 
 
 class Controls:
-    """The values in force, and those that wait to take effect."""
+    """The current values, and those that wait to take effect."""
 
     def __init__(self, specs: Mapping[str, object]) -> None:
         self.ranges = {name: Control.parse(name, spec) for name, spec in specs.items()}
@@ -55,31 +55,31 @@ class Controls:
         self.waiting: dict[str, float] = {}
 
     def starts(self) -> dict[str, float]:
-        """The values that a run begins with."""
+        """The values at the start of a run."""
         return {name: control.start for name, control in self.ranges.items()}
 
     def ask(self, name: object, value: object) -> None:
-        """Note a change for the next iteration, cut to the control's range. What makes no sense is ignored: a message
-        from a page must not be able to end a run."""
+        """Record a change for the next iteration, clipped to the control's range. Invalid requests are ignored, because
+        a message from a page must not be able to end a run."""
         control = self.ranges.get(name) if isinstance(name, str) else None
         if control is not None and is_finite(value):
             self.waiting[name] = min(max(float(value), control.low), control.high)
 
     def take(self) -> dict[str, tuple[float, float]]:
-        """Put the waiting changes into force and return {name: (old, new)} of those that changed something."""
+        """Apply the waiting changes and return {name: (old, new)} of the values that changed."""
         changed = {n: (self.values[n], v) for n, v in self.waiting.items() if v != self.values[n]}
         self.values.update(self.waiting)
         self.waiting = {}
         return changed
 
     def rewind(self, values: Mapping[str, float]) -> None:
-        """Be again at `values`, which were in force before; what the sliders say waits for the next iteration."""
+        """Return to `values`, which applied earlier; the current slider positions wait for the next iteration."""
         asked = self.values | self.waiting
         self.values = self.values | dict(values)
         self.waiting = {name: value for name, value in asked.items() if value != self.values[name]}
 
     def force(self, values: Mapping[str, float]) -> None:
-        """Let exactly `values` wait for the next iteration. Raises ValueError for a name that is no control."""
+        """Set exactly `values` for the next iteration. Raises ValueError for an unknown control."""
         unknown = sorted(set(values) - set(self.ranges))
         if unknown:
             raise ValueError(f"replay names the controls {unknown}, expected some of {sorted(self.ranges)}")
@@ -87,10 +87,10 @@ class Controls:
 
 
 def is_finite(value: object) -> bool:
-    """Whether it is a number that a float can hold; True and False are none."""
+    """Whether a value is a number that fits into a float; True and False are not numbers."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # an int that no float can be
+    except OverflowError:  # an int too large for a float
         return False

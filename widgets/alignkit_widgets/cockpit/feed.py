@@ -1,4 +1,5 @@
-"""What a cockpit tells its front end: new points a few times a second, and all of them to a page that comes late."""
+"""Messages from a cockpit to its front end: new points a few times a second, and all points for a page that opens
+later."""
 
 from __future__ import annotations
 
@@ -8,14 +9,14 @@ from collections.abc import Callable
 from alignkit.safe_text import visible
 from alignkit_widgets.notebook import TextProgress, has_front_end
 
-_AGAIN = 2.0  # seconds; a loop that holds the kernel cannot be asked for what a page missed, so it is told all again
+_AGAIN = 2.0  # seconds; a page cannot request missed points from a busy kernel, so all are sent again
 
 
 class Feed:
-    """Rows, marks and samples on their way to a live panel, or to a line of text where nobody watches.
+    """Sends rows, marks and samples to a live panel, or as a line of text if there is no front end.
 
-    Nothing is copied: a message holds what `rows` and `marks` gained since the one before. `branches`, what was left by
-    rewinding, goes with the whole run only.
+    Nothing is copied: a message contains the new entries of `rows` and `marks` since the last one. `branches`, the rows
+    left by rewinds, are sent only with the whole run.
     """
 
     def __init__(self, config: dict, on_message: Callable[[dict], None], every: float) -> None:
@@ -25,7 +26,7 @@ class Feed:
         self.marks: list[dict] = []
         self.branches: list[dict] = []
         self.samples: dict | None = None
-        self.seconds = 0.0  # kernel time that the updates took
+        self.seconds = 0.0  # kernel time spent on the updates
         self.updates = 0
         self._sent = (0, 0, None)
         self._last = self._whole = 0.0
@@ -42,7 +43,7 @@ class Feed:
         self.samples = {"step": step, "pairs": [[visible(p), visible(r)] for p, r in pairs[:limit]]}
 
     def update(self, state: dict, force: bool = False) -> None:
-        """Send what is new if `every` seconds went by since the last update, or at once with `force`."""
+        """Send the new entries if `every` seconds have passed since the last update, or at once with `force`."""
         begun = time.perf_counter()
         if not force and begun - self._last < self.every:
             return
@@ -56,7 +57,7 @@ class Feed:
         self.updates, self.seconds = self.updates + 1, self.seconds + self._last - begun
 
     def resend(self, state: dict) -> None:
-        """Send the whole run: a page was loaded while the run went on, or the run was rewound."""
+        """Send the whole run: a page was loaded during the run, or the run was rewound."""
         if self.panel is not None:
             self.panel.send(self._message(state, 0, 0, None, whole=True))
             self._sent = (len(self.rows), len(self.marks), self.samples)

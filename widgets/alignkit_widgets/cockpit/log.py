@@ -1,4 +1,4 @@
-"""What a run's metrics.jsonl says of how it was steered: enough to run it again."""
+"""Read from a run's metrics.jsonl how the run was steered, which is enough to replay it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from alignkit_widgets.cockpit.controls import is_finite
 
 
 def replay(log: str | Path) -> dict[int, dict[str, float]]:
-    """{iteration: the control values that it ran with}, from a run's log.
+    """{iteration: its control values}, from a run's log.
 
-    Give it to `TrainingCockpit.run(step, replay=replay(log))` to run the run again as it was steered.
-    Raises ValueError where the rows hold no controls.
+    Pass it to `TrainingCockpit.run(step, replay=replay(log))` to repeat the run with the same steering. Raises
+    ValueError if the rows contain no controls.
     """
     controls = {row["step"]: row["controls"] for row in checked(read_metrics(log), log) if "controls" in row}
     if not controls:
@@ -24,9 +24,9 @@ def replay(log: str | Path) -> dict[int, dict[str, float]]:
 
 
 def checked(rows: list[dict], log: str | Path) -> list[dict]:
-    """`rows` of a log, each a numbered iteration whose metrics, controls and shares are what the panel can draw.
+    """`rows` of a log, if each is a numbered iteration with metrics, controls and shares that the panel can draw.
 
-    Raises RunError, naming log and row, if one is not.
+    Raises RunError, naming log and row, otherwise.
     """
     for number, row in enumerate(rows, 1):
         facts = {name: value for name, value in row.items() if name not in ("step", "controls", "shares")}
@@ -42,7 +42,7 @@ def _is_numbers(values: object, empty: bool = False) -> bool:
 
 
 def marks_of(rows: list[dict], branches: Sequence[dict] = ()) -> list[dict]:
-    """Where controls changed, and where the run was rewound, from its rows: [{"step", "name", "old", "new"}]."""
+    """The changes of controls and the rewinds of the run, from its rows: [{"step", "name", "old", "new"}]."""
     marks = [
         {"step": after["step"], "name": name, "old": before["controls"].get(name, value), "new": value}
         for before, after in pairwise(row for row in rows if "controls" in row)
@@ -54,15 +54,15 @@ def marks_of(rows: list[dict], branches: Sequence[dict] = ()) -> list[dict]:
 
 
 def branches_of(log: str | Path, rows: list[dict]) -> list[dict]:
-    """What a run left behind when it was rewound, oldest first; `rows` are those of its log. See `branch`."""
+    """The branches that rewinds left, oldest first; `rows` are those of the run's log. See `branch`."""
     branches = []
     for left in reversed([left for file in branch_files(log) if (left := checked(read_metrics(file), file))]):
         at = left[0]["step"] - 1
-        rows = [row for row in rows if row["step"] <= at] + left  # the log as it was before that rewind
+        rows = [row for row in rows if row["step"] <= at] + left  # the log before that rewind
         branches.insert(0, branch(rows, at))
     return branches
 
 
 def branch(rows: list[dict], at: int) -> dict:
-    """{"at", "rows"}: the rows that are left when a run goes back to iteration `at`, and first the one of `at`."""
+    """{"at", "rows"}: the rows left behind when a run returns to iteration `at`, preceded by the row of `at`."""
     return {"at": at, "rows": [row for row in rows if row["step"] >= at]}

@@ -1,6 +1,6 @@
-"""The cockpit's other half in the browser: an anywidget that is fed by custom messages only.
+"""The cockpit's browser side: an anywidget that receives only custom messages.
 
-Synced traits are held back while an awaiting cell runs (ipykernel 7.4); custom messages get through, both ways.
+While an awaiting cell runs, synced traits are delayed (ipykernel 7.4), but custom messages pass in both directions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from alignkit_widgets.notebook import bundle
 
 
 class Panel(anywidget.AnyWidget):
-    """The view is `cockpit.js`; `config` is what never changes during a run (title, charts, controls)."""
+    """The view is `cockpit.js`; `config` is constant during a run (title, charts, controls)."""
 
     _esm = (Path(__file__).parent / "cockpit.js").read_text(encoding="utf-8")
     _css = (Path(__file__).parent / "cockpit.css").read_text(encoding="utf-8")
@@ -25,7 +25,7 @@ class Panel(anywidget.AnyWidget):
 
 
 class PanelDisplay:
-    """One panel shown in one cell, and replaced by a picture in the end."""
+    """One panel shown in one cell, and replaced by a picture at the end."""
 
     def __init__(self, config: dict, on_message: Callable[[dict], None]) -> None:
         self.panel = Panel(config=config | looks())
@@ -45,6 +45,6 @@ class PanelDisplay:
         self.panel.send(message)
 
     def replace(self, picture: tuple[bytes, dict], text: str) -> None:
-        """Put a picture, (PNG, metadata), where the panel was; `text` shows where there are no pictures."""
+        """Replace the panel by a picture, (PNG, metadata); `text` is shown if pictures are not displayed."""
         data, metadata = bundle(picture, text)
         self.handle.update(data, metadata=metadata, raw=True)

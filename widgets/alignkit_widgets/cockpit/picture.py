@@ -1,4 +1,4 @@
-"""The picture that stays when a run is over: its charts, and what the policy did at first and in the end."""
+"""The final picture of a run: its charts, and the policy's behaviour at the start and at the end."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ _SCALE = 1.5  # pixels drawn for each CSS pixel
 def draw_run(config: dict, rows: list[dict], marks: list[dict], place: str, branches: list[dict]) -> tuple[bytes, dict]:
     """One PNG of a run, and its metadata for the notebook: width and height in CSS pixels, and the alt text.
 
-    `config` holds "title", "unit" and "charts"; `rows`, `marks` and `branches` are the session's; `place` says how
-    far it came.
-    Raises ValueError if no row has a metric that is charted.
+    `config` contains "title", "unit" and "charts"; `rows`, `marks` and `branches` are the session's; `place` says how
+    far the run came. Raises ValueError if no row has a charted metric.
     """
     panels = {chart["title"]: chart["keys"] for chart in config["charts"]}
     changes = [(mark["step"], mark["name"] + ("" if mark["old"] is None else f" {mark['old']:.4g} → {mark['new']:.4g}"))

@@ -1,4 +1,4 @@
-"""PPO in a cockpit, the same in notebook 03b and in `alignkit app`: its charts, its sliders, and what a row holds."""
+"""PPO in a cockpit, as in notebook 03b and `alignkit app`: its charts, its sliders, and the content of a row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from alignkit.forward.rollout import decode_responses
 from alignkit.ppo import PPOState, PPOStats, ran_away
 from alignkit.task import Task
 
-SAMPLES = 6  # (prompt, response) pairs of an iteration that the cockpit gets to see
+SAMPLES = 6  # number of (prompt, response) pairs per iteration for the cockpit
 
 PPO_CHARTS = [
     ("score and score − β·KL, SFT-sd", ["objective/scores", "objective/rlhf_reward"]),
@@ -20,7 +20,7 @@ PPO_CHARTS = [
 
 
 def ppo_controls(config: PPOConfig) -> dict[str, tuple]:
-    """What can be steered in a PPO run, as a TrainingCockpit takes it: name -> (low, high, start)."""
+    """The controls of a PPO run, for a TrainingCockpit: name -> (low, high, start)."""
     return {
         "kl_coef": (0.0, max(1.0, 4 * config.kl_coef), config.kl_coef),
         "learning_rate": (config.learning_rate / 30, 10 * config.learning_rate, config.learning_rate, "log"),
@@ -29,13 +29,14 @@ def ppo_controls(config: PPOConfig) -> dict[str, tuple]:
 
 
 def ppo_row(state: PPOState, stats: PPOStats, task: Task, config: PPOConfig) -> dict:
-    """What a cockpit's `step` returns after an iteration: its metrics, samples, and in the desk world the shares.
+    """The return value of a cockpit's `step` after an iteration: its metrics, samples, and in the desk world the
+    shares.
 
-    state: as `ppo_iteration` left it; stats: what that returned; config: what it was given. shares: class of prompt ->
-    behaviour -> share. stop: why the run should end, if KL ran away.
+    state: as `ppo_iteration` left it; stats: its return value; config: its config. shares: prompt class -> behaviour ->
+    share. stop: the reason to end the run if KL ran away.
     """
     row, rollout = stats.log(), state.last_rollout
-    del row["step"]  # the cockpit counts
+    del row["step"]  # the cockpit counts the steps
     row["stop"] = ran_away(stats, config)
     prompts = [state.tokenizer.decode(ids[kept], skip_special_tokens=True)
                for ids, kept in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]

@@ -1,4 +1,4 @@
-"""The buttons: how a page plays, pauses, steps and stops a loop that runs in a cell."""
+"""The buttons: a page plays, pauses, steps and stops a loop that runs in a cell."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from collections.abc import Mapping
 from alignkit_widgets.cockpit.controls import Controls
 from alignkit_widgets.cockpit.session import Session
 
-_TURNS = 5  # a message passes a few hand-overs inside ipykernel, each a turn of the event loop (about 2 µs)
-_BEAT = 5.0  # a page with a paused run says "alive" every 2 s; after "gone", another view has this long to speak up
+_TURNS = 5  # a message needs a few turns of the event loop inside ipykernel (about 2 µs each)
+_BEAT = 5.0  # a page with a paused run says "alive" every 2 s; after "gone", another view has this long to answer
 
 
 class Remote:
-    """Holds how many iterations may run now: None for all that are left, 0 while paused, n for n and then a pause.
+    """Stores how many iterations may run now: None for all remaining ones, 0 while paused, n for n and then a pause.
 
-    A rewind changes nothing in that: a paused run is paused at the earlier iteration.
+    A rewind does not change this: a paused run is paused at the earlier iteration.
     """
 
     def __init__(self, controls: Controls, patience: float) -> None:
         self.controls, self.patience = controls, patience
         self.budget: int | None = None
         self.stop = False
-        self.target: object = None  # iteration to go back to, as the page said it
+        self.target: object = None  # iteration to return to, as sent by the page
         self.session: Session | None = None
         self._heard = time.monotonic()
         self._wake = asyncio.Event()
 
     def receive(self, message: dict) -> None:
-        """Take one message of the page. Unknown ones are ignored."""
+        """Receive one message of the page. Unknown ones are ignored."""
         kind = message.get("type")
         self._heard = time.monotonic()
         if kind == "play":
@@ -53,7 +53,7 @@ class Remote:
         self._wake.set()
 
     async def turn(self) -> bool:
-        """Let messages through, wait while the run is paused, and return whether the next iteration shall run."""
+        """Process messages, wait while the run is paused, and return whether to run the next iteration."""
         for _ in range(_TURNS):
             await asyncio.sleep(0)
         self._rewind()
@@ -66,7 +66,7 @@ class Remote:
         return not self.stop
 
     def take(self, iteration: int, replay: Mapping[int, Mapping[str, float]] | None) -> dict[str, float]:
-        """Put what waits, or what `replay` says, into force for `iteration`; marks changes, returns all values."""
+        """Apply the waiting changes, or those of `replay`, for `iteration`; marks changes, returns all values."""
         if replay is not None and iteration in replay:
             self.controls.force(replay[iteration])
         self.session.mark(iteration, self.controls.take())

@@ -1,4 +1,4 @@
-"""One run as a cockpit sees it: its rows, its state, its log on disk, its front end, and the picture in the end."""
+"""One run of a cockpit: its rows, its state, its log on disk, its front end, and the final picture."""
 
 from __future__ import annotations
 
@@ -40,31 +40,32 @@ class Session:
         self.branches += branches_of(self.log, self.rows) if self.log is not None else []
         self.resumed = [{"step": start, "name": "resumed", "old": None, "new": None}] if start and self.rows else []
         self.marks += marks_of(self.rows, self.branches) + self.resumed
-        if self.rows:  # a run that goes on, goes on as it was steered
+        if self.rows:  # a continued run keeps its last control values
             controls.values.update(self.rows[-1].get("controls", {}))
         self.state, self.note, self.stop = "running", "", ""
         self.snapshots: Snapshots | None = None
-        self.checkpoints = None  # the run's Checkpoints, if it has some
+        self.checkpoints = None  # the run's Checkpoints, if any
         self.done, self.ran, self.busy = start, 0, 0.0
         self.feed.update(self.status(), force=True)
 
     def show_on(self, panel: object) -> None:
-        """Send everything to another panel from here on: an object with `send(message)`."""
+        """Send everything to another panel from now on: an object with `send(message)`."""
         self.feed.panel = panel
 
     def keep(self, state: object) -> None:
-        """Take snapshots of `state` from here on, to be rewound to; where no page can ask for that, none are taken."""
+        """Take snapshots of `state` from now on, for rewinding; none if there is no page that could request a
+        rewind."""
         if self.feed.panel is not None:
             self.snapshots = Snapshots(state, self.total)
             self.snapshots.take(self.done)
             self.feed.update(self.status(), force=True)
 
     def rewind(self, iteration: object) -> None:
-        """Go back to the snapshot of `iteration`. What was done since becomes a branch: its rows move to a file of its
-        own, its lines stay on the charts. Anything but an earlier iteration with a snapshot is ignored."""
+        """Return to the snapshot of `iteration`. The later rows become a branch: they move to a separate file, and
+        their lines stay on the charts. Anything but an earlier iteration with a snapshot is ignored."""
         if self.snapshots is None or type(iteration) is not int or iteration not in self._earlier():
             return
-        if self.log is not None:  # the log is cut last: what it says is never ahead of the checkpoints
+        if self.log is not None:  # trim the log last, so it is never ahead of the checkpoints
             branch_metrics(self.log, iteration, cut=False)
         self.snapshots.restore(iteration)
         if self.checkpoints is not None:
@@ -84,7 +85,8 @@ class Session:
             self.marks.append({"step": iteration, "name": name, "old": old, "new": new})
 
     def record(self, iteration: int, metrics: Mapping[str, object], seconds: float = 0.0) -> None:
-        """Add the metrics of one iteration, which took `seconds`. Raises TypeError for one that is not a number."""
+        """Add the metrics of one iteration, which took `seconds`. Raises TypeError for a metric that is not a
+        number."""
         metrics = dict(metrics)
         samples, shares, self.stop = (metrics.pop(name, None) for name in ("samples", "shares", "stop"))
         row: dict[str, object] = {"step": iteration}
@@ -112,7 +114,7 @@ class Session:
         self.feed.update(self.status())
 
     def status(self) -> dict:
-        """What the header of the panel says."""
+        """The text of the panel's header."""
         left = self.busy / self.ran * (self.total - self.done) if self.ran and self.total else None
         place = f"{self.config['unit']} {self.done}" + (f" of {self.total}" if self.total else "")
         if self.state in OVER:
@@ -131,12 +133,12 @@ class Session:
         }
 
     def move(self, state: str, note: str | None = None) -> None:
-        """Go to another state and say so at once."""
+        """Change the state and announce it at once."""
         self.state, self.note = state, self.note if note is None else note
         self.feed.update(self.status(), force=True)
 
     def close(self, state: str) -> None:
-        """End the session: the last points, and one picture in place of the panel. Does nothing the second time."""
+        """End the session: send the last points, and replace the panel by one picture. Does nothing the second time."""
         if self.state in OVER:
             return
         self.snapshots = None
@@ -161,7 +163,7 @@ class Session:
         text = f"{self.config['title']}: {self.status()['place']}"
         try:
             picture = draw_run(self.config, self.rows, self.marks, self.status()["place"], self.branches)
-        except Exception as error:  # a run's result must not be lost because its picture failed
+        except Exception as error:  # a failed picture must not lose the result of the run
             warnings.warn(f"the picture of the run could not be drawn: {type(error).__name__}: {error}", stacklevel=4)
             return
         (self.feed.panel.replace if self.feed.panel is not None else display_png)(picture, text)
@@ -183,9 +185,9 @@ class Session:
 
 
 def _rows_before(log: Path | None, start: int, goes_on: bool) -> list[dict]:
-    """Make the log ready: empty for a new run, or with the rows up to `start` for one that goes on; returns those.
+    """Prepare the log: empty for a new run, or with the rows up to `start` for a continued one; returns those rows.
 
-    What an earlier run left when it was rewound goes with its log, unless this run `goes_on` with that one.
+    The branches of an earlier run are removed with its log, unless this run `goes_on` with it.
     """
     if log is None:
         return []

@@ -1,4 +1,4 @@
-"""A Trainer's log in a cockpit."""
+"""Show a Trainer's log in a cockpit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from alignkit_widgets.cockpit.remote import Remote
 
 
 class Opens(Protocol):
-    """What a callback needs of a TrainingCockpit."""
+    """The part of a TrainingCockpit that a callback needs."""
 
     total: int | None
 
@@ -20,23 +20,23 @@ class Opens(Protocol):
 
 
 class CockpitCallback(TrainerCallback):
-    """Feeds what a Trainer logs to a cockpit: `SFTTrainer(…, callbacks=[cockpit.callback()])`.
+    """Sends a Trainer's logs to a cockpit: `SFTTrainer(…, callbacks=[cockpit.callback()])`.
 
-    The picture is left when training ends; when it is interrupted or fails, at the end of the cell.
+    The picture is shown when training ends; if it is interrupted or fails, at the end of the cell.
     """
 
     def __init__(self, cockpit: Opens) -> None:
         self.cockpit, self.session, self._seen = cockpit, None, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Open the charts; the run is as long as the Trainer says."""
+        """Open the charts, with the Trainer's number of steps."""
         self.cockpit.total = state.max_steps
         self.session = self.cockpit.open("watch", start=state.global_step, unit="step").session
         self._seen = time.perf_counter()
         _at_the_end_of_the_cell(self.session)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """One row per log, under the step that it belongs to. The summary at the end of training is left out."""
+        """One row per log, under its step. The summary at the end of training is omitted."""
         logs = {k: v for k, v in (logs or {}).items() if isinstance(v, (int, float))}
         if self.session is None or not logs or "train_runtime" in logs:
             return
@@ -45,12 +45,12 @@ class CockpitCallback(TrainerCallback):
         self._seen = now
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Leave the picture."""
+        """Show the picture."""
         self.session.close("finished")
 
 
 def _at_the_end_of_the_cell(session) -> None:
-    """Close the session when the cell is over, in case the Trainer did not come to its end."""
+    """Close the session when the cell ends, in case the Trainer did not finish."""
     from IPython import get_ipython
 
     shell = get_ipython()

@@ -1,1 +1,1 @@
-"""One idea each, number by number."""
+"""Explorers: one concept each, in numbers."""

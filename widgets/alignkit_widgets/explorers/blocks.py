@@ -1,7 +1,7 @@
-"""What an explorer's picture is made of: plain data that a page draws as SVG and matplotlib draws as a PNG.
+"""The blocks of an explorer's picture: plain data that a page draws as SVG and matplotlib draws as a PNG.
 
-A picture is a list of rows, a row a list of blocks that stand side by side. Whoever makes the picture fixes the axes,
-so that a moving slider moves the curve and not the axis.
+A picture is a list of rows; a row is a list of blocks side by side. The axes are fixed by the explorer, so a moving
+slider moves the curve and not the axis.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LOOKS = {  # name -> colour, marker, line style
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis measures, with its unit, and where it begins and ends. `log`: spaced by factors; `whole`: counts."""
+    """The quantity on an axis, with its unit and range. `log`: log spacing; `whole`: integers."""
 
     label: str
     low: float
@@ -36,7 +36,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y), joined (`line`) or marked (`marks`); `big` for the one that follows a control, `open` for hollow.
+    """Points (x, y), joined (`line`) or marked (`marks`); `big` for one that follows a control, `open` for hollow
+    markers.
 
     spans: (x low, x high, y low, y high) of each point, drawn as a cross. labels: a word at each point, or none.
     """
@@ -81,7 +82,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Table:
-    """Words in the first `left` columns, figures in the others. hot: numbers of the rows to stand out."""
+    """Words in the first `left` columns, figures in the others. hot: numbers of the highlighted rows."""
 
     title: str
     columns: Sequence[str]
@@ -93,7 +94,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Text:
-    """A sentence or two. `lead`: what the picture says at the present setting; it is read out when it changes."""
+    """A sentence or two. `lead`: the statement about the current setting, which screen readers announce when it
+    changes."""
 
     text: str
     lead: bool = False
@@ -123,7 +125,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Copy:
-    """A line to take along, with a button that copies it. Pages only."""
+    """A line to copy, with a copy button. Only in pages."""
 
     label: str
     text: str
@@ -131,7 +133,7 @@ class Copy:
 
 
 def plain(part: object) -> object:
-    """A picture as JSON can hold it: what hides in texts spelled out, figures to six digits, None for no figure."""
+    """A picture as JSON: hidden characters spelled out, figures to six digits, None for a missing figure."""
     if isinstance(part, str):
         return visible(part)
     if part is None or isinstance(part, (bool, int)):
@@ -146,10 +148,10 @@ def plain(part: object) -> object:
 
 
 def number(value: float, digits: int = 3) -> str:
-    """`value` with its sign as typographers write it: −0.35."""
+    """`value` with a typographic minus sign: −0.35."""
     return f"{value + 0.0:.{digits}g}".replace("-", "−")
 
 
 def fixed(value: float, digits: int = 2, sign: bool = False) -> str:
-    """`value` with so many decimals, and a + if `sign` is asked for."""
+    """`value` with a fixed number of decimals, and a + if `sign` is set."""
     return f"{value:{'+' if sign else ''}z.{digits}f}".replace("-", "−")

@@ -1,4 +1,4 @@
-"""BradleyTerryExplorer: how two scores become a preference, and what noisy labels can say about the scores."""
+"""BradleyTerryExplorer: how two scores give a preference, and what noisy labels reveal about the scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from alignkit_widgets.explorers.worked_numbers import labels_for_first
 
 
 class BradleyTerryExplorer(Explorer):
-    """Two responses with true scores, annotators who compare them, and the loss of a reward model that guesses.
+    """Two responses with true scores, annotators who compare them, and the loss of a reward model with a given
+    difference.
 
     Raises ValueError on a bad `state` or `hide`.
     """

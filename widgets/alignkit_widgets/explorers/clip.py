@@ -13,7 +13,7 @@ from alignkit_widgets.explorers.explorer import Choice, Explorer, Slider
 
 
 class ClipExplorer(Explorer):
-    """One token: its ratio ρ = π / π_old, its advantage A and the clip ε give the objective and its slope.
+    """One token: the objective and its slope for its ratio ρ = π / π_old, its advantage A and the clip range ε.
 
     Raises ValueError on a bad `state` or `hide`.
     """
@@ -29,7 +29,7 @@ class ClipExplorer(Explorer):
 
 def objective_and_slope(ratio: torch.Tensor, advantage: float, clip: float) -> tuple[torch.Tensor, torch.Tensor,
                                                                                      torch.Tensor]:
-    """−`policy_loss` at each ratio, its derivative by the ratio, and `clipped`. Same shape each."""
+    """−`policy_loss` at each ratio, its derivative with respect to the ratio, and `clipped`. Same shape each."""
     logprobs = ratio.log().requires_grad_(True)
     old, advantages = torch.zeros_like(ratio), torch.full_like(ratio, advantage)
     value = -policy_loss(logprobs, old, advantages, clip)

@@ -1,4 +1,4 @@
-"""BetaExplorer: four log-probabilities and β make DPO's margin, loss, and the weight of the pair in the gradient."""
+"""BetaExplorer: DPO's margin, loss, and the pair's weight in the gradient, from four log-probabilities and β."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class BetaExplorer(Explorer):
     """One preference pair.
 
     Args:
-        logps: log π(chosen), log π(rejected), log π_ref(chosen), log π_ref(rejected), nats a response; left out, the
-            worked example of notebook 05.
+        logps: log π(chosen), log π(rejected), log π_ref(chosen), log π_ref(rejected), nats per response; by default
+            the worked example of notebook 05.
         state, hide: as for every Explorer.
     """
 
@@ -29,7 +29,7 @@ class BetaExplorer(Explorer):
                  hide: Sequence[str] = ()) -> None:
         low, high = np.floor(min(logps)) - 6, min(0.0, np.ceil(max(logps)) + 6)
         stops = np.arange(low, high + 0.25, 0.5).tolist()
-        losses = {name: name for name in LOSSES if name != "robust"}  # without flipped labels robust is the sigmoid
+        losses = {name: name for name in LOSSES if name != "robust"}  # without flipped labels robust equals sigmoid
         controls = [Slider("beta", [float(f"{b:.2g}") for b in np.geomspace(0.01, 5, 55)], 0.1, "β, price of KL"),
                     Choice("loss", losses, "sigmoid", "loss")]
         controls += [Slider(name, stops, start, label) for (name, label),

@@ -1,11 +1,11 @@
-"""The base of all explorers: controls, a pure function from their state to a picture, and a string for the state.
+"""The base class of all explorers: controls, a pure function from their state to a picture, and a string for the state.
 
 ```python
 Explorer("A line", [Slider("slope", (0, 1, 2), 1)],
          lambda state: [[Chart("ax", Axis("x", 0, 1), Axis("y", 0, 2), [Series("", [(0, 0), (1, state["slope"])])])]])
 ```
 
-The mathematics stays in the kernel; the page (explorer.js) asks for one picture at a time, and always for the newest.
+The kernel does the computation; the page (explorer.js) requests one picture at a time, always the newest.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from alignkit_widgets.notebook import has_front_end, in_kernel
 
 @dataclass(frozen=True)
 class Slider:
-    """A number that goes from stop to stop; a state string may also name one in between, unless `between` is False."""
+    """A number with fixed stops; a state string may also give a value between stops, unless `between` is False."""
 
     name: str
     stops: Sequence[float]
     start: float
     label: str = ""
-    kept: bool = False  # reset leaves it alone
+    kept: bool = False  # reset does not change it
     between: bool = True
-    names: Sequence[str] = ()  # what to show for each stop instead of its number
+    names: Sequence[str] = ()  # texts to show for the stops instead of their numbers
     kind: ClassVar[str] = "slider"
 
     def parse(self, value: object) -> float:
-        """The value that a page or a state string asks for. Raises ValueError that says what was expected."""
+        """The value requested by a page or a state string. Raises ValueError that says what was expected."""
         try:
             number = float(f"{float(value):.6g}")
         except (TypeError, ValueError):
@@ -50,17 +50,17 @@ class Slider:
         return number
 
     def write(self, value: float) -> str:
-        """The value as a state string has it."""
+        """The value in the form of a state string."""
         return f"{value:.6g}"
 
     def show(self, value: float) -> str:
-        """The value as a reader sees it."""
+        """The value as shown to the reader."""
         return self.names[list(self.stops).index(value)] if self.names else self.write(value).replace("-", "−")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several. options: {key: what the reader sees}; the keys are what a state string holds."""
+    """One of several options. options: {key: text for the reader}; the keys are used in state strings."""
 
     name: str
     options: Mapping[str, str]
@@ -90,7 +90,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Toggle:
-    """Something to show or leave out."""
+    """Something to show or hide."""
 
     name: str
     start: bool = True
@@ -115,7 +115,7 @@ class Toggle:
 
 @dataclass(frozen=True)
 class Button:
-    """Something to do. press(state) may return {control: new value}, a sentence to show, or an awaitable of either."""
+    """An action. press(state) may return {control: new value}, a sentence to show, or an awaitable of either."""
 
     name: str
     label: str
@@ -124,16 +124,16 @@ class Button:
 
 
 class Explorer:
-    """Sliders over a picture that is computed for each setting.
+    """Controls and a picture that is computed for each setting.
 
     Args:
-        title: what it shows.
+        title: of the explorer.
         controls: Slider, Choice, Toggle and Button, in their order on the page.
         draw: {control: value} -> rows of blocks. It must depend on nothing else.
-        state: where to begin, "beta=0.2&prompt=3" (what `explorer.state` returned); what it leaves out is at its start.
-        hide: names of controls to leave out, for teaching; also "reset", "state" and "copy", what stands at the foot.
+        state: initial values, "beta=0.2&prompt=3" (the format of `explorer.state`); others have their defaults.
+        hide: names of controls to hide, for teaching; also "reset", "state" and "copy", the items in the footer.
 
-    Raises ValueError on a name that is not there or a value that makes no sense, and says which.
+    Raises ValueError that names an unknown name or an invalid value.
     """
 
     def __init__(
@@ -173,22 +173,22 @@ class Explorer:
         self.set(**self._parse(text))
 
     def set(self, **values: object) -> None:
-        """Move controls, and the picture with them. Raises ValueError on an unknown name or a bad value."""
+        """Set controls and update the picture. Raises ValueError on an unknown name or a bad value."""
         if unknown := sorted(set(values) - set(self.controls)):
             raise ValueError(f"state names {', '.join(unknown)}, expected some of {', '.join(self.controls)}")
         self._values |= {name: self.controls[name].parse(value) for name, value in values.items()}
         self.send()
 
     def reset(self) -> None:
-        """Back to where it began; a seed stays what it is."""
+        """Return to the initial values, except for a seed."""
         self.set(**{name: value for name, value in self._start.items() if not self.controls[name].kept})
 
     def press(self, name: str) -> None:
-        """Do what a button does. An error is shown in the page, and not raised."""
+        """Carry out a button's action. An error is shown in the page and not raised."""
         self._react(lambda: self.buttons[name].press(self.values))
 
     def rows(self) -> list:
-        """The picture at the present state as plain JSON: rows of blocks."""
+        """The picture in its current state as plain JSON: rows of blocks."""
         rows = [[b for b in row if "copy" not in self.hide or not isinstance(b, Copy)]
                 for row in self.draw(self.values)]
         return [plain(row) for row in rows if row]
@@ -204,7 +204,7 @@ class Explorer:
         return "\n".join(lines)
 
     def picture(self) -> tuple[bytes, dict]:
-        """The picture at the present state as a PNG, and its size and alt text."""
+        """The picture in its current state as a PNG, and its size and alt text."""
         from alignkit_widgets.explorers.explorer_picture import draw_explorer
 
         shown = {c.label or c.name: c.show(self._values[c.name]) for c in map(self.controls.get, self._order) if c}
@@ -214,7 +214,7 @@ class Explorer:
         return self.text()
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict] | dict:
-        """A live view where somebody has the notebook open, and always a picture where there is a kernel."""
+        """A live view if the notebook has a front end, and always a picture if there is a kernel."""
         data, metadata = {"text/plain": self.text()}, {}
         if in_kernel():
             from alignkit_widgets.notebook import bundle
@@ -230,9 +230,9 @@ class Explorer:
         return data, metadata
 
     def receive(self, message: Mapping) -> None:
-        """Take one message of a page. What makes no sense is answered with the picture as it is."""
+        """Receive one message of a page. An invalid message is answered with the current picture."""
         kind, number, begun = message.get("type"), message.get("n"), time.perf_counter()
-        number = number if type(number) is int and abs(number) < 2**53 else None  # it goes back as it came
+        number = number if type(number) is int and abs(number) < 2**53 else None  # it is returned unchanged
         if kind == "set":
             self._react(lambda: dict(message.get("values") or {}), number, begun)
         elif kind == "reset":
@@ -243,16 +243,16 @@ class Explorer:
             self.send(number, begun)
 
     def _react(self, act: Callable, number: object = None, begun: float | None = None) -> None:
-        """Do something, take what it returns, and answer with the picture."""
+        """Carry out an action, apply its result, and answer with the picture."""
         self.note = ""
         try:
             self._take(act())
-        except Exception as error:  # the page must hear of it: nobody sees a traceback here
+        except Exception as error:  # show it on the page: a traceback would be invisible here
             self.note = f"{type(error).__name__}: {error}"
         self.send(number, begun)
 
     def _take(self, outcome: object) -> None:
-        """Take what an action returned: new values, a sentence to show, an awaitable of either, or nothing."""
+        """Apply the result of an action: new values, a sentence to show, an awaitable of either, or nothing."""
         if inspect.isawaitable(outcome):
             self._task = asyncio.ensure_future(self._wait(outcome))
             self._task.add_done_callback(lambda _: self.send())
@@ -269,7 +269,7 @@ class Explorer:
             self.note = f"{type(error).__name__}: {error}"
 
     def send(self, number: object = None, begun: float | None = None) -> None:
-        """Send the picture as it is now to the view, if there is one; number: of the message that this answers."""
+        """Send the current picture to the view, if there is one; number: of the message that this answers."""
         if self.view is None:
             return
         answer = {"n": number, "values": self.values, "state": self.state, "rows": []}
@@ -281,7 +281,7 @@ class Explorer:
         self.view.send(answer | {"note": plain(self.note), "ms": took})
 
     def config(self) -> dict:
-        """What a page needs to know once: the title, the controls in their order, and what stands at the foot."""
+        """The constant data of a page: the title, the controls in their order, and the footer."""
         every = self.controls | self.buttons
         controls = [{"kind": c.kind, "name": c.name, "label": plain(c.label or c.name)}
                     | ({"stops": [float(f"{s:.6g}") for s in c.stops], "names": plain(c.names)}

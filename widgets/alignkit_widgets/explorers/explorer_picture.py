@@ -1,4 +1,4 @@
-"""An explorer's picture where no page can draw it: papermill, nbconvert, GitHub. The same blocks, by matplotlib."""
+"""An explorer as a picture by matplotlib, with the same blocks, for papermill, nbconvert and GitHub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PLAIN = {"parse_math": False}
 
 
 def draw_explorer(title: str, controls: Mapping[str, str], rows: list) -> tuple[bytes, dict]:
-    """Rows of plain blocks as one PNG with its size and alt text; on top the title and what the controls stood at."""
+    """Rows of plain blocks as one PNG with its size and alt text; the title and the control values are at the top."""
     rows = [[block for block in row if block["kind"] != "copy"] for row in rows]
     rows = [row for row in rows if row]
     settings = textwrap.wrap("   ·   ".join(f"{name}: {value}" for name, value in controls.items()), 125)[:3]
@@ -44,7 +44,7 @@ def draw_explorer(title: str, controls: Mapping[str, str], rows: list) -> tuple[
                 y -= tall + 0.12
             left += width + 0.25
         top -= height + 0.16
-    with warnings.catch_warnings():  # a character that the font does not have is drawn as a box; that is enough
+    with warnings.catch_warnings():  # characters missing in the font are drawn as a box
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         png, metadata = figure._repr_png_()
     return png, metadata | {"alt": f"{title}. {metadata['alt']}"[:1000]}
@@ -75,7 +75,7 @@ def _height(block: dict, width: float) -> float:
 
 
 def _box(block: dict, left: float, bottom: float, width: float, height: float) -> tuple:
-    """Where the axes of a block are, in inches: room for tick labels and titles left aside."""
+    """Position of a block's axes in inches, with room for tick labels and titles."""
     if block["kind"] == "chart":
         return left + 0.62, bottom + 0.42, width - 0.72, height - 0.72 - 0.15 * bool(block["marks"] or block["zones"])
     if block["kind"] == "bars":
@@ -157,14 +157,14 @@ def _bars(ax: Axes, block: dict, width: float) -> None:
 
 
 def _cells(block: dict, width: float) -> list[list[list[str]]]:
-    """Rows of cells of lines: as many characters a line as a column can have."""
+    """Rows of cells, each as lines of at most the number of characters that fit into the column."""
     rows = [[str(cell) for cell in row] for row in (block["columns"], *block["rows"])]
     return [[textwrap.wrap(cell, max(6, int(13.5 * w)), max_lines=5, placeholder="…") or [""]
              for cell, w in zip(row, _columns(block, width), strict=True)] for row in rows]
 
 
 def _columns(block: dict, width: float) -> list[float]:
-    """Inches of each column: figures take what they need, words share the rest as they need it."""
+    """Inches of each column: figures get the width that they need, words share the rest."""
     need = [max(min(80 if c < block["left"] else 14, len(str(row[c])))
                 for row in (block["columns"], *block["rows"])) + 2
             for c in range(len(block["columns"]))]

@@ -1,4 +1,4 @@
-"""FrontierExplorer: the reward–KL plane; a price of KL picks the best policy, recorded runs stand beside it."""
+"""FrontierExplorer: the reward–KL plane; a KL coefficient selects the optimal policy, with recorded runs beside it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _BETAS = tuple(float(f"{b:.4g}") for b in np.geomspace(40, 0.02, 40))
 
 
 class FrontierExplorer(Explorer):
-    """What KL buys at each price β: the most proxy, the gold that comes with it, and what PPO and DPO made of it.
+    """The highest proxy at each KL coefficient β, its gold, and the results of PPO and DPO runs.
 
     Args:
         sweep: recorded runs and exact curves (`alignkit.load_sweep()`), or None.
-        truth: enumerated prompts (`alignkit.enumerate_world(…)`): with it, the best behaviours and responses for a
-            chosen prompt are shown; without a sweep, its curve too.
+        truth: enumerated prompts (`alignkit.enumerate_world(…)`): shows the best behaviours and responses for a
+            chosen prompt; without a sweep, also its curve.
         train: called with {"kl_coef": β, "seed": s} by *train this*; may return a sentence or an awaitable.
             None: no button.
         state, hide: as for every Explorer.
 
-    Raises ValueError if there is neither a sweep nor a truth, or on a bad state.
+    Raises ValueError if both sweep and truth are None, or on a bad state.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class FrontierExplorer(Explorer):
         super().__init__("Reward against KL", controls, self._rows, state=state, hide=hide)
 
     def parameters(self, values: Mapping[str, object] | None = None) -> dict[str, float | int]:
-        """The setting as notebook 03b takes it: {"kl_coef": β, "seed": s}."""
+        """The setting as parameters of notebook 03b: {"kl_coef": β, "seed": s}."""
         values = self.values if values is None else values
         return {"kl_coef": values["beta"], "seed": int(values["seed"])}
 
@@ -146,7 +146,7 @@ class FrontierExplorer(Explorer):
 
 
 def _without_ends(curve: Mapping) -> dict[str, list[float]]:
-    """The points of a frontier with a β that a slider can have."""
+    """The points of a frontier whose β can be set by a slider."""
     kept = [i for i, beta in enumerate(curve["beta"]) if beta and math.isfinite(beta)]
     return {name: [values[i] for i in kept] for name, values in curve.items()}
 

@@ -1,4 +1,4 @@
-"""GAEExplorer: which token of a response deserves the credit, for each γ and λ."""
+"""GAEExplorer: the advantage of each token of a response, for each γ and λ."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from alignkit_widgets.explorers.worked_numbers import ResponseNumbers, example_r
 
 
 class GAEExplorer(Explorer):
-    """A response, its tokens coloured by advantage.
+    """A response with its tokens coloured by advantage.
 
     Args:
-        numbers: of a real response, `alignkit_widgets.read_response(policy, ref_policy, critic, …)`; left out, an
-            example with made-up figures.
+        numbers: of a real response, `alignkit_widgets.read_response(policy, ref_policy, critic, …)`; by default an
+            example with invented figures.
         state, hide: as for every Explorer.
     """
 

@@ -1,4 +1,4 @@
-"""KLEstimatorsExplorer: k1, k2 and k3 beside the exact KL, on samples of a choice out of five."""
+"""KLEstimatorsExplorer: k1, k2 and k3 compared with the exact KL, on samples from five outcomes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOOKS = {"k1": "blue", "k2": "vermilion", "k3": "green"}
 
 
 class KLEstimatorsExplorer(Explorer):
-    """How far each estimator is from KL(π ‖ π_ref): by chance, and on average.
+    """The error of each estimator of KL(π ‖ π_ref): for these samples, and on average.
 
     Raises ValueError on a bad `state` or `hide`.
     """

@@ -1,4 +1,4 @@
-"""ShiftViewer: scrub through checkpoints and see what a prompt's answer became."""
+"""ShiftViewer: move through checkpoints and see how the responses to a prompt changed."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from alignkit_widgets.explorers.explorer import Choice, Explorer, Slider
 
 
 class ShiftViewer(Explorer):
-    """Next-token chances, KL by position and sampled responses of each checkpoint, for a prompt.
+    """Next-token probabilities, KL by position and sampled responses of each checkpoint, for a prompt.
 
     Args:
         checkpoints: [(name, policy), …] in the order of training, or a `Shift` that was measured before.
-        tokenizer, prompts: what to ask. Everything is computed here, once: moving the slider only looks it up.
+        tokenizer, prompts: of the policies. Everything is computed once at the start; the slider only selects.
         samples, max_new_tokens, seed: of `alignkit.measure_shift`.
         state, hide: as for every Explorer.
 

@@ -1,4 +1,4 @@
-"""StepThroughExplorer: one PPO update on one short response, with every number, a stage at a time."""
+"""StepThroughExplorer: one PPO update on one short response, with all numbers, one stage at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StepThroughExplorer(Explorer):
     """Rollout → KL → reward → advantage → ratio → clip → update, for each token.
 
     Args:
-        numbers: of a real response, `alignkit_widgets.read_response(…)`; left out, an example with made-up figures.
+        numbers: of a real response, `alignkit_widgets.read_response(…)`; by default an example with invented figures.
         state, hide: as for every Explorer.
     """
 

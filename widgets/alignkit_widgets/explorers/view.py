@@ -1,4 +1,4 @@
-"""An explorer's half in the browser: an anywidget that is fed by custom messages only, as the cockpit's is."""
+"""An explorer's browser side: an anywidget that receives only custom messages, as the cockpit's does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alignkit_widgets.looks import dashes
 
 
 class View(anywidget.AnyWidget):
-    """The view is `explorer.js`; `config` is what never changes (title, controls, looks)."""
+    """The view is `explorer.js`; `config` is constant (title, controls, looks)."""
 
     _esm = (Path(__file__).parent / "explorer.js").read_text(encoding="utf-8")
     _css = (Path(__file__).parent / "explorer.css").read_text(encoding="utf-8")
@@ -28,6 +28,6 @@ def make_view(config: dict, on_message: Callable[[dict], None]) -> View:
 
 
 def view_config(config: dict) -> dict:
-    """`config` with what `explorer.js` draws with: colour, marker and dashes of each look."""
+    """`config` plus the style data of `explorer.js`: colour, marker and dashes of each look."""
     looks = {name: [colour, marker, dashes(line)] for name, (colour, marker, line) in LOOKS.items()}
     return config | {"looks": looks}

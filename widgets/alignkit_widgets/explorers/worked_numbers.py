@@ -1,6 +1,6 @@
-"""Small worked examples of one idea each, in numbers: what the explorers of alignkit_widgets show.
+"""Small worked examples in numbers, one concept each, for the explorers of alignkit_widgets.
 
-The formulas are the package's own (`ppo`, `kl`); here is only what is needed to look at them on one response.
+The formulas are the package's own (`ppo`, `kl`); this module only applies them to a single response.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from alignkit.forward.rollout import encode_prompts, full_ids, rollout_from_ids
 
 @dataclass(frozen=True, eq=False)
 class ResponseNumbers:
-    """One sampled response and what the models say at each of its T tokens.
+    """One sampled response, with the models' outputs at each of its T tokens.
 
     tokens: T texts. ids (T,): which of the V columns each is. logits, ref_logits (T, V): of the policy that sampled it
-    and of the reference. values (T,): the critic's, score units. score: of the whole response. source: where from.
+    and of the reference. values (T,): the critic's, score units. score: of the whole response. source: origin.
     """
 
     tokens: tuple[str, ...]
@@ -35,9 +35,9 @@ class ResponseNumbers:
 
 def read_response(policy, ref_policy, critic, tokenizer, prompt: str, response: str, score: float, *,
                   max_new_tokens: int = 4) -> ResponseNumbers:
-    """The numbers of one response to one prompt. EOS is added if the response is shorter than `max_new_tokens`.
+    """The numbers of one response to one prompt. EOS is appended if the response is shorter than `max_new_tokens`.
 
-    Only columns with a chance above 1e-6 under one of the policies, and the response's own, are kept of the vocabulary.
+    Only tokens with a probability above 1e-6 under one of the policies, and the response's own, are kept as columns.
     Raises ValueError if the response has no tokens.
     """
     ids = tokenizer(response, add_special_tokens=False)["input_ids"][:max_new_tokens]
@@ -61,7 +61,7 @@ def read_response(policy, ref_policy, critic, tokenizer, prompt: str, response: 
 
 
 def example_response() -> ResponseNumbers:
-    """A response of four tokens with made-up figures: a greeting, a right answer, a filler that costs, the end."""
+    """A response of four tokens with invented figures: a greeting, a correct answer, a costly filler, EOS."""
     tokens = (" Happy to help!", " Open the settings and follow the steps.", " That is a really interesting question.",
               "<eos>")
     chances = torch.tensor([[0.45, 0.30, 0.05, 0.20], [0.10, 0.55, 0.10, 0.25], [0.05, 0.15, 0.10, 0.70],
@@ -74,11 +74,11 @@ def example_response() -> ResponseNumbers:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """What PPO computes for one response. All (T,), nats or score units; `steps` optimiser steps were made before.
+    """The values that PPO computes for one response. All (T,), nats or score units, after `steps` optimiser steps.
 
-    old, ref: log-probs when it was sampled, and of the reference. kl: k1. rewards: −β · k1, and the score at the end.
-    advantages, returns: GAE. now: log-probs before the next step; ratio: π / π_old then; objective: the clipped one;
-    still: where it has no gradient. new: log-probs after that step.
+    old, ref: log-probs at sampling time, and of the reference. kl: k1. rewards: −β · k1, plus the score at the end.
+    advantages, returns: GAE. now: log-probs before the next step; ratio: π / π_old at that time; objective: the clipped
+    one; still: True where it has no gradient. new: log-probs after that step.
     """
 
     old: Tensor
@@ -99,8 +99,8 @@ def ppo_update(numbers: ResponseNumbers, *, kl_coef: float = 0.2, gamma: float =
     """One PPO update of a policy whose parameters are the logits at each position, by plain gradient descent.
 
     loss = mean_t −min(ρ_t A_t, clip(ρ_t, 1 − ε, 1 + ε) A_t);  logits ← logits − learning_rate · ∇ loss, `steps` + 1
-    times on the same response. A network shares its weights between positions, and Adam scales its steps; the rest is
-    as in training, but that the advantages of a batch are whitened there.
+    times on the same response. A network shares its weights between positions, and Adam scales its steps. Otherwise the
+    update is as in training, except that training whitens the advantages of a batch.
     """
     mask = torch.ones(1, len(numbers.tokens), dtype=torch.bool)
     ids = numbers.ids[None]
@@ -130,7 +130,7 @@ def token_advantages(numbers: ResponseNumbers, *, kl_coef: float, gamma: float, 
 
 
 def labels_for_first(difference: float, labels: int, noise: float = 0.0, seed: int = 0) -> int:
-    """How many of `labels` annotators prefer the first response: a draw, fixed by the seed."""
+    """How many of `labels` annotators prefer the first response: a random draw with a fixed seed."""
     draws = torch.rand(labels, generator=seeded(seed, 1952), dtype=torch.float64)
     return int((draws < preference_chance(difference, noise)).sum())
 
@@ -145,9 +145,9 @@ def tilted(logps: Tensor, direction: Tensor, distance: float) -> Tensor:
 
 def kl_estimates(logps: Tensor, ref_logps: Tensor, samples: int, seed: int = 0,
                  sampler: Tensor | None = None) -> dict[str, tuple[Tensor, float, float]]:
-    """Each estimator of KL(π ‖ π_ref) for K outcomes: its values on the samples (samples,), its mean and sd over all.
+    """Each estimator of KL(π ‖ π_ref) for K outcomes: its values on the samples (samples,), its exact mean and sd.
 
-    sampler: log-probs (K,) that the samples are drawn from; π itself if left out, and for any other the estimators'
+    sampler: log-probs (K,) from which the samples are drawn; by default π itself. For any other sampler the estimators'
     mean is not the KL. The mean and the standard deviation of one value are exact, by enumeration.
     """
     q = (logps if sampler is None else sampler).exp()
