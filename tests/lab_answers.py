@@ -103,6 +103,8 @@ WRONG = {  # task -> (what is wrong, the code, the points that it still gets)
         ("k1 in the loss", _changed("silent-bug", " - kl_coef * (old - ref)[response]", "").replace(
             "-surrogate.mean()", "-surrogate.mean() + kl_coef * (logprobs - ref[response]).mean()"), 0),
         ("sign of the price", _changed("silent-bug", "- kl_coef *", "+ kl_coef *"), 0),
+        ("the known optimum, without training",
+         "def train(reward, ref_logits, kl_coef, seed):\n    return ref_logits + reward / kl_coef", 0),
         ("half the price", _changed("silent-bug", "- kl_coef *", "- 0.4 * kl_coef *"), 0),
     ),
     "checkpoint": (

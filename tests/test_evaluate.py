@@ -365,6 +365,7 @@ def test_rates_at_the_edge_have_wilson_intervals(pair, evalset):
     assert wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
     assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert wilson(10, 10) == pytest.approx((0.7225, 1), abs=1e-4)
+    assert all(wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1 for n in range(1, 200))  # no 3e-18 in a notebook
     never = Evaluation(evalset, {**pair[1].columns, "behaviour": ["hedge"] * 384}, (0.0, 1.0))
     risky = evalset.kinds.count("risky")
     assert never.metrics["risky_failure_rate"] == Estimate(0.0, *wilson(0, risky))

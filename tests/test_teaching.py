@@ -158,7 +158,7 @@ def test_a_file_that_is_no_lab_is_refused_with_a_reason(tmp_path, content, reaso
     with pytest.raises(SubmissionError, match=reason):
         read_submission(path, list(TASKS))
     given = grade_file(path, list(TASKS.values()), 1)
-    assert given.total == 0 and re.search(reason, given.error)
+    assert given.total == 0 and re.search(reason, given.error) and given.error.count("a.ipynb") == 1
 
 
 def test_a_submission_that_is_too_large_is_not_read_further(tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     share, z2 = successes / n, _Z**2
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, centre - half) if successes else 0.0, min(1.0, centre + half) if successes < n else 1.0
 
 
 def share_estimate(successes: float, n: int) -> Estimate:

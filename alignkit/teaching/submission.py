@@ -37,12 +37,14 @@ def read_submission(path: str | Path, tasks: list[str]) -> Submission:
     """
     path, name = Path(path), one_line(Path(path).name, 100)
     try:
-        if not path.is_file():
-            raise SubmissionError(f"{name}: there is no such file, or it is no plain file")
-        with path.open("rb") as file:
-            content = file.read(LARGEST_FILE + 1)
+        content = None
+        if path.is_file():
+            with path.open("rb") as file:
+                content = file.read(LARGEST_FILE + 1)
     except (OSError, ValueError) as error:
         raise SubmissionError(f"{name} cannot be read: {error}") from None
+    if content is None:
+        raise SubmissionError(f"{name}: there is no such file, or it is no plain file")
     if len(content) > LARGEST_FILE:
         raise SubmissionError(f"{name} has more than {LARGEST_FILE // 2**20} MiB; clear its outputs and grade it again")
     cells, answers, problems = _cells(content, name), {}, {}
