@@ -26,7 +26,6 @@ from alignkit import exact
 from alignkit.configs import RewardConfig, SFTConfig
 from alignkit.desk.world import ANNOTATORS, KINDS, Annotator
 from alignkit.exact.causes import AT, FACTORS, FILE, Causes, load_causes, turn
-from alignkit.formulas.intervals import mean_estimate
 from alignkit.forward.sampling import generate_texts
 from alignkit.models.heads import reward_model_from
 from alignkit.models.loading import load_policy, save_model
@@ -189,13 +188,13 @@ def table(causes: Causes) -> str:
                   for key in ("turned", "against gold")]
         cells = [f"{causes.values(name, key).mean():.2f}" for key in TITLES]
         lines.append(f"| {' | '.join([name, format(arm['pairs'], ','), *shares, *cells])} |")
-    lines += ["", "What a factor does: with it − without it, mean and Student's 95 % interval over the "
-              f"{len(causes.values('neither', 'peak'))} pairs of world and training.", "",
+    lines += ["", "What a factor does: with it − without it, mean and 95 % interval for these worlds; the trainings in "
+              "each world are the repeats, so that nothing is said of other worlds.", "",
               f"| effect of | {' | '.join(TITLES.values())} |", "|---" * (len(TITLES) + 1) + "|"]
     for factor in FACTORS:
         lines.append(f"| {factor} | {' | '.join(f'{causes.effect(factor, key):+.2f}' for key in TITLES)} |")
     for name in list(causes.arms)[4:]:
-        changes = (mean_estimate(causes.values(name, key) - causes.values("bias and noise", key)) for key in TITLES)
+        changes = (causes.mean(causes.values(name, key) - causes.values("bias and noise", key)) for key in TITLES)
         lines.append(f"| {name} | {' | '.join(f'{change:+.2f}' for change in changes)} |")
     return "\n".join(lines) + "\n"
 

@@ -52,7 +52,9 @@ class Reading:
             return "unclear"
         if lower < self.low and self.high < upper:
             return "holds"
-        return "fails" if self.high <= lower or self.low >= upper else "unclear"
+        if self.low == self.high:  # an exact number, or a sample in which nothing differed
+            return "fails"
+        return "fails" if self.high < lower or self.low > upper else "unclear"
 
     @property
     def sentence(self) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alignkit.formulas.intervals import Estimate, mean_estimate
+from alignkit.formulas.intervals import Estimate, student_t
 
 FILE = Path(__file__).with_name("causes.json")
 FAR = 6.0  # nats: the KL at which "far" is measured
@@ -108,8 +108,22 @@ class Causes:
                 "interaction": (both - noise) - (bias - neither)}[factor]
 
     def effect(self, factor: str, figure: str) -> Estimate:
-        """The mean of `contrast` with Student's 95 % interval; each world and training counts as one repeat."""
-        return mean_estimate(self.contrast(factor, figure))
+        """The mean of `contrast`, as `mean`."""
+        return self.mean(self.contrast(factor, figure))
+
+    def mean(self, values: Sequence[float]) -> Estimate:
+        """The mean of one value a reward model (worlds × trainings,), with a 95 % interval for the recorded worlds.
+
+        Trainings are the repeats: variances are taken within each world, with worlds × (trainings − 1) degrees of
+        freedom. So the interval says nothing about other worlds, of which there are too few here.
+        """
+        by_world = np.asarray(values, dtype=float).reshape(len(self.worlds), -1)
+        worlds, trainings = by_world.shape
+        mean = float(by_world.mean())
+        if trainings < 2:
+            return Estimate(mean, None, None)
+        half = student_t(worlds * (trainings - 1)) * float((by_world.var(1, ddof=1).sum() / trainings) ** 0.5) / worlds
+        return Estimate(mean, mean - half, mean + half)
 
 
 def load_causes(path: str | Path | None = None) -> Causes:
