@@ -56,7 +56,7 @@ class PPOConfig:
 
     # Losses
     gamma: float = knob(1.0, "Discount factor γ for later rewards.", group="Losses")
-    gae_lambda: float = knob(0.95, "λ of GAE: 0 relies on the critic, 1 relies on the sampled rewards.")
+    gae_lambda: float = knob(0.95, "The λ of GAE: 0 relies on the critic, 1 relies on the sampled rewards.")
     clip_range: float = knob(0.2, "Clip range ε: the ratio π / π_old is clipped to 1 ± ε (inf: no clipping).")
     value_clip_range: float = knob(0.2, "Clip range of the critic's values around their old values (inf: no clipping).")
     value_coef: float = knob(1.0, "Weight of the critic's loss; it has an effect only with shared_trunk.")
