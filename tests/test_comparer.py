@@ -95,7 +95,7 @@ def test_folders_and_models_give_the_same_responses(checkpoints, tmp_path):
     assert [row["prompt"] for row in found] == PROMPTS
     assert all(row["responses"]["loaded"] == row["responses"]["given"] for row in found)
     assert found[0]["notes"]["given"] == WORLD.behaviours(PROMPTS[:1], [found[0]["responses"]["given"]])[0]
-    with pytest.raises(ValueError, match="say the same to all 25 prompts"):
+    with pytest.raises(ValueError, match="give the same responses to all 25 prompts"):
         CheckpointComparer(given, PROMPTS, tmp_path / "votes.jsonl", max_new_tokens=4)
 
 
@@ -259,7 +259,7 @@ def test_run_ends_when_enough_is_labelled_or_the_page_is_gone(tmp_path, monkeypa
     assert not board.running and asyncio.run(board.run(2)) == board.labels, "enough already"
     alone = annotator(tmp_path / "alone", patience=0.5)
     assert asyncio.run(alone.run()) == []
-    assert "the page was gone" in capsys.readouterr().out
+    assert "the page was closed" in capsys.readouterr().out
 
 
 def test_a_picture_shows_what_is_blind_blind(checkpoints, tmp_path):
