@@ -57,7 +57,7 @@ def app_screenshot(run: Path) -> bytes:
         page.locator("input[type=number][data-control=kl_coef]").press("Enter")
         page.get_by_text("from the next iteration on").wait_for()
         page.locator(".akc").get_by_role("button", name="Play").click()
-        _at(page, 30)
+        _at(page, 19)
         taken = page.screenshot()
         page.locator(".akc").get_by_role("button", name="Stop").click()
         server.terminate()
