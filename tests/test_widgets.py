@@ -435,7 +435,7 @@ def test_a_paused_run_whose_page_is_gone_goes_on(tmp_path):
     one.open = lambda *a, **o: remote
     remote.receive({"type": "pause"})
     assert len(asyncio.run(one.run(Walk()))) == 6
-    assert "was gone" in remote.session.note
+    assert "was closed" in remote.session.note
 
 
 @pytest.mark.parametrize(
