@@ -1,6 +1,6 @@
 """How often each sentence of the notebooks holds, and what each stage reaches: the whole series, run over worlds.
 
-    python -m experiments.readings --seeds 0 1 2 3 4 11 12 13 14 15 16 17 --record
+    python -m experiments.readings --seeds 0 1 2 3 4 11 12 13 14 15 16 17 18 --record
 
 Each seed is a world of its own: notebooks 00 to 10, without a screen, in OUT/seed-N; what is finished there is not run
 again. Prints the table of `docs/readings.md`. `--record` writes that page and `alignkit/evaluate/readings.json`, from
@@ -187,7 +187,7 @@ def page(record: Mapping) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the worlds, print the page and what does not hold; returns 1 if a notebook failed or contradicts itself."""
     parser = argparse.ArgumentParser(prog="python -m experiments.readings", description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 11, 12, 13, 14, 15, 16, 17])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, *range(11, 19)])
     parser.add_argument("--out", type=Path, default=Path("runs/readings"))
     parser.add_argument("--record", action="store_true", help="write the record and docs/readings.md")
     parser.add_argument("--small", action="store_true", help="small settings, for a trial: no figures of the stages")
@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     wrong = failed + [f"seed {seed}, {text}" for seed, records in worlds.items() for text in contradictions(records)]
     runs = {seed: json.loads((folder / "summary.json").read_text())["stages"] for seed, folder in folders.items()
             if not given.small and not failed}
-    record = {"command": f"python -m experiments.readings --seeds {' '.join(map(str, given.seeds))}",
+    record = {"command": f"python -m experiments.readings --seeds {' '.join(map(str, given.seeds))} --record",
               "versions": versions(), "seeds": given.seeds, "readings": summarise(worlds),
               "figures": figures_of(runs) if runs else [], "changes": changes_of(runs)}
     print(page(record))

@@ -30,7 +30,7 @@ def test_a_verdict_is_what_every_point_of_the_interval_says(above, below):
     for low, high in itertools.combinations_with_replacement(np.arange(-3, 3.25, 0.25), 2):
         points = np.linspace(low, high, 101)
         inside = (points > (-math.inf if above is None else above)) & (points < (math.inf if below is None else below))
-        touches = low < high and (high == above or low == below)  # "fails" claims more than an end at the bound can
+        touches = above in (low, high) or below in (low, high)  # "fails" claims more than an end at the bound can
         expected = "holds" if inside.all() else "fails" if not inside.any() and not touches else "unclear"
         if expected == "fails" and low < (math.inf if below is None else below) and high > (
                 -math.inf if above is None else above):
@@ -48,6 +48,8 @@ def test_a_plain_number_is_exact_and_too_few_prompts_are_unclear():
     assert reading("x", "c", 0.3, above=0, **WORDS).verdict == "holds"
     assert reading("x", "c", 0, above=0, **WORDS).verdict == "fails"
     assert "(exact)" in str(reading("x", "c", 0.3, above=0, **WORDS))
+    same = reading("x", "c", Estimate(0.0, 0.0, 0.0), above=0, **WORDS)  # a sample in which nothing differed
+    assert same.verdict == "unclear" and "exact" not in str(same)
     few = reading("x", "c", Estimate(0.3, None, None), above=0, **WORDS)
     assert few.verdict == "unclear" and "too few prompts" in str(few)
     assert reading("x", "c", float("nan"), above=0, **WORDS).verdict == "unclear"

@@ -28,7 +28,7 @@ class Reading:
     """One sentence of a notebook and the statistic that supports it; a cell that ends with a reading shows both.
 
     name: unique in the series, such as "05.dpo_gold". what: the statistic in words, with its unit. value, low, high:
-    the statistic and its 95 % interval; low = high = value for an exact number, None if there are too few prompts.
+    the statistic and its 95 % interval, None if there are too few prompts. exact: computed without sampling.
     above, below: the range, None for no bound. holds, fails, unclear: the sentence for each verdict.
     """
 
@@ -37,6 +37,7 @@ class Reading:
     value: float
     low: float | None
     high: float | None
+    exact: bool
     above: float | None
     below: float | None
     holds: str
@@ -52,7 +53,7 @@ class Reading:
             return "unclear"
         if lower < self.low and self.high < upper:
             return "holds"
-        if self.low == self.high:  # an exact number, or a sample in which nothing differed
+        if self.exact:
             return "fails"
         return "fails" if self.high < lower or self.low > upper else "unclear"
 
@@ -68,7 +69,7 @@ class Reading:
         bounds = " and ".join(f"{side} {end:g}" for side, end in ends.items() if end is not None)
         if self.low is None:
             interval = "too few prompts for an interval"
-        elif self.low == self.high:
+        elif self.exact:
             interval = "exact"
         else:
             interval = f"95 % interval {self.low:.3g} to {self.high:.3g}"
@@ -103,10 +104,11 @@ def reading(name: str, what: str, statistic: Estimate | float, *, above: float |
         raise ValueError(f"reading {name!r} has no range: give above, below or both")
     if above is not None and below is not None and above >= below:
         raise ValueError(f"reading {name!r} has above={above:g} and below={below:g}, expected above < below")
-    if not isinstance(statistic, Estimate):
+    exact = not isinstance(statistic, Estimate)
+    if exact:
         statistic = Estimate(float(statistic), float(statistic), float(statistic))
     return Reading(name, what, float(statistic.value), *(None if end is None else float(end) for end in (
-        statistic.low, statistic.high)), above, below, holds, fails, unclear)
+        statistic.low, statistic.high)), exact, above, below, holds, fails, unclear)
 
 
 def clustered_mean(values: Sequence[float], clusters: Sequence) -> Estimate:
