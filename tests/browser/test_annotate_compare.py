@@ -126,7 +126,7 @@ def test_a_cell_that_is_run_again_goes_on_and_an_interrupt_keeps_the_labels(open
 
 
 def test_a_page_that_is_loaded_again_goes_on_and_one_that_is_left_does_not_hang_the_cell(open_notebook, lab):
-    run = RUN.format(name="reload").replace('.jsonl")', '.jsonl", patience=15)')
+    run = RUN.format(name="reload").replace('.jsonl")', '.jsonl", patience=45)')
     notebook = open_notebook([ANNOTATE, run, 'open("after", "w").close()'])
     notebook.start()
     for place in (1, 2):
