@@ -240,7 +240,7 @@ def plot_reward_kl_plane(proxy=None, gold_along=None, gold_frontier=None, best_o
         raise ValueError("points is empty and no curve is given, expected at least one of them")
     ax, ends = _axes(ax, 7.5, 4.7), []
     for name, curve, colour, line in (("best possible proxy", proxy, BLUE, "-"),
-                                      ("gold along it", gold_along, ORANGE, DASHED),
+                                      ("gold of that policy", gold_along, ORANGE, DASHED),
                                       ("best possible gold", gold_frontier, GREEN, DASH_DOT)):
         if curve is not None:
             x, y = (_array(f"{axis} of {name}", values) for axis, values in zip(("kl", "reward"), curve, strict=True))

@@ -42,20 +42,21 @@ def plot_price_of_kl(runs: Mapping[str, tuple[Floats, Sequence]], optimum: tuple
         _same_length("price", price, f"KL of {name}", kl.T)
         ax.fill_between(price, kl.min(0), kl.max(0), color=colour, alpha=0.18, lw=0)
         ax.plot(price, kl.mean(0), color=colour, marker=marker, ls=line, lw=2)
-        ends.append((kl.mean(0)[-1], name, colour))
+        ends.append((name, colour, line))
     if optimum is not None:
         price, kl = (_array(f"{axis} of the optimum", values)
                      for axis, values in zip(("price", "KL"), optimum, strict=True))
         _same_length("price", price, "KL of the optimum", kl)
         ax.plot(price, kl, color=MUTED, ls=DOTTED, lw=2)
-        ends.append((kl[np.argmax(price)], "exact optimum", MUTED))
+        ends.append(("exact optimum", MUTED, DOTTED))
     ax.set(xscale="log", yscale="log")
-    for _, name, colour in ends:
-        ax.plot([], [], color=colour, lw=2, label=_short(name, 40).lstrip("_") or "unnamed")
-    for text in ax.legend(frameon=False, fontsize=8.5, loc="lower left").get_texts():
+    for name, colour, line in ends:
+        ax.plot([], [], color=colour, ls=line, lw=2, label=_short(name, 40).lstrip("_") or "unnamed")
+    for text in ax.legend(frameon=False, fontsize=8.5, loc="lower left", handlelength=3).get_texts():
         text.set_parse_math(False)
     _finish(ax, "KL to the reference at each price", "price of KL: kl_coef of PPO, beta of DPO",
             "KL to the reference, nats", title)
+    ax.tick_params(which="minor", labelsize=8.5, labelcolor=INK)
     return ax
 
 
@@ -127,5 +128,5 @@ def plot_loss_gold_panels(steps: Floats, losses: Floats, gold: Sequence[Estimate
     upper, lower = (figure.add_subplot(2, 1, place, axes_class=Chart) for place in (1, 2))
     upper.plot(steps, losses, color=INK, marker="o", ms=4.5)
     _finish(upper, "Training loss", "optimiser steps", "loss, nats a pair", title or None)
-    plot_estimates({"gold": (steps, gold)}, "gold on held-out prompts, SFT-sd", lower)
+    plot_estimates({"gold": (steps, gold)}, "gold, SFT-sd", lower, title="Gold on held-out prompts")
     return figure

@@ -86,5 +86,5 @@ def plot_clip_gradient_panels(estimates: Mapping[tuple[int, str], Floats]) -> Fi
         _finish(ax, "", "epochs on one rollout", label, "", small=True)
     panels[1].axhline(1, color=INK, lw=0.8, ls=":")
     handles = [container[0] for container in panels[0].containers]
-    _legend(panels[0], handles, [_short(name, 26) for name in names], loc="upper left")
+    _legend(panels[0], handles, [_short(name, 26) for name in names], loc="upper right")
     return figure

@@ -162,7 +162,8 @@ def _metric_axes(panels: Mapping[str, tuple[str, ...]], xlabel: str, across: flo
         ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         ax.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}".replace("-", "−"))
-        _finish(ax, panel, xlabel, METRICS[which[0]].unit if which[0] in METRICS else "value", small=True)
+        _finish(ax, panel, xlabel, METRICS[which[0]].unit if which[0] in METRICS else
+                panel.partition(", ")[2] or "value", small=True)
         ax.tick_params(length=0)
         ax.xaxis.set_label_coords(0.5, -0.23 / up)
         ax.yaxis.set_label_coords(-0.47 / across, 0.5)
