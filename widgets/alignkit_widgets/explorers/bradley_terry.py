@@ -41,7 +41,7 @@ def _rows(state: Mapping) -> list:
     losses = bradley_terry_loss(places, wins, labels)
     x = "difference of the scores, nats"
     curve = [Series("without flips", torch.stack([places, preference_chance(places)], 1), "dotted")] if noise else []
-    left = Chart("Probability that the first response is preferred", Axis(x, -6, 6), Axis("probability", 0, 1), [
+    left = Chart("P(the first response is preferred)", Axis(x, -6, 6), Axis("probability", 0, 1), [
         *curve, Series("σ(difference)" if not noise else "with flips",
                        torch.stack([places, preference_chance(places, noise)], 1), "blue"),
         Series("these two", [(true, chance)], "blue", line=False, big=True)])
