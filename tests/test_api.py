@@ -26,6 +26,7 @@ LAYERS = (
     ("alignkit.publish",),
     ("alignkit.evaluate",),
     ("alignkit.exact", "alignkit.sft", "alignkit.reward", "alignkit.ppo", "alignkit.dpo", "alignkit.task"),
+    ("alignkit.ppo_state",),
     ("alignkit.forward", "alignkit.runs", "alignkit.trainer"),
     ("alignkit.models", "alignkit.data", "alignkit.plots"),
     ("alignkit.folders", "alignkit.sources"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 SOURCES = ("configs.py", "data/encoding.py", "data/fitting.py", "desk", "dpo.py", "exact", "formulas", "forward",
-           "models", "optim.py", "ppo.py", "reward.py", "sft.py", "task.py", "trainer.py")
+           "models", "optim.py", "ppo.py", "ppo_state.py", "reward.py", "sft.py", "task.py", "trainer.py")
 UNMEASURED = ("exact/cache.py", "exact/causes.py", "exact/sweep.py")  # these store and read figures but compute none
 FILE = Path(__file__).with_name("sweep.json")
 

@@ -1,0 +1,138 @@
+"""The state of a PPO run: its models, optimisers, reward and prompts; how it starts, what is saved, how it goes on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from alignkit.configs import PPOConfig
+from alignkit.forward.rollout import Rollout
+from alignkit.forward.scoring import check_reward_reads, check_room
+from alignkit.models.adapters import reference_policy
+from alignkit.models.heads import SharedCritic, value_model_from
+from alignkit.models.identity import function_hash, tensors_hash, weights_hash
+from alignkit.models.loading import same_vocabulary
+from alignkit.optim import adamw, check_weights, copy_weights, trained_weights
+from alignkit.storage import data_hash
+
+Reward = Callable[[list[str], list[str]], Sequence[float]]
+
+
+@dataclass
+class PPOState:
+    """The state that a PPO run changes. `start` makes one.
+
+    reward: callable (prompts, responses) -> scores. prompts: texts to draw from, one list per stratum (prompt classes
+    are drawn evenly). demonstrations: rows prompt / completion for ptx, or None.
+    """
+
+    policy: nn.Module
+    ref_policy: nn.Module
+    critic: nn.Module
+    tokenizer: object
+    reward: Reward
+    prompts: list[list[str]]
+    policy_optimizer: torch.optim.Optimizer
+    critic_optimizer: torch.optim.Optimizer
+    demonstrations: list[dict] | None = None
+    kl_coef: float | None = None  # the adaptive controller's; None before the first iteration
+    iteration: int = 0
+    last_rollout: Rollout | None = field(default=None, repr=False)
+    last_scores: Tensor | None = field(default=None, repr=False)
+    pass_limit: int | None = field(default=None, repr=False)  # tokens a pass that fit, once memory ran out
+
+    @property
+    def step(self) -> int:
+        """Number of completed iterations, as Checkpoints counts them."""
+        return self.iteration
+
+    @classmethod
+    def start(
+        cls,
+        policy: nn.Module,
+        tokenizer,
+        reward: Reward,
+        prompts: Sequence,
+        config: PPOConfig,
+        *,
+        critic: nn.Module | None = None,
+        ref_policy: nn.Module | None = None,
+        demonstrations: list[dict] | None = None,
+    ) -> "PPOState":
+        """The state of a run before its first iteration.
+
+        prompts: texts, or lists of texts (strata, drawn evenly). critic: by default a copy of the reward model if it
+        uses the policy's tokens, otherwise the policy's body with a zero head; with shared_trunk a head on the policy's
+        own body. ref_policy: by default the current policy. Raises ValueError if there are no prompts or one is too
+        long, for ptx_coef > 0 without demonstrations, for a critic with shared_trunk, or if the reward model cannot
+        read the prompts.
+        """
+        # Prompts: one stratum, or several strata that are drawn evenly.
+        strata = [list(s) for s in prompts] if prompts and not isinstance(prompts[0], str) else [list(prompts)]
+        strata = [stratum for stratum in strata if stratum]
+        if not strata:
+            raise ValueError("prompts is empty, expected at least one prompt")
+        if config.ptx_coef > 0 and not demonstrations:
+            raise ValueError(f"ptx_coef is {config.ptx_coef} but there are no demonstrations to mix in")
+        texts = [prompt for stratum in strata for prompt in stratum]
+        check_reward_reads(reward, tokenizer, texts)
+        check_room(policy, tokenizer, texts, config.max_new_tokens)
+        # Critic: with a shared trunk a head on the policy, otherwise a separate model.
+        if config.shared_trunk:
+            if critic is not None:
+                raise ValueError(f"critic is a {type(critic).__name__}, expected None with shared_trunk, which makes "
+                                 "its own")
+            critic = SharedCritic(policy)
+        if critic is None:
+            reads_same = hasattr(reward, "model") and same_vocabulary(tokenizer, getattr(reward, "tokenizer", None))
+            critic = value_model_from(reward.model if reads_same else policy)
+        if critic is policy:
+            raise ValueError("critic is the policy itself, expected a model of its own")
+        # Reference: the current policy, frozen.
+        ref_policy = reference_policy(policy) if ref_policy is None else ref_policy
+        trainable = [p for p in policy.parameters() if p.requires_grad]
+        return cls(
+            policy,
+            ref_policy,
+            critic.to(policy.device),
+            tokenizer,
+            reward,
+            strata,
+            adamw(trainable, config.learning_rate),
+            adamw(list(critic.parameters()), config.critic_learning_rate),
+            demonstrations,
+        )
+
+    def facts(self) -> dict:
+        """Hashes of the initial models and texts: what the run depends on besides its config."""
+        return {"policy": weights_hash(self.policy), "critic": tensors_hash(self.critic.state_dict()),
+                "reference": tensors_hash(self.ref_policy.state_dict()), "reward": function_hash(self.reward),
+                "prompts": data_hash([prompt for stratum in self.prompts for prompt in stratum]),
+                "demonstrations": data_hash(self.demonstrations or [])}
+
+    def state_dict(self) -> dict:
+        """Everything that training changes: trained weights, both optimizers, iteration, kl_coef. The tensors are not
+        copied.
+
+        The next iteration depends on nothing else, because its random numbers come from (seed, iteration).
+        """
+        return {"policy": trained_weights(self.policy), "policy_optimizer": self.policy_optimizer.state_dict(),
+                "critic": trained_weights(self.critic), "critic_optimizer": self.critic_optimizer.state_dict(),
+                "iteration": self.iteration, "kl_coef": self.kl_coef}
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: Mapping) -> None:
+        """Continue from `state_dict`; the optimizers take over its tensors, as PyTorch's do.
+
+        Raises ValueError, and changes nothing, if the weights have other names or shapes.
+        """
+        weights = {"policy": trained_weights(self.policy), "critic": trained_weights(self.critic)}
+        for name in weights:
+            check_weights(weights[name], saved[name], f"saved[{name!r}]")
+        for name in weights:
+            copy_weights(weights[name], saved[name])
+        self.policy_optimizer.load_state_dict(saved["policy_optimizer"])
+        self.critic_optimizer.load_state_dict(saved["critic_optimizer"])
+        self.iteration, self.kl_coef = saved["iteration"], saved["kl_coef"]
+        self.last_rollout = self.last_scores = None
