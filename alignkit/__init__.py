@@ -50,7 +50,8 @@ _MODULES = {
     "formulas.intervals": ["Estimate", "mean_estimate", "share_estimate"],
     "formulas.kl": ["exact_kl", "k1", "k2", "k3"],
     "formulas.losses": [
-        "adapt_kl_coef", "clipped", "dpo_loss", "gae", "implicit_reward", "policy_loss", "token_rewards", "value_loss",
+        "adapt_kl_coef", "clipped", "dpo_loss", "gae", "grpo_advantages", "implicit_reward", "policy_loss",
+        "rloo_advantages", "token_rewards", "value_loss",
     ],
     "formulas.randomness": ["seeded"],
     "formulas.tokens": ["entropy", "masked_mean", "sequence_logps", "token_logprobs", "whiten"],

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 PRECISIONS = ("fp32", "bf16")
+ADVANTAGES = ("gae", "rloo", "grpo")
+WITHOUT_CRITIC = ("rloo", "grpo")  # advantages that compare the responses to one prompt
+KL_PENALTIES = ("reward", "k1", "k2", "k3")
 
 
 def knob(default: Any, meaning: str, *, group: str = "") -> Any:
@@ -45,6 +48,12 @@ class PPOConfig:
     # KL penalty
     kl_coef: float = knob(0.2, "KL coefficient: the penalty for one nat of KL(π ‖ π_ref), in units of the score; the "
                                "same quantity as DPO's beta.", group="KL penalty")
+    kl_penalty: str = knob("reward", 'Where the KL penalty enters. "reward": k1 in the token rewards. "k1", "k2" or '
+                                     '"k3": that estimator of each token, times kl_coef, is added to the loss. As a '
+                                     "loss k1 has expected gradient 0 and trains nothing; k2 has the gradient of each "
+                                     "token's KL(π ‖ π_ref); k3, GRPO's, that of KL(π_ref ‖ π). Whitening would "
+                                     "change the price of a nat in the loss, so all three are refused with "
+                                     'whiten_rewards, and with whiten_advantages if advantage is "gae".')
     target_kl: float | None = knob(None, "Target KL in nats per response: kl_coef is adapted towards it (Ziegler "
                                          "2019); None keeps kl_coef fixed.")
     kl_horizon: int = knob(10_000, "Number of responses over which kl_coef is adapted; a smaller horizon adapts "
@@ -64,12 +73,19 @@ class PPOConfig:
     ptx_coef: float = knob(0.0, "Weight of the SFT loss on demonstrations that is added at each step.")
 
     # Rewards and advantages
-    missing_eos_penalty: float = knob(0.0, "Subtracted once from the score of a truncated response.",
-                                           group="Rewards and advantages")
+    advantage: str = knob("gae", '"gae": from token rewards and a critic. "rloo": the total reward of a response minus '
+                                 'the mean of the other responses to the same draw of its prompt. "grpo": minus the '
+                                 "mean of all of them, divided by their standard deviation; if kl_penalty puts the KL "
+                                 "into the loss, kl_coef is a price in units of that deviation, which differs between "
+                                 "prompts. rloo and grpo give all tokens of a response the same advantage, have no "
+                                 "critic, need samples_per_prompt of 2 or more, and use neither gae_lambda nor "
+                                 "whiten_advantages.", group="Rewards and advantages")
+    missing_eos_penalty: float = knob(0.0, "Subtracted once from the score of a truncated response.")
     score_clip: float = knob(math.inf, "Scores are clipped to ± this value.")
     whiten_rewards: bool = knob(False, "Scale the token rewards of each batch to variance 1 without changing their "
                                        "mean.")
-    whiten_advantages: bool = knob(True, "Shift and scale the advantages of each batch to mean 0 and variance 1.")
+    whiten_advantages: bool = knob(True, "Shift and scale the advantages of each batch to mean 0 and variance 1; only "
+                                         'with advantage "gae".')
 
     # Optimiser
     epochs: int = knob(2, "Number of passes over each rollout.", group="Optimiser")
@@ -130,6 +146,42 @@ class PPOConfig:
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number between 0 and 1")
+        _check_advantage(self)
+        _check_kl_penalty(self)
+
+
+def _check_advantage(config: PPOConfig) -> None:
+    """Raise ValueError if `advantage` is unknown, or if another setting does not go with it."""
+    kind = config.advantage
+    if kind not in ADVANTAGES:
+        raise ValueError(f"advantage is {kind!r}, expected one of {', '.join(ADVANTAGES)}")
+    if kind not in WITHOUT_CRITIC:
+        return
+    if config.samples_per_prompt < 2:
+        raise ValueError(f"samples_per_prompt is {config.samples_per_prompt}, expected at least 2 with advantage "
+                         f"{kind!r}, which compares the responses to one prompt")
+    if config.shared_trunk:
+        raise ValueError(f"shared_trunk is True, expected False with advantage {kind!r}, which has no critic to share "
+                         "a trunk with")
+    if config.critic_warmup > 0:
+        raise ValueError(f"critic_warmup is {config.critic_warmup}, expected 0 with advantage {kind!r}, which has no "
+                         "critic to warm up")
+    if config.gamma != 1:
+        raise ValueError(f"gamma is {config.gamma}, expected 1 with advantage {kind!r}, which compares the whole "
+                         "rewards of responses, without discount")
+
+
+def _check_kl_penalty(config: PPOConfig) -> None:
+    """Raise ValueError if `kl_penalty` is unknown, or if whitening would change the price of a nat."""
+    kind = config.kl_penalty
+    if kind not in KL_PENALTIES:
+        raise ValueError(f"kl_penalty is {kind!r}, expected one of {', '.join(KL_PENALTIES)}")
+    whitened = ["whiten_rewards"] * config.whiten_rewards
+    whitened += ["whiten_advantages"] * (config.whiten_advantages and config.advantage == "gae")
+    if kind != "reward" and whitened:
+        raise ValueError(f"{whitened[0]} is True, expected False with kl_penalty {kind!r}: whitening scales the reward "
+                         "by a number of the batch, and not the KL in the loss, so that a nat would have another price "
+                         "in each batch")
 
 
 def check_precision(precision: str) -> None:

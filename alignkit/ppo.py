@@ -3,8 +3,9 @@
 The objective is E_π[r(x, y)] − kl_coef · KL(π ‖ π_ref) for each prompt x. `ppo_iteration` has two acts. `collect`
 samples responses, scores them, reads log-probs and values of every token, and computes rewards and advantages: a KL
 penalty at each token, the score of the whole response at its last token, and advantages by GAE from rewards and the
-critic's values. `improve` then takes optimiser steps on the clipped surrogate. The formulas are in
-`formulas/losses.py`; the forward passes are in `forward/`.
+critic's values. `improve` then takes optimiser steps on the clipped surrogate. RLOO and GRPO are the same two acts
+without a critic: `config.advantage` compares the responses to one prompt, and `config.kl_penalty` can put the KL into
+the loss. The formulas are in `formulas/losses.py`; the forward passes are in `forward/`.
 """
 
 from collections.abc import Iterator
@@ -14,11 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignkit.configs import PPOConfig
+from alignkit.configs import WITHOUT_CRITIC, PPOConfig
 from alignkit.data.ends import end_ids
 from alignkit.errors import NonFinite
-from alignkit.formulas.kl import k1, k3
-from alignkit.formulas.losses import adapt_kl_coef, clipped, gae, policy_loss, token_rewards, value_loss
+from alignkit.formulas.kl import ESTIMATORS, k1, k3
+from alignkit.formulas.losses import (
+    adapt_kl_coef,
+    clipped,
+    gae,
+    grpo_advantages,
+    policy_loss,
+    rloo_advantages,
+    token_rewards,
+    value_loss,
+)
 from alignkit.formulas.randomness import seeded
 from alignkit.formulas.tokens import masked_mean, whiten
 from alignkit.forward.invariants import check_first_rollout, check_sampler
@@ -50,7 +60,8 @@ class PPOStats:
     iteration: int = stat("iteration", "number of rollouts so far, including this one")
     score: float = stat("objective/scores", "mean score of the responses, as returned by the reward")
     rlhf_reward: float = stat(
-        "objective/rlhf_reward", "mean over responses of the sum of per-token rewards: score − kl_coef · KL"
+        "objective/rlhf_reward",
+        "mean over responses of score − kl_coef · KL, the sum of the token rewards if the KL is charged in them",
     )
     kl_to_ref: float = stat("objective/kl", "KL(π ‖ π_ref), k1: nats per response")
     kl_to_ref_k3: float = stat("objective/kl_k3", "the same KL by k3, never negative: nats per response")
@@ -63,7 +74,7 @@ class PPOStats:
     policy_loss: float = stat(
         "loss/policy_avg", "clipped surrogate loss; about 0 by construction, not a measure of progress"
     )
-    value_loss: float = stat("loss/value_avg", "half the clipped squared error of the critic")
+    value_loss: float = stat("loss/value_avg", "half the clipped squared error of the critic; 0 without a critic")
     ptx_loss: float = stat("loss/ptx_avg", "SFT loss on mixed-in demonstrations: nats per token; 0 without ptx_coef")
     clip_fraction: float = stat(
         "policy/clipfrac_avg", "share of tokens whose policy gradient is exactly 0 because of clipping"
@@ -74,7 +85,8 @@ class PPOStats:
     )
     ratio_max: float = stat("val/ratio_max", "largest ratio π / π_old")
     explained_variance: float = stat(
-        "val/explained_variance", "1 − Var(returns − values) / Var(returns), before this iteration's steps"
+        "val/explained_variance",
+        "1 − Var(returns − values) / Var(returns), before this iteration's steps; 0 without a critic",
     )
     grad_norm: float = stat("policy/grad_norm", "policy's gradient norm before clipping, mean over steps")
     steps: int = stat("steps", "number of optimiser steps in this iteration")
@@ -87,16 +99,20 @@ class PPOStats:
 @dataclass(frozen=True)
 class PPOBatch:
     """A scored rollout, the data of the optimiser steps. All fields except `rollout` are (B, T), 0 outside the
-    response."""
+    response.
+
+    old_values, returns: 0 without a critic. ref_logprobs: the reference's; None only if the KL is not in the loss.
+    """
 
     rollout: Rollout
     old_logprobs: Tensor
     old_values: Tensor
     advantages: Tensor
     returns: Tensor
+    ref_logprobs: Tensor | None = None
 
     def __getitem__(self, rows) -> "PPOBatch":
-        return PPOBatch(**{name: value[rows] for name, value in vars(self).items()})
+        return PPOBatch(**{name: value[rows] for name, value in vars(self).items() if value is not None})
 
     def parts(self, tokens_per_pass: int | None) -> list[tuple["PPOBatch", float]]:
         """Split the batch into parts that fit one forward pass, each with its share of the response tokens.
@@ -108,23 +124,28 @@ class PPOBatch:
         parts, tokens = [], self.rollout.response_mask.sum()
         for rows, rollout in passes(self.rollout, tokens_per_pass, len(self.rollout)):
             width = rollout.response_mask.shape[1]
-            rest = {name: value[rows][:, :width] for name, value in vars(self).items() if name != "rollout"}
+            rest = {name: value[rows][:, :width] for name, value in vars(self).items()
+                    if name != "rollout" and value is not None}
             parts.append((PPOBatch(rollout, **rest), float(rollout.response_mask.sum() / tokens.clamp(min=1))))
         return parts
 
 
 def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrations: Rollout | None = None,
              train_policy: bool = True) -> dict[str, float]:
-    """One optimiser step of policy and critic on a minibatch; returns its statistics.
+    """One optimiser step of policy and critic, if there is one, on a minibatch; returns its statistics.
 
     If a loss or gradient is not finite, NonFinite is raised and nothing is changed. The loss of a separate critic does
     not affect the policy; the loss of a critic with a shared trunk trains the policy's body, weighted by value_coef.
+    Raises ValueError if kl_penalty puts the KL into the loss and the batch has no ref_logprobs.
     """
-    for optimizer in (state.policy_optimizer, state.critic_optimizer):
+    if config.kl_penalty != "reward" and batch.ref_logprobs is None:
+        raise ValueError(f"batch.ref_logprobs is None, expected the reference's log-probs of "
+                         f"{tuple(batch.old_logprobs.shape)} with kl_penalty {config.kl_penalty!r}")
+    for _, optimizer in state.trained().values():
         optimizer.zero_grad(set_to_none=True)
     # Gradients: the policy's and the critic's, in parallel if the machine has two cores.
     recompute = config.gradient_checkpointing
-    with checkpointed(state.policy, recompute), checkpointed(state.critic, recompute):
+    with checkpointed(state.policy, recompute), checkpointed(state.critic, recompute and state.critic is not None):
         (loss, of_policy), of_critic = side_by_side(
             lambda: _policy_gradient(state, batch, config, demonstrations),
             lambda: _critic_gradient(state, batch, config),
@@ -134,7 +155,9 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
     norm = torch.nn.utils.clip_grad_norm_(
         [p for p in state.policy.parameters() if p.grad is not None], config.max_grad_norm
     )
-    critic_norm = torch.nn.utils.clip_grad_norm_(state.critic.parameters(), config.max_grad_norm)
+    critic_norm = torch.nn.utils.clip_grad_norm_(
+        [] if state.critic is None else state.critic.parameters(), config.max_grad_norm
+    )
     measured = {**of_policy, **of_critic, "grad_norm": norm}
     critic_loss = measured["value_loss"]
     if not torch.isfinite(norm + critic_norm + loss + critic_loss):
@@ -145,7 +168,8 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
     if train_policy:
         state.policy_optimizer.step()
     reached("ppo.half_step")
-    state.critic_optimizer.step()
+    if state.critic is not None:
+        state.critic_optimizer.step()
     return dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True))  # read from the device once
 
 
@@ -181,6 +205,9 @@ def accumulate_gradient(state: PPOState, batch: PPOBatch, share: float, config: 
     logprobs, entropies, values = _read_policy(state, rollout, config, config.entropy_coef > 0)
     surrogate = masked_mean(policy_loss(logprobs, batch.old_logprobs, batch.advantages, config.clip_range), mask)
     loss = surrogate
+    if config.kl_penalty != "reward":
+        penalty = ESTIMATORS[config.kl_penalty](logprobs, batch.ref_logprobs)
+        loss = loss + _kl_coef(state, config) * masked_mean(penalty, mask)
     if config.entropy_coef:
         loss = loss - config.entropy_coef * masked_mean(entropies, mask)
     measured = {"loss": loss.detach(), "policy_loss": surrogate.detach()}
@@ -204,10 +231,13 @@ def accumulate_gradient(state: PPOState, batch: PPOBatch, share: float, config: 
 def _critic_gradient(state: PPOState, batch: PPOBatch, config: PPOConfig) -> dict[str, Tensor]:
     """Accumulate the gradients of a separate critic; returns its loss.
 
-    Does nothing for a critic that shares the policy's trunk, whose gradient comes from `accumulate_gradient`.
+    Does nothing for a critic that shares the policy's trunk, whose gradient comes from `accumulate_gradient`, and
+    without a critic, when the loss is 0.
     """
     if isinstance(state.critic, SharedCritic):
         return {}
+    if state.critic is None:
+        return {"value_loss": batch.advantages.new_zeros(())}
     total = 0.0
     for part, share in batch.parts(config.tokens_per_pass):
         loss = share * _critic_loss(_read_critic(state, part.rollout, config), part, config)
@@ -226,11 +256,13 @@ def collect(state: PPOState, config: PPOConfig) -> tuple[PPOBatch, dict[str, flo
 
     Returns the batch for `improve`, and its statistics under the names of PPOStats. Increments the iteration; changes
     no weights. At the first iteration `check_first_rollout` must pass (InvariantError). Raises ValueError if the reward
-    returns a wrong number of scores, NonFinite if a score is NaN or infinite.
+    returns a wrong number of scores or the run has a critic that config.advantage does not use, or none that it needs;
+    NonFinite if a score is NaN or infinite.
     """
+    state.check_critic(config)
     state.iteration += 1
-    if state.kl_coef is None or config.target_kl is None:
-        state.kl_coef = config.kl_coef
+    state.kl_coef = _kl_coef(state, config)
+    charged = state.kl_coef if config.kl_penalty == "reward" else 0.0
 
     # Sample: draw prompts, and sample the policy's response to each.
     reached("ppo.begun")
@@ -243,36 +275,34 @@ def collect(state: PPOState, config: PPOConfig) -> tuple[PPOBatch, dict[str, flo
         lambda: _scores(state, texts, rollout), lambda: _read(state, rollout, config), state.policy.device
     )
     with torch.no_grad():
-        # Rewards: a KL penalty at every token, the score at the last token, and the advantage of each token.
+        # Rewards: the KL penalty at every token if it is charged there, the score at the last, and the advantages.
         shaped = (scores - config.missing_eos_penalty * (~rollout.finished).float()).clamp(
             -config.score_clip, config.score_clip
         )
-        rewards = token_rewards(shaped, old_logprobs, ref_logprobs, mask, state.kl_coef)
+        rewards = token_rewards(shaped, old_logprobs, ref_logprobs, mask, charged)
         if config.whiten_rewards:
             rewards = whiten(rewards, mask, shift_mean=False)
-        advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
-        if config.whiten_advantages:
-            advantages = whiten(advantages, mask)
+        advantages, returns = _advantages(rewards, values, mask, config)
 
         # Measure: KL to the reference, and how well the critic predicted the returns.
         kl = torch.where(mask, k1(old_logprobs, ref_logprobs), 0.0).sum(1)
-        residual = torch.where(mask, returns - values, 0.0)
-        explained = 1 - _variance(residual, mask) / _variance(returns, mask).clamp(min=1e-8)
+        explained = 0.0 if state.critic is None else _explained(values, returns, mask)
 
     # Check: sampler and trainer agree, and before the first step the policy equals the reference.
     bf16 = config.precision == "bf16" or state.policy.device.type == "cuda"
     if state.iteration == 1:
         check_first_rollout(rollout, old_logprobs, ref_logprobs, rewards if not config.whiten_rewards else None, shaped,
-                            state.kl_coef, bf16=bf16)
+                            charged, bf16=bf16)
     else:
         check_sampler(rollout, old_logprobs, iteration=state.iteration, bf16=bf16)
 
     reached("ppo.scored")
     state.last_rollout, state.last_scores = rollout, scores
-    return PPOBatch(rollout, old_logprobs, values, advantages, returns), {
+    in_rewards = config.kl_penalty == "reward" and not config.whiten_rewards
+    rewarded = rewards.sum(1) if in_rewards else shaped - state.kl_coef * kl
+    return PPOBatch(rollout, old_logprobs, values, advantages, returns, ref_logprobs), {
         "score": float(scores.mean()), "kl_to_ref": float(kl.mean()), "explained_variance": float(explained),
-        "rlhf_reward": float(torch.where(mask, rewards, 0.0).sum(1).mean()) if not config.whiten_rewards
-        else float((shaped - state.kl_coef * kl).mean()),
+        "rlhf_reward": float(rewarded.mean()),
         "kl_to_ref_k3": float(torch.where(mask, k3(old_logprobs, ref_logprobs), 0.0).sum(1).mean()),
         "entropy": float(token_entropy.sum(1).mean()), "length": float(mask.sum(1).float().mean()),
         "eos_rate": float(rollout.finished.float().mean()),
@@ -288,7 +318,8 @@ def improve(state: PPOState, batch: PPOBatch, config: PPOConfig) -> dict[str, fl
     # Learning rates: with lr_decay both fall linearly to 0 over the run.
     decay = max(1 - (state.iteration - 1) / config.iterations, 0.0) if config.lr_decay else 1.0
     set_learning_rate(state.policy_optimizer, config.learning_rate * decay)
-    set_learning_rate(state.critic_optimizer, config.critic_learning_rate * decay)
+    if state.critic is not None:
+        set_learning_rate(state.critic_optimizer, config.critic_learning_rate * decay)
 
     # Steps: every epoch reads all responses, in minibatches of a new order.
     measured = []
@@ -397,6 +428,24 @@ def _scores(state: PPOState, texts: list[str], rollout: Rollout) -> Tensor:
     return scores
 
 
+def _kl_coef(state: PPOState, config: PPOConfig) -> float:
+    """The price of a nat in this iteration: the config's, or with target_kl the adaptive controller's."""
+    return config.kl_coef if state.kl_coef is None or config.target_kl is None else state.kl_coef
+
+
+def _advantages(rewards: Tensor, values: Tensor, mask: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Advantages and returns of the tokens, (B, T) each, 0 outside the response, by `config.advantage`.
+
+    Without a critic, all tokens of a response have the same advantage, that of its total reward; returns are 0.
+    """
+    if config.advantage in WITHOUT_CRITIC:
+        of_group = {"rloo": rloo_advantages, "grpo": grpo_advantages}[config.advantage]
+        advantages = of_group(rewards.sum(1), config.samples_per_prompt)
+        return torch.where(mask, advantages[:, None], 0.0), torch.zeros_like(rewards)
+    advantages, returns = gae(rewards, values, mask, config.gamma, config.gae_lambda)
+    return whiten(advantages, mask) if config.whiten_advantages else advantages, returns
+
+
 def _draw_prompts(strata: list[list[str]], n: int, generator: torch.Generator) -> list[str]:
     """n prompts, drawn from the strata in turn, with replacement within each stratum."""
     which = torch.arange(n) % len(strata)
@@ -406,7 +455,8 @@ def _draw_prompts(strata: list[list[str]], n: int, generator: torch.Generator) -
 
 @torch.no_grad()
 def _read(state: PPOState, rollout: Rollout, config: PPOConfig) -> list[Tensor]:
-    """Read a rollout with all models: log-probs of reference and policy, values, the policy's entropy.
+    """Read a rollout with all models: log-probs of reference and policy, values (0 without a critic), the policy's
+    entropy.
 
     Each is (B, T), 0 outside the response. The rollout is read in parts of the size of a minibatch or of
     tokens_per_pass, so reading needs no more memory than a step.
@@ -419,7 +469,7 @@ def _read(state: PPOState, rollout: Rollout, config: PPOConfig) -> list[Tensor]:
             ref_logprobs = response_logprobs(state.ref_policy, part, config.temperature)
         logprobs, entropies, values = _read_policy(state, part, config, True)
         if values is None:
-            values = _read_critic(state, part, config)
+            values = torch.zeros_like(logprobs) if state.critic is None else _read_critic(state, part, config)
         parts.append([F.pad(each, (0, length - each.shape[1])) for each in (ref_logprobs, logprobs, values, entropies)])
     place = torch.cat([numbers[rows] for rows, _ in read]).argsort()  # back into the rollout's order
     return [torch.cat(part)[place] for part in zip(*parts, strict=True)]
@@ -457,6 +507,12 @@ def _demonstrations(state: PPOState, config: PPOConfig, step: int) -> Rollout | 
     )
     rows = [state.demonstrations[i] for i in picks.tolist()]
     return to_device(encode_rows(state.tokenizer, rows, "completion", config.max_new_tokens), state.policy.device)
+
+
+def _explained(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """The critic's explained variance: 1 − Var(returns − values) / Var(returns) over the response tokens."""
+    residual = torch.where(mask, returns - values, 0.0)
+    return float(1 - _variance(residual, mask) / _variance(returns, mask).clamp(min=1e-8))
 
 
 def _variance(values: Tensor, mask: Tensor) -> Tensor:

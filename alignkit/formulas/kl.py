@@ -1,6 +1,13 @@
 """KL(π ‖ π_ref): three estimators from samples, and the exact value from logits. All in nats per token.
 
 The samples must come from the policy that gave `logprobs`; otherwise all three estimate a different quantity.
+
+An unbiased estimate is not an unbiased loss: differentiating the value of sampled tokens leaves out that the sampling
+depends on θ. With tokens v sampled from π at a given state, and ℓ = log π − log π_ref, the expected gradients are
+
+    k1   Σ_v π ∇ log π = 0
+    k2   Σ_v π ℓ ∇ log π = ∇ KL(π ‖ π_ref)
+    k3   Σ_v (π − π_ref) ∇ log π = ∇ KL(π_ref ‖ π)
 """
 
 import torch
@@ -27,6 +34,9 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
+
+
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 
 def exact_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:

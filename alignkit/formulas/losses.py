@@ -38,6 +38,41 @@ def gae(
     return advantages, advantages + values
 
 
+def rloo_advantages(totals: Tensor, samples: int) -> Tensor:
+    """RLOO's advantage of each response, its reward minus the mean of the others to the same prompt: (B,), score units.
+
+    A_i = R_i − Σ_{j ≠ i} R_j / (n − 1) = n / (n − 1) · (R_i − mean R).
+    totals: (B,), the total reward R of each response, the n = `samples` responses to a prompt in consecutive rows. The
+    baseline does not depend on response i, so A_i ∇ log π(y_i) is an unbiased estimate of the gradient. Raises
+    ValueError as `_groups`. (Ahmadian 2024; Kool 2019)
+    """
+    groups = _groups(totals, samples)
+    others = (groups.sum(1, keepdim=True) - groups) / (samples - 1)
+    return (groups - others).flatten()
+
+
+def grpo_advantages(totals: Tensor, samples: int) -> Tensor:
+    """GRPO's advantage of each response, its reward standardised among those to the same prompt: (B,), without unit.
+
+    A_i = (R_i − mean R) / √(σ² + 1e-8), with σ² the mean squared deviation in the group, as in `whiten`.
+    totals: (B,), the total reward R of each response, the n = `samples` responses to a prompt in consecutive rows.
+    Equal rewards in a group give 0. A prompt's scale does not count: with n = 2 the better response has 1 and the other
+    −1, however close they are. Raises ValueError as `_groups`. (Shao 2024, §4.1.2)
+    """
+    groups = _groups(totals, samples)
+    centred = groups - groups.mean(1, keepdim=True)
+    return (centred * torch.rsqrt(centred.square().mean(1, keepdim=True) + 1e-8)).flatten()
+
+
+def _groups(totals: Tensor, samples: int) -> Tensor:
+    """`totals` (B,) with a row for each prompt: (B / samples, samples). Raises ValueError if totals is not (B,), or
+    samples is below 2 or does not divide B."""
+    if totals.ndim != 1 or samples < 2 or len(totals) % samples:
+        raise ValueError(f"totals has shape {tuple(totals.shape)} and samples is {samples}, expected shape (B,) and a "
+                         "divisor of B of at least 2")
+    return totals.view(-1, samples)
+
+
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float = 0.2) -> Tensor:
     """PPO's clipped surrogate loss per token: (B, T).
 
