@@ -116,7 +116,8 @@ PPO_KNOBS = {
     "critic_warmup": (0, 4, last("kl_to_ref"), -1, {}),
     "lr_decay": (False, True, distance, -1, {}),
 }
-ELSEWHERE = {  # tested by their exact effect in test_ppo.py and test_ppo_step.py
+ELSEWHERE = {  # tested by their exact effect in test_ppo.py, test_ppo_step.py and test_without_a_critic.py
+    "advantage", "kl_penalty",
     "shared_trunk", "precision", "tokens_per_pass", "gradient_checkpointing", "halve_passes", "value_coef",
     "value_clip_range", "whiten_rewards", "whiten_advantages", "max_grad_norm", "seed"}
 

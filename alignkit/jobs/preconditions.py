@@ -69,11 +69,16 @@ def _check_values(job: Job) -> None:
                                  f"{job.parameters[name]}")
     for config in CONFIGS.get(job.name, ()):
         fields = {field.name for field in dataclasses.fields(config)}
+        refused = None  # the value with which the config is refused for the last time: later ones may make it fit
         for name, chosen in _one_after_the_other({name: values[name] for name in values if name in fields}):
             try:
                 preset(config, values.get("model", "tiny"), **chosen)
             except ValueError as error:
-                raise ParameterError(f"{job.name}: {error}; the parameter is {job.parameters[name]}") from None
+                refused = refused or ParameterError(f"{job.name}: {error}; the parameter is {job.parameters[name]}")
+            else:
+                refused = None
+        if refused:
+            raise refused
 
 
 def _one_after_the_other(values: Mapping[str, object]):
