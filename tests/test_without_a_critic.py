@@ -5,6 +5,7 @@ a sum over all pairs of them, and the gradient comes from `accumulate_gradient`,
 """
 
 import copy
+import functools
 import math
 from dataclasses import replace
 
@@ -407,6 +408,15 @@ def test_a_run_without_a_critic_saves_and_goes_on_bit_for_bit(config, tmp_path):
     with pytest.raises(RunError, match="advantage"):
         other = replace(config, advantage="gae", kl_penalty="reward")
         Checkpoints(tmp_path / "checkpoints", make_state(other), other).resume()
+
+
+def test_a_run_without_a_critic_that_is_killed_ends_with_the_same_bytes(monkeypatch):
+    from experiments import kills  # not in the copies of the package that tests.mutants makes
+
+    monkeypatch.setattr(kills, "PPOConfig", functools.partial(PPOConfig, advantage="grpo", kl_penalty="k3",
+                                                              samples_per_prompt=2))
+    (row,) = kills.measure(3, seed=2, only=("ppo",), tell=lambda _: None)
+    assert row["kills"] >= 3 and row["same"] == row["runs"], row["wrong"]
 
 
 def test_what_a_run_with_a_critic_saved_is_refused_by_one_without_and_the_other_way_round():
