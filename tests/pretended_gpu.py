@@ -268,6 +268,8 @@ CASES = {
     "ppo with everything": lambda device: ppo(
         device, own_reference=True, ptx_coef=0.5, entropy_coef=0.01, whiten_rewards=True, target_kl=0.1, score_clip=1.0,
         temperature=0.7, missing_eos_penalty=0.2, samples_per_prompt=2, max_step_kl=10.0),
+    "rloo": lambda device: ppo(device, advantage="rloo", samples_per_prompt=2),
+    "grpo": lambda device: ppo(device, advantage="grpo", kl_penalty="k3", samples_per_prompt=2, tokens_per_pass=20),
     "dpo": dpo,
     "dpo with LoRA": lambda device: dpo(device, lora=True),
     "dpo, reference at each step": lambda device: dpo(device, precompute_reference=False),
