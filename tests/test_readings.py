@@ -136,7 +136,7 @@ def test_every_reading_of_the_notebooks_is_recorded_and_no_other(recorded):
 
 
 def test_the_page_and_the_readme_are_made_from_it(recorded):
-    assert {0, 1, 2, 3, 4} < set(recorded["seeds"])  # and worlds that nobody tuned to
+    assert {0, 1, 2, 3, 4} < set(recorded["seeds"]) and len(recorded["seeds"]) >= 12  # 0-4 and others
     assert (ROOT / "docs" / "readings.md").read_text(encoding="utf-8") == experiment.page(recorded)
     readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("−", "-")
     for row in recorded["figures"]:
