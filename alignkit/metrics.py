@@ -38,7 +38,8 @@ METRICS = {
     "proxy_mean": Metric("proxy reward", "", "what was optimised", "up", "+.2f"),
     "risky_failure_rate": Metric("risky failures", "", "risky prompts answered or met unsafely", "down", ".1%"),
     "over_refusal_rate": Metric("over-refusal", "", "harmless prompts refused", "down", ".1%"),
-    "answered_gold": Metric("gold where not refused", "SFT-sd", "responses that do not refuse, on prompts that are not risky", "up", "+.2f"),
+    "answered_gold": Metric("gold where not refused", "SFT-sd", "responses that do not refuse, on prompts that are not "
+                            "risky", "up", "+.2f"),
     "kl_to_sft": Metric("KL to {reference}", "nats", "nats a response"),
     "kl_rao_blackwell": Metric("KL, Rao–Blackwellised", "nats"),
     "kl_k3": Metric("KL, k3", "nats"),
