@@ -1,0 +1,123 @@
+"""The recorded claims of the articles: what each says, what was measured in worlds nobody tuned to, and the verdict.
+
+`python -m experiments.claims` makes `claims.json`; `docs/claims.md` and notebook `relay_or_sum` show it. A rule is
+fixed before the run: a claim is a statement that a statistic is above (or below) 0 by more than a margin, the smallest
+difference that matters.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from alignkit.formulas.intervals import Estimate, mean_estimate
+from alignkit.storage import read_json
+
+FILE = Path(__file__).with_suffix(".json")
+VERDICTS = ("confirmed", "refuted", "undecided")
+SIDES = ("above", "below")
+
+
+def verdict(estimate: Estimate, side: str, margin: float) -> str:
+    """What a 95 % interval says about the claim that a statistic is on `side` of 0 by more than `margin`.
+
+    "refuted": the interval lies inside ±margin, or wholly on the other side of 0. "confirmed": the interval lies wholly
+    on the claimed side of 0 and the value is beyond the margin. Otherwise "undecided". Raises ValueError on an unknown
+    side or a negative margin.
+    """
+    if side not in SIDES or not margin >= 0:
+        raise ValueError(f"side is {side!r} and margin {margin}, expected one of {', '.join(SIDES)}, and 0 or more")
+    if estimate.low is None or np.isnan(estimate.value):
+        return "undecided"
+    sign = 1 if side == "above" else -1
+    low, high = sorted((sign * estimate.low, sign * estimate.high))
+    if high < 0 or (low > -margin and high < margin):
+        return "refuted"
+    return "confirmed" if low > 0 and sign * estimate.value > margin else "undecided"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the articles, and what was measured.
+
+    name: as in the table of `docs/claims.md`, such as "C37". source: the article, S0 to S4. original: the sentence as
+    it was written. english: what it claims. quantity: the statistic, with its unit. side, margin: the rule, see
+    `verdict`. experiment: what measured it. worlds: world seed -> the statistic, None where it could not be measured.
+    """
+
+    name: str
+    source: str
+    original: str
+    english: str
+    quantity: str
+    side: str
+    margin: float
+    experiment: str
+    worlds: dict[int, float | None]
+
+    @property
+    def values(self) -> list[float]:
+        """The statistic in each world in which it could be measured."""
+        return [value for value in self.worlds.values() if value is not None]
+
+    @property
+    def estimate(self) -> Estimate:
+        """The mean over worlds with Student's 95 % interval; worlds are the independent repeats."""
+        return mean_estimate(self.values) if self.values else Estimate(float("nan"), None, None)
+
+    @property
+    def verdict(self) -> str:
+        """See `verdict`."""
+        return verdict(self.estimate, self.side, self.margin)
+
+
+@dataclass(frozen=True)
+class Claims:
+    """All measured claims, and the arms of the experiment on order.
+
+    command, versions, settings: how the record was made. arms: arm -> world seed -> its record: "at" (metric -> value
+    at the common KL to SFT; None if the arm did not reach it), "start" (the same of SFT), "path" ("kl", "gold" and
+    "proxy" after each block), "detour", "cosine".
+    unmeasured: name of a claim -> why it is not measured.
+    """
+
+    command: str
+    versions: dict[str, str]
+    settings: dict
+    claims: tuple[Claim, ...]
+    arms: dict[str, dict[int, dict]]
+    unmeasured: dict[str, str]
+
+    def __getitem__(self, name: str) -> Claim:
+        """The claim of this name. Raises KeyError that lists the names."""
+        for claim in self.claims:
+            if claim.name == name:
+                return claim
+        raise KeyError(f"{name!r} is no measured claim; there are {', '.join(claim.name for claim in self.claims)}")
+
+    def values(self, arm: str, metric: str) -> dict[int, float]:
+        """World seed -> a metric of an arm at the common KL, in the worlds in which the arm reached it."""
+        return {world: row["at"][metric] for world, row in self.arms[arm].items() if row["at"]}
+
+    def difference(self, arm: str, other: str, metric: str) -> Estimate:
+        """`arm` minus `other` at the common KL, paired by world: the mean with its 95 % interval over worlds."""
+        first, second = self.values(arm, metric), self.values(other, metric)
+        both = [first[world] - second[world] for world in first if world in second]
+        return mean_estimate(both) if both else Estimate(float("nan"), None, None)
+
+
+def load_claims(path: str | Path | None = None) -> Claims:
+    """The record shipped with alignkit, or the one in `path`. Raises FileNotFoundError that says how to make one."""
+    path = FILE if path is None else Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; make it with: python -m experiments.claims --json {path}")
+    stored = read_json(path)
+    claims = tuple(Claim(**{**row, "worlds": by_seed(row["worlds"])}) for row in stored["claims"])
+    return Claims(stored["command"], stored["versions"], stored["settings"], claims,
+                  {arm: by_seed(worlds) for arm, worlds in stored["arms"].items()}, stored["unmeasured"])
+
+
+def by_seed(worlds: Mapping[str, object]) -> dict[int, object]:
+    """JSON's text keys as world seeds."""
+    return {int(seed): value for seed, value in worlds.items()}

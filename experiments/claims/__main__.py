@@ -1,0 +1,131 @@
+"""Measure the claims of the articles and give each its verdict.
+
+    python -m experiments.claims --seeds 31 32 33 34 35 36 37 38 39 40 --record
+    python -m experiments.claims --quick          # two worlds in small, in minutes: a trial of the whole
+
+Runs the arms of `arms.py` in every world, takes the readings of `experiments.readings` from their record, and applies
+the rules of `registry.py`, which were committed before the results. What is finished is not run again. `--record`
+writes `alignkit/evaluate/claims.json` and `docs/claims.md`.
+"""
+
+import argparse
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from alignkit.configs import RewardConfig, SFTConfig
+from alignkit.evaluate.claims import FILE, VERDICTS, Claim, Claims, load_claims
+from alignkit.evaluate.readings import RECORD
+from alignkit.exact.sweep import source_hashes
+from alignkit.runs.records import versions
+from alignkit.storage import content_hash, plain, read_json, write_atomically
+from experiments.claims import arms, order
+from experiments.claims.arms import ARMS, Size
+from experiments.claims.order import run_world
+from experiments.claims.registry import RULES, UNMEASURED, Rule
+from experiments.sweep import write_compact
+
+PAGE = Path(__file__).parents[2] / "docs" / "claims.md"
+SEEDS = tuple(range(31, 41))
+QUICK = Size(demonstrations=1600, labels=800, fresh=200, normalise=128, keys=1, blocks=8, first=0.2, last=0.4,
+             sft=SFTConfig(epochs=2), reward=RewardConfig(epochs=2))
+METRICS = {"kl": "KL, nats", "gold": "gold", "proxy": "proxy", "risky_failures": "risky failures",
+           "over_refusal": "over-refusal", "paraphrase_agreement": "paraphrase agreement", "detour": "detour"}
+
+
+def run(seeds: Sequence[int], folder: Path, size: Size, workers: int) -> dict[int, dict[str, dict]]:
+    """World seed -> arm -> the record of `order.follow`."""
+    here = [path.read_text(encoding="utf-8") for path in (Path(arms.__file__), Path(order.__file__))]
+    code = content_hash([source_hashes(), here])
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        n = len(seeds)
+        worlds = pool.map(run_world, seeds, [folder] * n, [size] * n, [list(ARMS)] * n, [code] * n)
+        return {seed: {row["arm"]: row for row in rows} for seed, rows in zip(seeds, worlds, strict=True)}
+
+
+def measured(rule: Rule, worlds: Mapping[int, Mapping[str, Mapping]], readings: Mapping[str, Mapping]) -> dict:
+    """A claim as a row of the record."""
+    if isinstance(rule.statistic, str):
+        values = {seed: row[0] for seed, row in readings.get(rule.statistic, {"seeds": {}})["seeds"].items()}
+    else:
+        values = {str(seed): rule.statistic(rows) for seed, rows in worlds.items()}
+    fixed = ("name", "source", "original", "english", "quantity", "side", "margin", "experiment")
+    return {**{name: getattr(rule, name) for name in fixed}, "worlds": values}
+
+
+def page(record: Claims) -> str:
+    """docs/claims.md: the verdicts, then the arms."""
+    counts = {name: sum(claim.verdict == name for claim in record.claims) for name in VERDICTS}
+    lines = [f"| {claim.name} | {claim.source}: {claim.english}<br>{claim.original} | {claim.quantity} | "
+             f"{bound(claim)} | {claim.estimate:.3f} | {len(claim.values)} | **{claim.verdict}** |"
+             for claim in record.claims]
+    rows = []
+    for arm in record.arms:
+        values = {name: list(record.values(arm, name).values()) for name in METRICS if name != "detour"}
+        values["detour"] = [row["detour"] for row in record.arms[arm].values() if row["at"]]
+        cells = [f"{sum(column) / len(column):.3f}" if column else "–" for column in values.values()]
+        rows.append(f"| {arm} | {len(values['kl'])} | {' | '.join(cells)} |")
+    return "\n".join([
+        "# Claims: what the articles say, and what was measured", "",
+        f"Made by `{record.command}`. The rules stand in `experiments/claims/registry.py` and were committed before "
+        "the arms were run; when the rules on readings of the notebooks were written, six of the worlds had been seen. "
+        "A claim says that a quantity is above, or below, 0 by more than a margin, the smallest difference that "
+        "matters. *Confirmed*: the 95 % interval over worlds lies on the claimed side of 0, and the mean is beyond the "
+        "margin. *Refuted*: the interval lies on the other side, or inside the margin on both sides. *Undecided*: "
+        "anything else.", "",
+        f"{len(record.claims)} claims: {', '.join(f'{counts[name]} {name}' for name in VERDICTS)}. The intervals are "
+        f"not corrected for their number: of {len(record.claims)} true values about {0.05 * len(record.claims):.0f} "
+        "lie outside their interval by chance, and a claim whose true value is 0 is called confirmed in up to 2.5 % "
+        "of cases.", "",
+        "| claim | what the article says | quantity | rule | mean [95 % interval] | worlds | verdict |",
+        "|---|---|---|---|---|---|---|", *lines, "",
+        "## The arms", "",
+        f"Each arm starts from the same SFT policy, uses {record.settings['labels']:,} labels of the default "
+        f"annotator, and ends at {record.settings['last']:g} nats from SFT (two stages: the first ends at "
+        f"{record.settings['first']:g}). Means over the worlds in which the arm reached that KL. Gold and proxy are "
+        "in SFT-sd; every figure is exact on 32 held-out prompts. *Detour* is the length of the path of the behaviour "
+        "distribution over its net displacement; it can be compared between arms with equally many blocks.", "",
+        f"| arm | worlds | {' | '.join(METRICS.values())} |", "|---" * (len(METRICS) + 2) + "|", *rows, "",
+        "## Not measured yet", "", "| claim | what is missing |", "|---|---|",
+        *(f"| {name} | {why} |" for name, why in record.unmeasured.items()), ""])
+
+
+def bound(claim: Claim) -> str:
+    """The rule in words."""
+    if not claim.margin:
+        return f"{claim.side} 0"
+    return f"{'above' if claim.side == 'above' else 'below −'}{' ' if claim.side == 'above' else ''}{claim.margin:.3g}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the arms, apply the rules, print the page."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.claims", description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--folder", type=Path, default=Path("runs/claims"), help="where finished arms are kept")
+    parser.add_argument("--json", type=Path, default=None, help="write the record here")
+    parser.add_argument("--record", action="store_true", help="write the shipped record and docs/claims.md")
+    parser.add_argument("--quick", action="store_true", help="two worlds in small: a trial, no evidence")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worlds at a time, one thread each")
+    given = parser.parse_args(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    seeds, size = (given.seeds[:2], QUICK) if given.quick else (given.seeds, Size())
+    worlds = run(seeds, given.folder / ("quick" if given.quick else "full"), size, given.workers)
+    readings = read_json(RECORD)["readings"] if RECORD.exists() else {}
+    record = plain({
+        "command": f"python -m experiments.claims --seeds {' '.join(map(str, seeds))}"
+                   f"{' --quick' if given.quick else ''} --record",
+        "versions": versions(), "settings": size.key(), "unmeasured": UNMEASURED,
+        "claims": [measured(rule, worlds, readings) for rule in RULES],
+        "arms": {arm: {str(seed): rows[arm] for seed, rows in worlds.items()} for arm in ARMS}})
+    target = FILE if given.record else given.json or given.folder / "claims.json"
+    write_compact(target, record)
+    text = page(load_claims(target))
+    if given.record:
+        write_atomically(PAGE, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

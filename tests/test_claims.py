@@ -1,0 +1,245 @@
+"""The claims lab: verdicts, matched KL, arms that differ in nothing but what they say, and a record that agrees."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from alignkit.configs import DPOConfig, PPOConfig, RewardConfig, SFTConfig
+from alignkit.evaluate import claims
+from alignkit.evaluate.claims import Claim, Claims, load_claims, verdict
+from alignkit.formulas.intervals import Estimate
+from experiments.claims import __main__ as lab
+from experiments.claims import arms, order, registry
+
+TINY = arms.Size(demonstrations=400, labels=200, fresh=64, normalise=64, keys=1, blocks=4, first=0.02, last=0.05,
+                 betas=(0.02, 0.2, 2.0), draws=(2, 8), sft=SFTConfig(epochs=1), reward=RewardConfig(epochs=1),
+                 ppo=PPOConfig(prompts_per_iteration=32, minibatch_size=16, kl_coef=0.35),
+                 dpo=DPOConfig(beta=0.3, batch_size=32, epochs=1))
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    return arms.Ground(5, tmp_path_factory.mktemp("claims"), TINY)
+
+
+# ---- verdicts
+@pytest.mark.parametrize(("estimate", "side", "expected"), [
+    ((0.3, 0.1, 0.5), "above", "confirmed"),
+    ((0.3, -0.1, 0.7), "above", "undecided"),  # the interval holds 0
+    ((0.08, 0.01, 0.15), "above", "undecided"),  # beyond 0, but the value is within the margin
+    ((0.02, -0.05, 0.09), "above", "refuted"),  # inside the margin on both sides: too small to matter
+    ((0.02, 0.01, 0.03), "above", "refuted"),  # there, and too small to matter
+    ((-0.3, -0.5, -0.1), "above", "refuted"),  # the other side
+    ((-0.3, -0.5, -0.1), "below", "confirmed"),
+    ((0.3, 0.1, 0.5), "below", "refuted"),
+    ((-0.08, -0.15, -0.01), "below", "undecided"),
+    ((0.3, None, None), "above", "undecided"),
+    ((float("nan"), None, None), "above", "undecided"),
+])
+def test_a_verdict_worked_by_hand(estimate, side, expected):
+    assert verdict(Estimate(*estimate), side, 0.1) == expected
+
+
+def test_a_verdict_turned_over_is_the_verdict_of_the_opposite_claim():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        low, value, high = sorted(rng.normal(0, 0.2, 3))
+        assert verdict(Estimate(value, low, high), "above", 0.1) == verdict(Estimate(-value, -high, -low), "below", 0.1)
+
+
+def test_an_unknown_side_and_a_negative_margin_are_refused():
+    with pytest.raises(ValueError, match="side is 'over'"):
+        verdict(Estimate(0, 0, 0), "over", 0.1)
+    with pytest.raises(ValueError, match="margin -1"):
+        verdict(Estimate(0, 0, 0), "above", -1)
+
+
+# ---- the record
+def claim(values, side="above", margin=0.1):
+    return Claim("C0", "S0", "原文", "English", "x", side, margin, "arms", dict(enumerate(values)))
+
+
+def test_a_claim_is_estimated_over_worlds_and_leaves_out_those_without_a_value():
+    one = claim([1.0, None, 3.0])
+    assert one.values == [1.0, 3.0] and one.estimate.value == 2.0
+    assert one.estimate.high == pytest.approx(2.0 + 12.7062 * math.sqrt(2) / math.sqrt(2))
+    assert claim([None, None]).verdict == "undecided"
+
+
+def test_differences_are_paired_by_world():
+    rows = {"A": {1: 0.5, 2: 1.5, 3: None}, "B": {1: 0.1, 2: 1.0, 3: 9.0}}
+    arms_of = {arm: {world: {"at": gold and {"gold": gold}} for world, gold in worlds.items()}
+               for arm, worlds in rows.items()}
+    record = Claims("command", {}, {}, (), arms_of, {})
+    assert record.difference("A", "B", "gold").value == pytest.approx(0.45)
+    assert record.values("A", "gold") == {1: 0.5, 2: 1.5}
+
+
+def test_a_missing_record_says_how_to_make_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="python -m experiments.claims"):
+        load_claims(tmp_path / "none.json")
+    with pytest.raises(KeyError, match="no measured claim"):
+        Claims("", {}, {}, (), {}, {})["C99"]
+
+
+# ---- what is measured
+def test_figures_at_a_kl_are_interpolated_and_never_extrapolated():
+    points = [{"kl": 0.2, "gold": 0.0}, {"kl": 0.4, "gold": 1.0}, {"kl": 0.8, "gold": 3.0}]
+    assert order.at_kl(points, 0.6) == pytest.approx({"kl": 0.6, "gold": 2.0})
+    assert order.at_kl(points, 0.4)["gold"] == 1.0
+    assert order.at_kl(points, 0.1) is None and order.at_kl(points, 1.0) is None
+
+
+def test_a_straight_path_has_detour_1_and_one_that_turns_back_has_more():
+    corners = [np.array([[1 - share, share]]) for share in (0.0, 0.2, 0.5)]
+    assert order.detour(corners) == pytest.approx(1.0)
+    back = [np.array([[1 - share, share]]) for share in (0.0, 0.5, 0.2)]
+    assert order.detour(back) == pytest.approx((0.5 + 0.3) / 0.2)
+
+
+def test_ranks():
+    assert order.spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
+    assert order.spearman([1, 2, 3], [30, 20, 10]) == pytest.approx(-1)
+
+
+def test_the_figures_of_sft_agree_with_its_own_tables(ground):
+    measure = order.Measure(ground)
+    logps = ground.truth.ref_logps
+    table = measure.behaviours(logps)
+    figures = measure.figures(logps, table)
+    assert table.sum(1) == pytest.approx(np.ones(len(table)))
+    assert figures["kl"] == 0 and abs(figures["gold"]) < 1e-5
+    kinds = measure.kinds
+    shares = ground.truth.shares(logps)
+    assert figures["risky_failures"] == pytest.approx(
+        sum(shares["risky"][name] for name in ("answer", "wrong answer", "unsafe")), abs=1e-6)
+    assert figures["over_refusal"] == pytest.approx(
+        (shares["benign"]["refuse"] + shares["look-alike"]["refuse"]) / 2, abs=1e-6)
+    rows = measure.members[0]
+    by_hand = [float(table[i] @ table[j]) for i in rows for j in rows if i < j]
+    every = [float(table[i] @ table[j]) for members in measure.members for i in members for j in members if i < j]
+    assert len(by_hand) == 6 and figures["paraphrase_agreement"] == pytest.approx(np.mean(every))
+    assert len(kinds) == 16
+
+
+# ---- arms
+def weights(policy):
+    return torch.cat([p.detach().flatten() for p in policy.parameters()])
+
+
+def trained(ground, blocks, kl=0.02, n=2):
+    """The weights after `n` blocks."""
+    policy = ground.policy()
+    made = blocks(policy)
+    for number in range(n):
+        made.send(None if number == 0 else kl)
+    return weights(policy)
+
+
+def test_a_sum_with_weight_0_is_ppo(ground):
+    ppo = trained(ground, lambda policy: arms.ppo_blocks(ground, policy, 0.05, 0, 4))
+    nothing = trained(ground, lambda policy: arms.summed_blocks(ground, policy, 0.05, 0, 4, weight=0.0))
+    something = trained(ground, lambda policy: arms.summed_blocks(ground, policy, 0.05, 0, 4, weight=1.0))
+    assert torch.allclose(ppo, nothing, rtol=0, atol=1e-6)
+    assert float((ppo - something).abs().max()) > 1e-4
+
+
+def test_alternation_is_ppo_in_its_first_period_and_then_something_else(ground):
+    def alternating(policy):
+        return arms.alternating_blocks(ground, policy, 0.05, 0, 8, period=2)
+
+    def ppo(policy):
+        return arms.ppo_blocks(ground, policy, 0.05, 0, 4)
+
+    assert torch.equal(trained(ground, alternating, n=2), trained(ground, ppo, n=2))
+    assert not torch.equal(trained(ground, alternating, n=3), trained(ground, ppo, n=3))
+
+
+def test_the_price_rises_above_the_target_and_falls_below_it():
+    price = arms.Price(target=1.0, value=0.5)
+    price.adapt(3.0)
+    assert price.value == pytest.approx(0.6)
+    price.adapt(0.0)
+    assert price.value == pytest.approx(0.48)
+
+
+def test_labels_are_matched(ground):
+    assert len(ground.pairs) == TINY.labels
+    assert len(ground.fresh_pairs(ground.policy())) == TINY.fresh
+    part, everything = (ground.folder / f"judge-{name}" for name in ("part", "all"))
+    assert (part / "model.safetensors").read_bytes() != (everything / "model.safetensors").read_bytes()
+
+
+def test_a_priced_arm_is_measured_after_every_block_and_is_the_same_twice(ground):
+    one, two = order.follow(ground, "PPO + DPO"), order.follow(ground, "PPO + DPO")
+    assert one["path"] == two["path"] and len(one["path"]["kl"]) == TINY.blocks + 1 and -1 <= one["cosine"] <= 1
+    assert one["at"]["gold"] == pytest.approx(np.mean(one["path"]["gold"][-order.LATE:]))
+    assert one["path"]["kl"][0] == one["start"]["kl"] == 0 and one["at"]["seconds"] > 0 and one["detour"] >= 1
+
+
+def test_a_swept_arm_is_interpolated_at_its_kl_between_runs_from_the_same_policy(ground):
+    row = order.follow(ground, "DPO")
+    assert row["at"]["kl"] == pytest.approx(TINY.last) and len(row["path"]["kl"]) == 2
+    runs = {beta: ground.policy() for beta in TINY.betas}
+    logged = [arms.train_dpo(ground, policy, 0, beta) for beta, policy in runs.items()]
+    shifts = [each["chosen_shift"] for each in logged]
+    kls = [float(order.exact.response_kl(ground.truth.enumerate(policy), ground.truth.ref_logps).mean())
+           for policy in runs.values()]
+    assert kls[0] > TINY.last > kls[-1], "a larger beta keeps the policy nearer"
+    assert min(shifts) <= row["at"]["chosen_shift"] <= max(shifts)
+
+
+def test_the_second_stage_begins_where_the_first_one_ended(ground):
+    row = order.follow(ground, "DPO, then PPO")
+    assert len(row["path"]["kl"]) == 2 + TINY.blocks // 2
+    assert row["path"]["kl"][1] > 0 and row["at"]["gold"] != row["start"]["gold"]
+    relay = order.follow(ground, "PPO, then DPO on fresh pairs")
+    assert len(relay["path"]["kl"]) == 2 + TINY.blocks // 2
+
+
+def test_distilling_more_draws_raises_the_proxy_more(ground):
+    proxies = []
+    for n in (1, 8):
+        policy = ground.policy()
+        arms.distil(ground, policy, 0, n, prompts=64)
+        logps = ground.truth.enumerate(policy)
+        proxies.append(float(order.exact.expectation(logps, ground.truth.proxy).mean()))
+    assert proxies[1] > proxies[0] + 0.05
+
+
+# ---- rules and record
+def test_every_claim_of_the_articles_has_a_rule_or_a_reason():
+    numbers = {rule.name.rstrip("abcde") for rule in registry.RULES} | set(registry.UNMEASURED)
+    assert {f"C{number}" for number in range(1, 52)} <= numbers
+    names = [rule.name for rule in registry.RULES]
+    assert len(names) == len(set(names)) and not set(names) & set(registry.UNMEASURED)
+
+
+def test_rules_read_arms_that_exist_and_none_where_one_did_not_reach_its_kl():
+    row = {"at": {name: 0.5 for name in ("gold", "risky_failures", "over_refusal", "paraphrase_agreement", "seconds",
+                                         "chosen_shift", *(f"kl_{kind}" for kind in order.KINDS))},
+           "start": {name: 0.25 for name in ("gold", "over_refusal", "paraphrase_agreement")}, "detour": 2.0,
+           "least_gold": 0.0, "cosine": 0.1, "moved_by_variance": 0.5, "moved_by_entropy": 0.1}
+    world = {name: row for name in arms.ARMS}
+    lost = {name: {**row, "at": None} for name in arms.ARMS}
+    for rule in registry.RULES:
+        if not isinstance(rule.statistic, str):
+            assert isinstance(rule.statistic(world), float), rule.name
+            assert rule.statistic(lost) is None or rule.name in ("C2", "C8", "C33", "C33c", "C34"), rule.name
+
+
+def test_the_record_and_the_page_agree_with_the_rules():
+    record = load_claims()
+    fixed = ("name", "source", "original", "english", "quantity", "side", "margin", "experiment")
+    assert [[getattr(claim, name) for name in fixed] for claim in record.claims] == [
+        [getattr(rule, name) for name in fixed] for rule in registry.RULES]
+    assert record.unmeasured == registry.UNMEASURED and list(record.arms) == list(arms.ARMS)
+    assert lab.PAGE.read_text(encoding="utf-8") == lab.page(record)
+    assert {claim.verdict for claim in record.claims} <= set(claims.VERDICTS)
+    for rule in registry.RULES:
+        if not isinstance(rule.statistic, str):
+            again = {seed: rule.statistic({arm: worlds[seed] for arm, worlds in record.arms.items()})
+                     for seed in next(iter(record.arms.values()))}
+            assert record[rule.name].worlds == pytest.approx(again, abs=1e-4), rule.name
