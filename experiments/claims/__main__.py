@@ -31,7 +31,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "claims.md"
 SEEDS = tuple(range(31, 41))
 QUICK = Size(demonstrations=1600, labels=800, fresh=200, normalise=128, keys=1, blocks=8, first=0.2, last=0.4,
              sft=SFTConfig(epochs=2), reward=RewardConfig(epochs=2))
-METRICS = {"kl": "KL, nats", "gold": "gold", "proxy": "proxy", "risky_failures": "risky failures",
+METRICS = {"kl": "KL, nats", "gold": "gold", "proxy": "proxy", "share": "share of the most proxy at this KL",
+           "seconds": "CPU seconds", "risky_failures": "risky failures",
            "over_refusal": "over-refusal", "paraphrase_agreement": "paraphrase agreement", "detour": "detour"}
 
 

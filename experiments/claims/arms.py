@@ -131,10 +131,14 @@ class Price:
         self.value = adapt_kl_coef(self.value, kl, self.target, responses=1, horizon=1)
 
 
-def ppo_blocks(ground: Ground, policy: nn.Module, target: float, number: int, blocks: int, *, judge: str = "all"
-               ) -> Blocks:
-    """PPO on the score of a reward model; the reference is the policy as it is now."""
-    config = replace(ground.size.ppo, seed=ground.seed + 1000 * number, iterations=ITERATIONS * blocks)
+def ppo_blocks(ground: Ground, policy: nn.Module, target: float, number: int, blocks: int, *, judge: str = "all",
+               samples: int = 1, **options) -> Blocks:
+    """PPO on the score of a reward model; the reference is the policy as it is now.
+
+    samples: responses to each prompt; the number of responses of an iteration stays the same. options: of PPOConfig.
+    """
+    config = replace(ground.size.ppo, seed=ground.seed + 1000 * number, iterations=ITERATIONS * blocks, **options,
+                     samples_per_prompt=samples, prompts_per_iteration=ground.size.ppo.prompts_per_iteration // samples)
     state, price = _ppo_state(ground, policy, config, judge), Price(target, config.kl_coef)
     for _ in range(blocks):
         price.adapt((yield _ppo_block(state, replace(config, kl_coef=price.value))))
@@ -258,4 +262,6 @@ ARMS: dict[str, tuple[Stage, ...]] = {
     "alternating, each block": (Stage(alternating_blocks, {"period": 1}),),
     "alternating, four blocks": (Stage(alternating_blocks, {"period": 4}),),
     "best of n, distilled": (Stage(distil, price="draws"),),
+    "RLOO": (replace(PPO, options={"samples": 4, "advantage": "rloo"}),),
+    "GRPO": (replace(PPO, options={"samples": 4, "advantage": "grpo", "kl_penalty": "k3"}),),
 }

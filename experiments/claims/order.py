@@ -121,6 +121,8 @@ def follow(ground: Ground, name: str) -> dict:
             at = mean_point(path.points[-LATE:])
         else:
             policy, logps, at = sweep_stage(ground, policy, stage, number, target, path)
+    if at:  # what was gained in proxy over SFT, of the most that any policy can gain at this KL
+        at = {**at, "share": exact.gap(at["kl"], at["proxy"], ground.truth.frontier).share}
     truth, by_prompt = ground.truth, exact.response_kl(logps, ground.truth.ref_logps).tolist()
     cosines = [row["cosine"] for row in path.logged if "cosine" in row]
     return {

@@ -110,6 +110,10 @@ RULES = (
     Rule("C14", "S3", "PPO 需要选择空间，而不是单一答案。", "PPO needs several candidates for each prompt.",
          "objective after − before 8 iterations with one response a prompt, SFT-sd", "10.ppo_one_sample", "below",
          0.0),
+    Rule("C14b", "S3", "responses = policy_model.generate(prompt, n=4)",
+         "Four candidates a prompt are better than one, at the same number of responses.",
+         "proxy, RLOO with four responses a prompt − PPO with one at the same KL, SFT-sd",
+         difference("RLOO", "PPO", "proxy"), "above", GOLD),
     Rule("C15", "S4", "PPO……训练复杂度高", "PPO costs more computation than DPO.",
          "log of CPU seconds of training, PPO over DPO", cost("PPO", "DPO"), "above", RATIO),
     # ---- what DPO does
