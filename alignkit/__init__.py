@@ -25,6 +25,7 @@ _MODULES = {
         "OutOfMemory", "ParameterError", "RunError", "RunInUse",
     ],
     "evaluate.adviser": ["advice", "chance_warning"],
+    "evaluate.claims": ["Claim", "Claims", "load_claims", "verdict"],
     "evaluate.comparison": ["Comparison", "compare", "compare_directories"],
     "evaluate.demonstrators": [
         "SPEAKERS", "demonstrator_behaviours", "demonstrator_entropy", "demonstrator_logps",

@@ -2,6 +2,7 @@
 
 from alignkit.metrics import METRICS
 from alignkit.plots.agreement import plot_beside_frontier, plot_distance_to_optimum
+from alignkit.plots.claims import plot_claims, plot_paths_panels
 from alignkit.plots.diagrams import plot_advantage_tokens, plot_clip, plot_relay
 from alignkit.plots.evaluation import (
     plot_gold_vs_proxy,
@@ -88,6 +89,7 @@ __all__ = [
     "plot_annotators",
     "plot_behaviour",
     "plot_beside_frontier",
+    "plot_claims",
     "plot_clip",
     "plot_clip_gradient_panels",
     "plot_distance_to_optimum",
@@ -111,6 +113,7 @@ __all__ = [
     "plot_margins",
     "plot_metrics",
     "plot_next_token",
+    "plot_paths_panels",
     "plot_ppo_panels",
     "plot_price_of_kl",
     "plot_rank_correlations",
