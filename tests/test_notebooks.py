@@ -12,7 +12,9 @@ from alignkit.jobs.parameters import notebook_parameters
 from alignkit.runs.records import start_run
 from alignkit.stages import CHAIN
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("[0-9]*.ipynb"))
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("[0-9]*.ipynb"))
+RECORDED = [FOLDER / f"{name}.ipynb" for name in ("claims", "relay_or_sum")]  # they train nothing: seconds each
 SMALL = {  # notebook -> parameters with which its solutions are run, in this order, in one run directory
     "00_the_world": {},
     "01_sft": {"demonstrations": 2400, "epochs": 2.0, "eval_prompts": 64, "eval_samples": 4},
@@ -25,7 +27,7 @@ def tags(cell) -> list[str]:
     return cell.metadata.get("tags", [])
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *RECORDED], ids=lambda path: path.stem)
 def test_a_notebook_is_committed_clean_and_has_the_course_shape(path):
     notebook = nbformat.read(path, 4)
     nbformat.validate(notebook)
@@ -39,7 +41,8 @@ def test_a_notebook_is_committed_clean_and_has_the_course_shape(path):
                 assert len(cell.source.splitlines()) <= 25, f"{cell.id} has more than 25 lines"
         if "report" in tags(cell):
             assert cell.source.startswith("# "), f"{cell.id}: a chart of report.html begins with its caption, a comment"
-    assert notebook.cells[0].source.startswith(f"# {path.stem.partition('_')[0]} ")
+    number = path.stem.partition("_")[0]
+    assert notebook.cells[0].source.startswith(f"# {number} " if path in NOTEBOOKS else "# ")
     if path.stem in CHAIN:
         assert {"run", "model", "data", "seed"} <= set(notebook_parameters(path))
         assert tags(notebook.cells[1]) == ["parameters"]
@@ -71,6 +74,16 @@ def test_the_solutions_of_the_exercises_pass_their_checks(tmp_path):
             assert said and "not answered" not in said, f"{name}, {cell.id}: {said!r}"
     summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["stages"]["sft"]["proxy_mean"] is not None and summary["stages"]["reward"]["bayes_accuracy"] > 0.6
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_a_notebook_about_a_record_runs_and_its_solutions_pass(path, tmp_path):
+    solution = tmp_path / path.name
+    nbformat.write(solved(path), solution)
+    executed = nbformat.read(run_notebook(solution, tmp_path / "run", {}, progress=False), 4)
+    checks = ["".join(output.get("text", "") for output in cell.outputs) for cell in executed.cells
+              if cell.get("id", "").startswith("check-")]
+    assert checks and all(text.startswith("right: ") for text in checks)
 
 
 def test_a_run_is_in_the_project_folder_also_for_a_notebook_opened_in_jupyterlab(tmp_path, monkeypatch):
