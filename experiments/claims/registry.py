@@ -146,7 +146,7 @@ RULES = (
     Rule("C30", "S3", "你无法用 SFT 教会模型“偏好”。", "SFT cannot teach a preference.",
          "gold, likelihood training on the best of n − SFT, SFT-sd", change("best of n, distilled", "gold"), "below",
          GOLD),
-    Rule("C22e", "S4", "避免了奖励建模的误差", "DPO avoids the error of the reward model.",
+    Rule("E22", "S4", "避免了奖励建模的误差", "DPO avoids the error of the reward model.",
          "share ranked rightly on SFT's pairs, reward model − DPO's implicit reward", "05.implicit_reward_behind",
          "below", SHARE),
     # ---- combining them
