@@ -176,6 +176,7 @@ def test_a_priced_arm_is_measured_after_every_block_and_is_the_same_twice(ground
     one, two = order.follow(ground, "PPO + DPO"), order.follow(ground, "PPO + DPO")
     assert one["path"] == two["path"] and len(one["path"]["kl"]) == TINY.blocks + 1 and -1 <= one["cosine"] <= 1
     assert one["at"]["gold"] == pytest.approx(np.mean(one["path"]["gold"][-order.LATE:]))
+    assert abs(one["at"]["kl"] - TINY.last) <= order.NEAR
     assert one["path"]["kl"][0] == one["start"]["kl"] == 0 and one["at"]["seconds"] > 0 and one["detour"] >= 1
 
 

@@ -264,4 +264,6 @@ ARMS: dict[str, tuple[Stage, ...]] = {
     "best of n, distilled": (Stage(distil, price="draws"),),
     "RLOO": (replace(PPO, options={"samples": 4, "advantage": "rloo"}),),
     "GRPO": (replace(PPO, options={"samples": 4, "advantage": "grpo", "kl_penalty": "k3"}),),
+    **{f"RLOO, {name} in the loss": (replace(PPO, options={"samples": 4, "advantage": "rloo", "kl_penalty": name}),)
+       for name in ("k1", "k2", "k3")},
 }

@@ -23,6 +23,7 @@ from experiments.claims.arms import ARMS, Ground, Size, Stage
 from experiments.sweep import kept
 
 LATE = 2  # blocks at the end of a priced stage whose figures are averaged
+NEAR = 0.2  # nats: a priced arm whose KL ends further from the arms' common KL did not reach it
 FAILED = [BEHAVIOURS.index(name) for name in ("answer", "wrong answer", "unsafe")]
 REFUSE = BEHAVIOURS.index("refuse")
 
@@ -119,6 +120,7 @@ def follow(ground: Ground, name: str) -> dict:
         if stage.price is None:
             logps = follow_priced(ground, policy, stage, number, target, size.blocks // len(stages), path)
             at = mean_point(path.points[-LATE:])
+            at = at if abs(at["kl"] - target) <= NEAR else None
         else:
             policy, logps, at = sweep_stage(ground, policy, stage, number, target, path)
     if at:  # what was gained in proxy over SFT, of the most that any policy can gain at this KL
