@@ -49,11 +49,20 @@ def test_a_verdict_turned_over_is_the_verdict_of_the_opposite_claim():
         assert verdict(Estimate(value, low, high), "above", 0.1) == verdict(Estimate(-value, -high, -low), "below", 0.1)
 
 
+@pytest.mark.parametrize(("estimate", "expected"), [
+    ((0.02, -0.05, 0.09), "confirmed"), ((0.08, 0.01, 0.15), "undecided"), ((0.3, 0.2, 0.4), "refuted"),
+    ((-0.3, -0.4, -0.2), "refuted"), ((0.0, -0.5, 0.5), "undecided"), ((0.0, None, None), "undecided")])
+def test_a_claim_of_no_difference_worked_by_hand(estimate, expected):
+    assert verdict(Estimate(*estimate), "within", 0.1) == expected
+
+
 def test_an_unknown_side_and_a_negative_margin_are_refused():
     with pytest.raises(ValueError, match="side is 'over'"):
         verdict(Estimate(0, 0, 0), "over", 0.1)
     with pytest.raises(ValueError, match="margin -1"):
         verdict(Estimate(0, 0, 0), "above", -1)
+    with pytest.raises(ValueError, match="margin is 0"):
+        verdict(Estimate(0, 0, 0), "within", 0)
 
 
 # ---- the record

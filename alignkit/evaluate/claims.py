@@ -2,7 +2,7 @@
 
 `python -m experiments.claims` makes `claims.json`; `docs/claims.md` and notebook `relay_or_sum` show it. A rule is
 fixed before the run: a claim is a statement that a statistic is above (or below) 0 by more than a margin, the smallest
-difference that matters.
+difference that matters, or that it is within that margin of 0.
 """
 
 from collections.abc import Mapping
@@ -16,20 +16,27 @@ from alignkit.storage import read_json
 
 FILE = Path(__file__).with_suffix(".json")
 VERDICTS = ("confirmed", "refuted", "undecided")
-SIDES = ("above", "below")
+SIDES = ("above", "below", "within")
 
 
 def verdict(estimate: Estimate, side: str, margin: float) -> str:
     """What a 95 % interval says about the claim that a statistic is on `side` of 0 by more than `margin`.
 
-    "refuted": the interval lies inside ±margin, or wholly on the other side of 0. "confirmed": the interval lies wholly
-    on the claimed side of 0 and the value is beyond the margin. Otherwise "undecided". Raises ValueError on an unknown
-    side or a negative margin.
+    side "above" or "below": "refuted" if the interval lies inside ±margin, or wholly on the other side of 0;
+    "confirmed" if it lies wholly on the claimed side of 0 and the value is beyond the margin. side "within":
+    "confirmed" if the interval lies inside ±margin, "refuted" if wholly outside. Otherwise "undecided". Raises
+    ValueError on an unknown side, a negative margin, or "within" without a margin.
     """
     if side not in SIDES or not margin >= 0:
         raise ValueError(f"side is {side!r} and margin {margin}, expected one of {', '.join(SIDES)}, and 0 or more")
+    if side == "within" and not margin:
+        raise ValueError("margin is 0, expected more than 0 with side 'within'")
     if estimate.low is None or np.isnan(estimate.value):
         return "undecided"
+    if side == "within":
+        inside = -margin < estimate.low and estimate.high < margin
+        outside = estimate.low > margin or estimate.high < -margin
+        return "confirmed" if inside else "refuted" if outside else "undecided"
     sign = 1 if side == "above" else -1
     low, high = sorted((sign * estimate.low, sign * estimate.high))
     if high < 0 or (low > -margin and high < margin):

@@ -33,7 +33,8 @@ def plot_claims(claims: Sequence, ax: Axes | None = None, *, title: str = "") ->
 
     claims: objects with the fields of `alignkit.Claim`. Units differ between claims, so each row is divided by the
     claim's margin, or by the spread over worlds if the rule has no margin, and turned so that the claimed side is on
-    the right. The grey band is the margin. Raises ValueError if there are no claims.
+    the right; a claim of no difference says that the statistic is inside the grey band, the margin. Raises ValueError
+    if there are no claims.
     """
     _require("claims", claims)
     ax = _axes(ax, 8.6, 0.9 + 0.27 * len(claims))
@@ -41,18 +42,20 @@ def plot_claims(claims: Sequence, ax: Axes | None = None, *, title: str = "") ->
     ax.axvline(0, color=INK, lw=0.9)
     for y, claim in enumerate(claims):
         (colour, marker), estimate = LOOKS[claim.verdict], claim.estimate
-        values = np.array(claim.values) * (1 if claim.side == "above" else -1)
+        turn = -1 if claim.side == "below" else 1
+        values = turn * np.array(claim.values)
         unit = claim.margin or (values.std() if len(values) > 1 else 0.0) or 1.0
         ax.plot((values / unit).clip(-EDGE, EDGE), np.full(len(values), y), "|", color=colour, alpha=0.45, ms=7)
         mean = float(values.mean() / unit) if len(values) else 0.0
         if estimate.low is not None:
-            ends = np.sort(np.array([estimate.low, estimate.high]) * (1 if claim.side == "above" else -1)) / unit
+            ends = np.sort(turn * np.array([estimate.low, estimate.high])) / unit
             ax.plot(ends.clip(-EDGE, EDGE), [y, y], color=colour, lw=2.2, solid_capstyle="butt")
         ax.plot(np.clip(mean, -EDGE, EDGE), y, marker, color=colour, mec="white", ms=8, zorder=4)
         _text(ax, 1.01, y, f"{estimate.value:.3g}, {claim.verdict}", FOR_TEXT.get(colour, colour), 8, where="right",
               va="center")
     ax.set(xlim=(-1.08 * EDGE, 1.08 * EDGE), ylim=(len(claims) - 0.5, -0.5))
-    ax.set_yticks(range(len(claims)), [f"{claim.name} {claim.english}" for claim in claims], parse_math=False)
+    names = [f"{claim.name} {claim.english}{' (≈ 0)' if claim.side == 'within' else ''}" for claim in claims]
+    ax.set_yticks(range(len(claims)), names, parse_math=False)
     _finish(ax, "", "in units of the smallest difference that matters; right is as claimed", "", title, grid="x")
     return ax
 

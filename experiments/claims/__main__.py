@@ -73,9 +73,10 @@ def page(record: Claims) -> str:
         f"Made by `{record.command}`. The rules stand in `experiments/claims/registry.py` and were committed before "
         "the arms were run; when the rules on readings of the notebooks were written, six of the worlds had been seen. "
         "A claim says that a quantity is above, or below, 0 by more than a margin, the smallest difference that "
-        "matters. *Confirmed*: the 95 % interval over worlds lies on the claimed side of 0, and the mean is beyond the "
-        "margin. *Refuted*: the interval lies on the other side, or inside the margin on both sides. *Undecided*: "
-        "anything else.", "",
+        "matters, or that it is within that margin. *Confirmed*: the 95 % interval over worlds lies on the claimed "
+        "side of 0, and the mean is beyond the margin. *Refuted*: the interval lies on the other side, or inside the "
+        "margin on both sides. *Within* is confirmed inside the margin and refuted outside. *Undecided*: anything "
+        "else.", "",
         f"{len(record.claims)} claims: {', '.join(f'{counts[name]} {name}' for name in VERDICTS)}. The intervals are "
         f"not corrected for their number: of {len(record.claims)} true values about {0.05 * len(record.claims):.0f} "
         "lie outside their interval by chance, and a claim whose true value is 0 is called confirmed in up to 2.5 % "
@@ -95,6 +96,8 @@ def page(record: Claims) -> str:
 
 def bound(claim: Claim) -> str:
     """The rule in words."""
+    if claim.side == "within":
+        return f"within ±{claim.margin:.3g}"
     if not claim.margin:
         return f"{claim.side} 0"
     return f"{'above' if claim.side == 'above' else 'below −'}{' ' if claim.side == 'above' else ''}{claim.margin:.3g}"
