@@ -219,6 +219,15 @@ def test_distilling_more_draws_raises_the_proxy_more(ground):
     assert proxies[1] > proxies[0] + 0.05
 
 
+def test_an_arm_that_is_kept_is_not_trained_again_unless_size_or_code_change(ground, monkeypatch):
+    folder, trained = ground.folder.parent, []
+    monkeypatch.setattr(order, "follow", lambda ground, name: trained.append(name) or {
+        "arm": name, "at": None, "detour": 1.0})
+    for code in ("one", "one", "two"):
+        order.run_world(ground.seed, folder, TINY, ["DPO", "PPO, then DPO"], code)
+    assert trained == ["DPO", "PPO, then DPO"] * 2
+
+
 # ---- rules and record
 def test_every_claim_of_the_articles_has_a_rule_or_a_reason():
     numbers = {rule.name.rstrip("abcde") for rule in registry.RULES} | set(registry.UNMEASURED)

@@ -179,7 +179,7 @@ def run_world(seed: int, folder: Path, size: Size, arms: Sequence[str], code: st
     rows, ground = [], None
     for name in arms:
         path = folder / f"world-{seed}" / f"{name.replace(', ', '-').replace(' ', '_')}.json"
-        key = {"size": size.key(), "code": code, "arm": name}
+        key = plain({"size": size.key(), "code": code, "arm": name})  # as JSON gives it back: tuples are lists
 
         def train(name: str = name) -> dict:
             nonlocal ground
