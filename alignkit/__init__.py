@@ -32,6 +32,7 @@ _MODULES = {
         "demonstrator_probabilities",
     ],
     "evaluate.evaluation": ["Evaluation", "EvaluationSet", "difference", "evaluation_set", "win_rate"],
+    "evaluate.failures": ["FAILURE_CHECKS", "Failures", "StoredRun", "load_failures"],
     "evaluate.readings": ["Reading", "clustered_mean", "reading", "readings_of"],
     "evaluate.refusals": ["over_refusal", "read_refusal_prompts", "refusal_class"],
     "evaluate.reward_model": ["retrain", "reward_report"],

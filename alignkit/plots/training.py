@@ -43,14 +43,15 @@ PPO_PANELS = {
 def plot_metrics(rows: Sequence[Mapping[str, float]], names: Sequence[str] | Mapping[str, str | Sequence[str]],
                  figure: Figure | None = None, *, columns: int = 4, xlabel: str = "step",
                  marks: Iterable[tuple[float, str]] = (), branches: Iterable[Sequence[Mapping[str, float]]] = (),
-                 title: str = "") -> Figure:
+                 branch: str = "left by rewinding", title: str = "") -> Figure:
     """Small panels of logged numbers against `step`, the live chart of every stage. Returns a Figure.
 
     rows: dicts as in metrics.jsonl, each with "step"; one that is missing, None or NaN is left out. names: the
     metrics, a panel each; or panel title -> a metric, or several that share the panel. figure: what an earlier call
     with the same names returned, to redraw in place, which halves the time. marks: (step, what was changed there), as
-    lettered lines. branches: rows of what was left by rewinding, as thin dashed lines. Raises ValueError if rows or
-    names are empty, a row has no step, none of the names was logged, or `figure` has other panels.
+    lettered lines. branches: rows of other runs, as thin dashed lines; branch: what they are, by default what was left
+    by rewinding. Raises ValueError if rows or names are empty, a row has no step, none of the names was logged, or
+    `figure` has other panels.
     """
     # what is drawn: panels, the series of each, and the lines that cross them
     branches, marks = list(branches), list(marks)
@@ -61,7 +62,7 @@ def plot_metrics(rows: Sequence[Mapping[str, float]], names: Sequence[str] | Map
     # how large it is: rows of panels, and below them what the letters of the marks mean
     columns = min(columns, len(panels))
     legend = [f"{_letter(i)}: {_short(what, 60)} ({xlabel} {at:g})" for i, (at, what) in enumerate(marks)]
-    legend += ["thin dashes: left by rewinding"] if branches else []
+    legend += [f"thin dashes: {_short(branch, 60)}"] if branches else []
     captions = textwrap.wrap("    ".join(legend), 33 * columns)
     lines = -(-len(panels) // columns)
     cell_width, cell_height, across, up, low = 2.35, 1.6, 1.64, 1.08, 0.17 + 0.17 * len(captions)  # inches
