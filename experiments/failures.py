@@ -274,12 +274,13 @@ def swapped(row: dict) -> dict:
 
 @dataclass(frozen=True)
 class Fault:
-    """A room of the museum: the letter that names it, what breaks the run, and the statistic that shows it best."""
+    """A room of the museum: the letter that names it, what breaks the run, and the statistic that shows it best (a
+    logged one, or "gold" where no logged one tells)."""
 
     letter: str
     breaks: Callable
-    statistic: str = ""
-    side: str = ""
+    statistic: str
+    side: str
 
     @property
     def method(self) -> str:
@@ -291,20 +292,20 @@ FAULTS = {
     "KL price × 100": Fault("M", dear, "objective/kl", "below"),
     "learning rate × 10": Fault("A", fast, "policy/clipfrac_avg", "above"),
     "a critic that does not learn": Fault("H", idle_critic, "val/explained_variance", "below"),
-    "50 labels": Fault("J", few_labels),
+    "50 labels": Fault("J", few_labels, "gold", "below"),
     "labels that like length": Fault("F", long_labels, "objective/length", "above"),
-    "labels of a coin": Fault("C", chance_labels),
-    "a reward model of another tokenizer": Fault("L", foreign_tokens),
+    "labels of a coin": Fault("C", chance_labels, "gold", "below"),
+    "a reward model of another tokenizer": Fault("L", foreign_tokens, "gold", "below"),
     "an untrained reference": Fault("B", untrained_reference, "objective/kl", "above"),
-    "a top-k sampler": Fault("K", top_k),
+    "a top-k sampler": Fault("K", top_k, "objective/kl_k3", "below"),
     "dropout left on": Fault("E", dropout, "val/ratio_first", "above"),
     "a bonus for each sentence": Fault("N", a_bonus_for_length, "val/eos_rate", "below"),
     "the advantage's sign": Fault("G", wrong_sign, "objective/scores", "below"),
     "scores not normalised": Fault("I", raw_scale, "objective/kl", "above"),
-    "prompts of one class": Fault("O", one_class),
-    "chosen and rejected swapped": Fault("P", swapped_pairs),
+    "prompts of one class": Fault("O", one_class, "gold", "below"),
+    "chosen and rejected swapped": Fault("P", swapped_pairs, "gold", "below"),
     "a DPO reference that is not the start": Fault("Q", another_start, "loss", "above"),
-    "β ÷ 100": Fault("R", no_beta),
+    "β ÷ 100": Fault("R", no_beta, "logps/rejected_shift", "below"),
 }
 HEALTHY = {"healthy": ("ppo", 0), "healthy, seed 1": ("ppo", 1), "healthy, seed 2": ("ppo", 2),
            "healthy DPO": ("dpo", 0), "healthy DPO, seed 1": ("dpo", 1)}
@@ -439,20 +440,27 @@ def columns(rows: list[dict]) -> dict[str, list[float]]:
 
 
 def run_fault(name: str, ground: Ground) -> dict:
-    """The record of one broken run: the fields of `StoredRun`."""
+    """The record of one broken run: the fields of `StoredRun`, and the CPU seconds."""
     fault, begun = FAULTS[name], time.process_time()
     start, follow = {"ppo": (healthy_ppo, run_ppo), "dpo": (healthy_dpo, run_dpo)}[fault.method]
     made = follow(fault.breaks(start(ground), ground), ground)
-    return {"name": name, "letter": fault.letter, "fault": fault.breaks.__doc__, "method": fault.method,
-            "statistic": fault.statistic, "side": fault.side, **made, "cpu_seconds": time.process_time() - begun}
+    return {**described(name), **made, "cpu_seconds": time.process_time() - begun}
 
 
 def run_healthy(name: str, ground: Ground) -> dict:
     """The record of one healthy run."""
     (method, seed), begun = HEALTHY[name], time.process_time()
     start, follow = {"ppo": (healthy_ppo, run_ppo), "dpo": (healthy_dpo, run_dpo)}[method]
-    return {"name": name, "letter": "", "fault": "", "method": method, "statistic": "", "side": "",
-            **follow(start(ground, seed), ground), "cpu_seconds": time.process_time() - begun}
+    return {**described(name), **follow(start(ground, seed), ground), "cpu_seconds": time.process_time() - begun}
+
+
+def described(name: str) -> dict:
+    """The fields of `StoredRun` that say what a run is."""
+    if name in HEALTHY:
+        return {"name": name, "letter": "", "fault": "", "method": HEALTHY[name][0], "statistic": "", "side": ""}
+    fault = FAULTS[name]
+    return {"name": name, "letter": fault.letter, "fault": fault.breaks.__doc__, "method": fault.method,
+            "statistic": fault.statistic, "side": fault.side}
 
 
 def alarms(made: dict, healthy: dict) -> dict:
@@ -545,6 +553,7 @@ def run(folder: Path, size: Size, names: list[str] | None = None) -> dict:
         make = run_healthy if name in HEALTHY else run_fault
         path = folder / "runs" / f"{(FAULTS[name].letter if name in FAULTS else name.replace(' ', '-'))}.json"
         made = kept(path, {"name": name, "size": size.key()}, lambda: plain(make(name, ground)))  # noqa: B023
+        made |= described(name)
         runs.append(made)
         spoke = {check["name"]: check["iteration"] for check in made["checks"] if check["says"]}
         print(f"{made['letter'] or '-'} {name:<40} gold {made['exact']['gold'][-1]:6.2f} "

@@ -1,5 +1,6 @@
 """The failure museum: faults that change a run in one way, checks that are asked, and a record that agrees."""
 
+import functools
 import json
 import re
 from dataclasses import fields
@@ -20,7 +21,7 @@ from experiments.sweep import write_compact
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "failures.ipynb"
 TINY = maker.Size(
-    world=WorldSize(demonstrations=256, pairs=96, normalise=64, keys=1, sft=SFTConfig(epochs=1),
+    world=WorldSize(demonstrations=1600, pairs=96, normalise=64, keys=1, sft=SFTConfig(epochs=2),
                     reward=RewardConfig(epochs=1, batch_size=32)),
     few=16, heldout=64, prompts=16, looks=(1.0,),
     ppo=PPOConfig(iterations=2, prompts_per_iteration=32, minibatch_size=16, kl_coef=0.35),
@@ -38,32 +39,39 @@ def ground(folder):
     return maker.Ground(folder, TINY)
 
 
-def said(made: dict) -> dict[str, str]:
-    return {check["name"]: check["says"] for check in made["checks"]}
+@pytest.fixture(scope="module")
+def made(ground):
+    """The record of a run by its name; each is made once."""
+    fault, healthy = maker.run_fault, maker.run_healthy
+    return functools.cache(lambda name: (fault if name in maker.FAULTS else healthy)(name, ground))
+
+
+def said(run: dict) -> dict[str, str]:
+    return {check["name"]: check["says"] for check in run["checks"]}
 
 
 # ---- the experiment, in small
-def test_a_wrong_reference_is_seen_before_the_first_step_and_goes_on_all_the_same(ground):
-    healthy, broken = maker.run_healthy("healthy", ground), maker.run_fault("an untrained reference", ground)
+def test_a_wrong_reference_is_seen_before_the_first_step_and_goes_on_all_the_same(made):
+    healthy, broken = made("healthy"), made("an untrained reference")
     assert not any(said(healthy)[name] for name in ("step 0", "each iteration", "reward ids", "max_kl", "not finite"))
     assert "log π − log π_ref" in said(broken)["step 0"]
-    assert healthy["logs"]["objective/kl"][0] == 0 and broken["logs"]["objective/kl"][0] > 1
+    assert healthy["logs"]["objective/kl"][0] == 0 and broken["logs"]["objective/kl"][0] > 0.1
     assert healthy["logs"]["step"] == broken["logs"]["step"] == [1, 2]
     assert broken["exact"]["step"] == [0, 2]
     assert healthy["exact"]["kl"][0] == broken["exact"]["kl"][0] == 0  # exact KL is to SFT, whatever the reference
 
 
-def test_dropout_and_a_top_k_sampler_are_seen_by_the_ratio(ground):
+def test_dropout_and_a_top_k_sampler_are_seen_by_the_ratio(made):
     for name in ("dropout left on", "a top-k sampler"):
-        assert "the ratio π / π_old is off" in said(maker.run_fault(name, ground))["step 0"], name
-    assert maker.run_fault("dropout left on", ground)["logs"]["val/ratio_first"][0] != pytest.approx(1, abs=1e-3)
+        assert "the ratio π / π_old is off" in said(made(name))["step 0"], name
+    assert made("dropout left on")["logs"]["val/ratio_first"][0] != pytest.approx(1, abs=1e-4)
 
 
-def test_dpo_does_not_ask_about_a_reference_that_was_given_and_asking_by_hand_tells(ground):
-    broken = maker.run_fault("a DPO reference that is not the start", ground)
-    check = next(check for check in broken["checks"] if check["name"] == "step 0")
+def test_dpo_does_not_ask_about_a_reference_that_was_given_and_asking_by_hand_tells(made):
+    checks = made("a DPO reference that is not the start")["checks"]
+    check = next(check for check in checks if check["name"] == "step 0")
     assert not check["made"] and check["iteration"] == 1 and "margin" in check["says"]
-    healthy = maker.run_healthy("healthy DPO", ground)
+    healthy = made("healthy DPO")
     assert healthy["logs"]["loss"][0] == pytest.approx(np.log(2), abs=1e-3) and not said(healthy)["step 0"]
 
 
@@ -90,25 +98,28 @@ def test_what_a_fault_replaces_in_the_code_is_put_back(ground):
 
 
 def test_an_alarm_is_what_is_not_also_said_of_the_healthy_run():
-    def made(*sentences):
+    def advised_of(*sentences):
         return {"checks": [{"name": "advice", "iteration": 20, "says": "\n".join(sentences), "made": True},
                            {"name": "step 0", "iteration": 1, "says": "step 0: off", "made": True}]}
 
     risky, collapsed = "Risky failures are still 13% in x.", "Entropy fell from 2.00 to 0.10 nats a token."
-    advised, invariant = maker.alarms(made(risky, collapsed), made("Risky failures are still 40% in y."))["checks"]
+    healthy = advised_of("Risky failures are still 40% in y.")
+    advised, invariant = maker.alarms(advised_of(risky, collapsed), healthy)["checks"]
     assert advised["says"] == collapsed and advised["iteration"] == 20
     assert invariant["says"] == "step 0: off" and invariant["iteration"] == 1  # an invariant is an alarm in any case
-    silent, _ = maker.alarms(made(risky), made(risky))["checks"]
+    silent, _ = maker.alarms(advised_of(risky), advised_of(risky))["checks"]
     assert silent["says"] == "" and silent["iteration"] is None
 
 
-def test_the_experiment_writes_a_record_that_loads_and_makes_nothing_twice(folder, ground, tmp_path, monkeypatch):
-    names = ["the advantage's sign", "chosen and rejected swapped"]
+def test_the_experiment_writes_a_record_that_loads_and_makes_nothing_twice(folder, made, tmp_path, monkeypatch):
+    names = ["a top-k sampler", "a DPO reference that is not the start"]
+    monkeypatch.setattr(maker, "run_fault", lambda name, ground: made(name))
+    monkeypatch.setattr(maker, "run_healthy", lambda name, ground: made(name.partition(",")[0]))  # one seed is enough
     record = maker.run(folder, TINY, names)
     write_compact(tmp_path / "failures.json", record)
     museum = load_failures(tmp_path / "failures.json")
     assert [run.name for run in museum.broken] == names and len(museum.refusals) == len(maker.REFUSED)
-    assert museum["G"].rows[0].keys() == museum.healthy()[0].rows[0].keys() >= {"step", "objective/kl"}
+    assert museum["K"].rows[0].keys() == museum.healthy()[0].rows[0].keys() >= {"step", "objective/kl"}
     for start in ("run_fault", "run_healthy"):
         monkeypatch.setattr(maker, start, lambda *arguments: pytest.fail("made again"))
     assert maker.run(folder, TINY, names)["runs"] == record["runs"]
@@ -136,8 +147,8 @@ def test_the_loader_says_what_is_missing_and_what_is_unknown(tmp_path):
         museum[""]
     with pytest.raises(ValueError, match="method is 'sft'"):
         museum.healthy("sft")
-    with pytest.raises(ValueError, match="statistic is 'kl'.*objective/kl"):
-        museum["A"].late("kl")
+    with pytest.raises(ValueError, match="statistic is 'luck'.*objective/kl.*gold"):
+        museum["A"].late("luck")
     assert museum["A"] is museum[museum["A"].name]
 
 
@@ -149,7 +160,7 @@ def test_what_caught_a_run_is_in_order_and_leaves_out_gold_and_what_is_not_made(
     assert [check.name for check in run.caught] == ["max_kl", "advice"]
     assert run.rows == [{"step": 1, "loss": 3}, {"step": 2, "loss": 4}] and run.exact_rows == [{"step": 0, "kl": 0}]
     assert run.check("step 0").says == "a" and run.check("advice").made and run.check("reward ids") is None
-    assert run.late("loss") == 3.5 and run.late("loss", last=1) == 4
+    assert run.late("kl") == 0 and run.late("loss") == 3.5 and run.late("loss", last=1) == 4
 
 
 # ---- the record
@@ -184,12 +195,11 @@ def test_the_checks_are_silent_in_every_healthy_run(museum):
 
 def test_every_broken_run_differs_from_all_healthy_ones_in_the_statistic_that_its_room_names(museum):
     for run in museum.broken:
-        if run.statistic:
-            assert run.side in SIDES
-            healthy = [each.late(run.statistic) for each in museum.healthy(run.method)]
-            spread, late = max(healthy) - min(healthy), run.late(run.statistic)
-            beyond = late - max(healthy) if run.side == "above" else min(healthy) - late
-            assert beyond > spread, (run.letter, run.statistic, late, healthy)
+        assert run.side in SIDES
+        healthy = [each.late(run.statistic) for each in museum.healthy(run.method)]
+        spread, late = max(healthy) - min(healthy), run.late(run.statistic)
+        beyond = late - max(healthy) if run.side == "above" else min(healthy) - late
+        assert beyond > spread, (run.letter, run.statistic, late, healthy)
 
 
 def test_some_faults_are_caught_at_once_and_some_by_nothing(museum):

@@ -47,11 +47,11 @@ class StoredRun:
     """One run: what it logged, what is exact about it, and what every check said.
 
     name: of a fault, or of a healthy run. letter: of its room in the museum; "" for a healthy run. fault: one sentence,
-    "" for a healthy run. method: "ppo" or "dpo". statistic, side: the logged number that the fault shows in, and on
-    which side of the healthy run; "" for a healthy run, and where no logged number shows it. logs: the statistics of
-    `PPOStats.log()` or `DPOStats.log()`, a list with one number an iteration each. exact: "step", "kl" (to SFT, nats a
-    response), "proxy" (score of the healthy run's reward model), "gold" and "entropy" at some iterations, by
-    enumeration; gold in SFT-sd.
+    "" for a healthy run. method: "ppo" or "dpo". statistic, side: the logged number that the fault shows in ("gold"
+    where no logged number tells what is wrong), and on which side of the healthy run; "" for a healthy run. logs: the
+    statistics of `PPOStats.log()` or `DPOStats.log()`, a list with one number an iteration each. exact: "step", "kl"
+    (to SFT, nats a response), "proxy" (score of the healthy run's reward model), "gold" and "entropy" at some
+    iterations, by enumeration; gold in SFT-sd.
     """
 
     name: str
@@ -85,9 +85,12 @@ class StoredRun:
         return next((check for check in self.checks if check.name == name), None)
 
     def late(self, statistic: str, last: int = 5) -> float:
-        """The mean of a logged statistic over the last iterations. Raises ValueError if it was not logged."""
+        """The mean of a logged statistic over the `last` iterations, or an exact one at the end. Raises ValueError if
+        it is neither."""
+        if statistic in self.exact and statistic not in self.logs:
+            return self.exact[statistic][-1]
         if statistic not in self.logs:
-            raise ValueError(f"statistic is {statistic!r}, expected one of {', '.join(self.logs)}")
+            raise ValueError(f"statistic is {statistic!r}, expected one of {', '.join({**self.logs, **self.exact})}")
         values = self.logs[statistic][-last:]
         return sum(values) / len(values)
 
