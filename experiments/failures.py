@@ -304,7 +304,7 @@ FAULTS = {
     "scores not normalised": Fault("I", raw_scale, "objective/kl", "above"),
     "prompts of one class": Fault("O", one_class, "gold", "below"),
     "chosen and rejected swapped": Fault("P", swapped_pairs, "gold", "below"),
-    "a DPO reference that is not the start": Fault("Q", another_start, "loss", "above"),
+    "a DPO reference that is not the start": Fault("Q", another_start, "logps/chosen_shift", "above"),
     "β ÷ 100": Fault("R", no_beta, "logps/rejected_shift", "below"),
 }
 HEALTHY = {"healthy": ("ppo", 0), "healthy, seed 1": ("ppo", 1), "healthy, seed 2": ("ppo", 2),
