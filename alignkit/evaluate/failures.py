@@ -120,7 +120,8 @@ class Failures:
         for run in self.runs:
             if name in (run.letter, run.name) and name:
                 return run
-        raise KeyError(f"{name!r}, expected one of {', '.join(run.letter or repr(run.name) for run in self.runs)}")
+        healthy = [repr(run.name) for run in self.runs if not run.letter]
+        raise KeyError(f"{name!r}, expected one of {', '.join([*healthy, *(run.letter for run in self.broken)])}")
 
     @property
     def broken(self) -> tuple[StoredRun, ...]:
