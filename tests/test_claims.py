@@ -260,6 +260,6 @@ def test_the_record_and_the_page_agree_with_the_rules():
     assert {claim.verdict for claim in record.claims} <= set(claims.VERDICTS)
     for rule in registry.RULES:
         if not isinstance(rule.statistic, str):
-            again = {seed: rule.statistic({arm: worlds[seed] for arm, worlds in record.arms.items()})
-                     for seed in next(iter(record.arms.values()))}
+            again = {seed: rule.statistic({arm: rows[seed] for arm, rows in record.arms.items() if seed in rows})
+                     for seed in record.arms["PPO"]}
             assert record[rule.name].worlds == pytest.approx(again, abs=1e-4), rule.name

@@ -88,7 +88,9 @@ def page(record: Claims) -> str:
         f"annotator, and ends at {record.settings['last']:g} nats from SFT (two stages: the first ends at "
         f"{record.settings['first']:g}). Means over the worlds in which the arm reached that KL. Gold and proxy are "
         "in SFT-sd; every figure is exact on 32 held-out prompts. *Detour* is the length of the path of the behaviour "
-        "distribution over its net displacement; it can be compared between arms with equally many blocks.", "",
+        "distribution over its net displacement; it can be compared between arms with equally many blocks. A priced "
+        "arm counts as having reached the KL within 0.2 nats. No worlds: the arm was not run yet, or ended elsewhere.",
+        "",
         f"| arm | worlds | {' | '.join(METRICS.values())} |", "|---" * (len(METRICS) + 2) + "|", *rows, "",
         "## Not measured yet", "", "| claim | what is missing |", "|---|---|",
         *(f"| {name} | {why} |" for name, why in record.unmeasured.items()), ""])
