@@ -181,11 +181,14 @@ def test_labels_are_matched(ground):
     assert (part / "model.safetensors").read_bytes() != (everything / "model.safetensors").read_bytes()
 
 
-def test_a_priced_arm_is_measured_after_every_block_and_is_the_same_twice(ground):
-    one, two = order.follow(ground, "PPO + DPO"), order.follow(ground, "PPO + DPO")
+def test_a_priced_arm_is_measured_after_every_block_and_is_the_same_twice(ground, monkeypatch):
+    monkeypatch.setattr(order, "NEAR", 9.0)
+    one = order.follow(ground, "PPO + DPO")
+    monkeypatch.setattr(order, "NEAR", 0.0)  # nothing ends exactly at its KL
+    two = order.follow(ground, "PPO + DPO")
+    assert one["at"] and two["at"] is None
     assert one["path"] == two["path"] and len(one["path"]["kl"]) == TINY.blocks + 1 and -1 <= one["cosine"] <= 1
     assert one["at"]["gold"] == pytest.approx(np.mean(one["path"]["gold"][-order.LATE:]))
-    assert abs(one["at"]["kl"] - TINY.last) <= order.NEAR
     assert one["path"]["kl"][0] == one["start"]["kl"] == 0 and one["at"]["seconds"] > 0 and one["detour"] >= 1
 
 
