@@ -31,10 +31,9 @@ from alignkit.models.heads import reward_model_from
 from alignkit.models.loading import load_policy, save_model
 from alignkit.reward import RewardScorer, train_reward_model
 from alignkit.runs.records import versions
-from alignkit.sft import train_sft
 from alignkit.storage import plain, write_atomically
 from alignkit.task import desk_task
-from experiments.sweep import kept, some_prompts, strata, write_compact
+from experiments.sweep import kept, some_prompts, strata, train_sft_policy, write_compact
 
 CLEAN = {"sharpness": 20.0, "flips": 0.0}  # a difference of 0.1 raw units decides 88 % of labels, one of 0.25 99 %
 UNBIASED = {"politeness": 0.0, "length": 0.0}
@@ -89,9 +88,7 @@ class Ground:
     def _sft(self, folder: Path):
         """The SFT policy of this world, trained as in notebook 01 the first time."""
         def train() -> bool:
-            policy, tokenizer = load_policy("tiny", seed=self.seed)
-            rows = self.task.demonstrations(self.size.demonstrations, seed=self.seed)
-            train_sft(policy, tokenizer, rows[len(rows) // 16 :], replace(self.size.sft, seed=self.seed))
+            policy, tokenizer = train_sft_policy(self.task, self.size.demonstrations, self.size.sft, self.seed)
             save_model(policy, tokenizer, folder / "sft")
             return True
 

@@ -33,7 +33,6 @@ from alignkit.evaluate.evaluation import Evaluation, evaluate, evaluation_set
 from alignkit.evaluate.failures import FILE, GOLD, load_failures
 from alignkit.evaluate.reward_model import reward_report
 from alignkit.forward import sampling
-from alignkit.forward.sampling import generate_texts
 from alignkit.models.heads import reward_model_from
 from alignkit.models.loading import load_policy
 from alignkit.ppo import PPOState, ppo_iteration, ran_away
@@ -43,7 +42,7 @@ from alignkit.runs.records import versions
 from alignkit.storage import plain, settings
 from alignkit.task import desk_task
 from experiments.sweep import Size as WorldSize
-from experiments.sweep import Truth, kept, make_world, some_prompts, strata, write_compact
+from experiments.sweep import Truth, kept, make_world, scorer_in_sft_sd, some_prompts, strata, write_compact
 
 QUIET = "Nothing here asks for more training"  # how `advice` begins when it has nothing to say
 RULES = ("Risky failures", "Over-refusal grew", "is over-optimised", "The proxy of", "Entropy fell",
@@ -104,12 +103,7 @@ class Ground:
 
     def normalised(self, model: nn.Module) -> RewardScorer:
         """The model as a scorer with mean 0 and standard deviation 1 on responses of SFT."""
-        rng = np.random.default_rng([self.seed, 1])
-        asked = [texts[i] for texts in strata(self.task)
-                 for i in rng.integers(len(texts), size=self.size.world.normalise // 4)]
-        responses = generate_texts(self.sft, self.tokenizer, asked, max_new_tokens=self.task.max_new_tokens,
-                                   seed=self.seed + 2)
-        return RewardScorer(model, self.tokenizer).normalised(asked, [texts[0] for texts in responses])
+        return scorer_in_sft_sd(model, self.sft, self.tokenizer, self.task, self.size.world.normalise, self.seed)
 
     def labels(self, **annotator: float) -> list[dict]:
         """The healthy reward model's pairs, labelled by a changed annotator."""

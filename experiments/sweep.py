@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignkit import exact
 from alignkit.configs import DPOConfig, PPOConfig, RewardConfig, SFTConfig
@@ -77,19 +77,29 @@ PROBE = Size(demonstrations=1600, pairs=384, normalise=128, keys=1, sft=SFTConfi
 def make_world(seed: int, folder: Path, size: Size = COURSE) -> None:
     """Train SFT and reward model as notebooks 01 and 02 do, and save them in `folder`."""
     task = desk_task(seed)
-    policy, tokenizer = load_policy("tiny", seed=seed)
-    rows = task.demonstrations(size.demonstrations, seed=seed)
-    train_sft(policy, tokenizer, rows[len(rows) // 16 :], replace(size.sft, seed=seed))
+    policy, tokenizer = train_sft_policy(task, size.demonstrations, size.sft, seed)
     model = reward_model_from(policy, seed=seed)
     train_reward_model(model, tokenizer, task.preference_pairs(policy, tokenizer, size.pairs, seed=seed),
                        replace(size.reward, seed=seed))
-    rng = np.random.default_rng([seed, 1])
-    each = size.normalise // len(KINDS)
-    asked = [prompts[i] for prompts in strata(task) for i in rng.integers(len(prompts), size=each)]
-    responses = generate_texts(policy, tokenizer, asked, max_new_tokens=task.max_new_tokens, seed=seed + 2)
-    scorer = RewardScorer(model, tokenizer).normalised(asked, [texts[0] for texts in responses])
-    scorer.save(folder / "reward")
+    scorer_in_sft_sd(model, policy, tokenizer, task, size.normalise, seed).save(folder / "reward")
     save_model(policy, tokenizer, folder / "sft")
+
+
+def train_sft_policy(task: DeskTask, demonstrations: int, config: SFTConfig, seed: int) -> tuple[nn.Module, object]:
+    """The tiny policy and its tokenizer, trained on the task's demonstrations without the part that 01 holds out."""
+    policy, tokenizer = load_policy("tiny", seed=seed)
+    rows = task.demonstrations(demonstrations, seed=seed)
+    train_sft(policy, tokenizer, rows[len(rows) // 16 :], replace(config, seed=seed))
+    return policy, tokenizer
+
+
+def scorer_in_sft_sd(model: nn.Module, policy: nn.Module, tokenizer, task: DeskTask, number: int, seed: int
+                     ) -> RewardScorer:
+    """A reward model as a scorer: mean 0, sd 1 over `number` responses of the SFT policy to training prompts."""
+    rng = np.random.default_rng([seed, 1])
+    asked = [prompts[i] for prompts in strata(task) for i in rng.integers(len(prompts), size=number // len(KINDS))]
+    responses = generate_texts(policy, tokenizer, asked, max_new_tokens=task.max_new_tokens, seed=seed + 2)
+    return RewardScorer(model, tokenizer).normalised(asked, [texts[0] for texts in responses])
 
 
 def strata(task: DeskTask) -> list[list[str]]:

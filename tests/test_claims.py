@@ -1,6 +1,7 @@
 """The claims lab: verdicts, matched KL, arms that differ in nothing but what they say, and a record that agrees."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -222,13 +223,23 @@ def test_distilling_more_draws_raises_the_proxy_more(ground):
     assert proxies[1] > proxies[0] + 0.05
 
 
-def test_an_arm_that_is_kept_is_not_trained_again_unless_size_or_code_change(ground, monkeypatch):
+def test_an_arm_that_is_kept_is_not_trained_again_unless_size_stages_or_code_change(ground, monkeypatch):
     folder, trained = ground.folder.parent, []
     monkeypatch.setattr(order, "follow", lambda ground, name: trained.append(name) or {
         "arm": name, "at": None, "detour": 1.0})
-    for code in ("one", "one", "two"):
-        order.run_world(ground.seed, folder, TINY, ["DPO", "PPO, then DPO"], code)
-    assert trained == ["DPO", "PPO, then DPO"] * 2
+    names = ["DPO", "PPO, then DPO"]
+    order.run_world(ground.seed, folder, TINY, names)
+    order.run_world(ground.seed, folder, TINY, names)
+    assert trained == names
+    order.run_world(ground.seed, folder, replace(TINY, last=TINY.last + 0.1), names)
+    assert trained == names * 2
+    stage = arms.ARMS["DPO"][0]
+    monkeypatch.setitem(arms.ARMS, "DPO", (replace(stage, options={"fresh": True}),))
+    order.run_world(ground.seed, folder, replace(TINY, last=TINY.last + 0.1), names)
+    assert trained == [*names * 2, "DPO"]
+    monkeypatch.setattr(order, "source_hashes", lambda: {"ppo.py": "another text"})
+    order.run_world(ground.seed, folder, replace(TINY, last=TINY.last + 0.1), names)
+    assert trained == [*names * 2, "DPO", *names]
 
 
 # ---- rules and record

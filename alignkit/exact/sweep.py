@@ -128,10 +128,14 @@ def source_hashes(sources: Sequence[str] = SOURCES) -> dict[str, str]:
             name = module.relative_to(PACKAGE).as_posix()
             if name in UNMEASURED:
                 continue
-            tree = ast.parse(module.read_text(encoding="utf-8"))
-            for node in ast.walk(tree):
-                documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-                if documented and ast.get_docstring(node, clean=False) is not None:
-                    node.body = node.body[1:]
-            hashes[name] = hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+            hashes[name] = syntax_hash(ast.parse(module.read_text(encoding="utf-8")))
     return hashes
+
+
+def syntax_hash(tree: ast.Module) -> str:
+    """SHA-256 of a module's syntax, which ignores docstrings, comments and line breaks; takes the docstrings out."""
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()

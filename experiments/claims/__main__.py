@@ -18,10 +18,8 @@ from pathlib import Path
 from alignkit.configs import RewardConfig, SFTConfig
 from alignkit.evaluate.claims import FILE, VERDICTS, Claim, Claims, load_claims
 from alignkit.evaluate.readings import RECORD
-from alignkit.exact.sweep import source_hashes
 from alignkit.runs.records import versions
-from alignkit.storage import content_hash, plain, read_json, write_atomically
-from experiments.claims import arms, order
+from alignkit.storage import plain, read_json, write_atomically
 from experiments.claims.arms import ARMS, Size
 from experiments.claims.order import run_world
 from experiments.claims.registry import RULES, UNMEASURED, Rule
@@ -38,11 +36,9 @@ METRICS = {"kl": "KL, nats", "gold": "gold", "proxy": "proxy", "share": "share o
 
 def run(seeds: Sequence[int], folder: Path, size: Size, workers: int) -> dict[int, dict[str, dict]]:
     """World seed -> arm -> the record of `order.follow`."""
-    here = [path.read_text(encoding="utf-8") for path in (Path(arms.__file__), Path(order.__file__))]
-    code = content_hash([source_hashes(), here])
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         n = len(seeds)
-        worlds = pool.map(run_world, seeds, [folder] * n, [size] * n, [list(ARMS)] * n, [code] * n)
+        worlds = pool.map(run_world, seeds, [folder] * n, [size] * n, [list(ARMS)] * n)
         return {seed: {row["arm"]: row for row in rows} for seed, rows in zip(seeds, worlds, strict=True)}
 
 

@@ -27,10 +27,9 @@ from alignkit.models.loading import load_policy, save_model
 from alignkit.optim import adamw, set_learning_rate
 from alignkit.ppo import PPOState, collect, ppo_iteration, ppo_step
 from alignkit.reward import RewardScorer, train_reward_model
-from alignkit.sft import train_sft
 from alignkit.storage import settings
 from alignkit.task import desk_task
-from experiments.sweep import Truth, kept, some_prompts, strata
+from experiments.sweep import Truth, kept, scorer_in_sft_sd, some_prompts, strata, train_sft_policy
 
 ITERATIONS, STEPS = 2, 8  # of PPO, and of another method's optimiser, in a block
 
@@ -94,9 +93,7 @@ class Ground:
         return [texts[i] for texts in strata(self.task) for i in rng.integers(len(texts), size=each)]
 
     def _make_sft(self) -> bool:
-        policy, tokenizer = load_policy("tiny", seed=self.seed)
-        rows = self.task.demonstrations(self.size.demonstrations, seed=self.seed)
-        train_sft(policy, tokenizer, rows[len(rows) // 16 :], replace(self.size.sft, seed=self.seed))
+        policy, tokenizer = train_sft_policy(self.task, self.size.demonstrations, self.size.sft, self.seed)
         save_model(policy, tokenizer, self.folder / "sft")
         return True
 
@@ -104,10 +101,7 @@ class Ground:
         def train() -> bool:
             model = reward_model_from(self.sft, seed=self.seed)
             train_reward_model(model, self.tokenizer, rows, replace(self.size.reward, seed=self.seed))
-            asked = self.training_prompts(self.size.normalise // 4, 1)
-            responses = generate_texts(self.sft, self.tokenizer, asked, max_new_tokens=self.task.max_new_tokens,
-                                       seed=self.seed + 2)
-            RewardScorer(model, self.tokenizer).normalised(asked, [texts[0] for texts in responses]).save(
+            scorer_in_sft_sd(model, self.sft, self.tokenizer, self.task, self.size.normalise, self.seed).save(
                 self.folder / f"judge-{name}")
             return True
 

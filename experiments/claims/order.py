@@ -6,6 +6,7 @@ where the learning rate has almost reached 0; an arm that ends with a swept stag
 two runs around the KL.
 """
 
+import ast
 import copy
 import itertools
 import time
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 
 from alignkit import exact
 from alignkit.desk.world import BEHAVIOURS, KINDS
-from alignkit.storage import plain
+from alignkit.exact.sweep import source_hashes, syntax_hash
+from alignkit.storage import content_hash, plain
+from experiments.claims import arms
 from experiments.claims.arms import ARMS, Ground, Size, Stage
 from experiments.sweep import kept
 
@@ -173,13 +176,25 @@ def sweep_stage(ground: Ground, policy: nn.Module, stage: Stage, number: int, ta
     return trained, logps, at_kl([run[0] for run in runs], target)
 
 
-def run_world(seed: int, folder: Path, size: Size, arms: Sequence[str], code: str) -> list[dict]:
-    """All arms of a world, each kept in a file and not run again while size and code are the same."""
+def recipe(name: str) -> str:
+    """Hash of what makes an arm's record: its stages, and the syntax of alignkit's sources and of the two modules here,
+    without the list of arms."""
+    stages = [[stage.method.__name__, stage.options, stage.price] for stage in ARMS[name]]
+    modules = []
+    for path in (Path(arms.__file__), Path(__file__)):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree.body = [node for node in tree.body if not (isinstance(node, ast.AnnAssign) and node.target.id == "ARMS")]
+        modules.append(syntax_hash(tree))
+    return content_hash([stages, source_hashes(), modules])
+
+
+def run_world(seed: int, folder: Path, size: Size, names: Sequence[str]) -> list[dict]:
+    """All arms of a world, each kept in a file and not run again while its size and its recipe are the same."""
     torch.set_num_threads(1)
     rows, ground = [], None
-    for name in arms:
+    for name in names:
         path = folder / f"world-{seed}" / f"{name.replace(', ', '-').replace(' ', '_')}.json"
-        key = plain({"size": size.key(), "code": code, "arm": name})  # as JSON gives it back: tuples are lists
+        key = plain({"size": size.key(), "code": recipe(name), "arm": name})  # as JSON gives it back: tuples are lists
 
         def train(name: str = name) -> dict:
             nonlocal ground
