@@ -135,9 +135,13 @@ def test_every_reading_of_the_notebooks_is_recorded_and_no_other(recorded):
     assert not missing and not gone
 
 
-def test_the_page_and_the_readme_are_made_from_it(recorded):
+def test_the_pages_and_the_readme_are_made_from_it(recorded):
     assert {0, 1, 2, 3, 4} < set(recorded["seeds"]) and len(recorded["seeds"]) >= 12  # 0-4 and others
     assert (ROOT / "docs" / "readings.md").read_text(encoding="utf-8") == experiment.page(recorded)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("−", "-")
-    for row in recorded["figures"]:
-        assert f"| {row['what']} | {row['median']:.3f} | {row['worst']:.3f} |".replace("−", "-") in readme
+    rows = {f"| {row['what']} | {row['median']:.3f} | {row['worst']:.3f} |".replace("−", "-")
+            for row in recorded["figures"]}
+    measured, readme = ((ROOT / name).read_text(encoding="utf-8").replace("−", "-").splitlines()
+                        for name in ("docs/measured.md", "README.md"))
+    assert rows <= set(measured)
+    shown = [line for line in readme if line.startswith(("| SFT: ", "| PPO: ", "| DPO on frozen PPO: "))]
+    assert len(shown) >= 5 and set(shown) <= rows
