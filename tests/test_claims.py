@@ -261,6 +261,9 @@ def test_rules_read_arms_that_exist_and_none_where_one_did_not_reach_its_kl():
         if not isinstance(rule.statistic, str):
             assert isinstance(rule.statistic(world), float), rule.name
             assert rule.statistic(lost) is None or rule.name in ("C2", "C8", "C33", "C33c", "C34"), rule.name
+            few = rule.statistic({arm: world[arm] for arm in lab.EVERYWHERE})
+            compared = rule.name.startswith(("C11", "C33", "C34", "C37", "C39")) and rule.name != "C11b"
+            assert few == rule.statistic(world) if compared else few in (None, rule.statistic(world)), rule.name
 
 
 def test_the_record_and_the_page_agree_with_the_rules():

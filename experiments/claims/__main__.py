@@ -1,6 +1,6 @@
 """Measure the claims of the articles and give each its verdict.
 
-    python -m experiments.claims --seeds 31 32 33 34 35 36 37 38 39 40 --record
+    python -m experiments.claims --record
     python -m experiments.claims --quick          # two worlds in small, in minutes: a trial of the whole
 
 Runs the arms of `arms.py` in every world, takes the readings of `experiments.readings` from their record, and applies
@@ -26,10 +26,9 @@ from experiments.claims.registry import RULES, UNMEASURED, Rule
 from experiments.sweep import write_compact
 
 PAGE = Path(__file__).parents[2] / "docs" / "claims.md"
-SEEDS = tuple(range(31, 41))
-FEW = 5  # worlds for the arms that no claim on order, sum or alternation compares
-ONLY_FEW = ("PPO, then PPO", "PPO + 4 DPO", "alternating, each block", "RLOO, k1 in the loss", "RLOO, k2 in the loss",
-            "RLOO, k3 in the loss")
+SEEDS = (31, 32, 33, 39, 40, 34, 35, 36, 37, 38)
+FEW = 5  # worlds in which all arms are run; in the others only those that claims on order, sum and alternation compare
+EVERYWHERE = ("PPO", "DPO", "PPO, then DPO", "DPO, then PPO", "PPO + DPO", "alternating, four blocks")
 QUICK = Size(demonstrations=1600, labels=800, fresh=200, normalise=128, keys=1, blocks=8, first=0.2, last=0.4,
              sft=SFTConfig(epochs=2), reward=RewardConfig(epochs=2))
 METRICS = {"kl": "KL, nats", "gold": "gold", "proxy": "proxy", "share": "share of the most proxy at this KL",
@@ -38,8 +37,8 @@ METRICS = {"kl": "KL, nats", "gold": "gold", "proxy": "proxy", "share": "share o
 
 
 def run(seeds: Sequence[int], folder: Path, size: Size, workers: int) -> dict[int, dict[str, dict]]:
-    """World seed -> arm -> the record of `order.follow`; all arms in the first FEW worlds."""
-    arms = [[arm for arm in ARMS if place < FEW or arm not in ONLY_FEW] for place in range(len(seeds))]
+    """World seed -> arm -> the record of `order.follow`; the arms of EVERYWHERE alone after FEW worlds."""
+    arms = [[arm for arm in ARMS if place < FEW or arm in EVERYWHERE] for place in range(len(seeds))]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         n = len(seeds)
         worlds = pool.map(run_world, seeds, [folder] * n, [size] * n, arms)
@@ -90,8 +89,8 @@ def page(record: Claims) -> str:
         "in SFT-sd; every figure is exact on 32 held-out prompts. *Detour* is the length of the path of the behaviour "
         "distribution over its net displacement; it can be compared between arms with equally many blocks. A priced "
         "arm counts as having reached the KL within 0.2 nats; what is left of the difference varies from world to "
-        f"world, so the intervals contain it. {len(ONLY_FEW)} of the arms are run in the first {FEW} worlds only. No "
-        "worlds: the arm ended elsewhere in all of them.",
+        f"world, so the intervals contain it. {len(EVERYWHERE)} arms are run in every world, the others in the first "
+        f"{FEW}. No worlds: the arm ended elsewhere in all of them.",
         "",
         f"| arm | worlds | {' | '.join(METRICS.values())} |", "|---" * (len(METRICS) + 2) + "|", *rows, "",
         "## Not measured yet", "", "| claim | what is missing |", "|---|---|",

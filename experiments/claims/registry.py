@@ -39,11 +39,16 @@ class Rule:
         return f"reading {self.statistic}" if isinstance(self.statistic, str) else "arms"
 
 
-# ---- statistics of a world's arms; None where an arm did not reach the KL
+# ---- statistics of a world's arms; None where an arm was not run or did not reach the KL
+def reached(world: World, arm: str) -> Mapping | None:
+    """The arm's figures at the common KL."""
+    return world[arm]["at"] if arm in world else None
+
+
 def difference(arm: str, other: str, metric: str) -> Statistic:
     """`metric` of `arm` minus that of `other` at the same KL."""
     def statistic(world: World) -> float | None:
-        rows = [world[name]["at"] for name in (arm, other)]
+        rows = [reached(world, name) for name in (arm, other)]
         return None if None in rows else rows[0][metric] - rows[1][metric]
 
     return statistic
@@ -52,7 +57,7 @@ def difference(arm: str, other: str, metric: str) -> Statistic:
 def change(arm: str, metric: str) -> Statistic:
     """`metric` of `arm` minus SFT's."""
     def statistic(world: World) -> float | None:
-        row = world[arm]["at"]
+        row = reached(world, arm)
         return None if row is None else row[metric] - world[arm]["start"][metric]
 
     return statistic
@@ -66,7 +71,7 @@ def longer_way(arm: str, other: str = "PPO") -> Statistic:
 def boundary(arm: str) -> Statistic:
     """KL of ambiguous and risky prompts minus KL of benign and look-alike prompts, nats a response."""
     def statistic(world: World) -> float | None:
-        row = world[arm]["at"]
+        row = reached(world, arm)
         return row and (row["kl_ambiguous"] + row["kl_risky"] - row["kl_benign"] - row["kl_look-alike"]) / 2
 
     return statistic
@@ -75,7 +80,7 @@ def boundary(arm: str) -> Statistic:
 def cost(arm: str, other: str) -> Statistic:
     """log of the arm's CPU seconds over the other's."""
     def statistic(world: World) -> float | None:
-        rows = [world[name]["at"] for name in (arm, other)]
+        rows = [reached(world, name) for name in (arm, other)]
         return None if None in rows else math.log(rows[0]["seconds"] / rows[1]["seconds"])
 
     return statistic
