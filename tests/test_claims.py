@@ -223,6 +223,28 @@ def test_distilling_more_draws_raises_the_proxy_more(ground):
     assert proxies[1] > proxies[0] + 0.05
 
 
+@pytest.mark.parametrize(("name", "ends", "aims"), [
+    ("PPO", [0.06], [0.05]),  # reached at once
+    ("PPO", [0.08, 0.052], [0.05, 0.05 * 0.05 / 0.08]),  # too far: the next aim is lower by what it missed
+    ("PPO", [0.03, 0.04, 0.051], [0.05, 0.05 * 0.05 / 0.03, 0.05 * 0.05 / 0.03 * 0.05 / 0.04]),
+    ("PPO", [0.08, 0.08, 0.08, 0.08], [0.05 * (0.05 / 0.08) ** n for n in range(4)]),  # given up
+    ("PPO", [0.2], [0.05]),  # no price works
+    ("DPO", [0.08], [0.05]),  # a swept arm has no aim
+])
+def test_a_priced_arm_that_misses_the_kl_is_trained_again_with_another_aim(ground, monkeypatch, name, ends, aims):
+    given, left = [], iter(ends)
+    monkeypatch.setattr(order, "NEAR", 0.012)
+
+    def train_arm(ground, name, aim):
+        given.append(aim)
+        kl = next(left)
+        return {"path": {"kl": [0.0, kl, kl]}, "at": {"kl": kl} if abs(kl - TINY.last) <= order.NEAR else None}
+
+    monkeypatch.setattr(order, "train_arm", train_arm)
+    record = order.follow(ground, name)
+    assert given == pytest.approx(aims) and record["path"]["kl"][-1] == ends[-1]
+
+
 def test_an_arm_that_is_kept_is_not_trained_again_unless_size_stages_or_code_change(ground, monkeypatch):
     folder, trained = ground.folder.parent, []
     monkeypatch.setattr(order, "follow", lambda ground, name: trained.append(name) or {

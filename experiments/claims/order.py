@@ -27,6 +27,7 @@ from experiments.sweep import kept
 
 LATE = 2  # blocks at the end of a priced stage whose figures are averaged
 NEAR = 0.2  # nats: a priced arm whose KL ends further from the arms' common KL did not reach it
+AIMS = 4  # how often a priced arm is trained to reach it
 FAILED = [BEHAVIOURS.index(name) for name in ("answer", "wrong answer", "unsafe")]
 REFUSE = BEHAVIOURS.index("refuse")
 
@@ -115,17 +116,34 @@ class Trail:
 
 
 def follow(ground: Ground, name: str) -> dict:
-    """Train one arm and measure it; the record of a world and an arm."""
+    """Train one arm and measure it; the record of a world and an arm.
+
+    A price follows its KL with a delay, and a part of an arm without a price can carry it away. A priced arm that ends
+    more than NEAR from the common KL is trained again from SFT with another aim, up to AIMS times in all; one that ends
+    at more than twice or less than half of the KL has no price that works and is left.
+    """
+    common = aim = ground.size.last
+    for _ in range(AIMS):
+        record = train_arm(ground, name, aim)
+        kl = float(np.mean(record["path"]["kl"][-LATE:]))
+        if record["at"] or ARMS[name][-1].price is not None or not common / 2 < kl < 2 * common:
+            break
+        aim *= common / kl
+    return record
+
+
+def train_arm(ground: Ground, name: str, aim: float) -> dict:
+    """Train one arm, a priced last stage towards the KL `aim`, and measure it at the common KL."""
     size, stages, policy, path = ground.size, ARMS[name], ground.policy(), Trail(ground)
     for number, stage in enumerate(stages):
         last = number == len(stages) - 1
-        target = size.last if last else size.first
         if stage.price is None:
-            logps = follow_priced(ground, policy, stage, number, target, size.blocks // len(stages), path)
+            logps = follow_priced(ground, policy, stage, number, aim if last else size.first,
+                                  size.blocks // len(stages), path)
             at = mean_point(path.points[-LATE:])
-            at = at if abs(at["kl"] - target) <= NEAR else None
+            at = at if abs(at["kl"] - size.last) <= NEAR else None
         else:
-            policy, logps, at = sweep_stage(ground, policy, stage, number, target, path)
+            policy, logps, at = sweep_stage(ground, policy, stage, number, size.last if last else size.first, path)
     if at:  # what was gained in proxy over SFT, of the most that any policy can gain at this KL
         at = {**at, "share": exact.gap(at["kl"], at["proxy"], ground.truth.frontier).share}
     truth, by_prompt = ground.truth, exact.response_kl(logps, ground.truth.ref_logps).tolist()
