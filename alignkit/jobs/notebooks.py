@@ -114,6 +114,7 @@ def course(
     progress: bool = True,
     restart: bool = False,
     track: str | None = None,
+    report: bool = True,
 ) -> Path:
     """Run the series of notebooks in order as one job, then write report.html; returns the run directory.
 
@@ -121,10 +122,9 @@ def course(
     overrides NAME there. With progress, a line says which notebooks got each parameter. A name that no notebook knows
     is refused before a kernel starts. Finished notebooks are not repeated, and unfinished ones continue from the last
     checkpoint; with `restart` everything starts again. If a notebook fails, the earlier results are kept and reported.
+    report=False leaves out the page, whose code loads torch.
     Raises as `run_notebook` does, and RunError if `out` belongs to a run of another model, data or seed.
     """
-    from alignkit.jobs.report import build_report
-
     # check every name and value before anything starts
     out, paths = run_place(out), {path.stem: path for path in map(find_notebook, notebooks)}
     known = {name: notebook_parameters(path) for name, path in paths.items()}
@@ -160,10 +160,17 @@ def course(
             if spare:
                 spare.close()
             with contextlib.suppress(Exception):  # report the first error
-                build_report(out)
+                _report(out, report)
             raise
-        build_report(out)
+        _report(out, report)
     return out
+
+
+def _report(out: Path, wanted: bool) -> None:
+    if wanted:
+        from alignkit.jobs.report import build_report
+
+        build_report(out)
 
 
 def notebook_job(notebook: Path, out: Path, known: dict[str, Parameter], given: Mapping[str, object]) -> Job:

@@ -5,6 +5,7 @@ Separate from kernel.py, because importing papermill takes longer than starting 
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from jupyter_core.utils import run_sync
 
 # imports that take notebooks several seconds
 NEEDED = ("alignkit.models.loading", "matplotlib.figure", "pandas", "datasets", "trl.trainer.sft_trainer")
-HEAVY = (b"alignkit", b"torch", b"transformers", b"datasets", b"trl")  # what a notebook that needs them names
+HEAVY = re.compile(rb"\b(alignkit|torch|transformers|datasets|trl)\b")  # what a notebook that needs them names
 # at exit Python searches all objects for cycles, which takes two seconds with these modules; files are closed anyway
 QUICK_END = "__import__('atexit').register(__import__('gc').freeze);"
 LAUNCHER = Path(__file__).with_name("ipykernel_launcher.py")
@@ -87,8 +88,7 @@ class Spare:
 def needed_by(notebook: Path) -> tuple[str, ...]:
     """The imports to prepare in a notebook's kernel: NEEDED, or none if the notebook names no library that is slow to
     import."""
-    source = notebook.read_bytes()
-    return NEEDED if any(word in source for word in HEAVY) else ()
+    return NEEDED if HEAVY.search(notebook.read_bytes()) else ()
 
 
 def start_options(env: Mapping[str, str], cwd: Path, log, lock: tuple[int, ...]) -> dict[str, object]:

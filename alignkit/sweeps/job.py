@@ -44,7 +44,8 @@ def run_job(spec: Spec, root: str | Path, attempt: str, *, timeout: float | None
             notebook = Path(spec.notebooks[-1])
             run_notebook(notebook, folder, spec.values[notebook.stem], timeout=timeout, progress=False, spare=spare)
         else:
-            course(folder, parameters=_addressed(spec), notebooks=spec.notebooks, timeout=timeout, progress=False)
+            course(folder, parameters=_addressed(spec), notebooks=spec.notebooks, timeout=timeout, progress=False,
+                   report=False)
         record["seconds"] = own_seconds(spec, folder)
     except NotebookFailed as error:
         cell = None if error.cell is None else error.cell + 1

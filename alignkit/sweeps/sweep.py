@@ -184,7 +184,8 @@ def _say(root: Path, planned: Plan, done: set[str], workers: int, draws: int | N
     ahead = [spec for spec in planned.jobs if spec.id not in done]
     shared = [spec for spec in _needed(ahead, planned.shared) if not is_done(place_of(root, spec), spec)]
     name = "the course" if planned.name == COURSE else planned.name
-    words = f"{len(planned.jobs)} jobs of {name}" + (f", {len(done)} of them done already" if done else "")
+    words = f"{len(planned.jobs)} job{'s' * (len(planned.jobs) > 1)} of {name}"
+    words += f", {len(done)} of them done already" if done else ""
     if shared:
         words += f"; {len(shared)} series of earlier notebooks, made once and shared"
     seconds = _estimate(root, ahead, shared)
