@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from alignkit.jobs.spare_kernel import LAUNCHER
-from alignkit.sweeps.job import give_up, is_done, next_attempt, own_seconds, place_of, publish, stopped_at
+from alignkit.sweeps.job import give_up, next_attempt, own_seconds, publish, stopped_at
 from alignkit.sweeps.plan import Spec
 
 # the alignkit of this process, as for kernels, wherever it was imported from
@@ -58,13 +58,13 @@ class Engine:
     stopping: bool = False
 
     def run(self, specs: Sequence[Spec]) -> None:
-        """Run all jobs; a job with a base waits for it. Returns when none is left, whether they finished or failed.
+        """Run all jobs; returns when none is left, whether they finished or failed. A job whose base is one of them
+        waits for it; any other base is there already.
 
         Raises KeyboardInterrupt, after running jobs were interrupted and had time to save their state.
         """
         self.waiting = [Task(spec) for spec in specs]
-        self.done = {spec.id for spec in specs if spec.shared and is_done(place_of(self.root, spec), spec)}
-        self.waiting = [task for task in self.waiting if task.spec.id not in self.done]
+        self.done = {spec.base for spec in specs if spec.base} - {spec.id for spec in specs}
         selector = selectors.DefaultSelector()
         try:
             while self.waiting or any(worker.task for worker in self.pool):

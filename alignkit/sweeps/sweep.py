@@ -87,7 +87,7 @@ def rows(root: Path, record: Mapping) -> list[dict]:
 def _run(root: Path, planned: Plan, record: dict, engine: Engine) -> int:
     """Run what is not done, with its shared jobs first, and write the tables; returns the exit code."""
     ahead = [spec for spec in planned.jobs if not is_done(place_of(root, spec), spec)]
-    shared = _needed(ahead, planned.shared)
+    shared = _needed(root, ahead, planned.shared)
     progress = SweepProgress(len(planned.jobs), len(planned.jobs) - len(ahead), len(shared), engine.workers)
     written = [time.monotonic()]
 
@@ -112,15 +112,15 @@ def _run(root: Path, planned: Plan, record: dict, engine: Engine) -> int:
 def _write(root: Path, record: Mapping, *, parquet: bool = True) -> None:
     table = rows(root, record)
     write_tables(root, table, parquet=parquet)
-    write_junit(root, str(record["notebook"]), table, {})
+    write_junit(root, str(record["notebook"]), table)
 
 
-def _needed(ahead: Sequence[Spec], shared: Mapping[str, Spec]) -> list[Spec]:
-    """The shared jobs that these jobs begin with, each after the one that it begins with itself."""
+def _needed(root: Path, ahead: Sequence[Spec], shared: Mapping[str, Spec]) -> list[Spec]:
+    """The shared jobs that these jobs begin with and that are not done, each after the one that it begins with."""
     needed: dict[str, Spec] = {}
 
     def add(name: str | None) -> None:
-        if name and name not in needed:
+        if name and name not in needed and not is_done(place_of(root, shared[name]), shared[name]):
             add(shared[name].base)
             needed[name] = shared[name]
 
@@ -182,7 +182,7 @@ def _usual_workers(planned: Plan) -> int:
 def _say(root: Path, planned: Plan, done: set[str], workers: int, draws: int | None, seed: int) -> None:
     """Print how many jobs there are, how they share stages, and how long they will take, as far as that is known."""
     ahead = [spec for spec in planned.jobs if spec.id not in done]
-    shared = [spec for spec in _needed(ahead, planned.shared) if not is_done(place_of(root, spec), spec)]
+    shared = _needed(root, ahead, planned.shared)
     name = "the course" if planned.name == COURSE else planned.name
     words = f"{len(planned.jobs)} job{'s' * (len(planned.jobs) > 1)} of {name}"
     words += f", {len(done)} of them done already" if done else ""

@@ -65,9 +65,9 @@ def write_tables(root: Path, rows: Sequence[Row], *, parquet: bool = True) -> li
     return written
 
 
-def write_junit(root: Path, name: str, rows: Sequence[Row], kinds: Mapping[str, str]) -> Path:
+def write_junit(root: Path, name: str, rows: Sequence[Row]) -> Path:
     """Write junit.xml: a test case a job; one that failed, died or ran out of time has its error, one that did not run
-    is skipped. kinds: job -> the notebook that failed, for the failure's type."""
+    is skipped."""
     count = {state: sum(_state(row) == state for row in rows) for state in ("failure", "skipped")}
     seconds = sum(float(row.get("seconds") or 0) for row in rows)
     suite = ElementTree.Element("testsuite", name=_xml(name), tests=str(len(rows)), failures=str(count["failure"]),
@@ -77,8 +77,7 @@ def write_junit(root: Path, name: str, rows: Sequence[Row], kinds: Mapping[str, 
                                       time=f"{float(row.get('seconds') or 0):.1f}")
         if _state(row) == "failure":
             message = _xml(row.get("error") or row["status"])
-            kind = kinds.get(str(row["job"]), str(row["status"]))
-            ElementTree.SubElement(case, "failure", message=message[:500], type=_xml(kind)).text = message
+            ElementTree.SubElement(case, "failure", message=message[:500], type=_xml(row["status"])).text = message
         elif _state(row) == "skipped":
             ElementTree.SubElement(case, "skipped", message=_xml(row["status"]))
     suites = ElementTree.Element("testsuites")

@@ -1,0 +1,99 @@
+"""What a sweep costs beside its work: jobs that only sleep, on a few workers.
+
+    python -m benchmarks.sweep --jobs 30 --seconds 2 --workers 2 --json runs/sweep.json
+
+`--imports` makes the notebook import torch and TRL, as alignkit's own do. The figures of a busy machine are those of
+that machine: its load is among them.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+
+from alignkit.runs.lock import lock_handles, run_lock
+from alignkit.runs.records import versions
+from alignkit.storage import write_json
+from alignkit.sweeps.engine import Engine
+from alignkit.sweeps.plan import plan
+
+CELL = "import time\nfrom pathlib import Path\n{imports}time.sleep(seconds)\nPath(run, 'made.txt').write_text('x')"
+IMPORTS = "import torch, trl\n"
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    """Run the jobs, print the figures, and write them to a file if one is given."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__.split("\n")[0])
+    parser.add_argument("--jobs", type=int, default=30, help="(default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="that each job sleeps (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="(default: %(default)s)")
+    parser.add_argument("--imports", action="store_true", help="let the notebook import torch and TRL")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as place:
+        figures = measure(Path(place), given.jobs, given.seconds, given.workers, given.imports)
+    figures |= {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "versions": versions()}
+    for name, value in figures.items():
+        print(f"{name:<28}{value:.2f}" if isinstance(value, float) else f"{name:<28}{value}")
+    if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(given.json, {"command": "python -m benchmarks.sweep", **figures})
+    return figures
+
+
+def measure(place: Path, jobs: int, seconds: float, workers: int, imports: bool) -> dict:
+    """The figures of one sweep: seconds until the first job begins, its wall time, what a warm job costs beside its
+    sleep, and the most memory that the workers and kernels held together (MiB, None without psutil)."""
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [
+        nbformat.v4.new_code_cell("run = ''\nseed = 0\nseconds: float = 1.0", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(CELL.format(imports=IMPORTS if imports else "")),
+    ]
+    nbformat.write(notebook, place / "sleep.ipynb")
+    began: dict[str, float] = {}
+    cost: list[float] = []
+    memory = [0.0]
+
+    def on_event(kind: str, spec, _record: dict) -> None:
+        if kind == "started":
+            began[spec.id] = time.monotonic()
+        elif kind == "finished":
+            cost.append(time.monotonic() - began[spec.id] - seconds)
+
+    start = time.monotonic()
+    planned = plan(str(place / "sleep.ipynb"), place / "sweep", {"seed": f"0..{jobs - 1}", "seconds": str(seconds)})
+    with run_lock(place / "sweep"):
+        engine = Engine(place / "sweep", workers, lock=lock_handles(place / "sweep"), on_event=on_event,
+                        on_tick=lambda: memory.append(_memory()))
+        engine.run(planned.jobs)
+    wall = time.monotonic() - start
+    warm = sorted(cost[workers:]) or [float("nan")]
+    return {
+        "jobs": jobs, "seconds": seconds, "workers": workers, "imports": imports,
+        "first_start_seconds": min(began.values()) - start, "wall_seconds": wall,
+        "wall_over_work": wall / (jobs * seconds / workers), "cold_job_overhead": max(cost[:workers]),
+        "warm_job_overhead_median": statistics.median(warm), "warm_job_overhead_worst": warm[-1],
+        "memory_mib": max(memory) or None,
+    }
+
+
+def _memory() -> float:
+    """MiB that this process's children hold, each page counted once."""
+    try:
+        import psutil
+    except ImportError:
+        return 0.0
+    total = 0.0
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            total += getattr(child.memory_full_info(), "pss", 0)
+    return total / 2**20
+
+
+if __name__ == "__main__":
+    main()
