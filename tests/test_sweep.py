@@ -20,7 +20,7 @@ from alignkit.errors import ParameterError, RunError, RunInUse
 from alignkit.jobs import cli
 from alignkit.jobs.notebooks import run_notebook
 from alignkit.sweeps import engine, table
-from alignkit.sweeps.grid import Range, axis, draw, grid, job_id
+from alignkit.sweeps.grid import Range, axis, draw, grid, is_id, job_id
 from alignkit.sweeps.job import begin_with, is_done
 from alignkit.sweeps.plan import plan, spec_from
 from alignkit.sweeps.sweep import sweep
@@ -137,8 +137,9 @@ def test_ids_are_stable_distinct_and_names_of_folders():
     values = ("a/b", "a\\b", "a b", "a-b", "ä", "", "..", "x" * 300)
     many = {job_id("x", {"name": value}, {"name": value}) for value in values}
     assert len(many) == 8
+    assert not any(map(is_id, ("../x_1", "a/b", "", ".hidden", "a b", "a\n", "ä")))
     for name in many:
-        assert len(name.encode()) < 100 and not set(name) & set("/\\ *?\n") and not name.startswith(".")
+        assert is_id(name) and len(name.encode()) < 100 and not set(name) & set("/\\ *?\n") and not name.startswith(".")
 
 
 # --- what a sweep will run -------------------------------------------------------------------------------------------
@@ -300,6 +301,10 @@ def test_the_same_command_repeats_nothing_and_another_grid_adds_jobs(swept, monk
     other = notebook(source.with_name("other.ipynb"), RESULT)
     with pytest.raises(RunError, match="is a sweep of toy, not of other; choose another folder"):
         sweep(other, out, {"seed": "0"})
+    record = json.loads((out / "sweep.json").read_text(encoding="utf-8"))
+    (out / "sweep.json").write_text(json.dumps({**record, "jobs": {"../../elsewhere_0123456789": {}}}))
+    with pytest.raises(RunError, match="has no name of a job; delete the file"):  # it may come from a stranger
+        sweep(source, out, given)
     (out / "sweep.json").write_text("{")
     with pytest.raises(RunError, match=r"sweep\.json is not valid JSON.*delete it"):
         sweep(source, out, given)

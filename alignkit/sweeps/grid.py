@@ -110,6 +110,11 @@ def job_id(what: str, shown: Mapping[str, object], settings: object) -> str:
     return f"{words or 'job'}_{content_hash([what, settings])[:ID_HASH]}"
 
 
+def is_id(name: str) -> bool:
+    """Whether `name` can be an ID: a plain name of a folder, so that a record cannot lead out of the sweep's own."""
+    return re.fullmatch(r"[A-Za-z0-9_+-][A-Za-z0-9.=_+-]*", name) is not None
+
+
 def _word(value: object) -> str:
     text = re.sub(r"[^A-Za-z0-9.+_-]+", "-", str(value))
     return text.strip("-.") or ("-" if not isinstance(value, str) or value else "")

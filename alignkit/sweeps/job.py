@@ -92,7 +92,7 @@ def next_attempt(root: Path, spec: Spec) -> tuple[str, bool]:
     attempts.mkdir(parents=True, exist_ok=True)
     before = earlier_attempts(root, spec)
     failed = root / "failed" / spec.id
-    number = 1 + max([*before, int(read_record(failed).get("attempts", 0))], default=0)
+    number = 1 + max([*before, attempts_of(read_record(failed))], default=0)
     name = f"{spec.id}.{number}"
     for folder in (*(before[at] for at in sorted(before, reverse=True)), failed):
         if not folder.is_dir() or _is_held(folder):
@@ -144,6 +144,12 @@ def read_record(folder: Path) -> dict:
         return read_json(folder / RECORD)
     except (OSError, RunError):
         return {}
+
+
+def attempts_of(record: Mapping[str, object]) -> int:
+    """How many attempts a record counts; 0 if it does not say."""
+    count = record.get("attempts")
+    return count if type(count) is int and 0 <= count < 10**6 else 0
 
 
 def begin_with(base: Path, folder: Path) -> None:

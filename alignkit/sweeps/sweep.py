@@ -23,6 +23,7 @@ from alignkit.safe_text import one_line
 from alignkit.stages import CHAIN
 from alignkit.storage import read_json, write_json
 from alignkit.sweeps.engine import Engine
+from alignkit.sweeps.grid import is_id
 from alignkit.sweeps.job import is_done, place_of, read_record
 from alignkit.sweeps.plan import COURSE, Plan, Spec, plan
 from alignkit.sweeps.progress import SweepProgress
@@ -143,6 +144,8 @@ def _recorded(root: Path, notebook: str) -> dict:
             raise RunError(f"{path}: {name} is no {kind.__name__}; delete the file, and the sweep goes on")
     if not all(isinstance(each, dict) for each in [*record["grids"], *record["jobs"].values()]):
         raise RunError(f"{path}: a grid or a job is no mapping; delete the file, and the sweep goes on")
+    if odd := next((name for name in record["jobs"] if not is_id(name)), None):
+        raise RunError(f"{path}: job {one_line(odd, 80)} has no name of a job; delete the file, and the sweep goes on")
     if record["notebook"] != notebook:
         raise RunError(f"{root} is a sweep of {one_line(record['notebook'])}, not of {notebook}; choose another folder")
     return record

@@ -69,7 +69,7 @@ def write_junit(root: Path, name: str, rows: Sequence[Row]) -> Path:
     """Write junit.xml: a test case a job; one that failed, died or ran out of time has its error, one that did not run
     is skipped."""
     count = {state: sum(_state(row) == state for row in rows) for state in ("failure", "skipped")}
-    seconds = sum(float(row.get("seconds") or 0) for row in rows)
+    seconds = sum(_seconds(row) for row in rows)
     suite = ElementTree.Element("testsuite", name=_xml(name), tests=str(len(rows)), failures=str(count["failure"]),
                                 errors="0", skipped=str(count["skipped"]), time=f"{seconds:.1f}")
     for row in rows:
@@ -140,6 +140,10 @@ def _column(pyarrow, values: Sequence[object]):
 def _state(row: Row) -> str:
     status = row["status"]
     return "passed" if status == "finished" else "skipped" if status in ("not run", "interrupted") else "failure"
+
+
+def _seconds(row: Row) -> float:
+    return float(row["seconds"]) if is_number(row.get("seconds")) else 0.0
 
 
 def _xml(text: object) -> str:
