@@ -127,12 +127,11 @@ class Engine:
                 worker.task = None
                 self._ended(task, json.loads(line))
                 task = None
-            if ended:
-                worker.process.wait()
+            words = worker.last_words() if ended else ""
             if ended and task:
                 notebook, cell = stopped_at(self.root / "attempts" / task.attempt)
                 where = f", in cell {cell} of {notebook}" if cell else f", in {notebook}" if notebook else ""
-                error = f"its worker died: {worker.last_words()}{where}"
+                error = f"its worker died: {words}{where}"
                 self._ended(task, {"status": "interrupted" if self.stopping else "died", "error": error, "cell": cell,
                                    "host": socket.gethostname(), "seconds": round(time.monotonic() - task.started, 1)})
 
