@@ -133,6 +133,7 @@ def test_draws_are_reproducible_inside_their_range_and_grow_at_the_end():
 
 def test_ids_are_stable_distinct_and_names_of_folders():
     assert job_id("03b_ppo", {"kl_coef": 0.1, "seed": 3}, {"a": 1}) == "kl_coef=0.1_seed=3_1378c015d8"
+    assert job_id("x", {"n": -2}, {}).startswith("n=-2_")
     assert job_id("x", {"b": 1, "a": 2}, {}) == job_id("x", {"a": 2, "b": 1}, {})
     values = ("a/b", "a\\b", "a b", "a-b", "ä", "", "..", "x" * 300)
     many = {job_id("x", {"name": value}, {"name": value}) for value in values}

@@ -117,7 +117,7 @@ def is_id(name: str) -> bool:
 
 def _word(value: object) -> str:
     text = re.sub(r"[^A-Za-z0-9.+_-]+", "-", str(value))
-    return text.strip("-.") or ("-" if not isinstance(value, str) or value else "")
+    return text.rstrip("-.").lstrip(".") or ("-" if not isinstance(value, str) or value else "")
 
 
 def _integers(name: str, part: str, first: int, last: int) -> list[str]:

@@ -74,7 +74,7 @@ def write_junit(root: Path, name: str, rows: Sequence[Row]) -> Path:
                                 errors="0", skipped=str(count["skipped"]), time=f"{seconds:.1f}")
     for row in rows:
         case = ElementTree.SubElement(suite, "testcase", classname=_xml(name), name=_xml(row["job"]),
-                                      time=f"{float(row.get('seconds') or 0):.1f}")
+                                      time=f"{_seconds(row):.1f}")
         if _state(row) == "failure":
             message = _xml(row.get("error") or row["status"])
             ElementTree.SubElement(case, "failure", message=message[:500], type=_xml(row["status"])).text = message
