@@ -26,6 +26,7 @@ from alignkit.jobs.spare_kernel import JobKernel, Spare, start_options
 
 ENGINE = "alignkit"
 SAVE_SECONDS = 10  # time for an interrupted cell to save its state
+START_SECONDS = 600  # for a kernel to answer, which imports torch first; one that died is noticed at once
 STOP_SECONDS = 2  # from SIGTERM to SIGKILL, for a kernel that has not stopped by then
 
 
@@ -60,6 +61,7 @@ def execute(
                 kernel_name="python3",
                 language="python",
                 progress_bar=False,
+                start_timeout=START_SECONDS,
                 watch=watch,
                 spare=spare,
                 start=start_options(env, cwd, log, lock),

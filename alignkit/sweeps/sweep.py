@@ -164,7 +164,7 @@ def _note(root: Path, record: dict, planned: Plan, command: str, draws: int | No
              "jobs": [spec.id for spec in planned.jobs], "shared": sorted(planned.shared), "versions": versions(),
              "begun": datetime.now(UTC).isoformat(timespec="seconds")}
     record["grids"] = [each for each in record["grids"] if each.get("command") != command] + [entry]
-    record["jobs"] |= {spec.id: spec.shown for spec in planned.jobs}
+    record["jobs"] |= {spec.id: record["jobs"].get(spec.id, {}) | spec.shown for spec in planned.jobs}
     write_json(root / RECORD, record)
 
 
