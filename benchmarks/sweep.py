@@ -11,6 +11,7 @@ machine are those of that machine: its load is among them.
 import argparse
 import contextlib
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -63,7 +64,8 @@ def main(arguments: list[str] | None = None) -> dict:
 
 def measure(place: Path, jobs: int, seconds: float, workers: int, imports: bool, bare: bool = False) -> dict:
     """The figures of one sweep: seconds until the first job begins, its wall time, what a warm job costs beside its
-    sleep, and the most memory that the workers and kernels held together (MiB, None without psutil)."""
+    sleep, CPU seconds of driver, workers and kernels, which a busy machine changes least, and the most memory that the
+    workers and kernels held together (MiB, None without psutil)."""
     notebook = nbformat.v4.new_notebook()
     notebook.cells = [
         nbformat.v4.new_code_cell("run = ''\nseed = 0\nseconds: float = 1.0", metadata={"tags": ["parameters"]}),
@@ -80,7 +82,7 @@ def measure(place: Path, jobs: int, seconds: float, workers: int, imports: bool,
         elif kind == "finished":
             cost.append(time.monotonic() - began[spec.id] - seconds)
 
-    start = time.monotonic()
+    start, cpu = time.monotonic(), _cpu_seconds()
     planned = plan(str(place / "sleep.ipynb"), place / "sweep", {"seed": f"0..{jobs - 1}", "seconds": str(seconds)})
     with run_lock(place / "sweep"):
         engine = Engine(place / "sweep", workers, lock=lock_handles(place / "sweep"), on_event=on_event,
@@ -94,8 +96,13 @@ def measure(place: Path, jobs: int, seconds: float, workers: int, imports: bool,
         "first_start_seconds": min(began.values()) - start, "wall_seconds": wall,
         "wall_over_work": wall / (jobs * seconds / workers), "cold_job_overhead": max(cost[:workers]),
         "warm_job_overhead_median": statistics.median(warm), "warm_job_overhead_worst": warm[-1],
-        "memory_mib": max(memory) or None,
+        "cpu_seconds_a_job": (_cpu_seconds() - cpu) / jobs, "memory_mib": max(memory) or None,
     }
+
+
+def _cpu_seconds() -> float:
+    """CPU seconds of this process and of those that it waited for."""
+    return sum(sum(resource.getrusage(whose)[:2]) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
 def _memory() -> float:

@@ -236,6 +236,7 @@ def test_a_terminal_shows_the_notebooks_own_progress_on_one_line(monkeypatch, cl
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda *_, **__: shutil.os.terminal_size((71, 20)))
     monkeypatch.setattr(threading_of(progress), "start", lambda self: None)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: 0.0))
     line = Progress("03b_ppo", None)
     line.at(4, 10)
     line.at(4, 10, "PPO: iteration 7 of 40, 1:20 min left | score \x1b[31m0.3 and " + "much more " * 20)

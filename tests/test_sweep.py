@@ -133,6 +133,7 @@ def test_draws_are_reproducible_inside_their_range_and_grow_at_the_end():
 
 def test_ids_are_stable_distinct_and_names_of_folders():
     assert job_id("03b_ppo", {"kl_coef": 0.1, "seed": 3}, {"a": 1}) == "kl_coef=0.1_seed=3_1378c015d8"
+    assert job_id("x", {"a": 1, "z": 2}, {}, ["z"]).startswith("z=2_a=1_")
     assert job_id("x", {"n": -2}, {}).startswith("n=-2_")
     assert job_id("x", {"b": 1, "a": 2}, {}) == job_id("x", {"a": 2, "b": 1}, {})
     values = ("a/b", "a\\b", "a b", "a-b", "ä", "", "..", "x" * 300)
@@ -184,6 +185,9 @@ def test_a_default_that_is_given_is_the_same_job(tmp_path):
                         for given in ({"rate": "2"}, {"rate": "2.0", "seed": "0"}, {"rate": "2", "seed": "1"}))
     assert one.rpartition("_")[2] == same.rpartition("_")[2] != other.rpartition("_")[2]
     assert len(plan(source, tmp_path / "s", {"rate": "2,2.0"}).jobs) == 1
+    one, two = plan(source, tmp_path / "s", {"rate": "2", "seed": "1,2"}).jobs
+    assert one.id.startswith("seed=1_rate=2.0_") and two.id.startswith("seed=2_rate=2.0_")  # what varies comes first
+    assert one.id.rpartition("_")[2] == other.rpartition("_")[2]
     spec = plan(source, tmp_path / "s", {"sizes": "'3,4'"}).jobs[0]
     assert spec.values == {"toy": {"sizes": [3, 4]}} and spec_from(json.loads(json.dumps(spec.as_json()))) == spec
 
@@ -299,6 +303,9 @@ def test_the_same_command_repeats_nothing_and_another_grid_adds_jobs(swept, monk
     assert sweep(source, out, {**given, "seed": "0..2", "rate": "0.1"}, workers=1) == 0
     assert len(rows(out)) == 13 and scores(out)[2] == 2.2
     assert len(json.loads((out / "sweep.json").read_text(encoding="utf-8"))["grids"]) == 3
+    assert sweep(source, out, {"rate": "0.1", "sizes": "[1,2]", "seed": "2"}, workers=1) == 0  # known under other words
+    assert "1 of them done already" in capsys.readouterr().out and len(rows(out)) == 13
+    assert {row["name"] for row in rows(out)} == {"plain", "a,b", "bad"}  # nothing that a job was given is forgotten
     other = notebook(source.with_name("other.ipynb"), RESULT)
     with pytest.raises(RunError, match="is a sweep of toy, not of other; choose another folder"):
         sweep(other, out, {"seed": "0"})

@@ -8,7 +8,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from alignkit.errors import ParameterError
@@ -99,12 +99,13 @@ def draw(name: str, among: Range, count: int, seed: int) -> list[float | int]:
     return drawn
 
 
-def job_id(what: str, shown: Mapping[str, object], settings: object) -> str:
+def job_id(what: str, shown: Mapping[str, object], settings: object, first: Collection[str] = ()) -> str:
     """The ID of a job, a folder's name: its parameters as words, and a hash of `what` (the notebook) and `settings`.
 
-    Parameters are sorted by name, so that neither their order nor that of the grid changes the ID.
+    Parameters are sorted by name, those in `first` before the others, so that their order does not change the ID. The
+    hash alone tells jobs apart; words are cut off.
     """
-    words = "_".join(f"{_word(name)}={_word(shown[name])}" for name in sorted(shown))
+    words = "_".join(f"{_word(name)}={_word(shown[name])}" for name in sorted(shown, key=lambda n: (n not in first, n)))
     if len(words) > ID_WORDS:
         words = f"{words[:ID_WORDS - 1]}+"
     return f"{words or 'job'}_{content_hash([what, settings])[:ID_HASH]}"

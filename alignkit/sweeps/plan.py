@@ -91,7 +91,8 @@ def plan(
     known = {Path(path).stem: parameters_of(path) for path in paths}
     alone = notebook != COURSE
     axes = _axes(paths, known, given, alone, out, draws is not None)
-    specs = [_spec(paths, known, chosen, alone, out) for chosen in grid(axes, draws=draws, seed=seed)]
+    varied = [name for name, values in axes.items() if isinstance(values, Range) or len(values) > 1]
+    specs = [_spec(paths, known, chosen, alone, out, varied) for chosen in grid(axes, draws=draws, seed=seed)]
     specs = list({spec.id: spec for spec in specs}.values())  # 0.1 and 0.10 are one job
     _check(specs, out)
     jobs, shared = _share(specs, known)
@@ -163,8 +164,9 @@ def _axes(paths: Sequence[str], known: Mapping, given: Mapping[str, str], alone:
     return axes
 
 
-def _spec(paths: Sequence[str], known: Mapping, chosen: Mapping[str, object], alone: bool, out: Path) -> Spec:
-    """The job with the chosen values, which are converted and checked one by one."""
+def _spec(paths: Sequence[str], known: Mapping, chosen: Mapping[str, object], alone: bool, out: Path,
+          varied: Sequence[str] = ()) -> Spec:
+    """The job with the chosen values, which are converted and checked one by one; `varied` come first in its ID."""
     given = _distributed(chosen, known, alone)
     values, errors = {}, {}
     for path in paths:
@@ -181,7 +183,7 @@ def _spec(paths: Sequence[str], known: Mapping, chosen: Mapping[str, object], al
                          for own in each)
         shown[name] = values[stem][own]
     name = Path(paths[-1]).stem if alone else COURSE
-    return Spec(job_id(name, shown, _differing(values, known)), tuple(paths), values, shown, alone)
+    return Spec(job_id(name, shown, _differing(values, known), varied), tuple(paths), values, shown, alone)
 
 
 def _differing(values: Mapping[str, Mapping], known: Mapping) -> dict:

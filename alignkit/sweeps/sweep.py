@@ -59,7 +59,7 @@ def sweep(
     root = run_place(out)
     planned = plan(str(notebook), root, parameters, draws=draws, seed=seed, series=series)
     record = _recorded(root, planned.name)
-    planned = _with_known_ids(planned, record)
+    planned = _with_known_ids(root, planned, record)
     workers = min(workers or _usual_workers(planned), max(1, len(planned.jobs)))
     done = {spec.id for spec in planned.jobs if is_done(place_of(root, spec), spec)}
     _say(root, planned, done, workers, draws, seed)
@@ -168,10 +168,11 @@ def _note(root: Path, record: dict, planned: Plan, command: str, draws: int | No
     write_json(root / RECORD, record)
 
 
-def _with_known_ids(planned: Plan, record: Mapping) -> Plan:
+def _with_known_ids(root: Path, planned: Plan, record: Mapping) -> Plan:
     """The plan with the IDs under which its jobs are known in DIR already: the same job may have been given with other
     words, for example without a parameter that has its default here."""
-    known = {name.rpartition("_")[2]: name for name in record["jobs"]}
+    folders = (path.name for kind in ("failed", "jobs") for path in sorted((root / kind).glob("*")))
+    known = {name.rpartition("_")[2]: name for name in (*folders, *record["jobs"])}
     jobs = [replace(spec, id=known.get(spec.id.rpartition("_")[2], spec.id)) for spec in planned.jobs]
     return replace(planned, jobs=jobs)
 
