@@ -335,7 +335,8 @@ def test_a_job_whose_notebook_changed_is_not_done(swept):
 def driver(source: Path, out: Path, *more: str):
     """`alignkit sweep` in a process of its own, with all that it started killed at the end."""
     command = [sys.executable, "-P", "-m", "alignkit", "sweep", str(source), "--out", str(out), "--workers", "2", *more]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # CI may ignore it
     started = psutil.Process(process.pid)
     try:
         yield process, started
