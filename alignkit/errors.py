@@ -52,11 +52,12 @@ class RunInUse(AlignkitError, RuntimeError):
 
 class NotebookFailed(AlignkitError, RuntimeError):
     """A notebook did not finish. status: "failed", "timeout" or "interrupted"; cell: number from 0, None: no cell
-    started."""
+    started. died: its kernel ended, which may not be the notebook's own fault."""
 
-    def __init__(self, message: str, status: str = "failed", cell: int | None = None, error: str = ""):
+    def __init__(self, message: str, status: str = "failed", cell: int | None = None, error: str = "",
+                 died: bool = False):
         super().__init__(message)
-        self.status, self.cell, self.error = status, cell, error
+        self.status, self.cell, self.error, self.died = status, cell, error, died
 
 
 class MissingExtra(AlignkitError, ImportError):

@@ -22,7 +22,7 @@ LAYERS = (
     ("alignkit_widgets.boards", "alignkit_widgets.cockpit", "alignkit_widgets.explorers"),
     ("alignkit_widgets.notebook", "alignkit_widgets.looks"),
     ("alignkit.__main__",),
-    ("alignkit.jobs", "alignkit.teaching"),  # the command offers grading, which starts the kernels of jobs
+    ("alignkit.jobs", "alignkit.sweeps", "alignkit.teaching"),  # the command is in jobs; sweeps and grading run jobs
     ("alignkit.publish",),
     ("alignkit.evaluate",),
     ("alignkit.exact", "alignkit.sft", "alignkit.reward", "alignkit.ppo", "alignkit.dpo", "alignkit.task"),
@@ -117,7 +117,7 @@ def faults(modules: dict[str, pathlib.Path]) -> list[str]:
             other_row, other_place = layer_of(other)
             siblings = place == other_place or {place, other_place} <= {
                 "alignkit.exact", "alignkit.sft", "alignkit.reward", "alignkit.ppo", "alignkit.dpo", "alignkit.task",
-                "alignkit.jobs", "alignkit.teaching", "experiments", "benchmarks"}
+                "alignkit.jobs", "alignkit.sweeps", "alignkit.teaching", "experiments", "benchmarks"}
             if other_row < row or (other_row == row and not siblings):
                 wrong.append(f"{module} imports {other}, which does not stand below it")
     left = dict(needs)

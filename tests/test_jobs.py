@@ -442,7 +442,8 @@ def test_a_notebook_is_found_by_path_name_and_number(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file, counts", [("forward/sampling.py", True), ("ppo.py", True), ("exact/sweep.json", True),
-                                          ("jobs/report.py", False), ("pages/render.py", False)])
+                                          ("jobs/report.py", False), ("pages/render.py", False),
+                                          ("sweeps/engine.py", False)])
 def test_a_job_runs_again_when_code_that_matters_changed_in_a_folder_too(tmp_path, file, counts):
     package = Path(job_module.__file__).parents[1]
     shutil.copytree(package, tmp_path / "alignkit", ignore=shutil.ignore_patterns("__pycache__"))

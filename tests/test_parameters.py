@@ -236,6 +236,7 @@ def test_a_terminal_shows_the_notebooks_own_progress_on_one_line(monkeypatch, cl
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda *_, **__: shutil.os.terminal_size((71, 20)))
     monkeypatch.setattr(threading_of(progress), "start", lambda self: None)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: 0.0))
     line = Progress("03b_ppo", None)
     line.at(4, 10)
     line.at(4, 10, "PPO: iteration 7 of 40, 1:20 min left | score \x1b[31m0.3 and " + "much more " * 20)
@@ -417,13 +418,13 @@ def test_values_that_fit_together_are_taken_in_any_order():
     """advantage "rloo" is refused with one sample a prompt: here samples_per_prompt comes after it."""
     values = {"iterations": 3, "advantage": "rloo", "samples_per_prompt": 4}
     job = SimpleNamespace(name="03b_ppo", settings=values, parameters={name: name for name in values}, builds_beside=())
-    preconditions._check_values(job)
+    preconditions.check_values(job)
     job.settings = {**values, "samples_per_prompt": 1}
     with pytest.raises(ParameterError, match="samples_per_prompt is 1, expected .*; the parameter is advantage"):
-        preconditions._check_values(job)
+        preconditions.check_values(job)
     job.settings = {**values, "iterations": 0}
     with pytest.raises(ParameterError, match="iterations is 0, expected at least 1; the parameter is iterations"):
-        preconditions._check_values(job)
+        preconditions.check_values(job)
 
 
 # --- a path, or a Hub id ---------------------------------------------------------------------------------------------

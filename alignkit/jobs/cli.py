@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     _add_jobs(add)
+    _add_sweep(add)
 
     check = add("check", _check, "validate prompts, demonstrations or preference data: exit 1 if a row is bad")
     check.add_argument("source", metavar="FILE", help="a file, a folder or a Hub id")
@@ -142,6 +143,13 @@ def _run(options: argparse.Namespace) -> None:
         restart=options.restart, track=options.track,
     )
     print(f"executed notebook: {_shown(executed)}")
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from alignkit.sweeps.sweep import sweep
+
+    return sweep(options.notebook, options.out, _parameters(options), workers=options.workers, draws=options.random,
+                 seed=options.random_seed, retries=options.retries, timeout=options.timeout, dry_run=options.dry_run)
 
 
 def _notebooks(_options: argparse.Namespace) -> None:
@@ -266,6 +274,27 @@ def _add_jobs(add) -> None:
     run.add_argument("--force", action="store_true", help="run the notebook even if it has already finished")
 
 
+def _add_sweep(add) -> None:
+    """The verb that runs a notebook, or the course, many times."""
+    about = "run a notebook, or the course, for each point of a grid of parameters; repeat the command to resume"
+    sweep = add("sweep", _sweep, about)
+    sweep.add_argument("notebook", metavar="NOTEBOOK", help="a notebook (path, name or number), or `course`")
+    add_out(sweep)
+    about = "the values of a parameter: a list 0.05,0.1, whole numbers 0..4; 'in quotes' a comma is part of a value"
+    sweep.add_argument("-p", dest="parameters", action="append", default=[], type=_assignment, metavar="NAME=VALUES",
+                       help=about)
+    sweep.add_argument("--workers", type=_count, metavar="N", help="jobs at a time (default: the cores; 1 unless the "
+                       "model is `tiny`)")
+    about = "draw N points from the ranges LOW..HIGH and log:LOW..HIGH; lists are crossed with them"
+    sweep.add_argument("--random", type=_count, metavar="N", help=about)
+    sweep.add_argument("--random-seed", type=int, default=0, metavar="N", help="seed of these draws (default: 0)")
+    sweep.add_argument("--retries", type=int, default=1, metavar="K", help="how often to repeat a job whose kernel or "
+                       "worker died (default: 1); one that failed with an error is not repeated")
+    sweep.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="stop a notebook after this time")
+    sweep.add_argument("--dry-run", action="store_true", help="check the grid and list its jobs; start and write "
+                       "nothing")
+
+
 class _NotebookHelp(argparse.Action):
     """--help, which also lists the parameters of the notebook named before it."""
 
@@ -354,6 +383,12 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _count(text: str) -> int:
+    if not (text.isdecimal() and 0 < int(text) < 10**6):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
 def port(text: str) -> int:
     """A port named on the command line, 0 to 65535."""
     if not text.isdecimal() or int(text) > 65535:
@@ -376,7 +411,8 @@ def _parameters(options: argparse.Namespace) -> dict[str, str]:
 
 def _reading(options: argparse.Namespace) -> dict[str, str]:
     """How the data is to be read, as far as it was said."""
-    return {name: getattr(options, name) for name in ("kind", "split", "columns") if getattr(options, name) is not None}
+    return {name: value for name in ("kind", "split", "columns")
+            if (value := getattr(options, name, None)) is not None}
 
 
 # --- small things ----------------------------------------------------------------------------------------------------

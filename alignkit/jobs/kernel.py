@@ -26,6 +26,7 @@ from alignkit.jobs.spare_kernel import JobKernel, Spare, start_options
 
 ENGINE = "alignkit"
 SAVE_SECONDS = 10  # time for an interrupted cell to save its state
+START_SECONDS = 600  # for a kernel to answer, which imports torch first; one that died is noticed at once
 STOP_SECONDS = 2  # from SIGTERM to SIGKILL, for a kernel that has not stopped by then
 
 
@@ -60,6 +61,7 @@ def execute(
                 kernel_name="python3",
                 language="python",
                 progress_bar=False,
+                start_timeout=START_SECONDS,
                 watch=watch,
                 spare=spare,
                 start=start_options(env, cwd, log, lock),
@@ -72,7 +74,7 @@ def execute(
             what = _last_words(watch.exit_code, log)
             advice = memory_advice(notebook, parameters) if watch.ran_out_of_memory(what) else ""
             advice = advice and f"if it was memory, {advice}"
-            raise watch.failure("; ".join(filter(None, (what, advice)))) from None
+            raise watch.failure("; ".join(filter(None, (what, advice))), died=True) from None
         except CellTimeoutError:
             raise watch.failure(f"not done after {timeout:g} s (timeout)", "timeout") from None
         except KeyboardInterrupt:
@@ -83,7 +85,8 @@ def execute(
         except RuntimeError as error:  # the kernel did not start
             if watch.cell is not None:
                 raise
-            raise watch.failure(f"the kernel did not start: {error}; {_last_words(watch.exit_code, log)}") from None
+            what = f"the kernel did not start: {error}; {_last_words(watch.exit_code, log)}"
+            raise watch.failure(what, died=True) from None
 
 
 class _Watch:
@@ -113,13 +116,14 @@ class _Watch:
         """The system kills processes that use too much memory with SIGKILL; other programs rarely do."""
         return self.exit_code == -getattr(signal, "SIGKILL", 9) or is_out_of_memory(last_words)
 
-    def failure(self, error: str, status: str = "failed", count: int | None = None) -> NotebookFailed:
+    def failure(self, error: str, status: str = "failed", count: int | None = None,
+                died: bool = False) -> NotebookFailed:
         place = (
             ""
             if self.cell is None
             else f"cell {self.cell + 1}{f' (In [{count}])' if count else ''}, `{self.line[:100]}`: "
         )
-        return NotebookFailed(place + error, status, self.cell, error)
+        return NotebookFailed(place + error, status, self.cell, error, died)
 
 
 class _Client(PapermillNotebookClient):

@@ -75,6 +75,7 @@ def run_notebook(
     force: bool = False,
     restart: bool = False,
     track: str | None = None,
+    spare=None,
 ) -> Path:
     """Run one notebook in the run directory `out`, unless it has already finished; returns the executed notebook.
 
@@ -83,22 +84,23 @@ def run_notebook(
     way to read the data are by default those of the run in `out`. STAGE.NAME is also accepted if this notebook makes
     STAGE. timeout: seconds. progress: print one line about the notebook. force: run even if it has already finished.
     restart: start again instead of continuing. track: a tracker that receives the training's metrics (`jobs.tracking`).
+    spare: a kernel that already runs (`jobs.spare_kernel.Spare`), to use instead of a new one.
     Raises ParameterError; RunError if the directory belongs to another run, lacks a stage, or holds a stage that was
     changed, or if the model cannot be read; DataError; RunInUse (all of these before a kernel starts); NotebookFailed,
     which names the cell.
     """
-    notebook, out = find_notebook(notebook), _place(out)
+    notebook, out = find_notebook(notebook), run_place(out)
     known, given = notebook_parameters(notebook), dict(parameters or {})
     given = addressed(notebook.stem, known, given)
-    job = _job(notebook, out, known, {**_of_run(notebook, out, known, given), **given})
+    job = notebook_job(notebook, out, known, {**_of_run(notebook, out, known, given), **given})
     _check_tracker(track, job)
     check_before([job])
     _check_stages(job)
-    with run_lock(_run_directory(out)):
+    with run_lock(run_directory(out)):
         _check_facts(job)
         expected = _expected([job]).get(job.name) if progress else None
         return _run(job, timeout=timeout, progress=progress, force=force or restart, expected=expected, restart=restart,
-                    track=track)
+                    track=track, spare=spare)
 
 
 def course(
@@ -112,6 +114,7 @@ def course(
     progress: bool = True,
     restart: bool = False,
     track: str | None = None,
+    report: bool = True,
 ) -> Path:
     """Run the series of notebooks in order as one job, then write report.html; returns the run directory.
 
@@ -119,17 +122,16 @@ def course(
     overrides NAME there. With progress, a line says which notebooks got each parameter. A name that no notebook knows
     is refused before a kernel starts. Finished notebooks are not repeated, and unfinished ones continue from the last
     checkpoint; with `restart` everything starts again. If a notebook fails, the earlier results are kept and reported.
+    report=False leaves out the page, whose code loads torch.
     Raises as `run_notebook` does, and RunError if `out` belongs to a run of another model, data or seed.
     """
-    from alignkit.jobs.report import build_report
-
     # check every name and value before anything starts
-    out, paths = _place(out), {path.stem: path for path in map(find_notebook, notebooks)}
+    out, paths = run_place(out), {path.stem: path for path in map(find_notebook, notebooks)}
     known = {name: notebook_parameters(path) for name, path in paths.items()}
     anywhere = {name: parameter for parameters_there in known.values() for name, parameter in parameters_there.items()}
     values = values_by_notebook(known, parameters or {})
     whole = {"model": model, "data": data}
-    jobs = [_job(paths[name], out, own, {key: whole[key] for key in whole if key in own} | values[name])
+    jobs = [notebook_job(paths[name], out, own, {key: whole[key] for key in whole if key in own} | values[name])
             for name, own in known.items()]
     _check_tracker(track)
     check_before(jobs)
@@ -141,7 +143,7 @@ def course(
         for line in where_they_went(known, parameters or {}):
             print(line, flush=True)
     # run one notebook at a time; the kernel of the next one starts meanwhile
-    with run_lock(_run_directory(out)):
+    with run_lock(run_directory(out)):
         start_run(out, facts["model"] or model, facts["data"] or data, facts["seed"])
         spare = _spare(jobs[0]) if jobs else None
         try:
@@ -158,13 +160,24 @@ def course(
             if spare:
                 spare.close()
             with contextlib.suppress(Exception):  # report the first error
-                build_report(out)
+                _report(out, report)
             raise
-        build_report(out)
+        _report(out, report)
     return out
 
 
-def _job(notebook: Path, out: Path, known: dict[str, Parameter], given: Mapping[str, object]) -> Job:
+def _report(out: Path, wanted: bool) -> None:
+    if wanted:
+        from alignkit.jobs.report import build_report
+
+        build_report(out)
+
+
+def notebook_job(notebook: Path, out: Path, known: dict[str, Parameter], given: Mapping[str, object]) -> Job:
+    """A notebook with the parameters `known` as a job in `out`, with the values `given`, which are checked.
+
+    Raises ParameterError that lists all wrong names and values.
+    """
     if "run" in given:
         raise ParameterError("run: the run directory is given by `--out` (out=…), not as a parameter")
     if (out / notebook.name).resolve() == notebook.resolve():
@@ -208,7 +221,7 @@ def absolute(name: str, value: object) -> object:
     return value
 
 
-def _place(out: str | Path) -> Path:
+def run_place(out: str | Path) -> Path:
     """The path of an existing or future run directory; nothing is created. RunError if it cannot be created."""
     try:
         place = Path(out).expanduser().absolute()
@@ -222,7 +235,7 @@ def _place(out: str | Path) -> Path:
     return place
 
 
-def _run_directory(out: Path) -> Path:
+def run_directory(out: Path) -> Path:
     """`out`, created if missing; RunError if it cannot be created or written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -238,7 +251,7 @@ def _run_directory(out: Path) -> Path:
 
 def _expected(jobs: Sequence[Job]) -> dict[str, float]:
     """Print the expected duration of the notebooks to run; returns their seconds by name, if known in advance."""
-    done, usual = _read_jobs(jobs[0].out), {"model": "tiny", "data": "desk"}
+    done, usual = read_jobs(jobs[0].out), {"model": "tiny", "data": "desk"}
     ahead = [job for job in jobs if done.get(job.name, {}).get("status") != "finished"]
     changed = any(set(job.values) - {"run", "seed", *usual} for job in ahead)
     changed = changed or any(job.values.get(name, value) != value for job in ahead for name, value in usual.items())
@@ -263,7 +276,7 @@ def _run(
     restart: bool = False,
     track: str | None = None,
 ) -> Path:
-    records = _read_jobs(job.out)
+    records = read_jobs(job.out)
     before, key = records.get(job.name, {}), job_key(job, records)
     changed = why_run(job, before, key)
     line = Progress(job.name, before.get("seconds", expected)) if progress else None
@@ -370,14 +383,15 @@ def _needs_no_checkpoints(job: Job) -> None:
 
 def _spare(job: Job | None):
     """A kernel that starts while other work continues; None if there is no job or it has already finished."""
-    if job is None or _read_jobs(job.out).get(job.name, {}).get("status") == "finished":
+    if job is None or read_jobs(job.out).get(job.name, {}).get("status") == "finished":
         return None
-    from alignkit.jobs.spare_kernel import Spare
+    from alignkit.jobs.spare_kernel import Spare, needed_by
 
-    return Spare(_environment(job), Path.cwd(), lock_handles(job.out))
+    return Spare(kernel_environment(job), Path.cwd(), lock_handles(job.out), needed_by(job.notebook))
 
 
-def _environment(job: Job) -> dict[str, str]:
+def kernel_environment(job: Job) -> dict[str, str]:
+    """The environment of a job's kernel."""
     env = {**os.environ, "ALIGNKIT_HEADLESS": "1", STAGE_OF_JOB: job.folder.name if job.folder else ""}
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -409,7 +423,7 @@ def _check_stages(job: Job) -> None:
 def _check_facts(job: Job) -> None:
     """Raise RunError if a job cannot run in its directory: it belongs to another run, or a stage that the job reads is
     missing or was changed after it was made."""
-    settings, records = job.settings, _read_jobs(job.out)
+    settings, records = job.settings, read_jobs(job.out)
     if {"model", "data", "seed"} <= settings.keys():
         reading = {name: settings[name] for name in READING} if _reads_data(settings) else None
         check_run(job.out, settings["model"], settings["data"], settings["seed"], reading)
@@ -427,17 +441,19 @@ def _execute(job: Job, executing: Path, timeout: float | None, on_cell, spare) -
     from alignkit.errors import NotebookFailed
     from alignkit.jobs.kernel import execute
 
-    place = {"env": _environment(job), "cwd": Path.cwd(), "spare": spare, "lock": lock_handles(job.out)}
+    place = {"env": kernel_environment(job), "cwd": Path.cwd(), "spare": spare, "lock": lock_handles(job.out)}
     try:
         execute(job.notebook, executing, job.values, timeout=timeout, on_cell=on_cell, **place)
     except NotebookFailed as error:
         how = {"failed": "failed", "timeout": "ran out of time", "interrupted": "was interrupted"}[error.status]
         raise NotebookFailed(
-            f"{job.name} {how}{': ' if error.cell is None else ' in '}{error}", error.status, error.cell, error.error
+            f"{job.name} {how}{': ' if error.cell is None else ' in '}{error}", error.status, error.cell, error.error,
+            error.died,
         ) from None
 
 
-def _read_jobs(out: Path) -> dict[str, dict]:
+def read_jobs(out: Path) -> dict[str, dict]:
+    """The record of each notebook in OUT/jobs.json, {} if there is none. RunError if the file is damaged."""
     damaged = f"{out / 'jobs.json'} is damaged; delete it, and the notebooks run again"
     try:
         records = read_json(out / "jobs.json")

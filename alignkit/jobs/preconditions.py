@@ -28,7 +28,7 @@ def check_before(jobs: Sequence[Job]) -> None:
     Checks the values against the configs, the model's records and its class, and the first rows of the data.
     """
     for job in jobs:
-        _check_values(job)
+        check_values(job)
         if job.name == "your_model" and job.settings.get("refusal_prompts"):
             from alignkit.evaluate.refusals import read_refusal_prompts
 
@@ -57,7 +57,7 @@ def check_model(model: str | Path, *, scored: bool) -> None:
         raise RunError(str(error)) from None
 
 
-def _check_values(job: Job) -> None:
+def check_values(job: Job) -> None:
     """Raise ParameterError if a config refuses a value."""
     values = job.settings
     if type(seed := values.get("seed", 0)) is int and not 0 <= seed < 2**63:

@@ -5,11 +5,12 @@ Separate from kernel.py, because importing papermill takes longer than starting 
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jupyter_client import AsyncKernelManager
@@ -18,6 +19,7 @@ from jupyter_core.utils import run_sync
 
 # imports that take notebooks several seconds
 NEEDED = ("alignkit.models.loading", "matplotlib.figure", "pandas", "datasets", "trl.trainer.sft_trainer")
+HEAVY = re.compile(rb"\b(alignkit|torch|transformers|datasets|trl)\b")  # what a notebook that needs them names
 # at exit Python searches all objects for cycles, which takes two seconds with these modules; files are closed anyway
 QUICK_END = "__import__('atexit').register(__import__('gc').freeze);"
 LAUNCHER = Path(__file__).with_name("ipykernel_launcher.py")
@@ -55,18 +57,23 @@ class JobKernel(AsyncKernelManager):
 class Spare:
     """A kernel for the next notebook, which starts and imports while the present one runs. Call `close` at the end.
 
-    lock: descriptors that the kernel inherits, so that it holds the run's lock too.
+    lock: descriptors that the kernel inherits, so that it holds the run's lock too. needed: what it imports.
     """
 
-    def __init__(self, env: Mapping[str, str], cwd: Path, lock: tuple[int, ...] = ()):
+    def __init__(self, env: Mapping[str, str], cwd: Path, lock: tuple[int, ...] = (),
+                 needed: Sequence[str] = NEEDED):
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         self.manager = JobKernel()
-        imports = [f"--IPKernelApp.exec_lines=__import__('{name}')" for name in NEEDED]
+        imports = [f"--IPKernelApp.exec_lines=__import__('{name}')" for name in needed]
         try:
             run_sync(self.manager.start_kernel)(extra_arguments=imports, **start_options(env, cwd, self.log, lock))
         except BaseException:
             self.close()
             raise
+
+    def is_alive(self) -> bool:
+        """Whether the kernel's process still runs."""
+        return bool(run_sync(self.manager.is_alive)())
 
     def close(self) -> None:
         """Stop the kernel if it still runs."""
@@ -76,6 +83,12 @@ class Spare:
         finally:
             self.manager.kill()
             self.log.close()
+
+
+def needed_by(notebook: Path) -> tuple[str, ...]:
+    """The imports to prepare in a notebook's kernel: NEEDED, or none if the notebook names no library that is slow to
+    import."""
+    return NEEDED if HEAVY.search(notebook.read_bytes()) else ()
 
 
 def start_options(env: Mapping[str, str], cwd: Path, log, lock: tuple[int, ...]) -> dict[str, object]:

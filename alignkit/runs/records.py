@@ -19,7 +19,7 @@ from alignkit.stages import in_order
 from alignkit.storage import content_hash, plain, read_json, write_json
 
 READING = ("kind", "split", "columns")  # arguments of `load_task` that say how a run's data is read
-PRESENTATION = ("jobs", "pages", "publish")  # folders of code that does not affect a run's results
+PRESENTATION = ("jobs", "pages", "publish", "sweeps")  # folders of code that does not affect a run's results
 
 
 def start_run(run: str | Path, model: str, data: str, seed: int, reading: Mapping | None = None) -> Path:

@@ -35,7 +35,7 @@ from alignkit.evaluate.evaluation import Evaluation, EvaluationSet
 from alignkit.evaluate.suite_records import read_suites
 from alignkit.evaluate.suites import table
 from alignkit.jobs.job import why_run
-from alignkit.jobs.notebooks import _read_jobs
+from alignkit.jobs.notebooks import read_jobs
 from alignkit.jobs.parameters import notebook_parameters
 from alignkit.jobs.report import build_report, overview
 from alignkit.runs.frozen import Manifest, lineage, verify
@@ -276,7 +276,7 @@ def read_run(path: Path) -> None:
     """As `alignkit report` and a course read it."""
     build_report(path.parent)
     overview(path.parent)
-    before = _read_jobs(path.parent).get("01_sft", {})
+    before = read_jobs(path.parent).get("01_sft", {})
     job = SimpleNamespace(executed=path, folder=None)
     why_run(job, before, KEY)
 
