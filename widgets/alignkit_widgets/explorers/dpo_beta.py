@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ class BetaExplorer(Explorer):
             the worked example of notebook 05.
         state, hide: as for every Explorer.
     """
+
+    page_grid: ClassVar = {"beta": 19, "chosen": 5, "rejected": 5, "ref_chosen": 1, "ref_rejected": 1}
 
     def __init__(self, logps: Sequence[float] = (-12.0, -11.0, -13.0, -10.5), *, state: str = "",
                  hide: Sequence[str] = ()) -> None:
