@@ -74,9 +74,9 @@ def ways_of(log: str | Path, rows: list[dict]) -> list[list[dict]]:
 
 
 def samples_file(log: str | Path) -> Path:
-    """The file beside a run's log with the samples that the panel showed: a row per iteration, {"step", "way", "pairs"}.
+    """The file beside a run's log with the samples that the panel showed.
 
-    way: the number of rewinds before it. A rewind removes no row.
+    It has a row per iteration: {"step", "way", "pairs"}; way: the number of rewinds before it. A rewind removes no row.
     """
     return Path(log).with_name("samples.jsonl")
 

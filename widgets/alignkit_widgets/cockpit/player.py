@@ -1,4 +1,4 @@
-"""`alignkit play`: a recorded PPO run as one HTML file that plays, pauses and scrubs, with the ways that rewinds left."""
+"""`alignkit play`: a recorded PPO run as one HTML file that plays, pauses and scrubs, with the ways that were left."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def add_play(add) -> None:
     """Add `alignkit play` to the command; add(name, function, about) returns its parser."""
     play = add("play", _play, "write a recorded PPO run as one HTML file that plays, pauses and scrubs",
                epilog="example: alignkit play runs/course --out ppo.html")
-    play.add_argument("run", type=folder, metavar="RUN", help="a run directory, or a folder with a PPO run's metrics.jsonl")
+    about = "a run directory, or a folder with a PPO run's metrics.jsonl"
+    play.add_argument("run", type=folder, metavar="RUN", help=about)
     play.add_argument("--out", type=Path, metavar="FILE", help="the page to write (default: play.html in RUN)")
 
 
@@ -40,10 +41,10 @@ def _play(options: argparse.Namespace) -> None:
 def save_run(run: str | Path, path: str | Path) -> Path:
     """Write the page of a recorded PPO run to `path`, which it returns.
 
-    run: a run directory (its ppo/metrics.jsonl is read), or a folder with a metrics.jsonl. The page contains the charts of
-    the cockpit, the shares of behaviours where they are known, the samples of each iteration if the run recorded them, and
-    the rows that rewinds left. If the page would have more than 3 MB, only the samples of every second (fourth, …)
-    iteration are kept. Its state is in the URL: page.html#step=12&way=1.
+    run: a run directory (its ppo/metrics.jsonl is read), or a folder with a metrics.jsonl. The page contains the charts
+    of the cockpit, the shares of behaviours where they are known, the samples of each iteration if the run recorded
+    them, and the rows that rewinds left. If the page would have more than 3 MB, only the samples of every second
+    (fourth, …) iteration are kept. Its state is in the URL: page.html#step=12&way=1.
 
     Raises RunError if there is no log of a PPO run, or if the page would have more than 3 MB without samples.
     """
@@ -69,36 +70,43 @@ def _log(run: Path) -> Path:
     for log in (run / "metrics.jsonl", run / "ppo" / "metrics.jsonl"):
         if log.exists():
             return log
-    raise RunError(f"{run} has no recorded PPO run: expected {run / 'ppo' / 'metrics.jsonl'}, which notebook 03b writes")
+    raise RunError(f"{run} has no recorded PPO run: expected {run / 'ppo' / 'metrics.jsonl'}, written by notebook 03b")
 
 
 def _data(run: Path, log: Path, rows: list[dict]) -> dict:
     """What the page's script reads: each way as its rows, marks and name; rows that several ways share stand once."""
     ways, known, table = ways_of(log, rows), {}, []
-    charts = [{"title": title, "keys": keys} for title, keys in CHARTS if any(key in row for row in rows for key in keys)]
+    found = {key for row in rows for key in row}
+    charts = [{"title": title, "keys": kept} for title, every in CHARTS
+              if (kept := [key for key in every if key in found])]
     keys = [key for chart in charts for key in chart["keys"]]
-    described = []
+    described, rewinds = [], []
     for number, way in enumerate(ways):
         for row in way:
             if id(row) not in known:
                 known[id(row)] = len(table)
                 table.append({"step": row["step"], "values": [row.get(key) for key in keys],
                               "controls": row.get("controls", {}), "shares": _plain_shares(row.get("shares"))})
-        left = ways[number + 1] if number + 1 < len(ways) else None
-        at = max((a["step"] for a, b in zip(way, left, strict=False) if a is b), default=0) if left is not None else None
-        last = way[-1]["step"]
-        name = f"the run that was kept, {last} iterations" if at is None else f"left at {last}, rewound to {at}"
-        described.append({"name": name, "rows": [known[id(row)] for row in way], "marks": marks_of(way)})
-    facts = _facts(run) or _facts(log.parent.parent)
-    title = "PPO, recorded" + (f": {facts}" if facts else "")
-    config = {"title": title, "charts": charts, "total": max(way[-1]["step"] for way in ways if way), "mode": "recorded",
-              "unit": "iteration", "controls": [], "log": ""}
-    return {"config": config | looks(), "keys": keys, "rows": table, "ways": described, "samples": _samples(log, len(ways))}
+        name, last = "the run that was kept", way[-1]["step"] if way else 0
+        described.append({"rows": [known[id(row)] for row in way], "marks": marks_of(way) + rewinds})
+        if number + 1 < len(ways):
+            after = {id(row) for row in ways[number + 1]}
+            at = max((row["step"] for row in way if id(row) in after), default=0)
+            rewinds = [*rewinds, {"step": at, "name": "rewind", "old": last, "new": at}]
+            name = f"left at {last}, rewound to {at}"
+        described[-1]["name"] = name
+    facts = next(filter(None, map(_facts, (run, *log.resolve().parents[1:3]))), "")
+    config = {"title": "PPO, recorded" + f": {facts}" * bool(facts), "charts": charts, "mode": "recorded",
+              "total": max(row["step"] for row in table), "unit": "iteration", "controls": [], "log": ""}
+    samples = _samples(log, len(ways))
+    return {"config": config | looks(), "keys": keys, "rows": table, "ways": described, "samples": samples}
 
 
 def _plain_shares(shares: dict | None) -> dict | None:
-    return shares and {one_line(kind): {one_line(name): round(share, 4) for name, share in part.items() if share is not None}
-                       for kind, part in shares.items()}
+    return shares and {
+        one_line(kind): {one_line(name): round(share, 4) for name, share in part.items() if share is not None}
+        for kind, part in shares.items()
+    }
 
 
 def _samples(log: Path, ways: int) -> dict[str, list]:

@@ -26,7 +26,8 @@ class BetaExplorer(Explorer):
         state, hide: as for every Explorer.
     """
 
-    page_grid: ClassVar = {"beta": 19, "chosen": 5, "rejected": 5, "ref_chosen": 1, "ref_rejected": 1}
+    page_grid: ClassVar = {"beta": (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3, 5),
+                           "chosen": 5, "rejected": 5, "ref_chosen": 1, "ref_rejected": 1}
 
     def __init__(self, logps: Sequence[float] = (-12.0, -11.0, -13.0, -10.5), *, state: str = "",
                  hide: Sequence[str] = ()) -> None:

@@ -28,7 +28,7 @@ def save_explorer(explorer, path: str | Path, grid: Mapping[str, int | Sequence]
     """Write a page of an explorer; see `Explorer.save_html`."""
     if unknown := sorted(set(grid) - set(explorer.controls)):
         raise ValueError(f"grid names {', '.join(unknown)}, expected some of {', '.join(explorer.controls)}")
-    axes = _thinned({name: _axis(explorer, name, grid.get(name)) for name in explorer.controls}, set(grid))
+    axes = _thinned(explorer, {name: _axis(explorer, name, grid.get(name)) for name in explorer.controls}, set(grid))
     count = math.prod(map(len, axes.values()))
     if count > MOST_STATES:
         raise ValueError(f"grid has {count:,} settings, expected at most {MOST_STATES:,}: give fewer values")
@@ -37,7 +37,7 @@ def save_explorer(explorer, path: str | Path, grid: Mapping[str, int | Sequence]
                      "explorer_page.js", data)
     size = len(page.encode())
     if size > MOST_BYTES:
-        raise ValueError(f"the page would have {size:,} bytes, expected at most {MOST_BYTES:,}: give fewer values in grid")
+        raise ValueError(f"the page would have {size:,} bytes, expected at most {MOST_BYTES:,}: give fewer values")
     write_atomically(path, page)
     return Path(path)
 
@@ -62,8 +62,7 @@ def _spread(values: list, now: object, n: int) -> list:
         raise ValueError(f"grid gives {n} values to a control, expected at least 1")
     if n == 1:
         return [now]
-    kept = {round(i * (len(values) - 1) / (n - 1)) for i in range(n)} if n > 1 else set()
-    chosen = [values[i] for i in sorted(kept)]
+    chosen = [values[i] for i in sorted({round(i * (len(values) - 1) / (n - 1)) for i in range(n)})]
     if now in chosen:
         return chosen
     if isinstance(now, str | bool):
@@ -73,15 +72,14 @@ def _spread(values: list, now: object, n: int) -> list:
     return sorted(chosen)
 
 
-def _thinned(axes: Mapping[str, list], given: set[str]) -> dict[str, list]:
-    """The axes with fewer values on the longest of those that were not given, until the grid is small enough."""
-    axes = dict(axes)
+def _thinned(explorer, axes: dict[str, list], given: set[str]) -> dict[str, list]:
+    """The axes with half the values on the longest of those that were not given, until the grid is small enough."""
     while math.prod(map(len, axes.values())) > MOST_STATES:
         free = [name for name, values in axes.items() if name not in given and len(values) > 2]
         if not free:
             break
         longest = max(free, key=lambda name: len(axes[name]))
-        axes[longest] = axes[longest][::2]
+        axes[longest] = _spread(axes[longest], explorer.values[longest], (len(axes[longest]) + 1) // 2)
     return axes
 
 

@@ -13,18 +13,22 @@ const parts = whole.map((list, way) => whole.flatMap((other, n) => { // what the
   return n === way || shared < 0 ? [] : [drawn(other.slice(Math.max(0, shared - 1)))];
 }));
 
-function samplesAt(row) { // of the newest way that came by here, up to the one that is shown
-  for (let way = now.way; way >= 0; way--) if (whole[way].includes(row) && samples[`${way}:${row.step}`]) return samples[`${way}:${row.step}`];
-  return null;
+function newestSamples(list) { // the last that were recorded so far on this way: {step, pairs}
+  for (const row of [...list].reverse())
+    for (let way = now.way; way >= 0; way--) {
+      const pairs = samples[`${way}:${row.step}`];
+      if (pairs && whole[way].includes(row)) return { step: row.step, pairs };
+    }
+  return Object.keys(samples).length ? { step: 0, pairs: [] } : null;
 }
 
 function show() {
-  const list = whole[now.way].slice(0, now.at), row = list.at(-1), step = row?.step ?? 0, pairs = row && samplesAt(row);
+  const list = whole[now.way].slice(0, now.at), row = list.at(-1), step = row?.step ?? 0;
   const set = Object.entries(row?.controls ?? {}).map(([name, value]) => `${name} ${+value.toPrecision(3)}`);
   const state = { name: now.playing ? "playing" : now.at === last(now.way) ? "finished" : "paused", over: false, done: step, note: "",
     place: [`iteration ${step} of ${whole[now.way].at(-1)?.step ?? 0}`, ...set].join(" · "), controls: {}, waiting: {}, snapshots: null };
   send({ whole: true, from: 0, to: list.length, ...drawn(list), branches: parts[now.way], ahead: drawn(whole[now.way]).points,
-    marks: ways[now.way].marks.filter((mark) => mark.step <= step), samples: pairs ? { step, pairs } : { step, pairs: [] }, state });
+    marks: ways[now.way].marks.filter((mark) => mark.step <= step), samples: newestSamples(list), state });
   scrub.max = last(now.way); scrub.value = now.at; out.textContent = `${step} / ${whole[now.way].at(-1)?.step ?? 0}`;
   scrub.setAttribute("aria-valuetext", `iteration ${step}`);
   toggle.textContent = now.playing ? "Pause" : "Play";

@@ -1,0 +1,59 @@
+"""Sphinx settings of the documentation site; `build.py` prepares the pages and starts Sphinx."""
+
+import latex2mathml.converter
+
+import alignkit
+
+project, author, release = "alignkit", "alignkit contributors", alignkit.__version__
+copyright = author
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["**/.ipynb_checkpoints"]
+templates_path, html_static_path, html_extra_path = [], ["static"], ["extra"]
+default_role = "code"  # a name between single backquotes in a docstring is code
+nb_execution_mode = "off"  # the notebooks come executed, by papermill
+nb_merge_streams = True
+nb_mime_priority_overrides = [("html", "text/html", 40)]
+myst_enable_extensions = ["dollarmath", "amsmath", "html_image", "deflist"]
+myst_dmath_double_inline = True
+myst_heading_anchors = 4
+suppress_warnings = ["mystnb.unknown_mime_type", "myst.header", "misc.highlighting_failure"]
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the signature has them
+html_theme = "pydata_sphinx_theme"
+html_title = "alignkit"
+html_css_files, html_js_files = ["site.css"], ["frames.js"]
+html_copy_source = html_show_sourcelink = False
+html_theme_options = {
+    "logo": {"text": "alignkit"}, "show_prev_next": True, "navigation_with_keys": False, "footer_start": [],
+    "footer_end": [], "secondary_sidebar_items": ["page-toc"], "navbar_align": "left",
+    "header_links_before_dropdown": 6,
+}
+html_math_renderer = "mathml"
+
+
+def _mathml(writer, node, display: str) -> None:
+    """Write a formula as MathML, which browsers draw themselves: no script, and nothing from a CDN."""
+    from docutils.nodes import SkipNode
+
+    formula = latex2mathml.converter.convert(node.astext(), display=display)
+    writer.body.append(formula if display == "inline" else f'<div class="math">{formula}</div>\n')
+    raise SkipNode
+
+
+def _fences(app, what, name, obj, options, lines: list[str]) -> None:
+    """Turn Markdown's code fences in a docstring into reStructuredText's code blocks."""
+    inside, turned = False, []
+    for line in lines:
+        if line.strip().startswith("```"):
+            inside = not inside
+            turned += ["", ".. code-block:: python", ""] if inside else [""]
+        else:
+            turned.append(f"   {line}" if inside else line)
+    lines[:] = turned
+
+
+def setup(app) -> None:
+    """Formulas as MathML, and code blocks in docstrings."""
+    app.connect("autodoc-process-docstring", _fences)
+    app.add_html_math_renderer("mathml", (lambda writer, node: _mathml(writer, node, "inline"), None),
+                               (lambda writer, node: _mathml(writer, node, "block"), None))
