@@ -22,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-HOW_TO = ("your_model", "evaluation", "judging", "publishing", "speed", "sweeps", "widgets", "teaching",
+HOW_TO = ("your_model", "evaluation", "judging", "publishing", "speed", "sweeps", "widgets", "pages", "teaching",
           "troubleshooting")
 PROJECT = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 LINK = re.compile(r"(!?\[[^\]]*\]\()(?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?(\))")
@@ -203,8 +203,8 @@ a run of yours."""
 def _frame(source: Path, name: str, title: str, kind: type | None) -> str:
     """A page of the site that frames live/NAME.html; returns its name."""
     words = PLAYER if kind is None else inspect.getdoc(kind).partition("\n\nArgs")[0].partition("\n\nRaises")[0]
-    extra = "" if kind is None else (f"\n\nIn a notebook, `from alignkit_widgets import {kind.__name__}` has all values,"
-                                     " not the grid of this page alone.")
+    extra = "" if kind is None else (f"\n\nIn a notebook, `from alignkit_widgets import {kind.__name__}` has all"
+                                     " values, not the grid of this page alone.")
     page = f"""# {title}
 
 {words}

@@ -1,5 +1,7 @@
 """Sphinx settings of the documentation site; `build.py` prepares the pages and starts Sphinx."""
 
+import re
+
 import latex2mathml.converter
 
 import alignkit
@@ -16,7 +18,7 @@ nb_mime_priority_overrides = [("html", "text/html", 40)]
 myst_enable_extensions = ["dollarmath", "amsmath", "html_image", "deflist"]
 myst_dmath_double_inline = True
 myst_heading_anchors = 4
-suppress_warnings = ["mystnb.unknown_mime_type", "myst.header", "misc.highlighting_failure"]
+suppress_warnings = ["mystnb.unknown_mime_type", "myst.header", "misc.highlighting_failure", "docutils"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signature has them
 html_theme = "pydata_sphinx_theme"
@@ -40,20 +42,34 @@ def _mathml(writer, node, display: str) -> None:
     raise SkipNode
 
 
-def _fences(app, what, name, obj, options, lines: list[str]) -> None:
-    """Turn Markdown's code fences in a docstring into reStructuredText's code blocks."""
-    inside, turned = False, []
-    for line in lines:
-        if line.strip().startswith("```"):
-            inside = not inside
-            turned += ["", ".. code-block:: python", ""] if inside else [""]
-        else:
-            turned.append(f"   {line}" if inside else line)
+def _docstring(app, what, name, obj, options, lines: list[str]) -> None:
+    """Turn a docstring, which is plain text with Markdown's code marks, into reStructuredText.
+
+    Fenced code becomes a code block; a paragraph with lists or indented lines keeps its lines; elsewhere `*`, `|` and a
+    final `_` are no markup. Sections such as Args are left to napoleon.
+    """
+    turned: list[str] = []
+    for block in re.split(r"(^```.*?^```$)", "\n".join(lines), flags=re.M | re.S):
+        if block.startswith("```"):
+            code = block.splitlines()[1:-1]
+            turned += ["", ".. code-block:: python", "", *(f"   {line}" for line in code), ""]
+            continue
+        for paragraph in block.split("\n\n"):
+            rows = [_escaped(row) for row in paragraph.splitlines()]
+            listed = any(re.match(r"\s+\S|\d+\.\s|[*•-]\s", row) for row in paragraph.splitlines()[1:])
+            section = re.match(r"\s*(Args|Raises|Returns|Yields|Examples?):", paragraph)
+            turned += [f"| {row}" for row in rows] if listed and not section else rows
+            turned.append("")
     lines[:] = turned
 
 
+def _escaped(row: str) -> str:
+    parts = re.split(r"(`[^`]*`)", row)
+    return "".join(part if i % 2 else re.sub(r"([*|]|(?<=\w)_(?!\w))", r"\\\1", part) for i, part in enumerate(parts))
+
+
 def setup(app) -> None:
-    """Formulas as MathML, and code blocks in docstrings."""
-    app.connect("autodoc-process-docstring", _fences)
+    """Formulas as MathML, and docstrings as they are written."""
+    app.connect("autodoc-process-docstring", _docstring, priority=400)  # before napoleon
     app.add_html_math_renderer("mathml", (lambda writer, node: _mathml(writer, node, "inline"), None),
                                (lambda writer, node: _mathml(writer, node, "block"), None))
