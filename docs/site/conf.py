@@ -19,6 +19,7 @@ myst_enable_extensions = ["dollarmath", "amsmath", "html_image", "deflist"]
 myst_dmath_double_inline = True
 myst_heading_anchors = 4
 suppress_warnings = ["mystnb.unknown_mime_type", "myst.header", "misc.highlighting_failure", "docutils"]
+# "docutils": a docstring in an unusual layout is no reason to have no site
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signature has them
 html_theme = "pydata_sphinx_theme"
@@ -30,6 +31,7 @@ html_theme_options = {
     "footer_end": [], "secondary_sidebar_items": ["page-toc"], "navbar_align": "left",
     "header_links_before_dropdown": 6,
 }
+html_context = {"default_mode": "auto"}  # light or dark as the reader's system is
 html_math_renderer = "mathml"
 
 
