@@ -102,7 +102,7 @@ def test_a_grid_that_is_not_given_is_thinned_and_a_page_that_is_too_large_refuse
     monkeypatch.setattr("alignkit_widgets.explorers.saved.MOST_STATES", 150)
     data = data_of(small().save_html(tmp_path / "p.html"))
     lengths = {axis["name"]: len(axis["values"]) for axis in data["axes"]}
-    assert lengths == {"a": 6, "way": 2, "grid": 2, "seed": 6} and len(data["roots"]) == 144
+    assert lengths == {"a": 6, "way": 2, "grid": 2, "seed": 4} and len(data["roots"]) == 96
     assert [axis["values"][end] for axis in data["axes"] for end in (0, -1)][:2] == [0, 1]
     assert all(axis["values"][axis["start"]] == small().values[axis["name"]] for axis in data["axes"])
     monkeypatch.setattr("alignkit_widgets.explorers.saved.MOST_BYTES", 20_000)
@@ -213,8 +213,9 @@ def test_the_site_is_built_and_nothing_in_it_comes_from_elsewhere(build, tmp_pat
     monkeypatch.setattr(ClipExplorer, "page_grid", {"ratio": 3, "size": 1, "clip": 1})
     html = build.build_site(tmp_path, None, notebooks=["03a_ppo_by_hand"], explorers=["clip"], api=())
     pages = list(html.rglob("*.html"))
-    assert {"index.html", "notebooks/03a_ppo_by_hand.html", "docs/teaching.html", "live/clip.html"} <= {
+    assert {"index.html", "notebooks/03a_ppo_by_hand.html", "docs/teaching.html", "try/clip.html"} <= {
         page.relative_to(html).as_posix() for page in pages}
+    assert data_of(html / "live" / "clip.html")["config"]["title"] == ClipExplorer().title, "and no page of the site"
     for page in pages:
         text = page.read_text(encoding="utf-8")
         for tag, address in re.findall(r"<(script|link|img|iframe)\b[^>]*?(?:src|href|data-page)=\"([^\"]+)\"", text):

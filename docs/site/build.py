@@ -194,6 +194,8 @@ def _from_run(source: Path, run: Path) -> list[str]:
     return made
 
 
+WELCOME = """**Here without installing anything**: a recorded PPO run, to play and to scrub. It was rewound once; what the
+rewind left is dashed."""
 PLAYER = """PPO in the desk world, recorded as the cockpit showed it: first with `kl_coef` 0.02, then rewound to
 iteration 6 and continued with `kl_coef` 0.2. The dashed lines are the way that was left; choose it under *way*. Press
 *Play*, or move the slider with the mouse or the arrow keys. `alignkit play RUN --out FILE.html` makes such a page from
@@ -201,7 +203,7 @@ a run of yours."""
 
 
 def _frame(source: Path, name: str, title: str, kind: type | None) -> str:
-    """A page of the site that frames live/NAME.html; returns its name."""
+    """A page of the site, try/NAME, that frames the file live/NAME.html; returns its name."""
     words = PLAYER if kind is None else inspect.getdoc(kind).partition("\n\nArgs")[0].partition("\n\nRaises")[0]
     extra = "" if kind is None else (f"\n\nIn a notebook, `from alignkit_widgets import {kind.__name__}` has all"
                                      " values, not the grid of this page alone.")
@@ -209,14 +211,14 @@ def _frame(source: Path, name: str, title: str, kind: type | None) -> str:
 
 {words}
 
-<iframe class="live" data-page="../live/{name}.html" title="{title}" loading="eager"></iframe>
+<iframe class="live" data-page="../live/{name}.html" title="{title}"></iframe>
 
 The address of this page holds the state: *copy link* gives one to pass on. The same page
 <a href="../live/{name}.html">alone</a> is one file that works from a disk.{extra}
 """
-    (source / "live").mkdir(exist_ok=True)
-    (source / "live" / f"{name}.md").write_text(page, encoding="utf-8")
-    return f"live/{name}"
+    (source / "try").mkdir(exist_ok=True)
+    (source / "try" / f"{name}.md").write_text(page, encoding="utf-8")
+    return f"try/{name}"
 
 
 # --- the API and the front page --------------------------------------------------------------------------------------
@@ -249,10 +251,10 @@ def _index(source: Path, notebooks: Sequence[str], live: Sequence[str], api: Seq
     contents = {"Try it here": live, "Notebooks": [f"notebooks/{name}" for name in notebooks], "How to": how_to,
                 "What was measured": measured, "API": api, "Project": [name.removesuffix(".md") for name in PROJECT]}
     trees = "\n".join(_tree(source, caption, pages) for caption, pages in contents.items() if pages)
-    first = live[-1] if "live/player" not in live else "live/player"
-    frame = f'<iframe class="live" data-page="{first}.html" data-state="step=40" title="Live" loading="eager"></iframe>'
+    frame = '<iframe class="live" data-page="live/player.html" title="A recorded PPO run"></iframe>'
+    shown = f"{WELCOME}\n\n{frame}" if "try/player" in live else ""
     text = (HERE / "index.md").read_text(encoding="utf-8")
-    text = text.replace("{{live}}", frame if live else "").replace("{{contents}}", trees)
+    text = text.replace("{{live}}", shown).replace("{{contents}}", trees)
     (source / "index.md").write_text(text, encoding="utf-8")
 
 
