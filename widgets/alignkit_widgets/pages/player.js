@@ -74,7 +74,7 @@ const toggle = button("Play", () => play(!now.playing));
 const back = button("◀", () => go(now.at - 1), "one iteration back"), forth = button("▶", () => go(now.at + 1), "one iteration on");
 const label = put("label", bar, { class: "scrub" });
 put("span", label, {}, "iteration");
-const scrub = put("input", label, { type: "range", min: 0, step: 1 }), out = put("output", label, {});
+const scrub = put("input", label, { type: "range", min: 0, step: 1, "aria-label": "iteration" }), out = put("output", label, {});
 scrub.addEventListener("input", () => go(Number(scrub.value)));
 const speed = put("select", put("label", bar, {}, "speed "), {});
 for (const [text, seconds] of [["slow", 0.6], ["normal", 0.25], ["fast", 0.08]]) put("option", speed, { value: seconds }, text);
