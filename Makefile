@@ -3,6 +3,7 @@
 # make lab       open JupyterLab on the notebooks
 # make mutants   break the formulas on purpose, one at a time, and see that the tests notice
 # make bench     time rollout, scoring, PPO update and DPO step, each beside its baselines
+# make docs      run the notebooks once and build the documentation site in docs/_build/html, offline
 # make clean     remove .venv and caches; runs/ stays
 #
 # ARGS is passed on:  make course ARGS="-p seed=1"     make test ARGS="tests/test_ppo.py -x"
@@ -16,7 +17,7 @@ ARGS ?=
 
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: help install course test lab mutants bench clean
+.PHONY: help install course test lab mutants bench docs clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -46,6 +47,9 @@ bench: $(INSTALLED)
 	@mkdir -p runs
 	@$(BIN)/python -m benchmarks.steps --json runs/steps.json $(ARGS)
 
+docs: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(BIN)/python docs/site/build.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist docs/_build/html docs/_build/source docs/_build/doctrees .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -27,7 +27,7 @@ NEEDS = {  # the stages whose models a notebook reads
 }
 CARD = "README.md"  # the model card of a frozen checkpoint, which is written after its evaluation
 # records in a stage's folder, which later stages may add to
-RUN_FILES = ("results.json", "metrics.jsonl", "evaluation.json", "samples.json", "suites.json", CARD)
+RUN_FILES = ("results.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "samples.json", "suites.json", CARD)
 
 
 def has_number(notebook: str, number: str) -> bool:

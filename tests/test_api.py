@@ -20,7 +20,7 @@ LAYERS = (
     ("alignkit_widgets.app",),
     ("alignkit_widgets",),
     ("alignkit_widgets.boards", "alignkit_widgets.cockpit", "alignkit_widgets.explorers"),
-    ("alignkit_widgets.notebook", "alignkit_widgets.looks"),
+    ("alignkit_widgets.notebook", "alignkit_widgets.looks", "alignkit_widgets.pages"),
     ("alignkit.__main__",),
     ("alignkit.jobs", "alignkit.sweeps", "alignkit.teaching"),  # the command is in jobs; sweeps and grading run jobs
     ("alignkit.publish",),

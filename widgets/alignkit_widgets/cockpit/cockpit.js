@@ -102,7 +102,7 @@ class Chart extends Plot {
   draw() {
     const { store, cursor } = this.view, lines = ({ points }) => this.keys.map((key) => points[key] ?? []);
     const series = lines(store), branches = store.branches.map(lines);
-    const values = [series, ...branches].flat(2).map((p) => p[1]).filter((v) => v != null);
+    const values = [series, ...branches, lines({ points: store.ahead ?? {} })].flat(2).map((p) => p[1]).filter((v) => v != null);
     let low = values.reduce((a, b) => Math.min(a, b), Infinity), high = values.reduce((a, b) => Math.max(a, b), -Infinity);
     if (!values.length) [low, high] = [0, 1];
     if (low > 0 && low < 0.5 * high) low = 0;
@@ -194,13 +194,14 @@ class View {
     make(head, "span", { class: "akc-title" }, this.config.title);
     this.state = make(head, "span", { class: "akc-state", role: "status" });
     this.place = make(head, "span", { class: "akc-place" });
-    if (this.config.mode !== "watch") this.addButtons(make(head, "div", { class: "akc-buttons", role: "group", "aria-label": "Run" }));
+    if (this.config.mode === "recorded"); // a recorded run's page has its own buttons
+    else if (this.config.mode !== "watch") this.addButtons(make(head, "div", { class: "akc-buttons", role: "group", "aria-label": "Run" }));
     else make(head, "span", { class: "akc-place", style: "margin-left:auto" }, "to stop: Interrupt in the toolbar");
     this.progress = make(root, "progress", { max: this.config.total ?? 1, value: 0, "aria-label": "Progress" });
     this.note = make(root, "div", { class: "akc-note", role: "status" });
     this.inputs = {};
     const controls = make(root, "div", { class: "akc-controls" });
-    if (this.config.mode !== "watch") {
+    if (!["watch", "recorded"].includes(this.config.mode)) {
       for (const control of this.config.controls) this.addControl(controls, control);
       this.addRewind(controls);
     }
@@ -264,7 +265,7 @@ class View {
     this.rewind = { row, select, button, wait, done: null };
   }
   end() { // of the x axis: the run's, or less while only a little of a long run is done
-    const runs = [this.store, ...this.store.branches].flatMap(({ points }) => Object.values(points));
+    const runs = [this.store, ...this.store.branches, { points: this.store.ahead ?? {} }].flatMap(({ points }) => Object.values(points));
     const last = Math.max(1, ...runs.map((p) => p.at(-1)?.[0] ?? 1));
     let end = 20;
     while (end < 1.25 * last) end *= 2;
@@ -334,7 +335,7 @@ class View {
 export default () => {
   const store = { views: new Set(), rows: 0, points: {}, shares: [], behaviours: [], marks: [], branches: [], samples: null, state: null };
   const receive = (model, message) => {
-    if (message.whole) Object.assign(store, { rows: 0, points: {}, shares: [], marks: [], branches: message.branches });
+    if (message.whole) Object.assign(store, { rows: 0, points: {}, shares: [], marks: [], branches: message.branches, ahead: message.ahead });
     if (message.from === store.rows) {
       store.rows = message.to;
       for (const [key, points] of Object.entries(message.points)) (store.points[key] ??= []).push(...points);

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from alignkit.errors import RunError
-from alignkit.storage import branch_files, read_metrics
+from alignkit.storage import branch_files, read_metrics, trim_metrics, write_atomically
 from alignkit_widgets.cockpit.controls import is_finite
 
 
@@ -61,6 +62,31 @@ def branches_of(log: str | Path, rows: list[dict]) -> list[dict]:
         rows = [row for row in rows if row["step"] <= at] + left  # the log before that rewind
         branches.insert(0, branch(rows, at))
     return branches
+
+
+def ways_of(log: str | Path, rows: list[dict]) -> list[list[dict]]:
+    """All rows of the run as they were before each rewind, oldest first, and last `rows`, those that were kept."""
+    ways = [rows]
+    for left in reversed(branches_of(log, rows)):
+        ways.insert(0, [row for row in ways[0] if row["step"] <= left["at"]]
+                    + [row for row in left["rows"] if row["step"] > left["at"]])
+    return ways
+
+
+def samples_file(log: str | Path) -> Path:
+    """The file beside a run's log with the samples that the panel showed.
+
+    It has a row per iteration: {"step", "way", "pairs"}; way: the number of rewinds before it. A rewind removes no row.
+    """
+    return Path(log).with_name("samples.jsonl")
+
+
+def trim_samples(log: str | Path, last_step: int, way: int) -> None:
+    """Remove the samples after `last_step` of the way that a run continues; those of earlier ways stay."""
+    file = samples_file(log)
+    if file.exists():
+        kept = [row for row in trim_metrics(file) if row.get("way", 0) < way or row.get("step", 0) <= last_step]
+        write_atomically(file, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
 
 
 def branch(rows: list[dict], at: int) -> dict:

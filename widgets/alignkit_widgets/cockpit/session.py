@@ -11,7 +11,7 @@ from alignkit.safe_text import visible
 from alignkit.storage import append_metrics, branch_files, branch_metrics, trim_metrics, write_atomically
 from alignkit_widgets.cockpit.controls import Controls
 from alignkit_widgets.cockpit.feed import Feed
-from alignkit_widgets.cockpit.log import branch, branches_of, checked, marks_of
+from alignkit_widgets.cockpit.log import branch, branches_of, checked, marks_of, samples_file, trim_samples
 from alignkit_widgets.cockpit.snapshots import Snapshots
 from alignkit_widgets.looks import finite
 from alignkit_widgets.notebook import in_kernel
@@ -104,6 +104,9 @@ class Session:
         self.rows.append(row)
         if samples is not None:
             self.feed.show_samples(iteration, samples)
+            if self.log is not None:
+                shown = {"step": iteration, "way": len(self.branches), "pairs": self.feed.samples["pairs"]}
+                append_metrics(samples_file(self.log), shown)
         self.done, self.ran, self.busy = iteration, self.ran + 1, self.busy + seconds
         if self.snapshots is not None:
             self.snapshots.take(iteration)
@@ -191,6 +194,10 @@ def _rows_before(log: Path | None, start: int, goes_on: bool) -> list[dict]:
     """
     if log is None:
         return []
+    if start or goes_on:
+        trim_samples(log, start, len(branch_files(log)))
+    else:
+        samples_file(log).unlink(missing_ok=True)
     if start:
         return checked(trim_metrics(log, start), log)
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from alignkit.formulas.losses import bradley_terry_loss, preference_chance
 from alignkit_widgets.explorers.blocks import Axis, Chart, Series, Text, fixed
-from alignkit_widgets.explorers.explorer import Button, Explorer, Slider
+from alignkit_widgets.explorers.explorer import Along, Button, Explorer, Slider
 from alignkit_widgets.explorers.worked_numbers import labels_for_first
 
 
@@ -21,14 +22,16 @@ class BradleyTerryExplorer(Explorer):
     Raises ValueError on a bad `state` or `hide`.
     """
 
+    page_grid: ClassVar = {"first": 13, "second": 5, "labels": (1, 5, 20, 50, 200, 1000), "noise": 5, "seed": (0, 1)}
+
     def __init__(self, *, state: str = "", hide: Sequence[str] = ()) -> None:
         scores = np.linspace(-3, 3, 61).round(1).tolist()
+        seed = Slider("seed", range(1000), 0, "seed", kept=True, between=False)
         controls = [Slider("first", scores, 1.0, "score of the first"),
                     Slider("second", scores, 0.0, "score of the second"),
                     Slider("labels", (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000), 50, "labels", between=False),
                     Slider("noise", np.linspace(0, 0.4, 41).round(2).tolist(), 0.0, "share of flipped labels"),
-                    Slider("seed", range(1000), 0, "seed", kept=True, between=False),
-                    Button("again", "ask other annotators", lambda values: {"seed": (values["seed"] + 1) % 1000})]
+                    seed, Button("again", "ask other annotators", Along(seed, 1, around=True))]
         super().__init__("Bradley–Terry: from scores to labels and back", controls, _rows, state=state,
                          hide={*hide, "seed"})
 

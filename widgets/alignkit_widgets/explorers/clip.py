@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ class ClipExplorer(Explorer):
 
     Raises ValueError on a bad `state` or `hide`.
     """
+
+    page_grid: ClassVar = {"ratio": 29, "size": (0.5, 1.0, 2.0), "clip": 8}
 
     def __init__(self, *, state: str = "", hide: Sequence[str] = ()) -> None:
         controls = [Slider("ratio", np.linspace(0.4, 1.8, 71).round(2).tolist(), 1.3, "ratio ρ"),

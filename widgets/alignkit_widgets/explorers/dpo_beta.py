@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ class BetaExplorer(Explorer):
             the worked example of notebook 05.
         state, hide: as for every Explorer.
     """
+
+    page_grid: ClassVar = {"beta": (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3, 5),
+                           "chosen": 5, "rejected": 5, "ref_chosen": 1, "ref_rejected": 1}
 
     def __init__(self, logps: Sequence[float] = (-12.0, -11.0, -13.0, -10.5), *, state: str = "",
                  hide: Sequence[str] = ()) -> None:

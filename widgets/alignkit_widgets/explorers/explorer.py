@@ -17,6 +17,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from alignkit_widgets.explorers.blocks import Copy, plain
@@ -123,6 +124,23 @@ class Button:
     kind: ClassVar[str] = "button"
 
 
+@dataclass(frozen=True)
+class Along:
+    """A button's action that moves a slider by some stops, so that a saved page can carry it out too.
+
+    around: the first stop follows the last.
+    """
+
+    slider: Slider
+    by: int
+    around: bool = False
+
+    def __call__(self, state: Mapping) -> dict[str, float]:
+        stops, now = list(self.slider.stops), state[self.slider.name]
+        at = min(range(len(stops)), key=lambda i: abs(stops[i] - now)) + self.by
+        return {self.slider.name: stops[at % len(stops) if self.around else min(max(at, 0), len(stops) - 1)]}
+
+
 class Explorer:
     """Controls and a picture that is computed for each setting.
 
@@ -135,6 +153,8 @@ class Explorer:
 
     Raises ValueError that names an unknown name or an invalid value.
     """
+
+    page_grid: ClassVar[Mapping[str, int | Sequence]] = {}  # the grid of `save_html`, unless one is given
 
     def __init__(
         self,
@@ -209,6 +229,21 @@ class Explorer:
 
         shown = {c.label or c.name: c.show(self._values[c.name]) for c in map(self.controls.get, self._order) if c}
         return draw_explorer(self.title, plain(shown), self.rows())
+
+    def save_html(self, path: str | Path, *, grid: Mapping[str, int | Sequence] | None = None) -> Path:
+        """Write the explorer as one HTML file that works without Python; returns `path`.
+
+        Its pictures are computed beforehand for each setting of a grid; the page names the grid. Its state is in the
+        URL: page.html#beta=0.2&prompt=3. Nothing is loaded from elsewhere.
+        grid: {control: its values in the page, or their number}; 1 fixes a control at its present value. A control
+        that is not named keeps all its values, or every second (fourth, …) if there would be more than 4,000 settings.
+        Buttons that need Python are left out.
+
+        Raises ValueError for an unknown control, for more than 4,000 settings, or for a page of more than 1 MB.
+        """
+        from alignkit_widgets.explorers.saved import save_explorer
+
+        return save_explorer(self, path, self.page_grid if grid is None else grid)
 
     def __repr__(self) -> str:
         return self.text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -19,6 +20,8 @@ class GAEExplorer(Explorer):
             example with invented figures.
         state, hide: as for every Explorer.
     """
+
+    page_grid: ClassVar = {"gamma": 9, "lambda": 21, "kl_coef": 6}
 
     def __init__(self, numbers: ResponseNumbers | None = None, *, state: str = "", hide: Sequence[str] = ()) -> None:
         self.numbers = example_response() if numbers is None else numbers

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from alignkit_widgets.explorers.blocks import Axis, Bars, Chart, Series, Table, Text, fixed, number
-from alignkit_widgets.explorers.explorer import Button, Choice, Explorer, Slider
+from alignkit_widgets.explorers.explorer import Along, Button, Choice, Explorer, Slider
 from alignkit_widgets.explorers.worked_numbers import kl_estimates, tilted
 
 _REF = torch.tensor([0.4, 0.25, 0.2, 0.1, 0.05], dtype=torch.float64).log()
@@ -23,13 +24,15 @@ class KLEstimatorsExplorer(Explorer):
     Raises ValueError on a bad `state` or `hide`.
     """
 
+    page_grid: ClassVar = {"distance": 8, "samples": (4, 16, 64, 256, 1024), "seed": range(4)}
+
     def __init__(self, *, state: str = "", hide: Sequence[str] = ()) -> None:
         samplers = {"policy": "the policy π (correct)", "reference": "the reference π_ref (a mistake)"}
+        seed = Slider("seed", range(1000), 0, "seed", kept=True, between=False)
         controls = [Slider("distance", np.linspace(0.05, 2, 40).round(2).tolist(), 0.3, "distance from π_ref"),
                     Slider("samples", (4, 8, 16, 32, 64, 128, 256, 512, 1024), 64, "samples", between=False),
                     Choice("sampler", samplers, "policy", "samples come from"),
-                    Slider("seed", range(1000), 0, "seed", kept=True, between=False),
-                    Button("again", "draw other samples", lambda values: {"seed": (values["seed"] + 1) % 1000})]
+                    seed, Button("again", "draw other samples", Along(seed, 1, around=True))]
         super().__init__("KL from samples: k1, k2, k3", controls, _rows, state=state, hide={*hide, "seed"})
 
 

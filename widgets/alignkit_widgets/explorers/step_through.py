@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import numpy as np
 
 from alignkit_widgets.explorers.blocks import Table, Text, Tokens, fixed
-from alignkit_widgets.explorers.explorer import Button, Explorer, Slider
+from alignkit_widgets.explorers.explorer import Along, Button, Explorer, Slider
 from alignkit_widgets.explorers.worked_numbers import ResponseNumbers, example_response, ppo_update
 
 STAGES = ("sampled", "KL", "rewards", "advantages", "ratio", "clip", "update")
@@ -21,16 +22,16 @@ class StepThroughExplorer(Explorer):
         state, hide: as for every Explorer.
     """
 
+    page_grid: ClassVar = {"kl_coef": (0, 0.2, 0.4, 0.7, 1), "clip": (0.1, 0.2, 0.4), "rate": (0.5, 1, 4)}
+
     def __init__(self, numbers: ResponseNumbers | None = None, *, state: str = "", hide: Sequence[str] = ()) -> None:
         self.numbers = example_response() if numbers is None else numbers
-        last = len(STAGES)
-        controls = [Slider("stage", range(1, last + 1), 1, "stage", between=False, names=STAGES),
-                    Slider("steps", range(9), 0, "steps made before", between=False),
+        stage = Slider("stage", range(1, len(STAGES) + 1), 1, "stage", between=False, names=STAGES)
+        controls = [stage, Slider("steps", range(9), 0, "steps made before", between=False),
                     Slider("kl_coef", np.linspace(0, 1, 41).round(3).tolist(), 0.2, "β, price of KL"),
                     Slider("clip", np.linspace(0.05, 0.5, 46).round(2).tolist(), 0.2, "clip range ε"),
                     Slider("rate", (0.25, 0.5, 1, 2, 4, 8, 16), 1, "learning rate"),
-                    Button("back", "◀ stage", lambda values: {"stage": max(1, values["stage"] - 1)}),
-                    Button("next", "stage ▶", lambda values: {"stage": min(last, values["stage"] + 1)})]
+                    Button("back", "◀ stage", Along(stage, -1)), Button("next", "stage ▶", Along(stage, 1))]
         super().__init__("One PPO update, number by number", controls, self._rows, state=state, hide=hide)
 
     def _rows(self, state: Mapping) -> list:

@@ -1,0 +1,1 @@
+"""Pages with scripts: one file each, that needs no server and asks for nothing."""
