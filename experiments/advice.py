@@ -3,16 +3,19 @@
     python -m experiments.advice --seeds 101 102 … 120 --record    # makes alignkit/evaluate/advice.json, docs/advice.md
 
 Each world has its own trouble (`advice_worlds.trouble`) and the same candidates: SFT, three checkpoints of PPO, DPO
-from SFT and from each of them. A rule sees evaluations on held-out prompts and takes a candidate; its regret is the gold of
-the best one minus that of the one taken, exact on other held-out prompts. The adviser is asked again after every step,
-as a person would ask it: it goes on with PPO, tries DPO, freezes or goes back. The second half is claim C38: how much
-gold is given away if a checkpoint is chosen by n labels for each, by the proxy, or if the last one is taken.
+from SFT and from each of them. A rule sees evaluations on held-out prompts and takes a candidate; its regret is the
+gold of the best one minus that of the one taken, exact on other held-out prompts. The adviser is asked again after
+every step, as a person would ask it: it goes on with PPO, tries DPO, freezes or goes back. The second half is claim
+C38: how much gold is given away if a checkpoint is chosen by n labels for each, by the proxy, or if the last one is
+taken.
 
 What is finished is not run again while sizes and code are the same.
 """
 
 import argparse
+import inspect
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,16 +24,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alignkit.evaluate import decision
-from alignkit.evaluate.advice_record import ADVISERS, FILE, AdviceRecord, load_advice
+from alignkit.evaluate.advice_record import ADVISERS, FILE, FREEZING, AdviceRecord, load_advice
 from alignkit.evaluate.adviser import RISKY_FAILURES
 from alignkit.evaluate.comparison import Comparison
-from alignkit.evaluate.decision import decide
+from alignkit.evaluate.decision import DECISION_RULES, DECISIONS, decide
 from alignkit.evaluate.evaluation import Evaluation
+from alignkit.exact.sweep import source_hashes
+from alignkit.formulas.intervals import mean_estimate
 from alignkit.runs.records import versions
 from alignkit.storage import content_hash, plain, write_atomically
 from experiments import advice_worlds
-from experiments.advice_worlds import Candidate, Ground, Size, candidates
+from experiments.advice_worlds import FLIPS, LABELS, MESSY, PRICES, WHO, Candidate, Ground, Size, candidates
 from experiments.sweep import kept, write_compact
 
 PAGE = Path(__file__).parents[1] / "docs" / "advice.md"
@@ -167,8 +171,10 @@ def world_row(seed: int, size: Size) -> dict:
 
 def run(seeds: Sequence[int], folder: Path, size: Size) -> dict:
     """Make the worlds that are not there yet; returns what goes into the record."""
-    here = [Path(module.__file__).read_text(encoding="utf-8") for module in (advice_worlds, decision)]
-    key = {"size": size.key(), "code": content_hash([*here, Path(__file__).read_text(encoding="utf-8")])}
+    asked = (walk, rule_of_thumb, most, regret_of_labels, ways_to_choose, world_row)
+    code = [source_hashes(("evaluate/decision.py",)), Path(advice_worlds.__file__).read_text(encoding="utf-8"),
+            *map(inspect.getsource, asked)]
+    key = {"size": size.key(), "code": content_hash(code)}
     worlds = []
     for seed in seeds:
         worlds.append(kept(folder / f"{seed}.json", key, lambda: world_row(seed, size)))  # noqa: B023
@@ -182,7 +188,58 @@ def run(seeds: Sequence[int], folder: Path, size: Size) -> dict:
 
 def page(record: AdviceRecord) -> str:
     """docs/advice.md: the rules, their regret, and how a checkpoint is best chosen."""
-    return f"made by {record.command}\n"
+    worlds, choices = len(record.worlds), record.settings["ppo"]["iterations"] // record.settings["every"]
+    judged, asked = (4 * record.settings[name] for name in ("judged", "questions"))
+    lines = [f"| {rule} | {what} | {record.regret(rule):.3f} | "
+             f"{' | '.join('–' if rule == one else f'{record.difference(one, rule):+.3f}' for one in ADVISERS)} |"
+             for rule, what in record.rules.items()]
+    answers = Counter((one, said) for world in record.worlds for one in ADVISERS for said, _ in world.walks[one])
+    rules = [f"{number}. *{rule.__name__.replace('_', ' ')}*: {' '.join((rule.__doc__ or '').split())}"
+             for number, rule in enumerate(DECISION_RULES, 1)]
+    return "\n".join([
+        "# The adviser, and the regret of following it", "", f"Made by `{record.command}`.", "",
+        "## The rules", "", "`alignkit advise RUN` and `alignkit.decide` ask these in order; the first that applies "
+        "decides.", "", *rules, "",
+        "## Regret", "", f"{worlds} worlds (seeds {record.worlds[0].seed} to {record.worlds[-1].seed}) that no rule "
+        "was tuned on; rules and design were committed before the first was made. Trouble drawn from the seed: labels "
+        f"({', '.join(map(str, LABELS))}; a quarter as many held out), flipped labels ({', '.join(map(str, FLIPS))}), "
+        f"annotator ({', '.join(WHO)}), price of KL ({', '.join(map(str, PRICES))}), messiness of the demonstrators "
+        f"({', '.join(map(str, MESSY))}). Candidates: SFT, {choices} checkpoints of PPO, DPO from SFT and from each of "
+        f"them. Regret is in SFT-sd of gold, exact on {judged} held-out prompts; a rule sees evaluations on {asked} "
+        f"other questions, {record.settings['samples']} responses to each of their four phrasings. Brackets: 95 % "
+        "intervals over worlds. A difference below 0 is in favour of the adviser.", "",
+        f"| rule | takes | mean regret | {' | '.join(f'{one} − it' for one in ADVISERS)} |", "|---" * 5 + "|", *lines,
+        "", *(verdict_of(record, one) for one in ADVISERS), "",
+        f"These are {2 * len(record.simple)} comparisons, not corrected for their number: if no rule differed, about "
+        f"{0.05 * 2 * len(record.simple):.1f} intervals would exclude 0 by chance.", "",
+        "What the advisers said, in all worlds: " + "; ".join(
+            f"{one}: " + ", ".join(f"{said} {answers[one, said]}" for said in DECISIONS if answers[one, said])
+            for one in ADVISERS) + ".", "",
+        "## How many labels does it take to choose a checkpoint? (C38)", "",
+        f"Among SFT and PPO's {choices} checkpoints; *n labels* chooses the highest mean gold of n responses of each, "
+        f"to the same prompts, and its regret is the mean over {REDRAWS:,} draws.", "",
+        "| way to choose | expected regret, SFT-sd |", "|---|---|",
+        *(f"| {way} | {record.choosing(way):.3f} |" for way in record.worlds[0].choosing), "",
+        f"The last checkpoint's regret minus that of {FREEZING}: "
+        f"{mean_estimate(list(record.freezing.values())):+.3f} SFT-sd.", ""])
+
+
+def verdict_of(record: AdviceRecord, one: str) -> str:
+    """In one sentence: which simple rules an adviser beats, and which to use where it does not."""
+    apart = {rule: record.difference(one, rule) for rule in record.simple}
+    beaten = [rule for rule, change in apart.items() if change.high < 0]
+    better = [rule for rule, change in apart.items() if change.low > 0]
+    open_ = [rule for rule in apart if rule not in beaten + better]
+    least = min(record.simple, key=lambda rule: record.regret(rule).value)
+    words = [f"has less regret than {', '.join(beaten)}" if beaten else "has less regret than no simple rule",
+             f"cannot be told from {', '.join(open_)}" if open_ else "", f"has more than {', '.join(better)}" if better
+             else ""]
+    use = ""
+    if len(beaten) < len(apart):
+        use = (f" It is not better than every simple rule: of these {least} has the least mean regret"
+               + (", and is the one to use." if record.regret(least).value < record.regret(one).value else
+                  ", more than the adviser's; the interval does not exclude that this is chance."))
+    return f"**{one[0].upper()}{one[1:]}** {'; '.join(filter(None, words))}.{use}"
 
 
 def main(arguments: list[str] | None = None) -> None:

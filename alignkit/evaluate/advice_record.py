@@ -62,7 +62,7 @@ class AdviceRecord:
         return mean_estimate(list(self.regrets(rule).values()))
 
     def difference(self, rule: str, other: str) -> Estimate:
-        """Regret of `rule` minus that of `other`, paired by world, with its 95 % interval; below 0: `rule` is better."""
+        """Regret of `rule` minus that of `other`, paired by world, with its 95 % interval: below 0 `rule` is better."""
         first, second = self.regrets(rule), self.regrets(other)
         return mean_estimate([first[seed] - second[seed] for seed in first])
 

@@ -18,6 +18,7 @@ from alignkit.metrics import is_number
 
 DECISIONS = ("stay in PPO", "freeze now", "switch to DPO", "roll back", "neither: repair first")
 MATTERS = 0.05  # SFT-sd: the smallest difference of gold that matters, as in the registry of claims
+HOPEFUL = 0.6  # accuracy on held-out pairs: an interval that ends below it leaves no room for a useful reward model
 WIDE = 0.4  # SFT-sd: half the interval of a change; wider than most whole gains of PPO in the desk world
 TRUSTED = 0.5  # nats a token without gold: about where gold peaks in docs/causes.md (1.2 to 2.0 nats a response of 3)
 STEP_KL = 0.2  # nats a token to the old policy; healthy runs of the failure museum have 0.04 to 0.06, rate × 10 0.57
@@ -111,9 +112,10 @@ Answer = tuple[str, str, str] | None
 
 
 def reward_at_chance(seen: Seen) -> Answer:
-    """The reward model cannot be told from a coin, and gold, if known, has not risen: repair it, keep the start."""
-    warning, risen = chance_warning(seen.reward), seen.gold and seen.change(seen.first, seen.last)
-    if not warning or (risen and risen.low is not None and risen.low > 0):
+    """Without gold: the reward model cannot be told from a coin. With gold, which shows what training does: only before
+    the first training, and only if the reward model's interval ends below 60 %. Repair it, keep the start."""
+    warning = chance_warning(seen.reward)
+    if not warning or (seen.gold and (seen.last != seen.first or seen.reward["accuracy_labels_ci95"][1] >= HOPEFUL)):
         return None
     return "neither: repair first", seen.first, warning
 
