@@ -1,5 +1,6 @@
 """The regret of the adviser: worlds made in small, regret by hand, labels against theory, and a record that agrees."""
 
+import json
 import math
 from statistics import NormalDist
 
@@ -8,10 +9,14 @@ import pytest
 import torch
 
 from alignkit.configs import DPOConfig, PPOConfig, RewardConfig, SFTConfig
+from alignkit.errors import RunError
 from alignkit.evaluate import advice_record
 from alignkit.evaluate.advice_record import ADVISERS, AdviceRecord, AdvisedWorld, load_advice
+from alignkit.evaluate.advised_run import advise_run, rows_of
 from alignkit.evaluate.decision import DECISIONS
 from alignkit.evaluate.evaluation import Evaluation, EvaluationSet
+from alignkit.jobs import cli
+from alignkit.storage import write_json
 from experiments import advice, advice_worlds
 from experiments.sweep import write_compact
 
@@ -138,3 +143,73 @@ def test_a_missing_record_says_how_to_make_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="python -m experiments.advice"):
         load_advice(tmp_path / "none.json")
     assert advice_record.FREEZING in {f"{n} labels" for n in advice.BUDGETS}
+
+
+# ---- alignkit advise RUN
+def evaluation(name: str, proxy: float, kl: float, gold: float | None = None, prompts: int = 12) -> Evaluation:
+    """A stored evaluation made by hand: two responses to each prompt, scores around `proxy`."""
+    evalset = EvaluationSet([f"prompt {n}" for n in range(prompts)], range(prompts), ["all"] * prompts, samples=2)
+    n, rng = 2 * prompts, np.random.default_rng(0)
+    noise = rng.normal(0, 0.1, n)
+    columns = {"response": [" yes"] * n, "length": [2] * n, "tokens": [3] * n, "finished": [True] * n,
+               "logp": [-2.0] * n, "entropy": [3.0] * n, "ref_logp": [-2.0 - kl] * n, "k3": [kl] * n,
+               "token_kl": [[kl]] * n, "proxy": (proxy + noise).tolist()}
+    if gold is not None:
+        columns |= {"gold": (gold + noise).tolist(), "behaviour": ["answer"] * n, "phrases": [[0] * 11] * n}
+    return Evaluation(evalset, columns, None if gold is None else (0.0, 1.0), name)
+
+
+def stored(run, **evaluations):
+    """A run directory with these evaluations."""
+    run.mkdir(exist_ok=True)
+    write_json(run / "run.json", {"model": "tiny", "data": "pairs.jsonl", "seed": 0})
+    for stage, each in evaluations.items():
+        (run / stage).mkdir(exist_ok=True)
+        each.save(run / stage / "evaluation.json")
+    return run
+
+
+def test_a_real_run_without_gold_is_advised_and_told_what_is_not_known(tmp_path, capsys):
+    run = stored(tmp_path / "run", sft=evaluation("SFT", 0.0, 0.0), ppo=evaluation("PPO", 1.0, 0.3))
+    (run / "reward").mkdir()
+    write_json(run / "reward" / "results.json", {"accuracy_labels": 0.7, "accuracy_labels_ci95": [0.66, 0.74]})
+    for stage, seconds in (("sft", 10.0), ("ppo", 60.0)):
+        write_json(run / stage / "results.json", {"training_seconds": seconds})
+    answer = advise_run(run)
+    assert (answer.decision, answer.step) == ("stay in PPO", "ppo")
+    assert cli.main(["advise", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("stay in PPO, from ppo\n") and "70.0% [66.0%, 74.0%]" in said and "took 60 s" in said
+    assert "not known: whether people would agree" in said and "\nnot known: whether risky prompts" in said
+    write_json(run / "reward" / "results.json", {"accuracy_labels": 0.52, "accuracy_labels_ci95": [0.48, 0.56]})
+    assert advise_run(run).decision == "neither: repair first"
+
+
+def test_an_unfinished_run_is_advised_by_what_it_has(tmp_path):
+    run = stored(tmp_path / "run", sft=evaluation("SFT", 0.0, 0.0, 0.0))
+    (run / "ppo").mkdir()
+    row = {"objective/scores": 1.0, "policy/approxkl_avg": 0.9, "val/explained_variance": -0.5}
+    text = "\n".join(json.dumps(row) for _ in range(8)) + '\n{"objective/sco'  # killed while it wrote a row
+    (run / "ppo" / "metrics.jsonl").write_text(text, encoding="utf-8")
+    answer = advise_run(run)
+    assert (answer.decision, answer.step) == ("stay in PPO", "sft")
+    assert any("learning rate is too high" in reason for reason in answer.reasons)
+    assert answer.unknown[-1] == "what PPO has become: 8 steps are logged, and it is not evaluated yet."
+    (run / "ppo.new").mkdir()  # made again: its log counts, not that of the stage it replaces
+    (run / "ppo.new" / "metrics.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert len(rows_of(run, "ppo")) == 1
+
+
+def test_what_cannot_be_advised_is_an_error_that_says_what_to_do(tmp_path, capsys):
+    with pytest.raises(RunError, match="is no run directory"):
+        advise_run(tmp_path / "nowhere")
+    run = stored(tmp_path / "run")
+    with pytest.raises(RunError, match="nothing was evaluated yet: run notebook 01"):
+        advise_run(run)
+    assert cli.main(["advise", str(run)]) == 1 and "Traceback" not in capsys.readouterr().err
+    stored(run, sft=evaluation("SFT", 0.0, 0.0), ppo=evaluation("PPO", 1.0, 0.3, prompts=13))
+    with pytest.raises(RunError, match=r"not asked the same evaluation set.*--restart"):
+        advise_run(run)
+    (run / "sft" / "evaluation.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(RunError, match="no evaluation"):
+        advise_run(run)

@@ -43,6 +43,7 @@ def path(golds, proxies=None, kls=None, names=("sft", "ppo10", "ppo20", "ppo30")
     (path([0.0]), {"reward": TURNED}, "neither: repair first", "sft", "reward_at_chance"),
     (path([0.0]), {"reward": COIN}, "stay in PPO", "sft", "still_gaining"),  # few pairs: gold will tell
     (path([0.0, 0.3]), {"reward": COIN}, "stay in PPO", "ppo10", "still_gaining"),  # gold rose
+    (path([0.0, 0.3]), {"reward": TURNED}, "stay in PPO", "ppo10", "still_gaining"),
     (path([0.0, 0.3]), {"reward": FINE}, "stay in PPO", "ppo10", "still_gaining"),
     (path([0.0, -0.2, -0.4]), {}, "neither: repair first", "sft", "made_worse"),
     (path([None, None], [0.0, -0.8]), {}, "neither: repair first", "sft", "made_worse"),  # the proxy itself falls
@@ -88,6 +89,11 @@ def test_without_gold_another_reward_model_judges_and_sees_what_the_proxy_does_n
     assert "may share the proxy's errors" in answer.unknown[0]
     with pytest.raises(ValueError, match="held_out has the checkpoints sft, expected sft, ppo10, ppo20"):
         decide(seen, held_out=path([None]))
+
+
+def test_an_evaluation_that_is_too_small_says_how_many_questions_it_needs():
+    reason = decide(path([0.0, 0.3], half=0.5)).reasons[0]  # an interval five times as narrow: 25 times as many
+    assert "+0.30 [-0.20, +0.80]" in reason and "to see a change of 0.1 it needs about 25 times as many" in reason
 
 
 # ---- what is said beside the decision
