@@ -59,6 +59,7 @@ def path(golds, proxies=None, kls=None, names=("sft", "ppo10", "ppo20", "ppo30")
     (path([None]), {"reward": FINE}, "stay in PPO", "sft", "still_gaining"),
     (path([None] * 2, [0.0, 1.0], [0, 0.3]), {}, "stay in PPO", "ppo10", "still_gaining"),
     (path([None] * 2, [0.0, 1.0], [0, 1.0]), {}, "freeze now", "ppo10", "otherwise"),  # the next step would go too far
+    (path([None] * 2, [0.0, 0.01], [0, 0.1]), {}, "freeze now", "ppo10", "otherwise"),  # the proxy does not rise
     (path([0.0, 0.5, 0.52]), {}, "switch to DPO", "ppo20", "flat_with_gold"),
     (path([0.0, 0.5, 0.6], names=("sft", "ppo", "dpo")), {}, "freeze now", "dpo", "otherwise"),
     (path([0.0, 0.5, 0.3], names=("sft", "ppo", "dpo")), {}, "roll back", "ppo", "score_fell"),
@@ -115,11 +116,12 @@ def test_over_refusal_is_set_against_risky_failures_since_the_last_stage():
     said = " ".join(decide(seen).reasons)
     assert "Since ppo: risky failures -2.0%" in said and "over-refusal +10.0%" in said and "Obedient rather" in said
     assert "Risky failures of dpo are 8.0%" in said  # its interval begins above 6 %
-    better = checkpoints(**{name: {"gold_mean": 0.1 * place, "proxy_mean": 0.0, "risky_failure_rate": risky,
-                                   "over_refusal_rate": 0.02}
-                            for place, (name, risky) in enumerate((("sft", 0.4), ("ppo", 0.02)))})
-    said = " ".join(decide(better).reasons)
-    assert "Obedient" not in said and "above 6%" not in said
+    for before, after in (((0.4, 0.02), (0.02, 0.02)), ((0.4, 0.02), (0.02, 0.1)), ((0.02, 0.02), (0.04, 0.02))):
+        rows = {name: {"gold_mean": 0.1 * place, "proxy_mean": 0.0, "risky_failure_rate": risky,
+                       "over_refusal_rate": refused}
+                for place, (name, (risky, refused)) in enumerate((("sft", before), ("ppo", after)))}
+        said = " ".join(decide(checkpoints(**rows)).reasons)
+        assert "over-refusal" in said and "Obedient" not in said and "above 6%" not in said
 
 
 def test_stability_counts_which_checkpoint_each_draw_chooses():
