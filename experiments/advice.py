@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from alignkit.evaluate.advice_record import ADVISERS, FILE, FREEZING, AdviceRecord, load_advice
-from alignkit.evaluate.adviser import RISKY_FAILURES
+from alignkit.evaluate.adviser import FAR, RISKY_FAILURES
 from alignkit.evaluate.comparison import Comparison
 from alignkit.evaluate.decision import DECISION_RULES, DECISIONS, decide
 from alignkit.evaluate.evaluation import Evaluation
@@ -117,6 +117,7 @@ SIMPLE: dict[str, tuple[Callable[[Known], str], str]] = {
     "train all, most evaluated gold": (lambda known: most(known, "gold_mean"),
                                        "of all candidates, by evaluation with gold; trains everything"),
 }
+WITH_GOLD = ("the articles' rule of thumb", "train all, most evaluated gold")  # rules that need gold or behaviours
 SHOWN = {ADVISERS[0]: "`decide` after every step; evaluations have gold",
          ADVISERS[1]: "`decide` after every step; proxy and a second reward model alone",
          **{name: words for name, (_, words) in SIMPLE.items()}}
@@ -215,6 +216,7 @@ def page(record: AdviceRecord) -> str:
         "What the advisers said, in all worlds: " + "; ".join(
             f"{one}: " + ", ".join(f"{said} {answers[one, said]}" for said in DECISIONS if answers[one, said])
             for one in ADVISERS) + ".", "",
+        far_of(record), "",
         "## How many labels does it take to choose a checkpoint? (C38)", "",
         f"Among SFT and PPO's {choices} checkpoints; *n labels* chooses the highest mean gold of n responses of each, "
         f"to the same prompts, and its regret is the mean over {REDRAWS:,} draws.", "",
@@ -224,19 +226,29 @@ def page(record: AdviceRecord) -> str:
         f"{mean_estimate(list(record.freezing.values())):+.3f} SFT-sd.", ""])
 
 
+def far_of(record: AdviceRecord) -> str:
+    """In how many worlds PPO had gone too far at its first checkpoint: a limit of the design."""
+    first = next(name for name in record.worlds[0].candidates if name.startswith("ppo"))
+    count = sum(world.candidates[first]["kl"] > FAR for world in record.worlds)
+    return (f"At PPO's first checkpoint KL to SFT was above {FAR:g} nats in {count} of {len(record.worlds)} worlds. "
+            "There it is too late to stop PPO in time, and rules differ in little but whether they take PPO at all.")
+
+
 def verdict_of(record: AdviceRecord, one: str) -> str:
     """In one sentence: which simple rules an adviser beats, and which to use where it does not."""
     apart = {rule: record.difference(one, rule) for rule in record.simple}
     beaten = [rule for rule, change in apart.items() if change.high < 0]
     better = [rule for rule, change in apart.items() if change.low > 0]
     open_ = [rule for rule in apart if rule not in beaten + better]
-    least = min(record.simple, key=lambda rule: record.regret(rule).value)
+    usable = [rule for rule in record.simple if one == ADVISERS[0] or rule not in WITH_GOLD]
+    least = min(usable, key=lambda rule: record.regret(rule).value)
     words = [f"has less regret than {', '.join(beaten)}" if beaten else "has less regret than no simple rule",
              f"cannot be told from {', '.join(open_)}" if open_ else "", f"has more than {', '.join(better)}" if better
              else ""]
     use = ""
     if len(beaten) < len(apart):
-        use = (f" It is not better than every simple rule: of these {least} has the least mean regret"
+        use = (f" It is not better than every simple rule: of those that see what it sees, *{least}* has the least "
+               "mean regret"
                + (", and is the one to use." if record.regret(least).value < record.regret(one).value else
                   ", more than the adviser's; the interval does not exclude that this is chance."))
     return f"**{one[0].upper()}{one[1:]}** {'; '.join(filter(None, words))}.{use}"

@@ -93,7 +93,7 @@ def test_the_verdict_says_what_is_beaten_and_what_to_use_otherwise():
     picks = {ADVISERS[0]: "ppo-1", "bad": "sft", "same": "ppo-1"}
     even = tuple(world(seed, picks, (0.0, 0.5 + 0.01 * seed, 0.2)) for seed in range(12))
     said = advice.verdict_of(AdviceRecord("", {}, {}, rules, even), ADVISERS[0])
-    assert "has less regret than bad; cannot be told from same" in said and "same has the least" in said
+    assert "has less regret than bad; cannot be told from same" in said and "*same* has the least" in said
     worse = tuple(world(seed, {**picks, ADVISERS[0]: "dpo"}, (0.0, 0.5 + 0.01 * seed, 0.2)) for seed in range(12))
     said = advice.verdict_of(AdviceRecord("", {}, {}, rules, worse), ADVISERS[0])
     assert "has more than same" in said and "is the one to use" in said
