@@ -237,8 +237,8 @@ def far_of(record: AdviceRecord) -> str:
 def verdict_of(record: AdviceRecord, one: str) -> str:
     """In one sentence: which simple rules an adviser beats, and which to use where it does not."""
     apart = {rule: record.difference(one, rule) for rule in record.simple}
-    beaten = [rule for rule, change in apart.items() if change.high < 0]
-    better = [rule for rule, change in apart.items() if change.low > 0]
+    beaten = [rule for rule, change in apart.items() if change.excludes_zero and change.value < 0]
+    better = [rule for rule, change in apart.items() if change.excludes_zero and change.value > 0]
     open_ = [rule for rule in apart if rule not in beaten + better]
     usable = [rule for rule in record.simple if one == ADVISERS[0] or rule not in WITH_GOLD]
     least = min(usable, key=lambda rule: record.regret(rule).value)
