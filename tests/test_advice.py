@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from statistics import NormalDist
 
 import numpy as np
@@ -213,3 +214,16 @@ def test_what_cannot_be_advised_is_an_error_that_says_what_to_do(tmp_path, capsy
     (run / "sft" / "evaluation.json").write_text("{}", encoding="utf-8")
     with pytest.raises(RunError, match="no evaluation"):
         advise_run(run)
+
+
+# ---- the shipped record
+def test_the_shipped_record_and_its_page_agree():
+    shipped = load_advice()
+    assert advice.PAGE.read_text(encoding="utf-8") == advice.page(shipped)
+    assert shipped.rules == advice.SHOWN and len({world.seed for world in shipped.worlds}) == len(shipped.worlds)
+    for each in shipped.worlds:
+        assert each.seed in advice.SEEDS and each.trouble == asdict(advice_worlds.trouble(each.seed))
+        assert set(each.picks) == set(shipped.rules) and set(each.picks.values()) <= set(each.candidates)
+        assert all(each.walks[one][-1][1] == each.picks[one] for one in ADVISERS)
+    assert set(shipped.freezing) == {each.seed for each in shipped.worlds}
+    assert str(shipped.settings) == str(advice_worlds.Size().key())
