@@ -201,7 +201,8 @@ def page(record: AdviceRecord) -> str:
         "# The adviser, and the regret of following it", "", f"Made by `{record.command}`.", "",
         "## The rules", "", "`alignkit advise RUN` and `alignkit.decide` ask these in order; the first that applies "
         "decides.", "", *rules, "",
-        "## Regret", "", f"{worlds} worlds (seeds {record.worlds[0].seed} to {record.worlds[-1].seed}) that no rule "
+        "## Regret", "", f"{worlds} worlds (seeds {record.worlds[0].seed} to {record.worlds[-1].seed}"
+        f"{f'; of {len(SEEDS)}, when time ended the run' * (worlds < len(SEEDS))}) that no rule "
         "was tuned on; rules and design were committed before the first was made. Trouble drawn from the seed: labels "
         f"({', '.join(map(str, LABELS))}; a quarter as many held out), flipped labels ({', '.join(map(str, FLIPS))}), "
         f"annotator ({', '.join(WHO)}), price of KL ({', '.join(map(str, PRICES))}), messiness of the demonstrators "
