@@ -25,6 +25,8 @@ _MODULES = {
         "OutOfMemory", "ParameterError", "RunError", "RunInUse",
     ],
     "evaluate.adviser": ["advice", "chance_warning"],
+    "evaluate.advice_record": ["ADVISERS", "FREEZING", "AdviceRecord", "AdvisedWorld", "load_advice"],
+    "evaluate.advised_run": ["advise_run"],
     "evaluate.claims": ["Claim", "Claims", "load_claims", "verdict"],
     "evaluate.comparison": ["Comparison", "compare", "compare_directories"],
     "evaluate.demonstrators": [
@@ -32,6 +34,7 @@ _MODULES = {
         "demonstrator_probabilities",
     ],
     "evaluate.evaluation": ["Evaluation", "EvaluationSet", "difference", "evaluation_set", "win_rate"],
+    "evaluate.decision": ["DECISION_RULES", "DECISIONS", "Decision", "decide", "warnings_of"],
     "evaluate.failures": ["FAILURE_CHECKS", "Failures", "StoredRun", "load_failures"],
     "evaluate.readings": ["Reading", "clustered_mean", "reading", "readings_of"],
     "evaluate.refusals": ["over_refusal", "read_refusal_prompts", "refusal_class"],

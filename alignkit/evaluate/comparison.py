@@ -10,6 +10,7 @@ from pathlib import Path
 from alignkit.errors import ManifestError, NonFinite
 from alignkit.evaluate import suites
 from alignkit.evaluate.adviser import advice, chance_warning
+from alignkit.evaluate.decision import decide
 from alignkit.evaluate.evaluation import Evaluation, EvaluationSet, difference, evaluate, evaluation_set, win_rate
 from alignkit.evaluate.suite_records import Measurement, suites_of
 from alignkit.folders import recover
@@ -118,12 +119,15 @@ class Comparison:
         return "\n".join([*("| " + " | ".join(line) + " |" for line in ruled), "", *remarks])
 
     def remarks(self) -> list[str]:
-        """Explanations of the table, remarks on how it was made, and advice on what to do next."""
+        """Explanations of the table, remarks on how it was made, what to do next if the checkpoints are in the order of
+        training, and advice."""
         evalset = self.evaluations[self.reference].set
         about = (f"{len(evalset.prompts)} prompts × {evalset.samples} samples, evaluation set {evalset.hash[:12]}. In "
                  f"brackets: 95 % intervals, paired cluster bootstrap over {len(set(evalset.keys))} prompt keys. "
                  f"*: differs from {self.reference}.")
-        return [*filter(None, [self.warning]), about, *self.notes, *suites.remarks(self.suites), *advice(self)]
+        said, reason, *_ = str(decide(self)).splitlines()
+        return [*filter(None, [self.warning]), about, *self.notes, *suites.remarks(self.suites),
+                f"What next? {said[:1].upper()}{said[1:]}. {reason}", *advice(self)]
 
     def to_csv(self) -> str:
         """A line per checkpoint and metric: value, low, high, and the difference to the first with its low and high."""

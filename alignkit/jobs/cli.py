@@ -91,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     add_reading(compare)
     add_out(compare)
 
+    advise = add("advise", _advise, "say what to do next with a run, finished or not: its decision, reasons and gaps")
+    advise.add_argument("run", type=folder, metavar="RUN")
+
     about = "measure a checkpoint with suites (MMLU, GSM8K, IFEval, …, any task of lm-eval); see docs/evaluation.md"
     suites = add("evaluate", _evaluate, about)
     suites.add_argument("checkpoint", type=folder, metavar="DIR")
@@ -212,6 +215,13 @@ def _compare(options: argparse.Namespace) -> None:
     for line in visible(comparison, limit=10**6).splitlines():
         print(in_red(line) if line and line == comparison.warning else line)
     print(f"\npage: {_shown(options.out / 'compare.html')}; also compare.md, .csv, .json and pictures")
+
+
+def _advise(options: argparse.Namespace) -> None:
+    from alignkit.evaluate.advised_run import advise_run
+    from alignkit.safe_text import visible
+
+    print(visible(advise_run(options.run), limit=10**6))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
