@@ -35,6 +35,7 @@ from alignkit.runs.records import versions
 from alignkit.storage import content_hash, plain, write_atomically
 from experiments import advice_worlds
 from experiments.advice_worlds import FLIPS, LABELS, MESSY, PRICES, WHO, Candidate, Ground, Size, candidates
+from experiments.claims.registry import GOLD
 from experiments.sweep import kept, write_compact
 
 PAGE = Path(__file__).parents[1] / "docs" / "advice.md"
@@ -151,6 +152,15 @@ def ways_to_choose(ground: Ground, known: Known, tables: Mapping[str, Tensor]) -
     return {"the last": best - gold[path[-1]], "highest proxy": best - gold[proxy],
             **{f"{n} labels": regret_of_labels(ground.truth.gold, [tables[name] for name in path], n, rng)
                for n in BUDGETS}}
+
+
+def freezing(record: AdviceRecord) -> dict:
+    """Claim C38 as a row of the record of `experiments.claims`."""
+    return {"name": "C38", "source": "S0", "original": "这是很多团队会跳过、但非常关键的一步。",
+            "english": "To freeze and evaluate before going on is a crucial step that many teams skip.",
+            "quantity": "regret of PPO's last checkpoint − of the one that 64 labels each choose, SFT-sd",
+            "side": "above", "margin": GOLD, "experiment": "advice",
+            "worlds": {str(seed): value for seed, value in record.freezing.items()}}
 
 
 # ---- a world, and the record

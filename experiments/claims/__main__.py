@@ -1,25 +1,32 @@
 """Measure the claims of the articles and give each its verdict.
 
     python -m experiments.claims --record
-    python -m experiments.claims --quick          # two worlds in small, in minutes: a trial of the whole
+    python -m experiments.claims --all --record   # from nothing: the readings and the other labs first
+    python -m experiments.claims --quick          # two worlds in small, in minutes: a trial of the arms
 
 Runs the arms of `arms.py` in every world, takes the readings of `experiments.readings` from their record, and applies
-the rules of `registry.py`, which were committed before the results. What is finished is not run again. `--record`
-writes `alignkit/evaluate/claims.json` and `docs/claims.md`.
+the rules of `registry.py`, which were committed before the results. The claims of the other labs are taken from their
+records. What is finished is not run again. `--record` writes `alignkit/evaluate/claims.json` and `docs/claims.md`.
 """
 
 import argparse
 import multiprocessing
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from alignkit.configs import RewardConfig, SFTConfig
+from alignkit.evaluate import dials, knowledge, unpacking
+from alignkit.evaluate.advice_record import load_advice
 from alignkit.evaluate.claims import FILE, VERDICTS, Claim, Claims, load_claims
 from alignkit.evaluate.readings import RECORD
 from alignkit.runs.records import versions
 from alignkit.storage import plain, read_json, write_atomically
+from experiments.advice import freezing
 from experiments.claims.arms import ARMS, Size
 from experiments.claims.order import run_world
 from experiments.claims.registry import RULES, UNMEASURED, Rule
@@ -29,6 +36,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "claims.md"
 SEEDS = (31, 32, 33, 39, 40, 34, 35, 36, 37, 38)
 FEW = 5  # worlds in which all arms are run; in the others only those that claims on order, sum and alternation compare
 EVERYWHERE = ("PPO", "DPO", "PPO, then DPO", "DPO, then PPO", "PPO + DPO", "alternating, four blocks")
+LABS = {"dials": dials.FILE, "knowledge": knowledge.FILE, "unpacking": unpacking.FILE}  # lab -> its record
 QUICK = Size(demonstrations=1600, labels=800, fresh=200, normalise=128, keys=1, blocks=8, first=0.2, last=0.4,
              sft=SFTConfig(epochs=2), reward=RewardConfig(epochs=2))
 METRICS = {"kl": "KL, nats", "gold": "gold", "proxy": "proxy", "share": "share of the most proxy at this KL",
@@ -53,6 +61,12 @@ def measured(rule: Rule, worlds: Mapping[int, Mapping[str, Mapping]], readings: 
         values = {str(seed): rule.statistic(rows) for seed, rows in worlds.items()}
     fixed = ("name", "source", "original", "english", "quantity", "side", "margin", "experiment")
     return {**{name: getattr(rule, name) for name in fixed}, "worlds": values}
+
+
+def of_labs() -> list[dict]:
+    """The claims of the other labs as rows of the record, in the order of their numbers."""
+    rows = [row for path in LABS.values() for row in read_json(path)["claims"]] + [freezing(load_advice())]
+    return sorted(rows, key=lambda row: (int(re.search(r"\d+", row["name"]).group()), row["name"]))
 
 
 def page(record: Claims) -> str:
@@ -93,8 +107,8 @@ def page(record: Claims) -> str:
         f"{FEW}. No worlds: the arm ended elsewhere in all of them.",
         "",
         f"| arm | worlds | {' | '.join(METRICS.values())} |", "|---" * (len(METRICS) + 2) + "|", *rows, "",
-        "## Not measured yet", "", "| claim | what is missing |", "|---|---|",
-        *(f"| {name} | {why} |" for name, why in record.unmeasured.items()), ""])
+        *(["## Not measured", "", "| claim | what is missing |", "|---|---|",
+           *(f"| {name} | {why} |" for name, why in record.unmeasured.items()), ""] if record.unmeasured else [])])
 
 
 def bound(claim: Claim) -> str:
@@ -114,9 +128,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, default=None, help="write the record here")
     parser.add_argument("--record", action="store_true", help="write the shipped record and docs/claims.md")
     parser.add_argument("--quick", action="store_true", help="two worlds in small: a trial, no evidence")
+    parser.add_argument("--all", action="store_true", help="first make the readings and the other labs' records")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worlds at a time, one thread each")
     given = parser.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for module in ("readings", "advice", *LABS) if given.all else ():
+        subprocess.run([sys.executable, "-m", f"experiments.{module}", "--record"], check=True)
     seeds, size = (given.seeds[:2], QUICK) if given.quick else (given.seeds, Size())
     worlds = run(seeds, given.folder / ("quick" if given.quick else "full"), size, given.workers)
     readings = read_json(RECORD)["readings"] if RECORD.exists() else {}
@@ -124,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
         "command": f"python -m experiments.claims --seeds {' '.join(map(str, seeds))}"
                    f"{' --quick' if given.quick else ''} --record",
         "versions": versions(), "settings": size.key(), "unmeasured": UNMEASURED,
-        "claims": [measured(rule, worlds, readings) for rule in RULES],
+        "claims": [*(measured(rule, worlds, readings) for rule in RULES), *of_labs()],
         "arms": {arm: {str(seed): rows[arm] for seed, rows in worlds.items() if arm in rows} for arm in ARMS}})
     target = FILE if given.record else given.json or given.folder / "claims.json"
     write_compact(target, record)
