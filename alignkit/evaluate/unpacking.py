@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alignkit.evaluate.claims import by_seed
+from alignkit.evaluate.claims import Claim, by_seed
 from alignkit.formulas.intervals import Estimate, mean_estimate
 from alignkit.storage import read_json
 
@@ -79,6 +79,7 @@ def level_means(table: np.ndarray, axis: int) -> np.ndarray:
 @dataclass(frozen=True)
 class Unpacking:
     """The record. command, versions, settings: how it was made. worlds: world seed -> "cells", "start", "rewards".
+    claims: what the article says about the four factors, with the statistic of every world and its rule.
 
     cells: a list of policies: "data", "algorithm", "reward model", "prompts" (None with DPO); "at": metric -> value at
     the common KL; "trained_kl": the KL with which training ended, nats; "power": t of the move to the common KL, see
@@ -93,6 +94,7 @@ class Unpacking:
     versions: dict[str, str]
     settings: dict
     worlds: dict[int, dict]
+    claims: tuple[Claim, ...] = ()
 
     def tables(self, part: str, metric: str) -> np.ndarray:
         """`world_table` of every world: (worlds, *levels)."""
@@ -131,4 +133,5 @@ def load_unpacking(path: str | Path | None = None) -> Unpacking:
         raise FileNotFoundError(f"{path} is missing; make it with: python -m experiments.unpacking --json {path}")
     stored = read_json(path)
     worlds = by_seed({row["world"]: row for row in stored["worlds"]})
-    return Unpacking(stored["command"], stored["versions"], stored["settings"], worlds)
+    claims = tuple(Claim(**{**row, "worlds": by_seed(row["worlds"])}) for row in stored["claims"])
+    return Unpacking(stored["command"], stored["versions"], stored["settings"], worlds, claims)

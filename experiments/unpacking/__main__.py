@@ -16,9 +16,11 @@ from alignkit.exact.sweep import source_hashes
 from alignkit.runs.records import versions
 from alignkit.storage import content_hash, plain, write_atomically
 from experiments.claims import order
+from experiments.claims.__main__ import bound
 from experiments.sweep import write_compact
 from experiments.unpacking import cells
 from experiments.unpacking.cells import Size, run_world
+from experiments.unpacking.rules import measured
 
 PAGE = Path(__file__).parents[2] / "docs" / "unpacking.md"
 SEEDS = (41, 42, 43, 44, 45)
@@ -48,6 +50,13 @@ def shares_table(record: Unpacking, part: str) -> list[str]:
         found = record.shares(part, metric)
         lines.append(f"| {title} | {' | '.join(f'{found[name]:.2f}' for name in names)} |")
     return lines
+
+
+def claims_table(record: Unpacking) -> list[str]:
+    """The claims with their rules and verdicts, a row a claim."""
+    lines = ["| claim | what the article says | quantity | rule | mean [95 % interval] | verdict |", "|---" * 6 + "|"]
+    return lines + [f"| {claim.name} | {claim.english}<br>{claim.original} | {claim.quantity} | {bound(claim)} | "
+                    f"{claim.estimate:.3f} | **{claim.verdict}** |" for claim in record.claims]
 
 
 def page(record: Unpacking) -> str:
@@ -81,6 +90,11 @@ def page(record: Unpacking) -> str:
         f"responses): with the small transformer and overall labels it has {min(shares):.2f} to {max(shares):.2f} of "
         "the most proxy at its KL. Each policy was trained once, and moved to the common KL along π_ref^(1 − t) π^t "
         f"with t from {min(powers):.2f} to {max(powers):.2f}.", "",
+        "## What the article says", "",
+        f"{len(record.claims)} claims, by rules in `experiments/unpacking/rules.py` that were committed before the "
+        "run; `docs/claims.md` explains the verdicts. If the true value of every claim were 0, about "
+        f"{0.025 * len(record.claims):.1f} of them would be called confirmed by chance, at most.", "",
+        *claims_table(record), "",
         "## How far apart the best and the worst level are", "", "| factor | range of mean gold, SFT-sd |", "|---|---|",
         *(f"| {factor} | {estimate:.3f} |" for factor, estimate in ranges.items()), "",
         "A range is never negative; chance alone makes it greater than 0.", "",
@@ -109,10 +123,11 @@ def main(arguments: list[str] | None = None) -> None:
     here = [Path(module.__file__).read_text(encoding="utf-8") for module in (cells, order)]
     code, size = content_hash([source_hashes(), here]), Size()
     worlds = [run_world(seed, given.folder, size, code) for seed in given.seeds]
+    claims = measured({row["world"]: row for row in worlds})
     target = FILE if given.record else given.json or given.folder / "unpacking.json"
     write_compact(target, plain({
         "command": f"python -m experiments.unpacking --seeds {' '.join(map(str, given.seeds))} --record",
-        "versions": versions(), "settings": size.key(), "worlds": worlds}))
+        "versions": versions(), "settings": size.key(), "claims": claims, "worlds": worlds}))
     text = page(load_unpacking(target))
     if given.record:
         write_atomically(PAGE, text)

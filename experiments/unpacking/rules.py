@@ -15,7 +15,6 @@ from alignkit.evaluate.unpacking import (
     MIXES,
     PARTS,
     REWARDS,
-    Unpacking,
     level_means,
     place_of,
     world_table,
@@ -92,16 +91,16 @@ AIMED = "当奖励模型足够强（如 70B 规模）且提示分布与数学足
 
 RULES = (
     Rule("C42", "S2", ORDER, "The data matter more than the algorithm.",
-         "range over four data sets − |PPO − DPO|, gold at the same KL, SFT-sd",
+         "range over four data sets − range of DPO and PPO, gold at the same KL, SFT-sd",
          minus(spread("data"), spread("algorithm")), "above", GOLD),
     Rule("C42b", "S2", ORDER, "The algorithm matters more than the reward model.",
-         "|PPO − DPO| − range over two transformers as reward models, gold at the same KL, SFT-sd",
+         "range of DPO and PPO − range over two transformers as reward models, gold at the same KL, SFT-sd",
          minus(spread("algorithm"), spread("reward model", without=BAG)), "above", GOLD),
     Rule("C42c", "S2", ORDER, "The reward model matters more than the prompts.",
-         "range over two transformers as reward models − |targeted − even prompts|, gold at the same KL, SFT-sd",
+         "range over two transformers as reward models − range of two mixes of prompts, gold at the same KL, SFT-sd",
          minus(spread("reward model", without=BAG), spread("prompts")), "above", GOLD),
     Rule("C42d", "S2", ORDER, "The algorithm matters more than the reward model, a bag of phrases included.",
-         "|PPO − DPO| − range over three reward models, gold at the same KL, SFT-sd",
+         "range of DPO and PPO − range over three reward models, gold at the same KL, SFT-sd",
          minus(spread("algorithm"), spread("reward model")), "above", GOLD),
     Rule("C44", "S2", SAFER, "PPO is safer than DPO.",
          "risky failures, PPO − DPO at the same KL, mean over four data sets", algorithm("risky_failures"), "below",
@@ -144,6 +143,8 @@ RULES = (
 )
 
 
-def measured(record: Unpacking) -> dict[str, dict[str, float]]:
-    """Rule -> world seed, as text -> the statistic."""
-    return {rule.name: {str(seed): rule.statistic(world) for seed, world in record.worlds.items()} for rule in RULES}
+def measured(worlds: Mapping[int, Mapping]) -> list[dict]:
+    """Every rule as a row of the record, with the statistic of every world."""
+    fixed = ("name", "source", "original", "english", "quantity", "side", "margin")
+    return [{**{name: getattr(rule, name) for name in fixed}, "experiment": "unpacking",
+             "worlds": {str(seed): rule.statistic(world) for seed, world in worlds.items()}} for rule in RULES]
