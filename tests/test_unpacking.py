@@ -11,7 +11,7 @@ from alignkit import exact
 from alignkit.configs import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from alignkit.desk.world import phrase_counts
 from alignkit.evaluate import unpacking
-from alignkit.evaluate.ivison import load_ivison
+from alignkit.evaluate.ivison import Ivison, load_ivison
 from alignkit.evaluate.unpacking import DATA, DPO, MIXES, PARTS, PPO, REWARDS, Unpacking, decompose, world_table
 from experiments.unpacking import __main__ as lab
 from experiments.unpacking import cells, rules
@@ -24,12 +24,15 @@ EFFECTS = {**dict(zip(DATA, (0.0, 0.4, -0.6, 0.2), strict=True)), DPO: 0.0, PPO:
            **dict(zip(REWARDS, (-0.5, -0.1, 0.0), strict=True)), **dict(zip(MIXES, (0.0, 0.05), strict=True))}
 
 
-def made_world(noise=0.0, seed=0):
-    """A world whose policies are the sum of the effects of their levels."""
+AIMED = (REWARDS[-1], MIXES[1])
+
+
+def made_world(noise=0.0, seed=0, together=0.0):
+    """A world whose policies are the sum of the effects of their levels; together: what AIMED adds on top."""
     rng, rows = np.random.default_rng(seed), []
     recipes = [(data, DPO, None, None) for data in DATA] + [(data, PPO, REWARDS[-1], MIXES[0]) for data in DATA[1:]]
     for levels in recipes + [(DATA[0], PPO, *pair) for pair in itertools.product(REWARDS, MIXES)]:
-        value = sum(EFFECTS[level] for level in levels) + noise * rng.normal()
+        value = sum(EFFECTS[level] for level in levels) + noise * rng.normal() + together * (levels[2:] == AIMED)
         at = {name: value for name in (*lab.METRICS,)}
         rows.append({"data": levels[0], "algorithm": levels[1], "reward model": levels[2], "prompts": levels[3],
                      "at": at, "power": 1.0, "share": 0.9})
@@ -129,6 +132,9 @@ def test_a_policy_that_did_not_move_is_refused():
         cells.brought_to(0.5, ref, ref)
     with pytest.raises(ValueError, match="kl is 50"):
         cells.brought_to(50.0, exact.optimum(ref, reward, 0.5)[0], ref)
+    hardly = exact.optimum(ref, reward, 50.0)[0]
+    with pytest.raises(ValueError, match="no power of the policy up to 16"):
+        cells.brought_to(float(exact.response_kl(exact.optimum(ref, reward, 0.5)[0], ref).mean()), hardly, ref)
 
 
 # ---- reward models and data
@@ -221,6 +227,11 @@ def test_rules_find_what_was_put_in():
         "C47c": 0.05, "C49": -0.6})
 
 
+def test_targeted_prompts_are_asked_about_the_reward_model_that_the_rule_names():
+    found = {row["name"]: row["worlds"]["3"] for row in rules.measured({3: made_world(together=0.6)})}
+    assert (found["C47"], found["C47b"], found["C47c"]) == pytest.approx((0.05 + 0.6, 0.6, 0.05 + 0.2))
+
+
 def test_rules_are_claims_of_the_second_article():
     names = [rule.name for rule in rules.RULES]
     assert {name.rstrip("abcd") for name in names} == {"C42", "C44", "C45", "C46", "C47", "C49"}
@@ -240,6 +251,9 @@ def test_the_published_differences_have_the_published_means():
     without = paper.algorithm_differences(("Chatbot Arena 2023",))
     assert without["safety"] == pytest.approx((0.6 - 0.6 - 0.7 - 0.1) / 4)
     assert paper.data_ranges()["average"] == pytest.approx(61.0 - 51.5)
+    rows = tuple({"name": name, "n": n, "scores": {"safety": value}, "average": 1.0}
+                 for name, n, value in (("SFT", None, 0.0), ("a", 1, 2.0), ("b", 1, 5.0)))
+    assert Ivison("", "", 0.0, rows, (), (), ()).data_ranges() == {"safety": 3.0, "average": 0.0}, "SFT is no data set"
     with pytest.raises(KeyError, match="no row of Table 1"):
         paper.row("ImageNet")
 
