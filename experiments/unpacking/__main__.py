@@ -97,7 +97,8 @@ def page(record: Unpacking) -> str:
         *claims_table(record), "",
         "## How far apart the best and the worst level are", "", "| factor | range of mean gold, SFT-sd |", "|---|---|",
         *(f"| {factor} | {estimate:.3f} |" for factor, estimate in ranges.items()), "",
-        "A range is never negative; chance alone makes it greater than 0.", "",
+        "A range is never negative; chance alone makes it greater than 0, and more so over four levels than over two.",
+        "",
         *(line for part in PARTS for line in (
             f"## Main effects, part *{part}*", "", "A level's mean minus the mean of all levels.", "",
             *effects_table(record, part), "", f"## Shares of variance, part *{part}*", "",
