@@ -59,6 +59,7 @@ from alignkit.plots.training import (
     plot_metrics,
     plot_ppo_panels,
 )
+from alignkit.plots.unpacking import plot_dots, plot_variance_shares
 from alignkit.plots.world import plot_annotators, plot_floor, plot_gold_by_sentence, plot_sampling_error
 
 __all__ = [
@@ -93,6 +94,7 @@ __all__ = [
     "plot_clip",
     "plot_clip_gradient_panels",
     "plot_distance_to_optimum",
+    "plot_dots",
     "plot_dpo_logps",
     "plot_estimates",
     "plot_fit_panels",
@@ -127,5 +129,6 @@ __all__ = [
     "plot_stopping_panels",
     "plot_tradeoff",
     "plot_variance_law_panels",
+    "plot_variance_shares",
     "save_figure",
 ]
