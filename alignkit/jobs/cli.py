@@ -150,6 +150,13 @@ def _notebooks(_options: argparse.Namespace) -> None:
     print(notebook_list())
 
 
+def _lab(options: argparse.Namespace) -> None:
+    from alignkit.jobs.lab import lab_copies, lab_report, open_lab
+
+    print(lab_report(lab_copies(options.folder)), flush=True)
+    open_lab(options.folder, options.arguments)
+
+
 def _check(options: argparse.Namespace) -> int:
     from alignkit.data.rows import check
     from alignkit.safe_text import visible
@@ -253,6 +260,11 @@ def _add_jobs(add) -> None:
     add_restart(course)
 
     add("notebooks", _notebooks, "list the notebooks: question, required stages and duration of each")
+
+    lab = add("lab", _lab, "open JupyterLab on copies of the notebooks; a copy that you changed is never replaced")
+    lab.add_argument("--folder", default=Path("runs/lab"), type=folder, metavar="DIR",
+                     help="the folder of the copies (default: runs/lab)")
+    lab.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="after --: arguments of `jupyter lab`")
 
     run = add("run", _run, "run one notebook as a job; `run NOTEBOOK --help` lists its parameters", add_help=False)
     run.add_argument("-h", "--help", nargs=0, action=_NotebookHelp,
