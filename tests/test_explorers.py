@@ -23,7 +23,7 @@ from alignkit_widgets import (
 )
 from alignkit_widgets.explorers import explorer as explorer_module
 from alignkit_widgets.explorers import worked_numbers
-from alignkit_widgets.explorers.blocks import Axis, Bars, Chart, Copy, Series, Stack, Table, Text, Tokens, plain
+from alignkit_widgets.explorers.blocks import Axis, Bars, Chart, Copy, Fold, Series, Table, Text, Tokens, plain
 from alignkit_widgets.explorers.clip import objective_and_slope
 from alignkit_widgets.explorers.dpo_beta import loss_and_pull
 from alignkit_widgets.explorers.explorer import Button, Choice, Explorer, Slider, Toggle
@@ -252,19 +252,9 @@ def test_in_a_kernel_without_a_front_end_the_picture_is_shown(monkeypatch):
 def test_hostile_text_is_spelled_out_in_every_block():
     rows = [
         [Text(HOSTILE[0]), Tokens(HOSTILE[1], HOSTILE, [1.0, -1.0, 0.0, 0.5, 0.2], {HOSTILE[2]: [1.0] * 5})],
-        [
-            Table(HOSTILE[2], HOSTILE, [HOSTILE] * 2),
-            Stack(
-                [
-                    Bars(
-                        HOSTILE[3],
-                        {HOSTILE[0]: "blue", HOSTILE[3]: "sft"},
-                        [(t, 0.1, 0.2) for t in HOSTILE],
-                        HOSTILE[4],
-                    )
-                ]
-            ),
-        ],
+        [Table(HOSTILE[2], HOSTILE, [HOSTILE] * 2)],
+        [Fold(HOSTILE[1], [Bars(HOSTILE[3], {HOSTILE[0]: "blue", HOSTILE[3]: "sft"},
+                                [(t, 0.1, 0.2) for t in HOSTILE], HOSTILE[4])])],
         [
             Chart(
                 HOSTILE[3],
@@ -344,7 +334,7 @@ def test_the_slider_moves_the_optimum_along_the_curve(truth, tmp_path):
         seen.append(here)
         assert one.parameters() == {"kl_coef": beta, "seed": 0}
         copied = [block["text"] for row in one.rows() for block in row if block["kind"] == "copy"]
-        assert copied == [f"-p kl_coef {beta:g} -p seed 0"]
+        assert copied == [f"-p kl_coef={beta:g} -p seed=0"]
         assert set(one.parameters()) <= {*PPOConfig.__dataclass_fields__}
     assert (np.diff(seen, axis=0) > 0).all(), "a lower price buys more KL and more proxy"
 
@@ -394,7 +384,7 @@ def test_the_likeliest_responses_and_behaviours_are_those_of_the_tilted_policy(t
     for number, share in enumerate(shares.values()):
         assert share == pytest.approx(slow[truth.behaviour[prompt].numpy() == number].sum())
     one = FrontierExplorer(truth=truth, state=f"beta={beta}&prompt={prompt}")
-    table = one.rows()[-2][0]
+    table = one.rows()[-2][0]["blocks"][1]
     assert (
         table["rows"][0][0] == texts[int(np.argmax(slow))].strip()
         and table["rows"][0][2] == f"{100 * slow.max():.1f} %"
