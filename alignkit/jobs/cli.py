@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--public", action="store_true", help="make the repository public (default: private)")
     push.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     for command in (card, push):
-        command.add_argument("--licence", metavar="LICENCE", help="the licence, such as mit or apache-2.0 (default: unknown)")
+        command.add_argument("--licence", metavar="LICENCE", help="such as mit or apache-2.0 (default: unknown)")
 
     export = add("export", _export, "export a run's data and settings to another tool",
                  epilog="example: alignkit export runs/qwen --to trl --out for_trl")
@@ -110,9 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     suites.add_argument("--suite", required=True, metavar="NAME,…", help="suites, or tasks of lm-eval; "
                         "xstest=FILE, rewardbench=FILE (of a reward model)")
     suites.add_argument("--tasks", type=folder, metavar="FOLDER", help="your own lm-eval task files; they can run code")
-    suites.add_argument("--limit", type=int, metavar="N", help="use only the first N items of each task")
-    suites.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences read together (default: 8)")
-    suites.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the tasks (default: 0)")
+    suites.add_argument("--limit", type=int, metavar="NUMBER", help="use only the first N items of each task")
+    suites.add_argument("--batch-size", type=int, default=8, metavar="NUMBER", help="sequences read at once (default: 8)")
+    suites.add_argument("--seed", type=int, default=0, metavar="NUMBER", help="random seed of the tasks (default: 0)")
     suites.add_argument("--run-model-code", action="store_true", help="allow programs that the model wrote to run")
     suites.add_argument("--out", type=folder, metavar="DIR", help="folder for suites.json (default: the checkpoint's)")
 

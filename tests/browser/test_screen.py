@@ -114,7 +114,8 @@ def test_the_frontiers_point_follows_the_hand_and_the_slider_plays(explorers, la
 HEIGHT = "document.querySelector('.akc').getBoundingClientRect().height"
 PLACE = """() => {
     const box = document.querySelector('.akc').getBoundingClientRect();
-    const figures = [...document.querySelectorAll('.akc figure')].slice(0, 2), at = (f) => f.getBoundingClientRect().bottom;
+    const figures = [...document.querySelectorAll('.akc figure')].slice(0, 2);
+    const at = (figure) => figure.getBoundingClientRect().bottom;
     return { top: box.top, height: box.height, charts: Math.max(...figures.map(at)) - box.top, screen: innerHeight };
 }"""
 
@@ -141,7 +142,7 @@ def test_the_cockpit_has_its_final_height_at_once_and_stays_in_view(open_noteboo
     assert place["charts"] <= 600 and place["height"] <= 600
     for name in ("What the policy does", "Samples"):
         notebook.page.locator(".akc-fold summary", has_text=name).click()
-    notebook.page.get_by_text("benign prompts: share of responses").wait_for()
+    notebook.page.get_by_text("benign prompts: % of responses").wait_for()
     opened = notebook.page.evaluate(HEIGHT)
     done = len(rows_of(lab, title))
     notebook.until(lambda: len(rows_of(lab, title)) > done + 30, "30 more iterations")

@@ -154,7 +154,7 @@ class Chart extends Plot {
 
 class Bands extends Plot { // shares of behaviours of one prompt class, stacked
   constructor(view, parent, kind) {
-    const figure = make(parent, "figure"), caption = make(figure, "figcaption", {}, `${kind} prompts: share of responses (%)`);
+    const figure = make(parent, "figure"), caption = make(figure, "figcaption", {}, `${kind} prompts: % of responses`);
     super(view, figure, 118);
     this.kind = kind;
     this.words = make(figure, "div", { class: "akc-shares" });
@@ -301,7 +301,7 @@ class View {
     for (const grid of [this.grid, this.bandGrid]) { // columns that fill their rows: four charts stand 2 × 2, not 3 + 1
       const n = grid.childElementCount, rows = Math.ceil(n / Math.max(1, Math.floor(this.root.clientWidth / 250)));
       grid.style.gridTemplateColumns = `repeat(${Math.max(1, Math.ceil(n / rows) || 1)}, minmax(0, 1fr))`;
-      if (grid === this.grid) for (const chart of this.charts) chart.tall(rows > 1 ? 136 : 190);
+      if (grid === this.grid) for (const chart of this.charts) chart.tall(rows > 1 ? 130 : 190);
     }
     for (const chart of this.charts) chart.draw();
     this.behaviours();
@@ -357,7 +357,7 @@ class View {
     if (snapshots) {
       row.style.visibility = "visible";
       for (const option of [...select.options]) if (!snapshots.includes(+option.value)) option.remove();
-      for (const at of snapshots) if (!there.includes(at)) make(select, "option", { value: at }, at ? String(at) : "0 (the start)");
+      for (const at of snapshots) if (!there.includes(at)) make(select, "option", { value: at }, at ? String(at) : "start");
     }
     select.disabled = button.disabled = !snapshots;
     if (over || done !== this.rewind.done) wait.textContent = "";

@@ -12,7 +12,7 @@ from alignkit.task import Task
 SAMPLES = 6  # number of (prompt, response) pairs per iteration for the cockpit
 
 PPO_CHARTS = [
-    ("proxy reward: score and score − β·KL, SFT-sd", ["objective/scores", "objective/rlhf_reward"]),
+    ("proxy reward, SFT-sd", ["objective/scores", "objective/rlhf_reward"]),
     ("KL to SFT, nats per response", ["objective/kl"]),
     ("entropy, nats per response", ["objective/entropy"]),
     ("critic: explained variance", ["val/explained_variance"]),
