@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
                         "xstest=FILE, rewardbench=FILE (of a reward model)")
     suites.add_argument("--tasks", type=folder, metavar="FOLDER", help="your own lm-eval task files; they can run code")
     suites.add_argument("--limit", type=int, metavar="NUMBER", help="use only the first N items of each task")
-    suites.add_argument("--batch-size", type=int, default=8, metavar="NUMBER", help="sequences read at once (default: 8)")
+    suites.add_argument("--batch-size", type=int, default=8, metavar="NUMBER", help="sequences at a time (default: 8)")
     suites.add_argument("--seed", type=int, default=0, metavar="NUMBER", help="random seed of the tasks (default: 0)")
     suites.add_argument("--run-model-code", action="store_true", help="allow programs that the model wrote to run")
     suites.add_argument("--out", type=folder, metavar="DIR", help="folder for suites.json (default: the checkpoint's)")

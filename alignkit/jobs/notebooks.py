@@ -250,7 +250,7 @@ def _expected(jobs: Sequence[Job]) -> dict[str, float]:
         print(f"{what}: about {duration(sum(known[job.name] for job in ahead))} on this machine if nothing else runs, "
               "less than 2 GB of memory", flush=True)
     elif ahead:
-        print("each notebook says how long it will train, and what memory it needs, before it does", flush=True)
+        print("each notebook prints its time and memory before it trains", flush=True)
     return known
 
 

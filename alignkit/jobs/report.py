@@ -165,32 +165,34 @@ def _verdict(seen: _Run) -> tuple[list[tuple[str, str]], list[dict]]:
 
     [] if fewer than two policies have figures.
     """
-    policies = {stage: results for stage, results in seen.stages.items() if stage != "reward"}
+    copied = {"reward", "frozen"} if "ppo" in seen.stages else {"reward"}  # frozen is PPO's policy
+    policies = {stage: results for stage, results in seen.stages.items() if stage not in copied}
     if len(policies) < 2:
         return [], []
-    (first, before), (last, after) = next(iter(policies.items())), list(policies.items())[-1]
-    reached = _changes(("gold_mean" if "gold_mean" in after else "proxy_mean", "risky_failure_rate"), before, after)
-    cost = _changes(("over_refusal_rate",), before, after)
-    if is_number(after.get("kl_to_sft")):
-        cost.insert(0, f"{METRICS['kl_to_sft'].format(after['kl_to_sft'])} nats of KL to SFT")
+    results = list(policies.values())
+    reached = _path(("gold_mean" if "gold_mean" in results[-1] else "proxy_mean", "risky_failure_rate"), results)
+    cost = _path(("kl_to_sft", "over_refusal_rate"), results)
     if seen.seconds:
         cost.append(f"{duration(sum(seen.seconds.values()))} of computing")
     asks, warnings = _advised(seen.path)
-    sentences = [("Reached", f"From {_name(first)} to {_name(last)}: {'; '.join(reached)}." if reached else ""),
-                 ("Cost", f"{'; '.join(cost)}.".capitalize() if cost else ""), ("Next", asks)]
+    way = " → ".join(map(_name, policies))
+    sentences = [("Reached", f"{way}: {'; '.join(reached)}." if reached else ""),
+                 ("Cost", f"{'; '.join(cost)}." if cost else ""), ("Next", asks)]
     return [(what, sentence) for what, sentence in sentences if sentence], warnings
 
 
-def _changes(names: Sequence[str], before: Mapping, after: Mapping) -> list[str]:
-    """Figures before and after, with the interval of the later one."""
-    changes = []
+def _path(names: Sequence[str], policies: Sequence[Mapping]) -> list[str]:
+    """Figures along the policies in which they are known, with the interval of the last one."""
+    paths = []
     for name in names:
-        if is_number(before.get(name)) and is_number(after.get(name)):
-            metric, there = METRICS[name], _with_interval(after, name)
-            between = f" (95 % interval {there['between']})" if there["between"] else ""
-            changes.append(f"{metric.label} {metric.format(before[name])} → {there['value']}"
-                           f"{' ' * bool(metric.unit)}{metric.unit}{between}")
-    return changes
+        known = [results for results in policies if is_number(results.get(name))]
+        if len(known) > 1:
+            metric, between = METRICS[name], _with_interval(known[-1], name)["between"]
+            values = " → ".join(metric.format(results[name]) for results in known)
+            unit = f" {metric.unit}" if metric.unit else ""
+            interval = f" (95 % interval {between})" if between else ""
+            paths.append(f"{metric.label.format(reference='SFT')} {values}{unit}{interval}")
+    return paths
 
 
 def _advised(run: Path) -> tuple[str, list[dict]]:
@@ -327,19 +329,20 @@ def _notebook(seen: _Run, notebook: Path) -> dict | None:
     charts, readings = _charts(notebook), _readings(notebook)
     figures = _figures(POLICY_FIGURES + REWARD_FIGURES, [results]) if stage == "reward" else []
     rows, grids = _details(heading, results)
-    page = write_notebook_page(notebook)
+    page, shown = write_notebook_page(notebook), 1 if stage or len(seen.notebooks) == 1 else 0
     if not (charts or readings or figures or rows or grids):
         return None
     return {
         "id": notebook.stem, "file": notebook.name, "page": page.name if page else "",
-        "more": _more(len(charts) - 1, len(readings)), "heading": heading, "seconds": seen.seconds.get(notebook.stem),
-        "charts": charts, "readings": readings, "figures": figures, "results": rows, "grids": grids,
+        "more": _more(len(charts) - shown, len(readings)), "first": charts[:shown],
+        "heading": heading, "seconds": seen.seconds.get(notebook.stem),
+        "charts": charts[shown:], "readings": readings, "figures": figures, "results": rows, "grids": grids,
     }
 
 
 def _more(charts: int, readings: int) -> str:
     """What a fold holds."""
-    counted = ((charts, "more chart"), (readings, "reading"))
+    counted = ((charts, "chart"), (readings, "reading"))
     return ", ".join(f"{number} {what}{'s' * (number > 1)}" for number, what in counted if number > 0)
 
 
