@@ -115,11 +115,11 @@ GLOSSARY = {
     "γ": "Discount: a reward one token later counts γ times as much.",
     "implicit reward": "DPO's reward of a response: β · (log π − log π_ref).",
     "margin": "Implicit reward of the chosen response less that of the rejected one.",
-    "log-ratio": "log π − log π_ref of the response, in nats.",
+    "log-ratio": "How much likelier the policy finds the response than the reference does: log π − log π_ref, nats.",
     "bias": "How far the estimator is off on average, with any number of samples.",
-    "kl_coef": "β, the price of KL: reward that one nat of KL costs. Higher: the policy stays closer to SFT.",
+    "kl_coef": "The price β of KL: reward that one nat of KL costs. Higher: the policy stays closer to SFT.",
     "learning_rate": "Step size of the policy's optimiser.",
-    "clip_range": "ε: PPO stops moving a token once its ratio π / π_old has left 1 ± ε in the direction of the step.",
+    "clip_range": "Half-width ε: PPO stops moving a token once its ratio π / π_old has left 1 ± ε in the direction of the step.",
 }
 
 
