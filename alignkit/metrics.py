@@ -119,7 +119,7 @@ GLOSSARY = {
     "bias": "How far the estimator is off on average, with any number of samples.",
     "kl_coef": "The price β of KL: reward that one nat of KL costs. Higher: the policy stays closer to SFT.",
     "learning_rate": "Step size of the policy's optimiser.",
-    "clip_range": "Half-width ε: PPO stops moving a token once its ratio π / π_old has left 1 ± ε in the direction of the step.",
+    "clip_range": "The ε of PPO: a token whose ratio π / π_old has left 1 ± ε the way of the step is moved no more.",
 }
 
 
