@@ -1,6 +1,6 @@
 # make course    install into .venv (once), run notebooks 00-05 without a screen into runs/course; run again, it resumes
 # make test      install into .venv (once), run the whole test suite
-# make lab       open JupyterLab on the notebooks
+# make lab       open JupyterLab on copies of the notebooks, in runs/lab
 # make mutants   break the formulas on purpose, one at a time, and see that the tests notice
 # make bench     time rollout, scoring, PPO update and DPO step, each beside its baselines
 # make docs      run the notebooks once and build the documentation site in docs/_build/html, offline
@@ -38,7 +38,7 @@ test: $(INSTALLED)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 lab: $(INSTALLED)
-	@$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks/00_the_world.ipynb $(ARGS)
+	@$(BIN)/alignkit lab -- $(ARGS)
 
 mutants: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(ARGS)

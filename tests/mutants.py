@@ -50,6 +50,11 @@ MUTANTS = [
     Mutant("data/rows.py", "sum(twice) >= 0.9 * len(twice)", "any(twice)",
            "one reply that echoes its prompt loses its beginning",
            "test_real_inputs.py::test_replies_that_echo_a_short_prompt_in_some_rows_alone_stay_as_they_are"),
+    Mutant("jobs/lab.py", "if not untouched:", "if False:", "make lab overwrites a student's notebook",
+           "test_lab.py::test_a_changed_copy_of_an_older_notebook_is_kept_and_named_and_an_untouched_one_is_replaced"),
+    Mutant("jobs/report.py", "growth.low <= 0", "growth.value <= 0",
+           "a rise of over-refusal is told without its interval",
+           "test_report.py::test_three_sentences_come_first_and_over_refusal_that_rose_is_told_in_red"),
     Mutant("runs/records.py", "facts |= reading", "pass", "a run goes on with data that is read in another way",
            "test_real_inputs.py::test_columns_may_be_corrected_until_a_stage_has_finished_and_not_after"),
     # nothing is lost

@@ -49,7 +49,7 @@ def cpu_seconds() -> float:
     "arguments, says",
     [
         ([], "required: COMMAND"),
-        (["dance"], "invalid choice: 'dance'"),
+        (["dance"], "unknown command 'dance'"),
         (["course"], "required: --out"),
         (["run", "x.ipynb", "--out", "r", "-p", "seed"], "'seed' is not NAME=VALUE"),
         (["run", "x.ipynb", "--out", "r", "--timeout", "-3"], "not a number of seconds above 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 
 import nbformat
@@ -286,3 +287,13 @@ def test_an_executed_notebook_holds_the_picture_and_no_widget(tmp_path):
     (output,) = notebook.cells[0].outputs
     assert set(output.data) == {"image/png", "text/plain"} and "widgets" not in notebook.metadata
     assert len(json.dumps(notebook)) < 200_000
+
+
+def test_a_running_annotator_says_that_the_cell_waits_for_done_and_a_page_gets_the_picture(tmp_path):
+    board = annotator(tmp_path)
+    told = pages(board)
+    assert "Done" not in board.status()
+    board.running = True
+    assert "the cell runs until you press Done" in board.status()
+    board.receive({"type": "picture"})
+    assert base64.b64decode(told[-1]["picture"]).startswith(b"\x89PNG")

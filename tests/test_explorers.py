@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import math
 import subprocess
@@ -22,8 +23,8 @@ from alignkit_widgets import (
     StepThroughExplorer,
 )
 from alignkit_widgets.explorers import explorer as explorer_module
-from alignkit_widgets.explorers import worked_numbers
-from alignkit_widgets.explorers.blocks import Axis, Bars, Chart, Copy, Series, Stack, Table, Text, Tokens, plain
+from alignkit_widgets.explorers import explorer_picture, worked_numbers
+from alignkit_widgets.explorers.blocks import Axis, Bars, Chart, Copy, Fold, Series, Table, Text, Tokens, plain
 from alignkit_widgets.explorers.clip import objective_and_slope
 from alignkit_widgets.explorers.dpo_beta import loss_and_pull
 from alignkit_widgets.explorers.explorer import Button, Choice, Explorer, Slider, Toggle
@@ -37,6 +38,7 @@ from alignkit.evaluate.shift import Shift, measure_shift
 from alignkit.exact.prompts import at_price, enumerate_world
 from alignkit.exact.sweep import load_sweep
 from alignkit.formulas.losses import bradley_terry_loss, preference_chance
+from alignkit.metrics import GLOSSARY
 from alignkit.models.heads import value_model_from
 from alignkit.models.loading import load_policy
 
@@ -252,19 +254,9 @@ def test_in_a_kernel_without_a_front_end_the_picture_is_shown(monkeypatch):
 def test_hostile_text_is_spelled_out_in_every_block():
     rows = [
         [Text(HOSTILE[0]), Tokens(HOSTILE[1], HOSTILE, [1.0, -1.0, 0.0, 0.5, 0.2], {HOSTILE[2]: [1.0] * 5})],
-        [
-            Table(HOSTILE[2], HOSTILE, [HOSTILE] * 2),
-            Stack(
-                [
-                    Bars(
-                        HOSTILE[3],
-                        {HOSTILE[0]: "blue", HOSTILE[3]: "sft"},
-                        [(t, 0.1, 0.2) for t in HOSTILE],
-                        HOSTILE[4],
-                    )
-                ]
-            ),
-        ],
+        [Table(HOSTILE[2], HOSTILE, [HOSTILE] * 2)],
+        [Fold(HOSTILE[1], [Bars(HOSTILE[3], {HOSTILE[0]: "blue", HOSTILE[3]: "sft"},
+                                [(t, 0.1, 0.2) for t in HOSTILE], HOSTILE[4])])],
         [
             Chart(
                 HOSTILE[3],
@@ -344,7 +336,7 @@ def test_the_slider_moves_the_optimum_along_the_curve(truth, tmp_path):
         seen.append(here)
         assert one.parameters() == {"kl_coef": beta, "seed": 0}
         copied = [block["text"] for row in one.rows() for block in row if block["kind"] == "copy"]
-        assert copied == [f"-p kl_coef {beta:g} -p seed 0"]
+        assert copied == [f"-p kl_coef={beta:g} -p seed=0"]
         assert set(one.parameters()) <= {*PPOConfig.__dataclass_fields__}
     assert (np.diff(seen, axis=0) > 0).all(), "a lower price buys more KL and more proxy"
 
@@ -394,7 +386,7 @@ def test_the_likeliest_responses_and_behaviours_are_those_of_the_tilted_policy(t
     for number, share in enumerate(shares.values()):
         assert share == pytest.approx(slow[truth.behaviour[prompt].numpy() == number].sum())
     one = FrontierExplorer(truth=truth, state=f"beta={beta}&prompt={prompt}")
-    table = one.rows()[-2][0]
+    table = one.rows()[-2][0]["blocks"][1]
     assert (
         table["rows"][0][0] == texts[int(np.argmax(slow))].strip()
         and table["rows"][0][2] == f"{100 * slow.max():.1f} %"
@@ -618,3 +610,66 @@ def test_the_viewer_shows_the_chosen_checkpoint():
         and "no  2 of 3" in text
     )
     assert "yes  3 of 3" in ShiftViewer(SHIFT, state="checkpoint=0").text()
+
+
+class FakeView:
+    """Keeps what is sent to a page."""
+
+    def __init__(self):
+        self.sent = []
+
+    def send(self, message):
+        self.sent.append(json.loads(json.dumps(message, allow_nan=False)))
+
+
+def test_a_page_may_type_a_state_and_a_bad_one_is_answered_with_a_sentence():
+    one = ClipExplorer()
+    one.view = FakeView()
+    one.receive({"type": "state", "text": "ratio=0.7&clip=0.1", "n": 1})
+    assert one.values["ratio"] == 0.7 and one.values["clip"] == 0.1 and one.view.sent[-1]["note"] == ""
+    one.receive({"type": "state", "text": "rat=0.5", "n": 2})
+    assert one.values["ratio"] == 0.7 and "rat is unknown" in one.view.sent[-1]["note"]
+
+
+def test_a_page_gets_the_picture_to_save():
+    one = ClipExplorer()
+    one.receive({"type": "picture"})  # nobody looks
+    one.view = FakeView()
+    one.receive({"type": "picture"})
+    assert base64.b64decode(one.view.sent[0]["picture"]) == one.picture()[0]
+
+
+def test_the_price_slider_runs_as_the_plane_does_and_a_dragged_point_is_on_the_frontier():
+    one = FrontierExplorer(small_sweep())
+    slider = one.controls["beta"]
+    assert list(slider.stops) == sorted(slider.stops, reverse=True) and slider.ends == ("KL dear", "KL cheap")
+    control, stops = next(b for row in one.rows() for b in row if b["kind"] == "chart")["drag"]
+    assert control == "beta" and [beta for _, beta in stops] == pytest.approx(list(slider.stops), rel=1e-5)
+    assert (np.diff([kl for kl, _ in stops]) > 0).all(), "to the right: cheaper, and farther from SFT"
+    for kl, beta in stops[::10]:
+        one.set(beta=beta)
+        plane = next(b for row in one.rows() for b in row if b["kind"] == "chart")
+        assert plane["series"][-1]["points"][0][0] == pytest.approx(kl, rel=1e-3)
+
+
+@pytest.mark.parametrize("make, control, where", [
+    (ClipExplorer, "ratio", lambda v: v["ratio"]), (BradleyTerryExplorer, "first", lambda v: v["first"] - v["second"])])
+def test_dragging_puts_the_point_where_the_pointer_is(make, control, where):
+    one = make()
+    name, stops = next(b for row in one.rows() for b in row if b["kind"] == "chart")["drag"]
+    assert name == control
+    for x, value in stops[::9]:
+        one.set(**{control: value})
+        chart = next(b for row in one.rows() for b in row if b["kind"] == "chart")
+        assert where(one.values) == pytest.approx(x) and chart["series"][-1]["points"][0][0] == pytest.approx(x)
+
+
+def test_a_line_that_leaves_the_axis_is_marked_where_it_does():
+    line = np.array([[0.0, 0.5], [1.0, 1.5], [2.0, 0.5], [3.0, -1.5]])
+    assert explorer_picture._leaving(line, 0.0, 1.0) == [(0.5, 1.0, 1), (1.5, 1.0, 1), (2.25, 0.0, -1)]
+
+
+def test_every_term_that_an_explorer_explains_is_in_the_glossary_and_says_something_else():
+    for term, meaning in GLOSSARY.items():
+        assert meaning[0].isupper() and meaning.endswith(".") and meaning.lower().strip(".") != term.lower() and len(
+            meaning) < 140

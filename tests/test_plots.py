@@ -311,7 +311,7 @@ def test_metrics_draw_what_was_logged():
     )
     loss, kl, nan, never = figure.axes
     assert (loss.lines[0].get_xdata().tolist(), loss.lines[0].get_ydata().tolist()) == ([0, 2, 3], [2, 0, -1])
-    assert kl.get_title("left") == "KL to the reference" and kl.get_ylabel() == "nats a response"
+    assert kl.get_title("left") == "KL to the reference" and kl.get_ylabel() == "nats per response"
     assert kl.lines[0].get_linestyle() == "-" and kl.lines[1].get_xdata() == [2, 2]
     assert "not logged" in words(nan) and "not logged" in words(never)
     assert figure.texts[0].get_text() == "a: β 0.1 → 0.2 (step 2)"

@@ -42,6 +42,6 @@ def test_loss_and_gold_stand_above_each_other_at_the_same_steps():
     figure = plots.plot_loss_gold_panels([0, 8], [0.69, 0.5], [Estimate(0.8, 0.7, 0.9), Estimate(0.6, 0.5, 0.7)])
     upper, lower = figure.axes
     assert list(upper.lines[0].get_ydata()) == [0.69, 0.5] and list(lower.lines[0].get_ydata()) == [0.8, 0.6]
-    assert upper.get_ylabel() == "loss, nats a pair" and "SFT-sd" in lower.get_ylabel()
+    assert upper.get_ylabel() == "loss, nats per pair" and "SFT-sd" in lower.get_ylabel()
     with pytest.raises(ValueError, match="losses has length 1, expected 2"):
         plots.plot_loss_gold_panels([0, 8], [0.69], [Estimate(0.8, 0.7, 0.9)])

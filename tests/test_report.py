@@ -10,6 +10,7 @@ import pytest
 
 from alignkit.errors import RunError
 from alignkit.evaluate.readings import reading
+from alignkit.jobs.notebook_page import write_notebook_page
 from alignkit.jobs.report import build_report, overview
 from alignkit.pages.render import picture, render
 from alignkit.runs.records import record_seconds, start_run, write_results
@@ -238,3 +239,65 @@ def test_the_command_that_repeats_a_run_gives_each_parameter_to_those_that_had_i
     for name in jobs:
         nbformat.write(nbformat.v4.new_notebook(), run / f"{name}.ipynb")
     assert f"<code>{command}</code>" in build_report(run).read_text()
+
+
+def evaluated(run, **figures):
+    """Add stored figures of SFT and PPO to a run: figure -> (SFT's, PPO's)."""
+    summary = json.loads((run / "summary.json").read_text())
+    del summary["stages"]["dpo"]
+    for place, stage in enumerate(("sft", "ppo")):
+        summary["stages"][stage] = {name: values[place] for name, values in figures.items()}
+    (run / "summary.json").write_text(json.dumps(summary))
+
+
+def test_three_sentences_come_first_and_over_refusal_that_rose_is_told_in_red(run, monkeypatch):
+    from alignkit.evaluate import adviser, comparison, evaluation
+    from alignkit.formulas.intervals import Estimate
+
+    (run / "jobs.json").write_text("{}")
+    evaluated(run, gold_mean=(0.0, 0.8), risky_failure_rate=(0.4, 0.01), kl_to_sft=(0.0, 1.9),
+              over_refusal_rate=(0.01, 0.2), gold_ci95=([-0.1, 0.1], [0.7, 0.9]))
+    for stage in ("sft", "ppo"):
+        (run / stage).mkdir(exist_ok=True)
+        (run / stage / "evaluation.json").touch()
+    grown = Estimate(0.19, 0.1, 0.28)
+    fake = type("Compared", (), {"difference": lambda *_: grown, "evaluations": {
+        name: type("E", (), {"metrics": {"over_refusal_rate": 0}}) for name in ("SFT", "PPO")}})()
+    monkeypatch.setattr(evaluation.Evaluation, "load", lambda _: None)
+    monkeypatch.setattr(comparison, "compare", lambda _: fake)
+    monkeypatch.setattr(adviser, "advice", lambda _: ["Freeze PPO.", "Later."])
+    page = build_report(run).read_text()
+    said = _Seen(page).said
+    words = "SFT → PPO: gold reward 0 → 0.800 SFT-sd (95 % interval 0.700 to 0.900); risky failures 40.0% → 1.0%."
+    assert words in said
+    assert "KL to SFT 0 → 1.900 nats; over-refusal 1.0% → 20.0%" in said
+    assert "Freeze PPO." in said and "Later." not in said
+    assert "Over-refusal rose from SFT to PPO, by 19.0% [10.0%, 28.0%]" in said and 'class="alert"' in page
+    assert page.index("class=verdict") < page.index('class="alert"') < page.index("class=chain")
+    grown = Estimate(0.19, -0.1, 0.28)
+    assert "Over-refusal rose" not in build_report(run).read_text(), "its interval contains 0"
+
+
+def test_samples_and_all_but_the_first_chart_are_folded(run):
+    page = build_report(run).read_text()
+    assert page.index("<details", page.index("The same prompts, before and after")) < page.index("Sampled responses")
+
+
+def test_an_executed_notebook_is_a_page_without_markup_of_its_text(run):
+    build_report(run)
+    source = (run / "01_sft.html").read_text()
+    seen = _Seen(source)
+    assert "default-src 'none'" in source and not {"script", "iframe", "object", "button"} & set(seen.tags)
+    assert not [name for _, name, _ in seen.attributes if name.startswith("on")]
+    assert "# A chart for the report <script>alert(1)</script>" in seen.said and seen.tags.count("img") == 2
+
+
+@pytest.mark.parametrize("source", ["<script>window.x=1</script>", '<img src=x onerror="x()">', "[a](javascript:x)",
+                                    '<a href="javascript:x">a</a>', '<p style="position:fixed">a</p>'])
+def test_markdown_of_a_notebook_keeps_only_harmless_tags(tmp_path, source):
+    cell = {"cell_type": "markdown", "source": source, "metadata": {}}
+    (tmp_path / "one.ipynb").write_text(json.dumps({"cells": [cell, {"cell_type": "markdown", "source": "**bold**"}]}))
+    page = write_notebook_page(tmp_path / "one.ipynb").read_text()
+    body = page[page.index("<body"):]
+    assert "<strong>bold</strong>" in body
+    assert not re.search(r"<script|onerror|javascript:|style=|<img", body)

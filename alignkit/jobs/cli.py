@@ -15,6 +15,7 @@ from pathlib import Path
 
 from alignkit import __version__
 from alignkit.errors import AlignkitError, ParameterError
+from alignkit.jobs.usage import CommandParser
 from alignkit.safe_text import one_line
 from alignkit.teaching.commands import add_teaching
 
@@ -45,49 +46,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     about = "RLHF you can run: SFT, reward model, PPO, frozen checkpoint, DPO."
-    parser = argparse.ArgumentParser(prog="alignkit", description=about)
+    epilog = ("examples: alignkit course --out runs/first     alignkit run 03b_ppo --help\n"
+              "alignkit COMMAND --help explains a command, its options and gives an example")
+    parser = CommandParser(prog="alignkit", description=about, epilog=epilog,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"alignkit {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, command, about: str, **more) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", **more)
-        added.set_defaults(command=command)
+        added.set_defaults(command=command, parser=added)
         return added
 
     _add_jobs(add)
     _add_sweep(add)
 
-    check = add("check", _check, "validate prompts, demonstrations or preference data: exit 1 if a row is bad")
+    frozen = "the folder of a frozen checkpoint, such as RUN/frozen"
+    check = add("check", _check, "validate prompts, demonstrations or preference data: exit 1 if a row is bad",
+                epilog="example: alignkit check pairs.jsonl --kind pairs --columns prompt=question,chosen=good")
     check.add_argument("source", metavar="FILE", help="a file, a folder or a Hub id")
     add_reading(check)
 
-    freeze = add("freeze", _freeze, "make a frozen checkpoint: weights, tokenizer, lineage and a SHA-256 manifest")
-    freeze.add_argument("checkpoint", type=folder, metavar="DIR")
+    freeze = add("freeze", _freeze, "make a frozen checkpoint: weights, tokenizer, lineage and a SHA-256 manifest",
+                 epilog="example: alignkit freeze runs/course/ppo --out frozen/ppo")
+    freeze.add_argument("checkpoint", type=folder, metavar="DIR", help="the folder of a trained model, such as RUN/ppo")
     add_out(freeze)
 
-    verify = add("verify", _verify, "check a frozen checkpoint against its manifest: exit 1 if a byte differs")
-    verify.add_argument("checkpoint", type=folder, metavar="DIR")
+    verify = add("verify", _verify, "check a frozen checkpoint against its manifest: exit 1 if a byte differs",
+                 epilog="example: alignkit verify frozen/ppo")
+    verify.add_argument("checkpoint", type=folder, metavar="DIR", help=frozen)
 
-    card = add("card", _card, "write the model card of a frozen checkpoint, README.md beside its manifest")
-    card.add_argument("checkpoint", type=folder, metavar="DIR")
+    card = add("card", _card, "write the model card of a frozen checkpoint, README.md beside its manifest",
+               epilog="example: alignkit card runs/qwen/frozen --licence apache-2.0")
+    card.add_argument("checkpoint", type=folder, metavar="DIR", help=frozen)
     card.add_argument("--out", type=Path, metavar="FILE", help="the file to write (default: README.md in DIR)")
-    push = add("push", _push, "push a frozen checkpoint to the Hugging Face Hub: private by default, asks first")
-    push.add_argument("checkpoint", type=folder, metavar="DIR")
-    push.add_argument("repo", metavar="REPO_ID", help="OWNER/NAME")
+    push = add("push", _push, "push a frozen checkpoint to the Hugging Face Hub: private by default, asks first",
+               epilog="example: alignkit push runs/qwen/frozen me/qwen-aligned --licence apache-2.0")
+    push.add_argument("checkpoint", type=folder, metavar="DIR", help=frozen)
+    push.add_argument("repo", metavar="REPO_ID", help="the repository on the Hub, OWNER/NAME")
     push.add_argument("--public", action="store_true", help="make the repository public (default: private)")
     push.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     for command in (card, push):
-        command.add_argument("--licence", metavar="L", help="the licence, such as mit or apache-2.0 (default: unknown)")
+        command.add_argument("--licence", metavar="LICENCE", help="such as mit or apache-2.0 (default: unknown)")
 
-    export = add("export", _export, "export a run's data and settings to another tool")
-    export.add_argument("run", type=folder, metavar="RUN")
+    export = add("export", _export, "export a run's data and settings to another tool",
+                 epilog="example: alignkit export runs/qwen --to trl --out for_trl")
+    export.add_argument("run", type=folder, metavar="RUN", help="a run directory, such as runs/course")
     export.add_argument("--to", required=True, choices=("llama-factory", "trl"), help="the tool to export to")
     add_out(export)
 
-    compare = add("compare", _compare, "evaluate checkpoints side by side on the frozen evaluation set")
-    compare.add_argument("checkpoints", nargs="+", type=folder, metavar="DIR")
-    compare.add_argument("--data", metavar="D", help="`desk`, a file, a folder or a Hub id (default: that of the run "
-                         "in which the first DIR lies, else desk)")
+    compare = add("compare", _compare, "evaluate checkpoints side by side on the frozen evaluation set",
+                  epilog="example: alignkit compare runs/course/sft runs/course/dpo --out comparison")
+    compare.add_argument("checkpoints", nargs="+", type=folder, metavar="DIR",
+                         help="folders of models, the reference first")
+    compare.add_argument("--data", metavar="DATA", help="`desk`, a file, a folder or a Hub id (default: that of the "
+                         "run in which the first DIR lies, else desk)")
     add_reading(compare)
     add_out(compare)
 
@@ -95,14 +108,15 @@ def _parser() -> argparse.ArgumentParser:
     advise.add_argument("run", type=folder, metavar="RUN")
 
     about = "measure a checkpoint with suites (MMLU, GSM8K, IFEval, …, any task of lm-eval); see docs/evaluation.md"
-    suites = add("evaluate", _evaluate, about)
-    suites.add_argument("checkpoint", type=folder, metavar="DIR")
+    suites = add("evaluate", _evaluate, about, epilog="example: alignkit evaluate runs/qwen/frozen "
+                 "--suite mmlu,gsm8k,xstest=prompts.csv --limit 100")
+    suites.add_argument("checkpoint", type=folder, metavar="DIR", help="the folder of a model, such as RUN/frozen")
     suites.add_argument("--suite", required=True, metavar="NAME,…", help="suites, or tasks of lm-eval; "
                         "xstest=FILE, rewardbench=FILE (of a reward model)")
     suites.add_argument("--tasks", type=folder, metavar="FOLDER", help="your own lm-eval task files; they can run code")
-    suites.add_argument("--limit", type=int, metavar="N", help="use only the first N items of each task")
-    suites.add_argument("--batch-size", type=int, default=8, metavar="N", help="sequences read together (default: 8)")
-    suites.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the tasks (default: 0)")
+    suites.add_argument("--limit", type=int, metavar="NUMBER", help="use only the first N items of each task")
+    suites.add_argument("--batch-size", type=int, default=8, metavar="NUMBER", help="sequences at a time (default: 8)")
+    suites.add_argument("--seed", type=int, default=0, metavar="NUMBER", help="random seed of the tasks (default: 0)")
     suites.add_argument("--run-model-code", action="store_true", help="allow programs that the model wrote to run")
     suites.add_argument("--out", type=folder, metavar="DIR", help="folder for suites.json (default: the checkpoint's)")
 
@@ -111,14 +125,17 @@ def _parser() -> argparse.ArgumentParser:
     for verb in importlib.metadata.entry_points(group="alignkit.commands"):  # commands of other packages, such as `app`
         verb.load()(add)
 
-    report = add("report", _report, "write report.html of a run directory again")
-    report.add_argument("run", type=folder, metavar="DIR")
+    report = add("report", _report, "write report.html of a run directory again",
+                 epilog="example: alignkit report runs/course")
+    report.add_argument("run", type=folder, metavar="RUN", help="a run directory, such as runs/course")
 
-    runs = add("runs", None, "manage run directories").add_subparsers(required=True, metavar="ACTION")
+    runs = add("runs", None, "manage run directories", epilog="example: alignkit runs prune runs/course --yes")
+    runs = runs.add_subparsers(required=True, metavar="ACTION")
     about = "list the folders that a run has set aside and the leftovers of killed processes; --yes deletes them"
-    prune = runs.add_parser("prune", help=about, description=f"{about[0].upper()}{about[1:]}.")
-    prune.set_defaults(command=_prune)
-    prune.add_argument("run", type=folder, metavar="DIR")
+    prune = runs.add_parser("prune", help=about, description=f"{about[0].upper()}{about[1:]}.",
+                            epilog="example: alignkit runs prune runs/course --yes")
+    prune.set_defaults(command=_prune, parser=prune)
+    prune.add_argument("run", type=folder, metavar="RUN", help="a run directory, such as runs/course")
     prune.add_argument("--yes", action="store_true", help="delete the listed folders")
     return parser
 
@@ -159,6 +176,13 @@ def _notebooks(_options: argparse.Namespace) -> None:
     from alignkit.jobs.listing import notebook_list
 
     print(notebook_list())
+
+
+def _lab(options: argparse.Namespace) -> None:
+    from alignkit.jobs.lab import lab_copies, lab_report, open_lab
+
+    print(lab_report(lab_copies(options.folder)), flush=True)
+    open_lab(options.folder, options.arguments)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -263,20 +287,30 @@ def _prune(options: argparse.Namespace) -> None:
 # --- arguments -------------------------------------------------------------------------------------------------------
 def _add_jobs(add) -> None:
     """The verbs that run notebooks: course, notebooks and run."""
-    course = add("course", _course, "run the series of notebooks as one job; repeat the command to resume")
+    course = add("course", _course, "run the series of notebooks as one job; repeat the command to resume",
+                 epilog="example: alignkit course --out runs/qwen --model Qwen/Qwen2.5-0.5B --data pairs.jsonl "
+                 "-p pairs=2000 -p ppo.kl_coef=0.1")
     course.add_argument("--model", default="tiny", metavar="MODEL", help="`tiny`, a folder or a Hub id (default: tiny)")
     add_data(course)
     add_reading(course)
     add_job(course)
     add_restart(course)
 
-    add("notebooks", _notebooks, "list the notebooks: question, required stages and duration of each")
+    add("notebooks", _notebooks, "list the notebooks: question, required stages and duration of each",
+        epilog="example: alignkit notebooks")
 
-    run = add("run", _run, "run one notebook as a job; `run NOTEBOOK --help` lists its parameters", add_help=False)
+    lab = add("lab", _lab, "open JupyterLab on copies of the notebooks; a copy that you changed is never replaced",
+              epilog="example: alignkit lab --folder runs/lab -- --no-browser --port=8889")
+    lab.add_argument("--folder", default=Path("runs/lab"), type=folder, metavar="DIR",
+                     help="the folder of the copies (default: runs/lab)")
+    lab.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="after --: arguments of `jupyter lab`")
+
+    run = add("run", _run, "run one notebook as a job; `run NOTEBOOK --help` lists its parameters", add_help=False,
+              epilog="example: alignkit run 03b_ppo --out runs/course -p kl_coef=0.1 -p seed=1")
     run.add_argument("-h", "--help", nargs=0, action=_NotebookHelp,
                      help="show this help (after NOTEBOOK also its parameters) and exit")
     run.add_argument(
-        "notebook", metavar="NOTEBOOK", help="a path, or the name or number of one of alignkit's notebooks"
+        "notebook", metavar="NOTEBOOK", help="a path, or the name or number of a notebook of alignkit: 03b_ppo or 3"
     )
     add_reading(run)
     add_job(run)
@@ -322,7 +356,8 @@ class _NotebookHelp(argparse.Action):
 
 def add_out(command: argparse.ArgumentParser) -> None:
     """Add --out to a command."""
-    command.add_argument("--out", required=True, type=folder, metavar="DIR", help="the folder to write to")
+    about = "the folder to write to, such as runs/first"
+    command.add_argument("--out", required=True, type=folder, metavar="DIR", help=about)
 
 
 def add_data(command: argparse.ArgumentParser) -> None:
@@ -338,7 +373,8 @@ def add_job(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "-p", dest="parameters", action="append", default=[], type=_assignment, metavar="NAME=VALUE", help=about
     )
-    command.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="stop a notebook after this time")
+    about = "stop a notebook after SECONDS, such as 600"
+    command.add_argument("--timeout", type=_seconds, metavar="SECONDS", help=about)
     command.add_argument("--track", choices=("tensorboard", "wandb", "mlflow", "trackio"),
                          help="also send the training's metrics to this tracker (default: none)")
 
@@ -347,7 +383,7 @@ def add_reading(command: argparse.ArgumentParser) -> None:
     """Add the arguments that say how to read data to a command: --kind, --split and --columns."""
     command.add_argument("--kind", choices=("pairs", "demonstrations", "prompts"),
                          help="the kind of data (default: detected from its columns)")
-    command.add_argument("--split", metavar="S", help="the split of a data set (default: train, or the only one)")
+    command.add_argument("--split", metavar="SPLIT", help="the split of a data set (default: train, or the only one)")
     command.add_argument("--columns", type=_columns, metavar="FIELD=COLUMN,…",
                          help="the column of each field: prompt=question,chosen=good; system= ignores a column")
 
@@ -361,7 +397,7 @@ def add_restart(command: argparse.ArgumentParser) -> None:
 def _assignment(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, such as kl_coef=0.1")
     return name, value
 
 

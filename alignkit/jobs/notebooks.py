@@ -22,6 +22,7 @@ from alignkit.jobs.parameters import Parameter, notebook_parameters, typed_value
 from alignkit.jobs.preconditions import check_before, check_model
 from alignkit.jobs.progress import Progress
 from alignkit.jobs.stage_parameters import addressed, values_by_notebook, where_they_went
+from alignkit.jobs.usage import nearest
 from alignkit.metrics import duration
 from alignkit.runs.lock import lock_handles, run_lock
 from alignkit.runs.records import READING, check_not_fetched, check_run, record_seconds, run_facts, start_run
@@ -60,7 +61,8 @@ def find_notebook(notebook: str | Path) -> Path:
     chosen = known.get(name) or next((known[other] for other in known if has_number(other, name)), None)
     if not chosen:
         raise FileNotFoundError(
-            f"no notebook {str(notebook)!r}; expected a path to an .ipynb file or one of: {', '.join(known) or 'none'}"
+            f"no notebook {str(notebook)!r}{nearest(name, known)}; expected a path to an .ipynb file or one of: "
+            f"{', '.join(known) or 'none'}"
         )
     return chosen
 
@@ -261,7 +263,7 @@ def _expected(jobs: Sequence[Job]) -> dict[str, float]:
         print(f"{what}: about {duration(sum(known[job.name] for job in ahead))} on this machine if nothing else runs, "
               "less than 2 GB of memory", flush=True)
     elif ahead:
-        print("each notebook says how long it will train, and what memory it needs, before it does", flush=True)
+        print("each notebook prints its time and memory before it trains", flush=True)
     return known
 
 

@@ -7,6 +7,7 @@ RUN/STAGE/samples.json: [{"prompt", "response", "stage", "kind"}, …].
 
 import base64
 import binascii
+import itertools
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,8 @@ from pathlib import Path
 from alignkit.errors import AlignkitError, RunError
 from alignkit.evaluate.adviser import chance_warning
 from alignkit.evaluate.readings import METADATA
-from alignkit.metrics import METRICS, is_number, number, share
+from alignkit.jobs.notebook_page import write_notebook_page
+from alignkit.metrics import METRICS, duration, is_number, number, share
 from alignkit.pages.render import Picture, picture, render
 from alignkit.safe_text import in_red, one_line
 from alignkit.stages import CHAIN, STAGES, in_order
@@ -36,13 +38,15 @@ def build_report(run: str | Path) -> Path:
     policies = {stage: results for stage, results in seen.stages.items() if stage != "reward"}
     samples, sampled = _samples(seen)
     suites, torn = _suites(seen)
+    verdict, warnings = _verdict(seen)
     page = render(
         "report.html",
         name=seen.name,
+        verdict=verdict,
         facts={name: value for name in ("model", "data", "seed") if (value := seen.summary.get(name)) is not None},
         seconds=seen.seconds,
         chain=_chain(seen),
-        failures=_failures(seen) + torn,
+        failures=_failures(seen) + warnings + torn,
         policies=["Frozen" if stage == "frozen" else _name(stage) for stage in policies],
         compared=_figures(POLICY_FIGURES + REWARD_FIGURES, list(policies.values())),
         suites=suites,
@@ -155,6 +159,75 @@ def _cell_charts(cell: Mapping) -> list[Picture]:
     return [chart for chart in pictures if chart]
 
 
+# --- the verdict -----------------------------------------------------------------------------------------------------
+def _verdict(seen: _Run) -> tuple[list[tuple[str, str]], list[dict]]:
+    """Three sentences on the run: what was reached, what it cost, what to do next; and the warnings of its figures.
+
+    [] if fewer than two policies have figures.
+    """
+    copied = {"reward", "frozen"} if "ppo" in seen.stages else {"reward"}  # frozen is PPO's policy
+    policies = {stage: results for stage, results in seen.stages.items() if stage not in copied}
+    if len(policies) < 2:
+        return [], []
+    results = list(policies.values())
+    reached = _path(("gold_mean" if "gold_mean" in results[-1] else "proxy_mean", "risky_failure_rate"), results)
+    cost = _path(("kl_to_sft", "over_refusal_rate"), results)
+    if seen.seconds:
+        cost.append(f"{duration(sum(seen.seconds.values()))} of computing")
+    asks, warnings = _advised(seen.path)
+    way = " → ".join(map(_name, policies))
+    sentences = [("Reached", f"{way}: {'; '.join(reached)}." if reached else ""),
+                 ("Cost", f"{'; '.join(cost)}." if cost else ""), ("Next", asks)]
+    return [(what, sentence) for what, sentence in sentences if sentence], warnings
+
+
+def _path(names: Sequence[str], policies: Sequence[Mapping]) -> list[str]:
+    """Figures along the policies in which they are known, with the interval of the last one."""
+    paths = []
+    for name in names:
+        known = [results for results in policies if is_number(results.get(name))]
+        if len(known) > 1:
+            metric, between = METRICS[name], _with_interval(known[-1], name)["between"]
+            values = " → ".join(metric.format(results[name]) for results in known)
+            unit = f" {metric.unit}" if metric.unit else ""
+            interval = f" (95 % interval {between})" if between else ""
+            paths.append(f"{metric.label.format(reference='SFT')} {values}{unit}{interval}")
+    return paths
+
+
+def _advised(run: Path) -> tuple[str, list[dict]]:
+    """What to do next, by the adviser, and a warning if a later policy refuses more harmless prompts than an earlier
+    one. From the stored evaluations of the stages; ("", []) if there are fewer than two, or if they do not match."""
+    places = {stage: run / stage / "evaluation.json" for stage in ("sft", "ppo", "dpo")}
+    places = {stage: place for stage, place in places.items() if place.exists()}
+    if len(places) < 2:
+        return "", []
+    from alignkit.evaluate.adviser import advice  # which loads torch
+    from alignkit.evaluate.comparison import compare
+    from alignkit.evaluate.evaluation import Evaluation
+
+    try:
+        compared = compare({_name(stage): Evaluation.load(place) for stage, place in places.items()})
+        asks, warnings = advice(compared)[0], []
+        for earlier, later in itertools.pairwise(compared.evaluations):
+            grown = _growth(compared, earlier, later)
+            warnings += [{"heading": "Warning", "message": grown}] if grown else []
+    except (AlignkitError, OSError, ValueError, KeyError):  # other people's files; the page has the figures without it
+        return "", []
+    return asks, warnings
+
+
+def _growth(compared, earlier: str, later: str) -> str:
+    """A warning if over-refusal rose between two policies, by its interval; else ""."""
+    if any("over_refusal_rate" not in compared.evaluations[name].metrics for name in (earlier, later)):
+        return ""
+    growth = compared.difference(earlier, later, "over_refusal_rate")
+    if growth.low is None or growth.low <= 0:
+        return ""
+    return (f"Over-refusal rose from {earlier} to {later}, by {growth:.1%}: it refuses more harmless prompts. Part of "
+            "its gain in safety may be that.")
+
+
 # --- the parts of the page -------------------------------------------------------------------------------------------
 def _chain(seen: _Run) -> list[dict]:
     """The stages as cards in a row; each links to its section if it has one."""
@@ -256,12 +329,21 @@ def _notebook(seen: _Run, notebook: Path) -> dict | None:
     charts, readings = _charts(notebook), _readings(notebook)
     figures = _figures(POLICY_FIGURES + REWARD_FIGURES, [results]) if stage == "reward" else []
     rows, grids = _details(heading, results)
+    page, shown = write_notebook_page(notebook), 1 if stage or len(seen.notebooks) == 1 else 0
     if not (charts or readings or figures or rows or grids):
         return None
     return {
-        "id": notebook.stem, "file": notebook.name, "heading": heading, "seconds": seen.seconds.get(notebook.stem),
-        "charts": charts, "readings": readings, "figures": figures, "results": rows, "grids": grids,
+        "id": notebook.stem, "file": notebook.name, "page": page.name if page else "",
+        "more": _more(len(charts) - shown, len(readings)), "first": charts[:shown],
+        "heading": heading, "seconds": seen.seconds.get(notebook.stem),
+        "charts": charts[shown:], "readings": readings, "figures": figures, "results": rows, "grids": grids,
     }
+
+
+def _more(charts: int, readings: int) -> str:
+    """What a fold holds."""
+    counted = ((charts, "chart"), (readings, "reading"))
+    return ", ".join(f"{number} {what}{'s' * (number > 1)}" for number, what in counted if number > 0)
 
 
 def _details(heading: str, results: Mapping) -> tuple[list, list[dict]]:

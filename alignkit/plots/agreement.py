@@ -47,7 +47,7 @@ def plot_beside_frontier(points: Sequence[Mapping], frontier: tuple[Floats, Floa
                          title: str | None = None) -> Axes:
     """Policies in the plane of KL and reward, below the most reward that any policy has at that KL.
 
-    points: dicts with "name" (its group, such as "PPO"), "label", "kl" (nats a response) and "reward". frontier: (kl,
+    points: dicts with "name" (its group, such as "PPO"), "label", "kl" (nats per response) and "reward". frontier: (kl,
     reward), (N,) each, KL increasing. The reward is in SFT standard deviations. Raises ValueError if there is no point.
     """
     _require("points", points)
@@ -66,6 +66,6 @@ def plot_beside_frontier(points: Sequence[Mapping], frontier: tuple[Floats, Floa
             placed = {"offset": (-6, 7), "ha": "right"} if on_curve and point["kl"] > kl[0] else {"offset": (7, -11)}
             _beside(ax, (point["kl"], point["reward"]), point["label"], colour=colour, size=8, **placed)
     _legend(ax, handles, ["the best possible at this KL", *styles], loc="lower right")
-    _finish(ax, "How much of the possible reward each policy has", "KL(π ‖ π_ref), nats a response",
+    _finish(ax, "How much of the possible reward each policy has", "KL(π ‖ π_ref), nats per response",
             "reward, SFT standard deviations", title)
     return ax

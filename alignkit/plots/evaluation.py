@@ -101,7 +101,7 @@ def plot_margin_accuracy(bins: Bins, ax: Axes | None = None, *, title: str | Non
 
 # ---------------------------------------------------------------- better, or merely different?
 def plot_gold_vs_proxy(kl: Sequence, gold: Sequence, proxy: Sequence, ax: Axes | None = None, *,
-                       xlabel: str = "KL to SFT, nats a response", unit: str = "SFT-sd",
+                       xlabel: str = "KL to SFT, nats per response", unit: str = "SFT-sd",
                        title: str | None = None) -> Axes:
     """Over-optimisation: the proxy that is optimised and the gold that is meant, against KL or iteration; peak marked.
 
@@ -234,7 +234,7 @@ def plot_reward_kl_plane(proxy=None, gold_along=None, gold_frontier=None, best_o
     frontier. best_of_n: {"n", "kl", "proxy", "gold"}, arrays; either reward may be missing. points: dicts with "name",
     "kl", "proxy" and/or "gold": each a number with "kl_ci95", "proxy_ci95", "gold_ci95" (low, high) beside it, or an
     array over seeds, which the cross then spans. "label" ("β = 0.35") is written at the point; points of one name are
-    joined. KL in nats a response. Raises ValueError if there is nothing to draw.
+    joined. KL in nats per response. Raises ValueError if there is nothing to draw.
     """
     if all(part is None for part in (proxy, gold_along, gold_frontier, best_of_n)) and not len(points):
         raise ValueError("points is empty and no curve is given, expected at least one of them")
@@ -280,7 +280,7 @@ def plot_reward_kl_plane(proxy=None, gold_along=None, gold_frontier=None, best_o
     _end_labels(ax, [(y, name, colour) for _, y, name, colour in far])
     for x, y, name, colour in (end for end in ends if end not in far):
         _beside(ax, (x, y), name, (6, 0), colour, va="center")
-    _finish(ax, "The reward that KL buys", "KL to SFT, nats a response", f"reward, {unit}", title)
+    _finish(ax, "The reward that KL buys", "KL to SFT, nats per response", f"reward, {unit}", title)
     return ax
 
 
@@ -308,7 +308,7 @@ def plot_kl_panels(predictors: Mapping[str, Floats], kl: Floats, kinds: Sequence
                    correlations: Mapping[str, float]) -> Figure:
     """KL of each prompt against each of several predictors, a panel each, prompt classes by colour. Returns a Figure.
 
-    predictors: name with unit -> values (P,). kl: (P,), nats a response. kinds: class of each prompt (P,).
+    predictors: name with unit -> values (P,). kl: (P,), nats per response. kinds: class of each prompt (P,).
     correlations: name -> rank correlation of predictor and KL, written in the panel's title. Raises ValueError if there
     are no predictors or lengths differ.
     """
@@ -321,7 +321,7 @@ def plot_kl_panels(predictors: Mapping[str, Floats], kl: Floats, kinds: Sequence
         ax = figure.add_subplot(1, len(predictors), place + 1, axes_class=Chart)
         for kind, (colour, marker, _, _) in styles.items():
             ax.plot(values[kinds == kind], kl[kinds == kind], marker, color=colour, ms=4.5, alpha=0.7)
-        _finish(ax, f"rank correlation {_signed(correlations[name])}", name, "KL to SFT, nats a response", small=True)
+        _finish(ax, f"rank correlation {_signed(correlations[name])}", name, "KL to SFT, nats per response", small=True)
     handles = [Line2D([], [], ls="", marker=marker, color=colour) for colour, marker, _, _ in styles.values()]
     legend = figure.legend(handles, [_short(kind, 24) for kind in styles], frameon=False, fontsize=8,
                            loc="outside lower center", ncols=4)

@@ -31,8 +31,8 @@ def plot_price_of_kl(runs: Mapping[str, tuple[Floats, Sequence]], optimum: tuple
                      ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """KL to the reference against its price, both logarithmic: a line a method, a band over repeats.
 
-    runs: name -> (price (N,), KL (N,) or (S, N) with a row a repeat, nats a response). optimum: (price, KL), each (M,),
-    of the exact optimum. Raises ValueError if runs are empty or lengths differ.
+    runs: name -> (price (N,), KL (N,) or (S, N) with a row a repeat, nats per response). optimum: (price, KL), each
+    (M,), of the exact optimum. Raises ValueError if runs are empty or lengths differ.
     """
     _require("runs", runs)
     ax, ends = _axes(ax, 7.5, 3.3), []
@@ -64,7 +64,7 @@ def plot_sampled_frontier(estimates: Mapping[int, tuple[Floats, Floats]], truth:
                           ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Frontiers estimated from N samples beside the true one; a dotted vertical line at each ceiling, log N.
 
-    estimates: N -> (KL (B,), reward (B,)); truth: the same of the true frontier. KL in nats a response, reward in sd
+    estimates: N -> (KL (B,), reward (B,)); truth: the same of the true frontier. KL in nats per response, reward in sd
     under the reference. Raises ValueError if there is no estimate, an N is below 2, or lengths differ.
     """
     _require("estimates", estimates)
@@ -120,13 +120,13 @@ def plot_estimates(curves: Mapping[str, tuple[Floats, Sequence[Estimate]]], ylab
 def plot_loss_gold_panels(steps: Floats, losses: Floats, gold: Sequence[Estimate], *, title: str = "") -> Figure:
     """The training loss above and gold of held-out prompts below, at the same steps. Returns a Figure.
 
-    steps, losses: (N,), nats a pair. gold: N Estimates, SFT-sd. Raises ValueError if lengths differ or are 0.
+    steps, losses: (N,), nats per pair. gold: N Estimates, SFT-sd. Raises ValueError if lengths differ or are 0.
     """
     steps, losses = _array("steps", steps), _array("losses", losses)
     _same_length("steps", steps, "losses", losses)
     figure = Picture(figsize=(7.5, 4.2), facecolor="white", layout="constrained")
     upper, lower = (figure.add_subplot(2, 1, place, axes_class=Chart) for place in (1, 2))
     upper.plot(steps, losses, color=INK, marker="o", ms=4.5)
-    _finish(upper, "Training loss", "optimiser steps", "loss, nats a pair", title or None)
+    _finish(upper, "Training loss", "optimiser steps", "loss, nats per pair", title or None)
     plot_estimates({"gold": (steps, gold)}, "gold, SFT-sd", lower, title="Gold on held-out prompts")
     return figure

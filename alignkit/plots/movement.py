@@ -28,8 +28,8 @@ def plot_variance_law_panels(variances: Floats, kl: Mapping[float, Floats], kind
     """KL of the exact optimum against the reward's variance, a panel for each β, with the line Var / 2β².
 
     variances: (prompts,) of the reward under the reference, in squared units of the reward. kl: β -> (prompts,)
-    KL(π* ‖ π_ref), nats a response. kinds: the class of each prompt. Raises ValueError if there is nothing to draw, or
-    lengths differ.
+    KL(π* ‖ π_ref), nats per response. kinds: the class of each prompt. Raises ValueError if there is nothing to draw,
+    or lengths differ.
     """
     _require("kl", kl)
     variances, kinds = _array("variances", variances), np.asarray(kinds)
@@ -45,7 +45,7 @@ def plot_variance_law_panels(variances: Floats, kl: Mapping[float, Floats], kind
         ends = np.array([0, variances.max()])
         handles += ax.plot(ends, ends / (2 * beta**2), color=INK, lw=1)
         ax.set_ylim(0, 1.15 * max(values.max(), 1e-9))
-        _finish(ax, f"exact optimum, β = {beta:g}", "Var_ref(r), in (SFT-sd)²", "KL(π* ‖ π_ref), nats a response",
+        _finish(ax, f"exact optimum, β = {beta:g}", "Var_ref(r), in (SFT-sd)²", "KL(π* ‖ π_ref), nats per response",
                 small=True)
     _legend(figure.axes[0], handles, [*(_short(kind, 20) for kind in classes), "Var / 2β²"], loc="lower right")
     return figure

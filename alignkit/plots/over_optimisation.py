@@ -20,7 +20,7 @@ from alignkit.plots.style import (
     _same_length,
 )
 
-KL_LABEL = "KL to SFT, nats a response"
+KL_LABEL = "KL to SFT, nats per response"
 
 
 def plot_fit_panels(points: Mapping[str, tuple[Floats, Floats]],

@@ -122,7 +122,7 @@ def plot_kl_by_class(kl: Mapping[str, Floats], ax: Axes | None = None, *,
                      intervals: Mapping[str, Interval] | None = None, title: str | None = None) -> Axes:
     """How far each prompt moved, by class: a dot a prompt, a box from quartile to quartile, a diamond at the mean.
 
-    kl: class -> (N,) KL a prompt, nats a response. intervals: class -> (low, high) of the mean, from the caller's
+    kl: class -> (N,) KL a prompt, nats per response. intervals: class -> (low, high) of the mean, from the caller's
     bootstrap: prompts of one key are not independent, so none is made up here. Raises ValueError if a class is empty.
     """
     _require("kl", kl)
@@ -142,7 +142,7 @@ def plot_kl_by_class(kl: Mapping[str, Floats], ax: Axes | None = None, *,
     ax.set_yticks(range(len(kl)), [_short(kind, 30) for kind in kl], parse_math=False)
     ax.set(ylim=(len(kl) - 0.5, -0.5), xlim=(1.04 * least, None))
     mean = "mean with 95 % interval" if intervals else "mean"
-    xlabel = f"KL a prompt, nats a response   (diamond: {mean}; box: quartiles)"
+    xlabel = f"KL a prompt, nats per response   (diamond: {mean}; box: quartiles)"
     _finish(ax, "How far each prompt moved", xlabel, "prompt class", title, grid="x")
     return ax
 
@@ -150,7 +150,7 @@ def plot_kl_by_class(kl: Mapping[str, Floats], ax: Axes | None = None, *,
 def plot_kl_by_position(kl: Mapping[str, Sequence], ax: Axes | None = None, *, title: str | None = None) -> Axes:
     """Where in the response the policy moved: mean KL at each position, a line a policy, a band between quartiles.
 
-    kl: name -> (T,) means, or (N, T) a response each with NaN after its end; nats a token. Raises ValueError if it is
+    kl: name -> (T,) means, or (N, T) a response each with NaN after its end; nats per token. Raises ValueError if it is
     empty.
     """
     _require("kl", kl)
@@ -166,7 +166,8 @@ def plot_kl_by_position(kl: Mapping[str, Sequence], ax: Axes | None = None, *, t
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.axhline(0, color=MUTED, lw=0.8)
     _end_labels(ax, ends)
-    _finish(ax, "Where in the response the policy moved", "position in the response, tokens", "KL, nats a token", title)
+    _finish(ax, "Where in the response the policy moved", "position in the response, tokens", "KL, nats per token",
+            title)
     return ax
 
 

@@ -184,7 +184,7 @@ def plot_dpo_logps(steps: Floats, chosen: Floats, rejected: Floats, ax: Axes | N
                    title: str | None = None) -> Axes:
     """Log-probability of chosen and rejected responses over DPO, each less its first value; the gap is the margin / β.
 
-    steps, chosen, rejected: (N,), nats a response. Use log π − log π_ref ("logps/chosen_shift", exactly 0 at step 0),
+    steps, chosen, rejected: (N,), nats per response. Use log π − log π_ref ("logps/chosen_shift", exactly 0 at step 0),
     or "logps/chosen" of the same pairs at each step. Raises ValueError if lengths differ.
     """
     steps, ax, moved = _array("steps", steps), _axes(ax, 7.5, 3.3), {}

@@ -102,7 +102,7 @@ def plot_sampling_error(sizes: Floats, errors: Mapping[str, Floats], theory: Flo
 
 def plot_floor(floor: float, losses: Mapping[str, float], entropies: Mapping[str, float], ax: Axes | None = None, *,
                title: str | None = None) -> Axes:
-    """Each model's loss in its two parts, nats a token: the demonstrators' entropy, and KL(demonstrators ‖ model).
+    """Each model's loss in its two parts, nats per token: the demonstrators' entropy, and KL(demonstrators ‖ model).
 
     floor: H(p), the demonstrators' entropy. losses: model -> loss on demonstrations. entropies: model -> the model's
     own entropy on them, drawn as a diamond. Raises ValueError if there are none or lengths differ.
@@ -115,7 +115,7 @@ def plot_floor(floor: float, losses: Mapping[str, float], entropies: Mapping[str
     floor_bar = ax.barh(places, np.full(len(loss), floor), color=BLUE, alpha=0.45, height=0.6)
     kl_bar = ax.barh(places, loss - floor, left=floor, color=VERMILION, alpha=0.6, height=0.6, hatch="////")
     marks = ax.scatter(own, places, marker="D", color=INK, s=34, zorder=4)
-    _finish(ax, "Loss = entropy of the demonstrators + KL", "nats a token", "model", title, grid="x")
+    _finish(ax, "Loss = entropy of the demonstrators + KL", "nats per token", "model", title, grid="x")
     ax.set_yticks(places, [_short(name, 34) for name in losses], parse_math=False)
     ax.set_xlim(0, 1.08 * max(loss.max(), own.max(), floor))
     ax.set_ylim(-1.4, len(loss) - 0.5)  # room for the legend

@@ -26,12 +26,10 @@ def start_run(run: str | Path, model: str, data: str, seed: int, reading: Mappin
     """The run directory, created if missing, with the facts of the whole run in run.json. Every notebook starts here.
 
     reading: how the data is read: kind, split and columns (None if not given); None if this notebook reads no data. A
-    relative `run` is relative to the project's folder, also in a notebook opened in its notebooks/ folder. Raises
-    RunError as `check_run`.
+    relative `run` is relative to the project's folder, also in a notebook that was opened in its notebooks/ folder or
+    in a folder of runs/, as the lab's copies are. Raises RunError as `check_run`.
     """
-    run = Path(run)
-    if not run.is_absolute() and Path.cwd().name == "notebooks":  # where JupyterLab starts the course's kernels
-        run = Path.cwd().parent / run
+    run = _in_project(Path(run))
     facts = {"model": str(model), "data": str(data), "seed": int(seed)}
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -45,6 +43,17 @@ def start_run(run: str | Path, model: str, data: str, seed: int, reading: Mappin
         except OSError as error:
             raise RunError(f"run directory {run} cannot be written: {error}") from error
     return run
+
+
+def _in_project(run: Path) -> Path:
+    """`run`, seen from the project's folder. JupyterLab and VS Code start a kernel in the folder of its notebook."""
+    here = Path.cwd()
+    if run.is_absolute():
+        return run
+    if here.name == "notebooks":
+        return here.parent / run
+    in_runs = here.parent.name == "runs" and run.parts[:1] == ("runs",)
+    return here.parents[1] / run if in_runs else run
 
 
 def check_run(run: str | Path, model: str, data: str, seed: int, reading: Mapping | None = None) -> dict:

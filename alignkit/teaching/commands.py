@@ -10,7 +10,7 @@ def add_teaching(add) -> None:
     """Add the commands for teachers to the command line. add(name, function, about, …) makes one."""
     student = add("student", _student, "write student versions of the notebooks, without solutions, and the graded lab",
                   epilog="example: alignkit student course --no-answers")
-    student.add_argument("out", type=Path, metavar="DIR", help="the folder to write to")
+    student.add_argument("out", type=Path, metavar="DIR", help="the folder to write to, such as course")
     student.add_argument("--no-answers", action="store_true", help="also leave out the answers below the questions")
     student.add_argument("--overwrite", action="store_true", help="replace files that are there and differ; what a "
                          "student wrote in them is lost (default: they are kept)")

@@ -110,7 +110,7 @@ def _write(path: Path, value: object) -> None:
 
 
 def _wait_for(url: str, server: subprocess.Popen, log: Path) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300  # a busy machine
     while time.monotonic() < end:
         try:
             with urllib.request.urlopen(url, timeout=5):

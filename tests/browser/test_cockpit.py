@@ -226,6 +226,7 @@ def test_model_text_is_text(open_notebook, lab):
     hostile = hostile.replace('[("How do I restart the router?", RESPONSE)]', "HOSTILE")
     notebook = open_notebook([hostile, RUN.format(title="hostile", total=100_000)])
     notebook.start()
+    notebook.page.locator(".akc-pairs summary").click()
     table = notebook.page.locator(".akc-samples")
     table.get_by_text("press me").wait_for()
     assert table.locator("script, img, button, a, b, strong").count() == 0

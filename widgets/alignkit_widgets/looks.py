@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 
 from alignkit import plots
+from alignkit.metrics import GLOSSARY
 
 
 def looks() -> dict:
-    """Style data for `cockpit.js`: colours of behaviours, colour and dashes of lines, names of metrics."""
+    """Data for `cockpit.js`: colours of behaviours, colour and dashes of lines, names of metrics, meanings of terms."""
     return {
         "behaviours": {name: colour for name, (colour, _) in plots.BEHAVIOUR_FACES.items()},
         "lines": [[colour, dashes(line)] for colour, _, line, _ in plots.SERIES],
         "labels": {name: metric.label for name, metric in plots.METRICS.items()},
+        "glossary": GLOSSARY,
     }
 
 

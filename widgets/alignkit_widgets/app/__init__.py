@@ -10,11 +10,12 @@ from alignkit.runs.lock import run_lock
 
 def add_app(add) -> None:
     """Add `alignkit app` to the command; add(name, function, about) returns its parser."""
-    app = add("app", _app, "a page to train, compare and explore without code, on this machine only")
+    app = add("app", _app, "a page to train, compare and explore without code, on this machine only",
+              epilog="example: alignkit app runs/course --port 8888")
     about = "a run directory; an empty or new one gets the desk world's defaults (default: runs/app)"
     app.add_argument("run", nargs="?", default=Path("runs/app"), type=folder, metavar="RUN", help=about)
     about = "what the run was made from (default: what its run.json says, if that is `desk` or here)"
-    app.add_argument("--data", metavar="D", help=about)
+    app.add_argument("--data", metavar="DATA", help=about)
     about = "where to listen on 127.0.0.1; one in use is refused (default: a port that is free)"
     app.add_argument("--port", default=0, type=port, help=about)
 

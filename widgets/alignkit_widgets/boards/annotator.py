@@ -125,7 +125,8 @@ class PreferenceAnnotator(Board):
         goal = f" of {self.goal}" if self.running and self.goal else ""
         counted = ", ".join([f"{labels}{goal} label{'s' * (labels != 1 or bool(goal))}", *more])
         end = "; all pairs are done" if self.at is None else ""
-        return f"{counted}{end} · {self.log.path}"
+        done = " · the cell runs until you press Done" if self.running else ""
+        return f"{counted}{end}{done} · {self.log.path}"
 
     def results(self) -> list[dict]:
         left = first_shown(list(self.log.choices.values())) if self.at is None or not self.running else None

@@ -11,6 +11,11 @@ function make(parent, tag, attributes = {}, text) {
 
 const say = (node, text) => { if (node.textContent !== text) node.textContent = text; }; // a status is read out only when it changes
 
+function save(picture, title) { // a PNG in base64, as a download
+  const name = title.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "");
+  Object.assign(document.createElement("a"), { href: `data:image/png;base64,${picture}`, download: `${name}.png` }).click();
+}
+
 class View {
   constructor(model, el, store) {
     Object.assign(this, { model, store, buttons: {}, cards: [] });
@@ -18,6 +23,8 @@ class View {
     const head = make(root, "div", { class: "akb-head" });
     make(head, "span", { class: "akb-title" }, model.get("config").title);
     this.status = make(head, "span", { class: "akb-status", role: "status" });
+    const picture = make(head, "button", { type: "button", class: "akb-save", "data-lm-suppress-shortcuts": "true" }, "save picture");
+    picture.addEventListener("click", () => model.send({ type: "picture" }));
     this.progress = make(root, "progress", { max: 1, value: 0, "aria-label": "Progress" });
     this.main = make(root, "div");
     const prompt = make(this.main, "div", { class: "akb-prompt" });
@@ -127,7 +134,10 @@ export default () => {
   const store = { state: null, views: new Set() };
   return {
     initialize({ model }) {
-      model.on("msg:custom", (state) => { store.state = state; for (const view of store.views) view.draw(); });
+      model.on("msg:custom", (state) => {
+        if (state.picture) return save(state.picture, model.get("config").title);
+        store.state = state; for (const view of store.views) view.draw();
+      });
       const leave = () => model.send({ type: "gone" });
       window.addEventListener("pagehide", leave);
       model.send({ type: "sync" });

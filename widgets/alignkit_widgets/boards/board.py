@@ -6,6 +6,7 @@ Nothing waits for the page: each press is written to the log, then the board sen
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -95,6 +96,11 @@ class Board:
         ignored."""
         kind, self._heard = message.get("type"), time.monotonic()
         if kind == "alive":
+            return
+        if kind == "picture":
+            png = base64.b64encode(self.picture()[0]).decode()
+            for send in self.listeners:
+                send({"picture": png})
             return
         if kind == "gone":
             self._heard += _BEAT - self.patience

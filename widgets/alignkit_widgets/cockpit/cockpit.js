@@ -39,6 +39,11 @@ function at(points, x) { // the last point at or before x
   return points[low - 1];
 }
 
+function save(picture, title) { // a PNG in base64, as a download
+  const name = title.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "");
+  Object.assign(document.createElement("a"), { href: `data:image/png;base64,${picture}`, download: `${name}.png` }).click();
+}
+
 class Plot { // what line charts and bands share: size, x axis, marks, cursor
   constructor(view, parent, height) {
     this.view = view; this.height = height;
@@ -51,6 +56,7 @@ class Plot { // what line charts and bands share: size, x axis, marks, cursor
       if (by) { view.point(Math.min(Math.max((view.cursor ?? last) + by, 1), last)); e.preventDefault(); }
     });
   }
+  tall(height) { if (height !== this.height) { this.height = height; this.svg.setAttribute("height", height); } }
   iteration(px) { return Math.round((px - this.left) / (this.width - this.left - this.right) * this.end); }
   frame(low, high, ticks, label, room = 0) {
     const width = this.svg.clientWidth || 300, right = room < width / 3 ? room : 14;
@@ -83,15 +89,16 @@ class Plot { // what line charts and bands share: size, x axis, marks, cursor
 
 class Chart extends Plot {
   constructor(view, parent, chart) {
-    const figure = make(parent, "figure");
-    make(figure, "figcaption", {}, chart.title);
-    const legend = make(figure, "div", { class: "akc-legend" });
+    const figure = make(parent, "figure"), alone = chart.keys.length === 1; // alone: the title names the line
+    const title = make(figure, "figcaption", {}, chart.title), legend = make(figure, "div", { class: "akc-legend" });
+    const meaning = Object.entries(view.config.glossary ?? {}).find(([term]) => chart.title.startsWith(term))?.[1];
+    if (meaning) title.title = meaning;
     super(view, figure, 168);
     Object.assign(this, chart);
     this.values = chart.keys.map((key, i) => {
       const entry = make(legend, "span"), [colour, dash] = this.style(i);
       make(make(entry, "svg", { width: 26, height: 8, "aria-hidden": "true" }), "path", { class: "series", d: "M1 4H25", stroke: colour, "stroke-dasharray": dash });
-      make(entry, "span", {}, ` ${view.label(key)} `);
+      make(entry, "span", {}, alone ? " now " : ` ${view.label(key)} `);
       return make(entry, "b");
     });
     this.past = make(legend, "span", { hidden: "" });
@@ -147,8 +154,8 @@ class Chart extends Plot {
 
 class Bands extends Plot { // shares of behaviours of one prompt class, stacked
   constructor(view, parent, kind) {
-    const figure = make(parent, "figure"), caption = make(figure, "figcaption", {}, `${kind} prompts: share of responses (%)`);
-    super(view, figure, 132);
+    const figure = make(parent, "figure"), caption = make(figure, "figcaption", {}, `${kind} prompts: % of responses`);
+    super(view, figure, 118);
     this.kind = kind;
     this.words = make(figure, "div", { class: "akc-shares" });
   }
@@ -181,7 +188,7 @@ class Bands extends Plot { // shares of behaviours of one prompt class, stacked
     for (const line of lines) make(this.svg, "path", { class: "past", d: `M${line.join("L")}`, stroke: "var(--ink)" });
     for (const [place, name] of labels) make(this.svg, "text", place, name); // above all bands
     this.finish(false);
-    this.words.textContent = words.join(" · ");
+    this.words.textContent = this.words.title = words.join(" · ");
     this.svg.setAttribute("aria-label", `${this.kind} prompts, share of responses: ${words.join(", ")}`);
   }
 }
@@ -207,12 +214,25 @@ class View {
     }
     this.grid = make(root, "div", { class: "akc-grid" });
     this.charts = this.config.charts.map((chart) => new Chart(this, this.grid, chart));
-    this.bandGrid = make(root, "div", { class: "akc-grid" });
-    this.table = make(root, "table", { class: "akc-samples", hidden: "" });
+    this.shares = this.fold(root, "What the policy does", "akc-bands");
+    this.bandGrid = make(this.shares.box, "div", { class: "akc-grid" });
+    this.sampled = this.fold(root, "Samples", "akc-pairs");
+    this.table = make(this.sampled.box, "table", { class: "akc-samples" });
     if (this.config.log) make(root, "div", { class: "akc-log" }, `log: ${this.config.log}`);
+    if (this.config.picture) this.savePicture(head);
     this.observer = new ResizeObserver(() => this.draw());
     this.observer.observe(root);
     this.beat = setInterval(() => { if (this.store.state?.name === "paused") this.model.send({ type: "alive" }); }, 2000);
+  }
+  fold(parent, name, kind) { // one line, whose words are live; its content has a fixed height, so that the panel keeps its own
+    const fold = make(parent, "details", { class: `akc-fold ${kind}` }), line = make(fold, "summary", { "data-lm-suppress-shortcuts": "true" });
+    make(line, "b", {}, name);
+    fold.addEventListener("toggle", () => this.draw());
+    return { fold, words: make(line, "span"), box: make(fold, "div") };
+  }
+  savePicture(head) {
+    const button = make(head, "button", { type: "button", class: "akc-save", "data-lm-suppress-shortcuts": "true" }, "save picture");
+    button.addEventListener("click", () => this.model.send({ type: "picture" }));
   }
   addButtons(group) {
     this.buttons = {};
@@ -227,7 +247,8 @@ class View {
   }
   addControl(parent, control) {
     const row = make(parent, "div", { class: "akc-control" }), id = `akc-${Math.random().toString(36).slice(2)}`, { name, stops } = control;
-    make(row, "label", { for: id }, name);
+    const named = make(row, "label", { for: id }, name), meaning = this.config.glossary?.[name];
+    if (meaning) named.title = meaning;
     const own = { "data-lm-suppress-shortcuts": "true", "data-control": name };
     const slider = make(row, "input", { type: "range", id, min: 0, max: stops.length - 1, step: 1, ...own });
     const box = make(row, "input", { type: "number", min: stops[0], max: stops.at(-1), step: "any", "aria-label": `${name}, exact value`, ...own });
@@ -250,8 +271,8 @@ class View {
     this.inputs[name] = { slider, box, wait, show };
     show(control.start);
   }
-  addRewind(parent) { // hidden until the run says what it can go back to
-    const row = make(parent, "div", { class: "akc-control", hidden: "" }), id = `akc-${Math.random().toString(36).slice(2)}`;
+  addRewind(parent) { // invisible until the run says what it can go back to; its place is kept
+    const row = make(parent, "div", { class: "akc-control", style: "visibility:hidden" }), id = `akc-${Math.random().toString(36).slice(2)}`;
     make(row, "label", { for: id }, `back to ${this.config.unit}`);
     const select = make(row, "select", { id, "data-lm-suppress-shortcuts": "true" });
     const button = make(row, "button", { type: "button", "data-lm-suppress-shortcuts": "true" }, "Rewind");
@@ -275,25 +296,38 @@ class View {
   point(x) { if (x !== this.cursor) { this.cursor = x; this.draw(); } }
   draw() {
     cancelAnimationFrame(this.frame);
-    this.frame = requestAnimationFrame(() => { this.header(); this.pictures(); });
+    this.frame = requestAnimationFrame(() => { this.header(); this.pictures(); this.intoView(); });
   }
   pictures() {
     for (const grid of [this.grid, this.bandGrid]) { // columns that fill their rows: four charts stand 2 × 2, not 3 + 1
-      const n = grid.childElementCount, rows = Math.ceil(n / Math.max(1, Math.floor(this.root.clientWidth / 290)));
+      const n = grid.childElementCount, rows = Math.ceil(n / Math.max(1, Math.floor(this.root.clientWidth / 250)));
       grid.style.gridTemplateColumns = `repeat(${Math.max(1, Math.ceil(n / rows) || 1)}, minmax(0, 1fr))`;
+      if (grid === this.grid) for (const chart of this.charts) chart.tall(rows > 1 ? 130 : 190);
     }
     for (const chart of this.charts) chart.draw();
-    for (const kind of new Set(this.store.shares.flatMap(([, s]) => Object.keys(s)))) (this.bands[kind] ??= new Bands(this, this.bandGrid, kind)).draw();
+    this.behaviours();
     const { samples } = this.store;
     if (!samples || samples === this.shown) return;
     this.shown = samples;
+    const [prompt, response] = samples.pairs[0] ?? ["", ""];
+    this.sampled.words.textContent = ` at ${this.config.unit} ${samples.step}: ${prompt.trim()} → ${response.trim()}`;
     this.table.replaceChildren();
-    this.table.hidden = false;
-    make(this.table, "caption", {}, `Samples at ${this.config.unit} ${samples.step}`);
     for (const [tag, cells] of [["th", ["prompt", "response"]], ...samples.pairs.map((p) => ["td", p])]) {
       const row = make(this.table, "tr");
       for (const text of cells) make(row, tag, {}, text);
     }
+  }
+  behaviours() {
+    const last = this.store.shares.at(-1)?.[1] ?? {}, kinds = new Set(this.store.shares.flatMap(([, s]) => Object.keys(s)));
+    const most = (part) => Object.entries(part).sort((a, b) => b[1] - a[1])[0] ?? ["", 0];
+    this.shares.words.textContent = Object.entries(last).map(([kind, part]) => ` · ${kind}: ${most(part)[0]} ${Math.round(100 * most(part)[1])} %`).join("");
+    if (!this.shares.fold.open) return;
+    for (const kind of kinds) (this.bands[kind] ??= new Bands(this, this.bandGrid, kind)).draw();
+  }
+  intoView() { // once, when the run begins: the cell's own scrolling comes before it
+    if (this.store.scrolled || !this.store.state || this.config.mode !== "control") return;
+    this.store.scrolled = true;
+    setTimeout(() => this.root.scrollIntoView({ block: this.root.clientHeight < window.innerHeight ? "nearest" : "start" }), 250);
   }
   header() {
     const state = this.store.state;
@@ -322,9 +356,9 @@ class View {
   earlier({ snapshots, done, over }) { // what the run can go back to
     const { row, select, button, wait } = this.rewind, there = [...select.options].map((option) => +option.value);
     if (snapshots) {
-      row.hidden = false;
+      row.style.visibility = "visible";
       for (const option of [...select.options]) if (!snapshots.includes(+option.value)) option.remove();
-      for (const at of snapshots) if (!there.includes(at)) make(select, "option", { value: at }, at ? String(at) : "0 (the start)");
+      for (const at of snapshots) if (!there.includes(at)) make(select, "option", { value: at }, at ? String(at) : "start");
     }
     select.disabled = button.disabled = !snapshots;
     if (over || done !== this.rewind.done) wait.textContent = "";
@@ -350,7 +384,7 @@ export default () => {
   };
   return {
     initialize({ model }) {
-      model.on("msg:custom", (message) => receive(model, message));
+      model.on("msg:custom", (message) => message.picture ? save(message.picture, model.get("config").title) : receive(model, message));
       const leave = () => model.send({ type: "gone" });
       window.addEventListener("pagehide", leave);
       model.send({ type: "sync" });

@@ -203,4 +203,5 @@ class TrainingCockpit:
             "unit": unit,
             "controls": controls,
             "log": str(self.log) if self.log is not None else "",
+            "picture": mode != "watch",  # a Trainer's cell cannot answer while it runs
         }

@@ -12,9 +12,9 @@ from alignkit.task import Task
 SAMPLES = 6  # number of (prompt, response) pairs per iteration for the cockpit
 
 PPO_CHARTS = [
-    ("score and score − β·KL, SFT-sd", ["objective/scores", "objective/rlhf_reward"]),
-    ("KL to SFT, nats a response", ["objective/kl"]),
-    ("entropy, nats a response", ["objective/entropy"]),
+    ("proxy reward, SFT-sd", ["objective/scores", "objective/rlhf_reward"]),
+    ("KL to SFT, nats per response", ["objective/kl"]),
+    ("entropy, nats per response", ["objective/entropy"]),
     ("critic: explained variance", ["val/explained_variance"]),
 ]
 

@@ -48,6 +48,8 @@ class Remote:
             self._heard += _BEAT - self.patience
         if self.session is not None and kind == "sync":
             self.session.feed.resend(self.session.status())
+        elif self.session is not None and kind == "picture":
+            self.session.send_picture()
         elif self.session is not None and kind != "alive":
             self.session.feed.update(self.session.status(), force=True)
         self._wake.set()

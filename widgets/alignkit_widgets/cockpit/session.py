@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -158,6 +159,19 @@ class Session:
             warnings.warn(f"charts name {missing}, which the run did not report; it reported {reported}", stacklevel=3)
         if (self.rows or self.branches) and in_kernel():
             self._leave_picture()
+
+    def send_picture(self) -> None:
+        """Send the picture of the run so far to the page, which saves it. Before the first row there is none."""
+        from alignkit_widgets.cockpit.picture import draw_run
+
+        if self.feed.panel is None or not self.rows:
+            return
+        try:
+            png, _ = draw_run(self.config, self.rows, self.marks, self.status()["place"], self.branches)
+        except ValueError as error:  # no row has a charted metric
+            self.note = str(error)
+        else:
+            self.feed.panel.send({"picture": base64.b64encode(png).decode()})
 
     def _leave_picture(self) -> None:
         from alignkit_widgets.cockpit.picture import draw_run

@@ -55,7 +55,11 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves in a plane. marks: ("x" or "y", where, word), a line across. zones: (x from, x to, word), hatched."""
+    """Curves in a plane. marks: ("x" or "y", where, word), a line across. zones: (x from, x to, word), hatched.
+
+    A line that leaves the axes ends in an arrow. drag: (control, [(x, value), …]): a pointer that is pressed in the
+    chart sets the control to the value whose x is nearest; () for none.
+    """
 
     title: str
     x: Axis
@@ -63,8 +67,9 @@ class Chart:
     series: Sequence[Series]
     marks: Sequence[tuple] = ()
     zones: Sequence[tuple] = ()
-    height: int = 300
+    height: int = 240
     weight: float = 1.0
+    drag: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -116,9 +121,10 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Stack:
-    """Blocks one below the other, beside other blocks of their row."""
+class Fold:
+    """Blocks side by side that a page shows when its title is pressed. A picture shows them all."""
 
+    title: str
     blocks: Sequence
     weight: float = 1.0
 
@@ -145,6 +151,11 @@ def plain(part: object) -> object:
     if isinstance(part, Mapping):
         return {visible(name): plain(value) for name, value in part.items()}
     return plain(part.tolist()) if hasattr(part, "tolist") else [plain(value) for value in part]
+
+
+def unfolded(rows: list) -> list:
+    """Rows of plain blocks with the content of each fold as a row of its own."""
+    return [block["blocks"] if block["kind"] == "fold" else row for row in rows for block in row[:1]]
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -14,6 +14,8 @@ from alignkit_widgets.explorers.blocks import Axis, Chart, Series, Text, fixed
 from alignkit_widgets.explorers.explorer import Along, Button, Explorer, Slider
 from alignkit_widgets.explorers.worked_numbers import labels_for_first
 
+_SCORES = np.linspace(-3, 3, 61).round(1).tolist()
+
 
 class BradleyTerryExplorer(Explorer):
     """Two responses with true scores, annotators who compare them, and the loss of a reward model with a given
@@ -25,10 +27,9 @@ class BradleyTerryExplorer(Explorer):
     page_grid: ClassVar = {"first": 13, "second": 5, "labels": (1, 5, 20, 50, 200, 1000), "noise": 5, "seed": (0, 1)}
 
     def __init__(self, *, state: str = "", hide: Sequence[str] = ()) -> None:
-        scores = np.linspace(-3, 3, 61).round(1).tolist()
         seed = Slider("seed", range(1000), 0, "seed", kept=True, between=False)
-        controls = [Slider("first", scores, 1.0, "score of the first"),
-                    Slider("second", scores, 0.0, "score of the second"),
+        controls = [Slider("first", _SCORES, 1.0, "score of the first"),
+                    Slider("second", _SCORES, 0.0, "score of the second"),
                     Slider("labels", (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000), 50, "labels", between=False),
                     Slider("noise", np.linspace(0, 0.4, 41).round(2).tolist(), 0.0, "share of flipped labels"),
                     seed, Button("again", "ask other annotators", Along(seed, 1, around=True))]
@@ -47,13 +48,14 @@ def _rows(state: Mapping) -> list:
     left = Chart("P(the first response is preferred)", Axis(x, -6, 6), Axis("probability", 0, 1), [
         *curve, Series("σ(difference)" if not noise else "with flips",
                        torch.stack([places, preference_chance(places, noise)], 1), "blue"),
-        Series("these two", [(true, chance)], "blue", line=False, big=True)])
+        Series("these two", [(true, chance)], "blue", line=False, big=True)],
+        drag=("first", [(score - state["second"], score) for score in _SCORES]))
     fitted = math.log(wins / (labels - wins)) if 0 < wins < labels else math.copysign(math.inf, wins - 0.5)
     best = [Series("least loss", [(fitted, float(bradley_terry_loss(fitted, wins, labels)))], "vermilion", line=False,
                    big=True)]
     right = Chart(f"Loss of a reward model on {labels:,} label{'s' if labels > 1 else ''}", Axis(x, -6, 6),
-                  Axis("loss, nats a label", 0, 3),
-                  [Series("loss", [p for p in torch.stack([places, losses], 1).tolist() if p[1] <= 3], "vermilion"),
+                  Axis("loss, nats per label", 0, 3),
+                  [Series("loss", torch.stack([places, losses], 1), "vermilion"),
                    *(best if abs(fitted) < 6 else [])], [("x", true, "the truth")])
     says = (f"A difference of {fixed(true, 1, sign=True)} makes the first win in {100 * chance:.0f} % of labels; "
             f"{wins:,} of {labels:,} preferred it. ")

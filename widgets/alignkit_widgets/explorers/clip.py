@@ -12,6 +12,8 @@ from alignkit.formulas.losses import clipped, policy_loss
 from alignkit_widgets.explorers.blocks import Axis, Chart, Series, Text, fixed
 from alignkit_widgets.explorers.explorer import Choice, Explorer, Slider
 
+_RATIOS = np.linspace(0.4, 1.8, 71).round(2).tolist()
+
 
 class ClipExplorer(Explorer):
     """One token: the objective and its slope for its ratio ρ = π / π_old, its advantage A and the clip range ε.
@@ -22,7 +24,7 @@ class ClipExplorer(Explorer):
     page_grid: ClassVar = {"ratio": 29, "size": (0.5, 1.0, 2.0), "clip": 8}
 
     def __init__(self, *, state: str = "", hide: Sequence[str] = ()) -> None:
-        controls = [Slider("ratio", np.linspace(0.4, 1.8, 71).round(2).tolist(), 1.3, "ratio ρ"),
+        controls = [Slider("ratio", _RATIOS, 1.3, "ratio ρ"),
                     Choice("sign", {"up": "A > 0: better than expected", "down": "A < 0: worse than expected"}, "up",
                            "advantage"),
                     Slider("size", np.linspace(0.2, 2.0, 19).round(1).tolist(), 1.0, "|A|"),
@@ -51,17 +53,19 @@ def _rows(state: Mapping) -> list:
     look = "blue" if advantage > 0 else "vermilion"
     marks = [("x", 1 - clip, "1 − ε"), ("x", 1 + clip, "1 + ε")]
     x = Axis("ratio ρ = π(token) / π_old(token)", 0.4, 1.8)
+    hand = ("ratio", [(stop, stop) for stop in _RATIOS])
     edge = 1.9 * state["size"]
     low, high = (0, edge) if advantage > 0 else (-edge, 0)
     unclipped = Series("without clip, ρA", [(0.4, 0.4 * advantage), (1.8, 1.8 * advantage)], "dotted")
     objective = Chart("The objective (PPO maximises it)", x, Axis("objective, units of A", low, high), [
         unclipped, Series("min(ρA, clip(ρ)A)", torch.stack([places, value], 1), look),
-        Series("this token", [(ratio, float(value_here))], look, line=False, big=True)], marks, [(*zone, "")])
+        Series("this token", [(ratio, float(value_here))], look, line=False, big=True)], marks, [(*zone, "")],
+        drag=hand)
     gradient = Chart("Slope of the objective", x,
                      Axis("d objective / dρ, units of A", *sorted((-0.15 * advantage, 1.3 * advantage))),
                      [Series("slope", torch.stack([places, slope], 1), look),
                       Series("this token", [(ratio, float(slope_here))], look, line=False, big=True)], marks,
-                      [(*zone, "no gradient")])
+                      [(*zone, "no gradient")], drag=hand)
     moved = "more" if ratio > 1 else "less" if ratio < 1 else "as"
     want = "likelier" if advantage > 0 else "rarer"
     if no_gradient:

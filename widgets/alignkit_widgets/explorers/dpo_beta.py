@@ -67,7 +67,7 @@ def _rows(state: Mapping) -> list:
                     [Series("loss", torch.stack([places, losses], 1), "blue"),
                      Series("this pair", [(margin, loss)], "blue", **here)], mark),
               Chart("Gradient: chosen up, rejected down", x,
-                    Axis("pull, a nat", min(0.0, 1.1 * float(pulls.min())), most),
+                    Axis("pull per nat", min(0.0, 1.1 * float(pulls.min())), most),
                     [Series("pull", torch.stack([places, pulls], 1), "vermilion"),
                      Series("this pair", [(margin, pull)], "vermilion", **here)], mark)]
     rows = [[name, fixed(float(logps)), fixed(float(ref)), fixed(float(logps - ref), sign=True),
@@ -78,7 +78,7 @@ def _rows(state: Mapping) -> list:
     says = f"Margin {fixed(margin, 3, sign=True)}, loss {fixed(loss, 4)}"
     if kind == "sigmoid":
         says += f" (ln 2 = 0.6931 at margin 0); weight of the pair in the gradient σ(−margin) = {fixed(pull / beta)}"
-    says += f", pull β · {number(pull / beta)} = {number(pull)} a nat." if pull else ": no pull left."
+    says += f", pull β · {number(pull / beta)} = {number(pull)} per nat." if pull else ": no pull left."
     if pull < 0:
         says += " The margin is past this loss's target, so the gradient pulls it back."
     if (margin > 0) != (chosen > rejected):

@@ -36,8 +36,21 @@ function copy(text, button) { // the clipboard, or the old way where a page may 
   navigator.clipboard ? navigator.clipboard.writeText(text).then(done, old) : old();
 }
 
+function save(picture, title) { // a PNG in base64, as a download
+  const name = title.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "");
+  Object.assign(document.createElement("a"), { href: `data:image/png;base64,${picture}`, download: `${name}.png` }).click();
+}
+
+function meet(a, b) { return a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3]; } // two boxes: left, top, right, bottom
+
 class Drawing {
   constructor(view) { this.view = view; }
+  explain(node, text) { // what a quantity is, as a tooltip
+    const { glossary = {} } = this.view.config, meaning = glossary[text] ?? glossary[String(text).split(/[,:·]/)[0].trim()];
+    if (meaning && node instanceof SVGElement) make(node, "title", {}, meaning);
+    else if (meaning) { node.title = meaning; node.classList.add("ake-term"); }
+    return node;
+  }
   look(name) { return this.view.config.looks[name] ?? this.view.config.looks.blue; }
   mark(svg, look, x, y, { open, big } = {}) {
     const [colour, shape] = this.look(look), size = big ? 7 : 4.5;
@@ -54,8 +67,70 @@ class Drawing {
       const entry = make(legend, "span"), svg = make(entry, "svg", { width: 28, height: 12, "aria-hidden": "true" });
       if (s.line) this.line(svg, s.look, "M1 6H27");
       if (s.marks || s.big) this.mark(svg, s.look, 14, 6, { open: s.open });
-      make(entry, "span", {}, s.name);
+      this.explain(make(entry, "span", {}, s.name), s.name);
     }
+  }
+  path(points, [left, top, right, bottom]) { // a line inside the box, and where it leaves it above or below
+    let d = "", pen = false;
+    const away = [], edge = ([px, py]) => { if (py < top + 1 || py > bottom - 1) away.push([px, py < top + 1 ? -1 : 1]); };
+    points.forEach((b, i) => {
+      const a = points[i - 1];
+      if (!a || !b || [...a, ...b].some((v) => !Number.isFinite(v))) { pen = false; return; }
+      let from = 0, to = 1;
+      for (const [axis, low, high] of [[0, left - 0.5, right + 0.5], [1, top - 0.5, bottom + 0.5]]) {
+        const step = b[axis] - a[axis], ends = step ? [(low - a[axis]) / step, (high - a[axis]) / step].sort((p, q) => p - q) : a[axis] >= low && a[axis] <= high ? [0, 1] : [2, -1];
+        from = Math.max(from, ends[0]); to = Math.min(to, ends[1]);
+      }
+      if (from >= to) { pen = false; return; }
+      const [start, end] = [from, to].map((s) => a.map((v, axis) => v + s * (b[axis] - v)));
+      if (!pen || from > 0) d += `M${start.map((v) => v.toFixed(1)).join(" ")}`;
+      d += `L${end.map((v) => v.toFixed(1)).join(" ")}`;
+      if (from > 0) edge(start);
+      if (to < 1) edge(end);
+      pen = to === 1;
+    });
+    return [d, away];
+  }
+  words(svg, labels, boxes, left, right, top, bottom) { // a word beside its point, where it covers no other word and no point
+    const placed = [];
+    for (const [px, py, word] of labels) {
+      const size = 6 * word.length, places = [[7, 14, "start"], [7, -6, "start"], [-7, -6, "end"], [-7, 14, "end"], [9, 4, "start"], [-9, 4, "end"]];
+      const box = ([dx, dy, anchor]) => { const x0 = px + dx - (anchor === "end" ? size : 0); return [x0, py + dy - 9, x0 + size, py + dy + 1]; };
+      const free = (others) => (place) => { const at = box(place); return at[0] > left && at[2] < right && at[1] > top - 4 && at[3] < bottom && !others.some((other) => meet(at, other)); };
+      const place = places.find(free([...placed, ...boxes])) ?? places.find(free(placed));
+      if (!place) continue; // the point's tooltip has it
+      placed.push(box(place));
+      make(svg, "text", { class: "word", x: px + place[0], y: py + place[1], "text-anchor": place[2] }, word);
+    }
+  }
+  hover(svg, b, named, x, y, [left, top, right, bottom]) { // the figures under the pointer
+    const lines = named.filter((s) => s.line && s.points.length > 2);
+    if (!lines.length) return;
+    const guide = make(svg, "path", { class: "guide", visibility: "hidden" }), said = make(svg, "text", { class: "word", x: right, y: top + 9, "text-anchor": "end" });
+    svg.addEventListener("pointermove", (e) => {
+      const px = e.clientX - svg.getBoundingClientRect().left;
+      const nearest = lines.map((s) => s.points.filter((p) => p[1] != null).reduce((best, p) => Math.abs(x(p[0]) - px) < Math.abs(x(best[0]) - px) ? p : best));
+      guide.setAttribute("visibility", px < left || px > right ? "hidden" : "visible");
+      guide.setAttribute("d", `M${x(nearest[0][0]).toFixed(1)} ${top}V${bottom}`);
+      said.textContent = px < left || px > right ? "" : `${b.x.label.split(",")[0]} ${number(nearest[0][0])}: ${lines.map((s, i) => `${s.name} ${number(nearest[i][1])}`).join(", ")}`;
+    });
+    svg.addEventListener("pointerleave", () => { said.textContent = ""; guide.setAttribute("visibility", "hidden"); });
+  }
+  drag(svg, [control, stops], x) { // a control that follows the pointer along the x axis
+    const { view } = this;
+    svg.classList.add("ake-drag");
+    svg.addEventListener("pointerdown", (down) => {
+      const from = svg.getBoundingClientRect().left; // the picture is drawn anew while the pointer moves; its place stays
+      let last = null;
+      const move = (e) => {
+        const px = e.clientX - from, [, value] = stops.reduce((best, s) => Math.abs(x(s[0]) - px) < Math.abs(x(best[0]) - px) ? s : best);
+        if (value !== last) view.store.ask(view.model, { type: "set", values: { [control]: last = value } });
+      };
+      const up = () => { window.removeEventListener("pointermove", move); window.removeEventListener("pointerup", up); window.removeEventListener("pointercancel", up); };
+      for (const [name, act] of [["pointermove", move], ["pointerup", up], ["pointercancel", up]]) window.addEventListener(name, act);
+      move(down);
+      down.preventDefault();
+    });
   }
   chart(parent, b, room) {
     const figure = make(parent, "figure");
@@ -65,11 +140,13 @@ class Drawing {
     const svg = make(figure, "svg", { class: "ake-plot", height: b.height, role: "img",
       "aria-label": `${b.title}. ${b.y.label} against ${b.x.label}. ${named.map((s) => s.name).join(", ")}` });
     const width = Math.max(200, room), left = 56, right = 16, top = b.marks.length || b.zones.length ? 18 : 8, bottom = 38;
-    const scale = (axis, from, to) => {
+    const scale = (axis, from, to, inside = (v) => Math.min(Math.max(v, axis.low), axis.high)) => {
       const f = axis.log ? Math.log : (v) => v, low = f(axis.low), high = f(axis.high);
-      return (v) => from + (to - from) * (f(Math.min(Math.max(v, axis.low), axis.high)) - low) / (high - low);
+      return (v) => from + (to - from) * (f(inside(v)) - low) / (high - low);
     };
-    const x = scale(b.x, left, width - right), y = scale(b.y, b.height - bottom, top), id = `ake-hatch-${count++}`;
+    const x = scale(b.x, left, width - right), y = scale(b.y, b.height - bottom, top);
+    const anywhere = [scale(b.x, left, width - right, (v) => v), scale(b.y, b.height - bottom, top, (v) => v)];
+    const plane = [left, top, width - right, b.height - bottom], labels = [], boxes = [], id = `ake-hatch-${count++}`;
     if (b.zones.length) {
       const pattern = make(make(svg, "defs"), "pattern", { id, width: 7, height: 7, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" });
       make(pattern, "path", { class: "hatch", d: "M0 0V7" });
@@ -88,7 +165,7 @@ class Drawing {
       make(svg, "text", { x: x(t), y: b.height - bottom + 16, "text-anchor": "middle" }, number(t));
     }
     make(svg, "path", { class: "axis", d: `M${left} ${top}V${b.height - bottom}H${width - right}` });
-    make(svg, "text", { class: "label", x: (left + width - right) / 2, y: b.height - 4, "text-anchor": "middle" }, b.x.label);
+    this.explain(make(svg, "text", { class: "label", x: (left + width - right) / 2, y: b.height - 4, "text-anchor": "middle" }, b.x.label), b.x.label);
     make(svg, "text", { class: "label", transform: `translate(12 ${(top + b.height - bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, b.y.label);
     for (const [axis, at, word] of b.marks) {
       make(svg, "path", { class: "guide", d: axis === "x" ? `M${x(at).toFixed(1)} ${top}V${b.height - bottom}` : `M${left} ${y(at).toFixed(1)}H${width - right}` });
@@ -96,12 +173,9 @@ class Drawing {
     }
     for (const s of b.series) {
       if (s.line && s.points.length) {
-        let d = "", pen = "M";
-        for (const [px, py] of s.points) {
-          if (px == null || py == null) { pen = "M"; continue; }
-          d += `${pen}${x(px).toFixed(1)} ${y(py).toFixed(1)}`; pen = "L";
-        }
+        const [d, away] = this.path(s.points.map((p) => p.some((v) => v == null) ? null : p.map((v, i) => anywhere[i](v))), plane);
         this.line(svg, s.look, d);
+        for (const [px, way] of away) make(svg, "path", { class: "away", fill: this.look(s.look)[0], d: `M${px - 5} ${(way < 0 ? top + 6 : b.height - bottom - 6)}h10l-5 ${8 * way}Z` });
       }
       s.spans.forEach(([x0, x1, y0, y1], i) => { // what the seeds span
         const [px, py] = s.points[i];
@@ -111,9 +185,13 @@ class Drawing {
         if (px == null || py == null) return;
         const node = this.mark(svg, s.look, x(px), y(py), s);
         make(node, "title", {}, `${s.name} ${s.labels[i] ?? ""}: ${number(px)}, ${number(py)}`);
-        if (s.labels[i]) make(svg, "text", { class: "word", x: x(px) + 7, y: y(py) + 14 }, s.labels[i]);
+        boxes.push([x(px) - 5, y(py) - 5, x(px) + 5, y(py) + 5]);
+        if (s.labels[i]) labels.push([x(px), y(py), s.labels[i]]);
       });
     }
+    this.words(svg, labels, boxes, left, width - right, top, b.height - bottom);
+    this.hover(svg, b, named, x, y, plane);
+    if (b.drag.length) this.drag(svg, b.drag, x);
   }
   bars(parent, b) {
     const figure = make(parent, "figure"), names = Object.keys(b.groups);
@@ -126,7 +204,7 @@ class Drawing {
       values.forEach((value, i) => {
         const row = make(cell, "div", { class: "bar" }), shown = b.percent ? `${(100 * value).toFixed(value < 0.0995 ? 1 : 0)} %` : number(value);
         const [colour] = this.look(b.groups[names[i]]);
-        make(row, "i", { style: `width:${Math.max(0, Math.min(1, value / b.high)) * 74}%;background-color:${colour}`, class: i % 2 ? "hatched" : "", "aria-hidden": "true" });
+        make(row, "i", { style: `width:calc((100% - 50px) * ${Math.max(0, Math.min(1, value / b.high)).toFixed(4)});background-color:${colour}`, class: i % 2 ? "hatched" : "", "aria-hidden": "true" });
         make(row, "span", { "aria-label": `${names[i]} ${shown}` }, shown);
       });
     }
@@ -141,14 +219,24 @@ class Drawing {
     });
   }
   table(parent, b) {
-    const table = make(parent, "table", { class: "ake-table" });
+    const table = make(parent, "table", { class: b.rows.length > 9 ? "ake-table long" : "ake-table" });
     if (b.title) make(table, "caption", {}, b.title);
     [b.columns, ...b.rows].forEach((cells, r) => {
       const row = make(r ? (table.tBodies[0] ?? make(table, "tbody")) : make(table, "thead"), "tr", b.hot.includes(r - 1) ? { class: "hot" } : {});
-      cells.forEach((cell, c) => make(row, r ? "td" : "th", c < b.left ? {} : { class: "figure" }, cell));
+      cells.forEach((cell, c) => {
+        const whole = cell.split(/\s+/).every((word) => word.length <= 20); // else a word may be broken
+        const node = make(row, r ? "td" : "th", { class: `${c < b.left ? "" : "figure"} ${whole ? "whole" : ""}`.trim() }, cell);
+        if (!r) this.explain(node, cell);
+      });
     });
   }
-  stack(parent, b, room) { for (const block of b.blocks) this[block.kind](make(parent, "div", { class: "ake-stacked" }), block, room); }
+  fold(parent, b, room) { // open or shut, it stays so while the picture changes
+    const { folds } = this.view, fold = make(parent, "details", { class: "ake-fold" });
+    fold.open = folds.has(b.title);
+    make(fold, "summary", { "data-lm-suppress-shortcuts": "true" }, b.title);
+    fold.addEventListener("toggle", () => folds[fold.open ? "add" : "delete"](b.title));
+    this.view.line(fold, b.blocks, room);
+  }
   text(parent, b) { make(parent, "p", b.lead ? { class: "lead", role: "status" } : {}, b.text); }
   tokens(parent, b) {
     const figure = make(parent, "figure"), most = Math.max(1e-9, ...b.values.map(Math.abs));
@@ -164,29 +252,31 @@ class Drawing {
     });
     make(figure, "div", { class: "ake-unit" }, `${b.name} in ${b.unit}; blue, +: better than expected; orange, hatched, −: worse`);
   }
-  copy(parent, b) {
+  copy(parent, b, _room, typed) {
     const line = make(parent, "div", { class: "ake-copy" }), id = `ake-${count++}`;
     const button = make(line, "button", { type: "button", "data-lm-suppress-shortcuts": "true", "aria-controls": id }, b.label);
-    const field = make(line, "input", { id, readonly: "", "aria-label": b.label, "data-lm-suppress-shortcuts": "true" });
+    const field = make(line, "input", { id, "aria-label": typed ? "state: type or paste one, then Enter" : b.label, "data-lm-suppress-shortcuts": "true" });
     field.value = b.text;
+    field.readOnly = !typed;
     field.addEventListener("focus", () => field.select());
+    if (typed) { field.title = "the setting as text: type or paste one, then press Enter"; field.addEventListener("keydown", (e) => { if (e.key === "Enter") typed(field.value.trim()); }); }
     button.addEventListener("click", () => copy(b.text, button));
   }
 }
 
 class View {
   constructor(model, el, store) {
-    Object.assign(this, { model, store, config: model.get("config"), inputs: {}, drawing: new Drawing(this) });
+    Object.assign(this, { model, store, config: model.get("config"), inputs: {}, folds: new Set(), drawing: new Drawing(this) });
     const root = this.root = make(el, "section", { class: "ake", "aria-label": this.config.title });
     const head = make(root, "div", { class: "ake-head" });
     make(head, "span", { class: "ake-title" }, this.config.title);
-    if (this.config.reset) this.button(head, "reset", () => store.ask(model, { type: "reset" }));
-    const controls = make(root, "div", { class: "ake-controls" }), buttons = [];
-    for (const c of this.config.controls) c.kind === "button" ? buttons.push(c) : this.control(controls, c);
-    if (buttons.length) { const line = make(root, "div", { class: "ake-buttons" }); for (const b of buttons) this.button(line, b.label, () => store.ask(model, { type: "press", name: b.name }), b.name); }
+    const buttons = make(head, "div", { class: "ake-buttons" }), controls = make(root, "div", { class: "ake-controls" });
+    for (const c of this.config.controls) c.kind === "button" ? this.button(buttons, c.label, () => store.ask(model, { type: "press", name: c.name }), c.name) : this.control(controls, c);
+    if (this.config.picture) this.button(buttons, "save picture", () => model.send({ type: "picture" }));
+    if (this.config.reset) this.button(buttons, "reset", () => store.ask(model, { type: "reset" }));
     this.note = make(root, "div", { class: "ake-note", role: "alert" });
     this.picture = make(root, "div", { class: "ake-picture" });
-    if (this.config.state) this.foot = make(root, "div", { class: "ake-foot" });
+    this.foot = make(root, "div", { class: "ake-foot" });
     this.width = 0; // known from the observer: asking an element for it would lay out the whole page, for each chart
     this.observer = new ResizeObserver(([{ contentRect: { width } }]) => { if (Math.abs(width - this.width) > 2) { this.width = width; this.draw(); } });
     this.observer.observe(this.picture);
@@ -197,14 +287,17 @@ class View {
   control(parent, c) {
     const row = make(parent, "div", { class: `ake-control ake-${c.kind}` }), id = `ake-${count++}`;
     const own = { id, "data-control": c.name, "data-lm-suppress-shortcuts": "true" };
-    make(row, "label", { for: id }, c.label);
+    this.drawing.explain(make(row, "label", { for: id }, c.label), c.label);
     const ask = (value) => this.store.ask(this.model, { type: "set", values: { [c.name]: value } });
     let input;
     if (c.kind === "slider") {
-      input = make(row, "input", { type: "range", min: 0, max: c.stops.length - 1, step: 1, ...own });
+      const range = make(row, "div", { class: "ake-range" });
+      input = make(range, "input", { type: "range", min: 0, max: c.stops.length - 1, step: 1, ...own });
+      if (c.ends.length) for (const end of [make(range, "div", { class: "ake-ends", "aria-hidden": "true" })]) for (const word of c.ends) make(end, "span", {}, word);
       const out = make(row, "output", { for: id });
       const say = (v) => { out.textContent = c.names[c.stops.indexOf(v)] ?? number(v); input.setAttribute("aria-valuetext", out.textContent); };
       input.addEventListener("input", () => { const v = c.stops[+input.value]; say(v); ask(v); });
+      if (!this.plays && c.stops.length > 3) this.plays = this.play(row, c, input);
       this.inputs[c.name] = (v) => { input.value = c.stops.reduce((best, s, i) => Math.abs(s - v) < Math.abs(c.stops[best] - v) ? i : best, 0); say(v); };
     } else if (c.kind === "choice") {
       input = make(row, "select", own);
@@ -218,6 +311,30 @@ class View {
       this.inputs[c.name] = (v) => { input.checked = v; };
     }
   }
+  play(row, c, input) { // the slider moves by itself, a stop for each picture that has come
+    const button = make(row, "button", { type: "button", class: "ake-play", "aria-label": `play ${c.label}`, title: "move this slider by itself", "data-lm-suppress-shortcuts": "true" }, "▶");
+    const stop = () => { clearInterval(this.player); this.player = 0; button.textContent = "▶"; };
+    const go = () => {
+      if (this.store.flying || this.store.wanted) return;
+      if (+input.value >= c.stops.length - 1) return stop();
+      input.value = +input.value + 1;
+      input.dispatchEvent(new Event("input"));
+    };
+    row.classList.add("ake-plays");
+    button.addEventListener("click", () => {
+      if (this.player) return stop();
+      if (+input.value >= c.stops.length - 1) input.value = -1;
+      button.textContent = "❚❚";
+      this.player = setInterval(go, 110);
+    });
+    return button;
+  }
+  line(parent, blocks, room) { // blocks side by side, or one below the other where there is little room
+    const row = make(parent, "div", { class: "ake-row" }), narrow = room < 620;
+    row.style.gridTemplateColumns = narrow ? "minmax(0,1fr)" : blocks.map((b) => `minmax(0,${b.weight ?? 1}fr)`).join(" ");
+    const total = blocks.reduce((sum, b) => sum + (b.weight ?? 1), 0), free = room - 28 * (blocks.length - 1); // 28: the gap in explorer.css
+    for (const block of blocks) this.drawing[block.kind]?.(make(row, "div"), block, narrow ? room : free * (block.weight ?? 1) / total);
+  }
   draw() {
     const { shown, flying, wanted } = this.store;
     this.note.textContent = this.store.silent ? "The kernel does not answer. Is it busy? If it was restarted, run this cell again." : shown?.note ?? "";
@@ -225,18 +342,17 @@ class View {
     for (const [name, show] of Object.entries(this.inputs)) if (!flying?.values?.[name] && !(name in (wanted?.values ?? {})) && !(name in (flying?.values ?? {}))) show(shown.values[name]);
     const focus = this.picture.contains(document.activeElement) ? [...this.picture.querySelectorAll("button,input")].indexOf(document.activeElement) : -1;
     this.picture.replaceChildren();
-    const narrow = this.width < 620;
-    for (const blocks of shown.rows) {
-      const row = make(this.picture, "div", { class: "ake-row" });
-      row.style.gridTemplateColumns = narrow ? "minmax(0,1fr)" : blocks.map((b) => `minmax(0,${b.weight ?? 1}fr)`).join(" ");
-      const total = blocks.reduce((sum, b) => sum + (b.weight ?? 1), 0), free = this.width - 28 * (blocks.length - 1); // 28: the gap in explorer.css
-      for (const block of blocks) this.drawing[block.kind]?.(make(row, "div"), block, narrow ? this.width : free * (block.weight ?? 1) / total);
-    }
+    const copies = ([block, ...others]) => block.kind === "copy" && !others.length;
+    for (const blocks of shown.rows.filter((row) => !copies(row))) this.line(this.picture, blocks, this.width);
     if (focus >= 0) this.picture.querySelectorAll("button,input")[focus]?.focus();
-    if (this.foot) { this.foot.replaceChildren(); this.drawing.copy(this.foot, { label: "copy state", text: shown.state }); }
+    if (!this.foot.contains(document.activeElement) || document.activeElement.readOnly !== false) { // not while a state is typed
+      this.foot.replaceChildren();
+      for (const [block] of shown.rows.filter(copies)) this.drawing.copy(this.foot, block);
+      if (this.config.state) this.drawing.copy(this.foot, { label: "copy state", text: shown.state }, 0, (text) => { document.activeElement.blur(); this.store.ask(this.model, { type: "state", text }); });
+    }
     Object.assign(this.root.dataset, { state: shown.state, ms: shown.ms ?? "" }); // tests and benchmarks wait for it
   }
-  dispose() { this.observer.disconnect(); this.root.remove(); }
+  dispose() { clearInterval(this.player); this.observer.disconnect(); this.root.remove(); }
 }
 
 export default () => {
@@ -260,6 +376,7 @@ export default () => {
   return {
     initialize({ model }) {
       model.on("msg:custom", (message) => {
+        if (message.picture) return save(message.picture, model.get("config").title);
         if (message.n == null || message.n === store.flying?.n) { clearTimeout(store.timer); store.flying = null; }
         store.shown = message;
         store.silent = false;

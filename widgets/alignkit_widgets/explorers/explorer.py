@@ -11,6 +11,7 @@ The kernel does the computation; the page (explorer.js) requests one picture at 
 from __future__ import annotations
 
 import asyncio
+import base64
 import inspect
 import math
 import re
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from alignkit_widgets.explorers.blocks import Copy, plain
+from alignkit_widgets.explorers.blocks import Copy, plain, unfolded
 from alignkit_widgets.notebook import has_front_end, in_kernel
 
 
@@ -35,6 +36,7 @@ class Slider:
     kept: bool = False  # reset does not change it
     between: bool = True
     names: Sequence[str] = ()  # texts to show for the stops instead of their numbers
+    ends: Sequence[str] = ()  # what the left and the right end of the slider mean
     kind: ClassVar[str] = "slider"
 
     def parse(self, value: object) -> float:
@@ -149,7 +151,7 @@ class Explorer:
         controls: Slider, Choice, Toggle and Button, in their order on the page.
         draw: {control: value} -> rows of blocks. It must depend on nothing else.
         state: initial values, "beta=0.2&prompt=3" (the format of `explorer.state`); others have their defaults.
-        hide: names of controls to hide, for teaching; also "reset", "state" and "copy", the items in the footer.
+        hide: names of controls to hide, for teaching; also "reset", "picture", "state" and "copy", the other buttons.
 
     Raises ValueError that names an unknown name or an invalid value.
     """
@@ -168,7 +170,7 @@ class Explorer:
         self.title, self.draw = title, draw
         self.buttons = {c.name: c for c in controls if isinstance(c, Button)}
         self.controls = {c.name: c for c in controls if not isinstance(c, Button)}
-        known = [*self.controls, *self.buttons, "reset", "state", "copy"]
+        known = [*self.controls, *self.buttons, "reset", "picture", "state", "copy"]
         if isinstance(hide, str) or (unknown := sorted(set(hide) - set(known))):
             wrong = "a string" if isinstance(hide, str) else unknown
             raise ValueError(f"hide is {hide!r}: {wrong}, expected a list of names out of {', '.join(known)}")
@@ -216,7 +218,7 @@ class Explorer:
     def text(self) -> str:
         """The picture in words and figures: its sentences and its tables."""
         lines = [f"{self.title} ({self.state})"]
-        for block in (part for row in self.rows() for one in row for part in one.get("blocks", [one])):
+        for block in (part for row in unfolded(self.rows()) for part in row):
             if block["kind"] == "text":
                 lines.append(block["text"])
             elif block["kind"] == "table":
@@ -228,7 +230,7 @@ class Explorer:
         from alignkit_widgets.explorers.explorer_picture import draw_explorer
 
         shown = {c.label or c.name: c.show(self._values[c.name]) for c in map(self.controls.get, self._order) if c}
-        return draw_explorer(self.title, plain(shown), self.rows())
+        return draw_explorer(self.title, plain(shown), unfolded(self.rows()))
 
     def save_html(self, path: str | Path, *, grid: Mapping[str, int | Sequence] | None = None) -> Path:
         """Write the explorer as one HTML file that works without Python; returns `path`.
@@ -272,6 +274,10 @@ class Explorer:
             self._react(lambda: dict(message.get("values") or {}), number, begun)
         elif kind == "reset":
             self._react(self.reset, number, begun)
+        elif kind == "state" and isinstance(message.get("text"), str):
+            self._react(lambda: self._parse(message["text"]), number, begun)
+        elif kind == "picture" and self.view is not None:
+            self.view.send({"picture": base64.b64encode(self.picture()[0]).decode()})
         elif kind == "press" and message.get("name") in list(self.buttons):
             self._react(lambda: self.buttons[message["name"]].press(self.values), number, begun)
         else:
@@ -319,12 +325,13 @@ class Explorer:
         """The constant data of a page: the title, the controls in their order, and the footer."""
         every = self.controls | self.buttons
         controls = [{"kind": c.kind, "name": c.name, "label": plain(c.label or c.name)}
-                    | ({"stops": [float(f"{s:.6g}") for s in c.stops], "names": plain(c.names)}
+                    | ({"stops": [float(f"{s:.6g}") for s in c.stops], "names": plain(c.names),
+                       "ends": list(c.ends)}
                        if isinstance(c, Slider) else {})
                     | ({"options": [[k, plain(v)] for k, v in c.options.items()]} if isinstance(c, Choice) else {})
                     for c in (every[name] for name in self._order)]
         return {"title": self.title, "controls": controls, "reset": bool(self.controls) and "reset" not in self.hide,
-                "state": "state" not in self.hide}
+                "picture": "picture" not in self.hide, "state": "state" not in self.hide}
 
     def _parse(self, text: str) -> dict:
         parts = [part.partition("=") for part in text.split("&")] if text else []

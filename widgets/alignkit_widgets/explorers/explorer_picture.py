@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 import warnings
 from collections.abc import Mapping
@@ -34,14 +35,11 @@ def draw_explorer(title: str, controls: Mapping[str, str], rows: list) -> tuple[
     for row, height in zip(rows, sizes, strict=True):
         left = 0.1
         for block in row:
-            width, y = _width(block, row), top
-            for part in block.get("blocks", [block]):
-                tall = _height(part, width) if "blocks" in block else height
-                box = _box(part, left, y - tall, width, tall)
-                ax = figure.add_axes([v / t for v, t in zip(box, (_WIDTH, total) * 2, strict=True)],
-                                     axes_class=plots.Chart)
-                _DRAW[part["kind"]](ax, part, width)
-                y -= tall + 0.12
+            width = _width(block, row)
+            box = _box(block, left, top - height, width, height)
+            ax = figure.add_axes([v / t for v, t in zip(box, (_WIDTH, total) * 2, strict=True)],
+                                 axes_class=plots.Chart)
+            _DRAW[block["kind"]](ax, block, width)
             left += width + 0.25
         top -= height + 0.16
     with warnings.catch_warnings():  # characters missing in the font are drawn as a box
@@ -60,8 +58,6 @@ def _width(block: dict, row: list) -> float:
 
 def _height(block: dict, width: float) -> float:
     kind = block["kind"]
-    if kind == "stack":
-        return sum(_height(part, width) + 0.12 for part in block["blocks"])
     if kind == "chart":
         return block["height"] / 96 + 0.4
     if kind == "bars":
@@ -121,8 +117,10 @@ def _chart(ax: Axes, block: dict, width: float) -> None:
         for (x, y), (x0, x1, y0, y1) in zip(points, s["spans"], strict=bool(s["spans"])):
             ax.plot([x0, x1], [y, y], color=colour, lw=1.1, alpha=0.7)
             ax.plot([x, x], [y0, y1], color=colour, lw=1.1, alpha=0.7)
-        for (x, y), label in zip(points, s["labels"], strict=bool(s["labels"])):
-            ax.annotate(label, (x, y), (5, -9), textcoords="offset points", fontsize=7, color=plots.INK, **_PLAIN)
+        if s["line"]:
+            for x, y, way in _leaving(points, block["y"]["low"], block["y"]["high"]):
+                ax.plot(x, y, color=colour, marker="v" if way < 0 else "^", ms=6, mec="none", clip_on=False)
+    _words(ax, [(x, y, word) for s in block["series"] for (x, y), word in zip(s["points"], s["labels"], strict=False)])
     ax.grid(axis="y", color=plots.GRID, lw=0.7)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
@@ -131,6 +129,31 @@ def _chart(ax: Axes, block: dict, width: float) -> None:
         for text in ax.legend(frameon=False, fontsize=7.5, loc="best", handlelength=2.6).get_texts():
             text.set_parse_math(False)
     _title(ax, block["title"], width - 0.6, 16 if block["marks"] or block["zones"] else 5)
+
+
+def _leaving(points: np.ndarray, low: float, high: float) -> list[tuple[float, float, int]]:
+    """Where a line (N, 2) crosses the end of the y axis: x, y, and −1 (below) or 1 (above)."""
+    found = []
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        for edge, way in ((low, -1), (high, 1)):
+            if (y0 - edge) * (y1 - edge) < 0 and y0 != y1:
+                found.append((x0 + (edge - y0) / (y1 - y0) * (x1 - x0), edge, way))
+    return found
+
+
+def _words(ax: Axes, labels: list[tuple[float, float, str]]) -> None:
+    """Write a word beside each point, where it covers no other word; one without room is left out."""
+    scale, placed = ax.figure.dpi / 72, []
+    for x, y, word in labels:
+        px, py = ax.transData.transform((x, y)) / scale
+        for dx, dy, side in ((5, -9, "left"), (5, 4, "left"), (-5, 4, "right"), (-5, -9, "right")):
+            left = px + dx - 4.2 * len(word) * (side == "right")
+            box = (left, py + dy, left + 4.2 * len(word), py + dy + 7)
+            if all(box[0] >= b[2] or b[0] >= box[2] or box[1] >= b[3] or b[1] >= box[3] for b in placed):
+                placed.append(box)
+                ax.annotate(word, (x, y), (dx, dy), textcoords="offset points", ha=side, fontsize=7, color=plots.INK,
+                            **_PLAIN)
+                break
 
 
 def _bars(ax: Axes, block: dict, width: float) -> None:

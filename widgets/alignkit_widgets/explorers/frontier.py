@@ -9,7 +9,7 @@ import numpy as np
 
 from alignkit.exact.prompts import Enumerated, at_price
 from alignkit.exact.sweep import RecordedRun, Sweep
-from alignkit_widgets.explorers.blocks import Axis, Bars, Chart, Copy, Series, Stack, Table, Text, fixed, number
+from alignkit_widgets.explorers.blocks import Axis, Bars, Chart, Copy, Fold, Series, Table, Text, fixed, number
 from alignkit_widgets.explorers.explorer import Button, Choice, Explorer, Slider, Toggle
 
 _BETAS = tuple(float(f"{b:.4g}") for b in np.geomspace(40, 0.02, 40))
@@ -51,7 +51,9 @@ class FrontierExplorer(Explorer):
         stops = {float(f"{b:.2g}") for b in np.geomspace(low, high, 76)} | {low, high}
         stops |= {run.value for run in sweep.runs} if sweep else set()
         stops = sorted(b for b in stops if low <= b <= high)
-        controls = [Slider("beta", stops, min(stops, key=lambda b: abs(math.log(b / 0.35))), "β, price of KL"),
+        start = min(stops, key=lambda b: abs(math.log(b / 0.35)))
+        controls = [Slider("beta", stops[::-1], start, "β, price of KL",
+                           ends=("KL dear", "KL cheap")),  # the point moves the way the slider does
                     Choice("seed", {str(s): f"world {s}" for s in sorted(self.curves)}, str(seed), "seed", kept=True)]
         if truth is not None:
             names = {str(i): f"{prompt.text} ({prompt.kind})" for i, prompt in enumerate(truth.prompts)}
@@ -72,22 +74,22 @@ class FrontierExplorer(Explorer):
         curve = self.curves[seed]
         here = at_price(curve, beta)
         runs = self._runs(seed) if state.get("runs") else {}
-        line = " ".join(f"-p {name} {value:g}" for name, value in self.parameters(state).items())
-        plane, beside, below = self._plane(seed, beta, here, runs), [self._table(beta, here, runs)], []
+        line = " ".join(f"-p {name}={value:g}" for name, value in self.parameters(state).items())
+        plane, below = self._plane(seed, beta, here, runs), []
         if self.truth is not None and seed == self.truth.seed:
-            bars, table = self._prompt(int(state["prompt"]), beta)
-            beside, below = [*beside, bars], [[table]]
-        return [[Text(self._says(beta, curve, here), lead=True)], [plane, Stack(beside)], *below,
-                [Copy("copy as papermill parameters", line)]]
+            title = "This prompt: what the best policy does, and its likeliest responses"
+            below = [[Fold(title, self._prompt(int(state["prompt"]), beta))]]
+        return [[Text(self._says(beta, curve, here), lead=True)], [plane, self._table(beta, here, runs)], *below,
+                [Copy("copy as parameters", line)]]
 
     def _says(self, beta: float, curve: Mapping, here: Mapping) -> str:
         peak = int(np.argmax(curve["gold"]))
         text = (f"At β = {number(beta)} the best policy is {fixed(here['kl'])} nats from SFT: "
                 f"proxy {fixed(here['proxy'])}, gold {fixed(here['gold'])} SFT-sd. "
-                f"One more nat of KL buys less than {number(beta)} of proxy. ")
+                f"One more nat buys less than {number(beta)} of proxy reward. ")
         if 0 < peak < len(curve["gold"]) - 1 and beta < curve["beta"][peak] / 1.3:
             return text + (f"Gold was highest, {fixed(curve['gold'][peak])}, at β = {number(curve['beta'][peak], 2)}: "
-                           "at lower prices a higher proxy comes with a lower gold.")
+                           "beyond that point, more proxy reward means less gold.")
         bent = 0 < peak < len(curve["gold"]) - 1 and beta < 1.3 * curve["beta"][peak]
         return text + ("Gold peaks near this price." if bent else "A lower price raises proxy and gold." if peak
                        else "")
@@ -114,9 +116,10 @@ class FrontierExplorer(Explorer):
         margin = 0.06 * (high - low)
         title = "Reward against KL" + (f" · crosses: the range over {len(self.sweep.seeds)} seeds" if runs
                                        and len(self.sweep.seeds) > 1 else "")
-        return Chart(title, Axis("KL to SFT, nats a response", 0, 1.03 * max(x for x, _ in points)),
+        return Chart(title, Axis("KL to SFT, nats per response", 0, 1.03 * max(x for x, _ in points)),
                      Axis("reward, SFT-sd", low - margin, high + margin), series,
-                     marks=[("x", here["kl"], f"β = {number(beta)}")], height=360, weight=1.55)
+                     marks=[("x", here["kl"], f"β = {number(beta)}")], height=290, weight=1.55,
+                     drag=("beta", [(at_price(curve, b)["kl"], b) for b in self.controls["beta"].stops]))
 
     def _table(self, beta: float, here: Mapping, runs: Mapping[str, list[RecordedRun]]) -> Table:
         rows = [["best possible", number(beta), fixed(here["kl"]), fixed(here["proxy"]), fixed(here["gold"]), "100 %"]]
@@ -128,7 +131,7 @@ class FrontierExplorer(Explorer):
         columns = ["policy", "β", "KL", "proxy", "gold", "of possible gain"]
         return Table("At this price", columns if runs else columns[:-1], rows if runs else [rows[0][:-1]], hot=[0])
 
-    def _prompt(self, which: int, beta: float) -> tuple[Bars, Table]:
+    def _prompt(self, which: int, beta: float) -> list:
         truth = self.truth
         best, ref = truth.optimum(which, beta), truth.ref_logps[which]
         now, before = truth.shares(which, best), truth.shares(which, ref)
@@ -137,7 +140,8 @@ class FrontierExplorer(Explorer):
         rows = [[text.strip() or "(nothing)", f"{100 * ref[i].exp():.1f} %", f"{100 * best[i].exp():.1f} %",
                  fixed(truth.proxy[which, i].item(), sign=True), fixed(truth.gold[which, i].item(), sign=True)]
                 for i, text in truth.likeliest(best)]
-        return bars, Table("The likeliest responses", ["response", "SFT", "at this β", "proxy", "gold"], rows)
+        columns = ["response", "SFT", "at this β", "proxy", "gold"]
+        return [bars, Table("The likeliest responses", columns, rows, weight=2)]
 
     def _runs(self, seed: int) -> dict[str, list[RecordedRun]]:
         methods = dict.fromkeys(run.method for run in self.sweep.runs)

@@ -54,8 +54,7 @@ def _rows(state: Mapping) -> list:
     reach = 2.2 * max(*sizes, exact)
     chart = Chart("Mean of the samples so far", Axis("samples", 1, n, log=True),
                   Axis("estimate, nats", -0.5 * reach, reach), [
-        Series(s.name, [(x, y if -0.5 * reach <= y <= reach else None) for x, y in s.points], s.look) for s in series],
-        [("y", exact, f"exact KL {fixed(exact, 3)}"), ("y", 0.0, "")], weight=1.3)
+        *series], [("y", exact, f"exact KL {fixed(exact, 3)}"), ("y", 0.0, "")], height=200, weight=1.3)
     bars = Bars("A distribution over five tokens", {"π_ref": "muted", "π": "blue"},
                 list(zip(_WORDS, _REF.exp().tolist(), logps.exp().tolist(), strict=True)), "probability", percent=True)
     table = Table(f"From {n:,} samples: estimate and error",

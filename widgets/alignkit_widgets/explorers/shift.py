@@ -60,7 +60,7 @@ class ShiftViewer(Explorer):
         lines = [Series("" if i else "other checkpoints", s.points, s.look) for i, s in enumerate(lines)]
         chart = Chart(f"KL from {first}, by position",
                       Axis("position in the response, tokens", 0.8, len(every[0]) + 0.2, whole=True),
-                      Axis("KL, nats a token", 0, 1.1 * max([*known, 0.1])),
+                      Axis("KL, nats per token", 0, 1.1 * max([*known, 0.1])),
                       [*lines, Series(name, _points(every[at]), "blue", marks=True)])
         counted = Counter(shift.responses[prompt][at]).most_common(6)
         responses = [[text.strip() or "(nothing)", f"{n} of {len(shift.responses[prompt][at])}"] for text, n in counted]

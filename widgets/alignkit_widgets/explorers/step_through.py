@@ -60,7 +60,7 @@ class StepThroughExplorer(Explorer):
         says = {
             1: "Sampled: the policy wrote these tokens, each with this log-probability. That policy is now π_old.",
             2: "KL: the log-ratio of policy and reference for each token. It can be negative on one sample.",
-            3: f"Reward: each token pays {beta} a nat; the score, {fixed(numbers.score)}, comes with the last one.",
+            3: f"Reward: each token pays {beta} per nat; the score, {fixed(numbers.score)}, comes with the last one.",
             4: "Advantage: the outcome less what the critic expected. Here the score reaches earlier tokens.",
             5: f"Ratio: after {int(state['steps'])} steps, how much likelier is each token than when it was sampled?"
                + (" Before the first step it is 1, exactly." if not state["steps"] else ""),
@@ -73,7 +73,7 @@ class StepThroughExplorer(Explorer):
         name, unit = {1: ("log π", "nats"), 2: ("KL", "nats"), 3: ("r", "SFT-sd")}.get(stage, ("A", "SFT-sd"))
         strip = [[Tokens(f"Tokens, coloured by advantage ({source})", numbers.tokens, shown)]] if name == "A" else []
         columns = [f"{title} ({unit})" if stage < 4 else title, *(token.strip() for token in numbers.tokens)]
-        note = ("The logits of each position are the parameters here, and the step is plain gradient descent. A "
-                "network shares its weights between positions, and PPO first whitens the advantages of a batch.")
+        note = ("The step is plain gradient descent on each position's logits. A network shares weights between "
+                "positions.")
         return [[Text(f"{stage} of {len(STAGES)} · {says}", lead=True)], *strip, [Table("", columns, rows, hot)],
                 [Text(note)]]

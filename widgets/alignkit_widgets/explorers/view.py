@@ -8,6 +8,7 @@ from pathlib import Path
 import anywidget
 import traitlets
 
+from alignkit.metrics import GLOSSARY
 from alignkit_widgets.explorers.blocks import LOOKS
 from alignkit_widgets.looks import dashes
 
@@ -28,6 +29,6 @@ def make_view(config: dict, on_message: Callable[[dict], None]) -> View:
 
 
 def view_config(config: dict) -> dict:
-    """`config` plus the style data of `explorer.js`: colour, marker and dashes of each look."""
+    """`config` plus what `explorer.js` needs besides: colour, marker and dashes of each look, and what terms mean."""
     looks = {name: [colour, marker, dashes(line)] for name, (colour, marker, line) in LOOKS.items()}
-    return config | {"looks": looks}
+    return config | {"looks": looks, "glossary": GLOSSARY}

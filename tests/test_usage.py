@@ -1,0 +1,54 @@
+"""Help: each command has an example, each option a sentence, and a wrong word gets the nearest right one as answer."""
+
+import argparse
+import shlex
+
+import pytest
+
+from alignkit.jobs import cli
+from alignkit.jobs.notebooks import find_notebook
+from alignkit.jobs.usage import nearest
+
+
+def commands(parser: argparse.ArgumentParser, name: str = "alignkit") -> dict[str, argparse.ArgumentParser]:
+    """Every command and sub-command by its name."""
+    found = {name: parser}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, child in action.choices.items():
+                found |= commands(child, f"{name} {word}")
+    return found
+
+
+COMMANDS = commands(cli._parser())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_a_sentence_and_every_command_an_example_that_it_understands(name, tmp_path):
+    for action in COMMANDS[name]._actions:
+        if not isinstance(action, argparse._SubParsersAction):
+            assert len((action.help or "").split()) >= 2, f"{name}: {action.option_strings or action.metavar}"
+        assert action.metavar is None or len(action.metavar) > 1, f"{name}: {action.metavar} says nothing"
+    example = (COMMANDS[name].epilog or "").removeprefix("examples: ").removeprefix("example: ").split("     ")[0]
+    program, *arguments = shlex.split(example)
+    assert program == "alignkit" and cli._parser().parse_args(arguments)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["corse", "--out", "r"], "unknown command 'corse'; did you mean course?"),
+    (["dance"], "unknown command 'dance' (choose from course, "),
+    (["run", "03b_ppo", "--out", "r", "--timout", "3"], "unknown argument '--timout'; did you mean --timeout?"),
+    (["runs", "prune", "r", "--yess"], "unknown argument '--yess'; did you mean --yes?"),
+    (["course", "--out", "r", "--track", "tensorbord"], "unknown value 'tensorbord'; did you mean tensorboard?"),
+    (["run", "03b_ppo", "--out", "r", "-p", "kl_coef", "0.35"], "'kl_coef' is not NAME=VALUE, such as kl_coef=0.1"),
+])
+def test_a_wrong_word_is_answered_with_the_nearest_right_one(capsys, arguments, says):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_a_wrong_notebook_is_answered_with_the_nearest_one():
+    with pytest.raises(FileNotFoundError, match=r"no notebook '03b_pp'; did you mean 03b_ppo\?; expected"):
+        find_notebook("03b_pp")
+    assert nearest("xyz", ["course", "run"]) == ""
