@@ -84,12 +84,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", required=True, choices=("llama-factory", "trl"), help="the tool to export to")
     add_out(export)
 
-    compare = add("compare", _compare, "evaluate checkpoints side by side on the frozen evaluation set")
+    compare = add("compare", _compare, "evaluate checkpoints side by side on the frozen evaluation set; of a sweep's "
+                  "folder: its settings, with intervals over seeds")
     compare.add_argument("checkpoints", nargs="+", type=folder, metavar="DIR")
     compare.add_argument("--data", metavar="D", help="`desk`, a file, a folder or a Hub id (default: that of the run "
                          "in which the first DIR lies, else desk)")
     add_reading(compare)
-    add_out(compare)
+    compare.add_argument("--out", type=folder, metavar="DIR", help="the folder to write to; not needed for a sweep")
 
     about = "measure a checkpoint with suites (MMLU, GSM8K, IFEval, …, any task of lm-eval); see docs/evaluation.md"
     suites = add("evaluate", _evaluate, about)
@@ -108,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     for verb in importlib.metadata.entry_points(group="alignkit.commands"):  # commands of other packages, such as `app`
         verb.load()(add)
 
-    report = add("report", _report, "write report.html of a run directory again")
+    report = add("report", _report, "write report.html of a run directory, or sweep.html of a sweep's folder, again")
     report.add_argument("run", type=folder, metavar="DIR")
 
     runs = add("runs", None, "manage run directories").add_subparsers(required=True, metavar="ACTION")
@@ -149,7 +150,8 @@ def _sweep(options: argparse.Namespace) -> int:
     from alignkit.sweeps.sweep import sweep
 
     return sweep(options.notebook, options.out, _parameters(options), workers=options.workers, draws=options.random,
-                 seed=options.random_seed, retries=options.retries, timeout=options.timeout, dry_run=options.dry_run)
+                 seed=options.random_seed, retries=options.retries, timeout=options.timeout, dry_run=options.dry_run,
+                 job=options.job)
 
 
 def _notebooks(_options: argparse.Namespace) -> None:
@@ -203,10 +205,21 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    from alignkit.sweeps.results import is_sweep, load_results
+
+    if sweeps := [place for place in options.checkpoints if is_sweep(place)]:
+        from alignkit.sweeps.page import compared
+
+        if len(options.checkpoints) > 1:
+            raise ParameterError(f"{sweeps[0]} is a sweep: compare its settings alone, without other folders")
+        print(compared(load_results(sweeps[0])))
+        return
     from alignkit.evaluate.comparison import compare_directories
     from alignkit.jobs.notebooks import absolute
     from alignkit.safe_text import in_red, visible
 
+    if options.out is None:
+        raise ParameterError("--out DIR is missing: the folder for the table and the page")
     comparison = compare_directories(options.checkpoints, absolute("data", options.data), options.out,
                                      **_reading(options))
     for line in visible(comparison, limit=10**6).splitlines():
@@ -227,8 +240,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from alignkit.jobs.report import build_report
+    from alignkit.sweeps.results import is_sweep
 
+    if is_sweep(options.run):
+        from alignkit.sweeps.page import build_page as build_report
+    else:
+        from alignkit.jobs.report import build_report
     print(_shown(build_report(options.run)))
 
 
@@ -291,6 +308,9 @@ def _add_sweep(add) -> None:
     sweep.add_argument("--retries", type=int, default=1, metavar="K", help="how often to repeat a job whose kernel or "
                        "worker died (default: 1); one that failed with an error is not repeated")
     sweep.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="stop a notebook after this time")
+    about = ("run only job number I, counted from 0 as --dry-run lists them, for the array jobs of a cluster; the same "
+             "command without --job then writes the tables")
+    sweep.add_argument("--job", type=_number, metavar="I", help=about)
     sweep.add_argument("--dry-run", action="store_true", help="check the grid and list its jobs; start and write "
                        "nothing")
 
@@ -381,6 +401,12 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return seconds
+
+
+def _number(text: str) -> int:
+    if not (text.isdecimal() and int(text) < 10**6):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return int(text)
 
 
 def _count(text: str) -> int:
