@@ -80,6 +80,7 @@ _MODULES = {
     "safe_text": ["visible"],
     "sft": ["train_sft"],
     "storage": ["data_hash", "settings", "write_json"],
+    "sweeps.results": ["SweepResults", "load_results", "ranking", "ranking_words"],
     "task": ["Task", "desk_task", "file_task", "load_task"],
     "trainer": ["step_seconds"],
 }

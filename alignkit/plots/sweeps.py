@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from alignkit.plots.evaluation import plot_reward_kl_plane
 from alignkit.plots.style import (
     BLUE,
+    DASHED,
     DOTTED,
     INK,
     MUTED,
@@ -38,14 +39,15 @@ FACES = {"proxy": BLUE, "gold": ORANGE}
 
 
 def plot_sweep_plane(points: Sequence[Mapping], ax: Axes | None = None, *, proxy=None, gold_along=None,
-                     gold_frontier=None, best_of_n: Mapping | None = None, ceilings: Mapping[str, float] | None = None,
+                     gold_frontier=None, best_of_n: Mapping | None = None, sampled: Mapping | None = None,
                      unit: str = "SFT-sd", title: str | None = None) -> Axes:
     """Reward against KL of a sweep: a small point a job, a band over the seeds, the mean of each setting, exact curves.
 
     points: a dict a setting with "name" (its method), "label", "kl" and "proxy" and/or "gold", (S,) each over seeds; a
     setting with one seed may have "kl_ci95", "proxy_ci95", "gold_ci95". proxy, gold_along, gold_frontier, best_of_n: as
-    in `plot_reward_kl_plane`, shown up to BEYOND times the points' largest KL. ceilings: name -> the largest KL that
-    such an estimate can show, log N nats. Raises ValueError if there are no points or lengths differ.
+    in `plot_reward_kl_plane`, shown up to BEYOND times the points' largest KL. sampled: a frontier
+    estimated from "samples" responses a prompt: "kl", "proxy", (M,), and its "ceiling", log N nats. Raises ValueError
+    if there are no points or lengths differ.
     """
     _require("points", points)
     ax = _axes(ax, 8.0, 4.9)
@@ -67,9 +69,16 @@ def plot_sweep_plane(points: Sequence[Mapping], ax: Axes | None = None, *, proxy
         inside = np.asarray(best_of_n["kl"]) <= limit
         best_of_n = {name: np.asarray(values)[inside] for name, values in best_of_n.items()} if inside.any() else None
     plot_reward_kl_plane(*curves, best_of_n, points, ax, unit=unit, title=title)
-    for name, ceiling in (ceilings or {}).items():
-        ax.axvline(ceiling, color=MUTED, ls=DOTTED, lw=1)
-        _text(ax, ceiling, 0.02, f"{_short(name, 30)} ", MUTED, 7.5, where="top", rotation=90, ha="right", va="bottom")
+    if sampled:
+        _same_length("kl of sampled", sampled["kl"], "proxy of sampled", sampled["proxy"])
+        kl, reward = _up_to(limit, sampled["kl"], sampled["proxy"])
+        ax.plot(kl, reward, color=MUTED, ls=DASHED, lw=1.4)
+        words = f"proxy possible, estimated\nfrom {sampled['samples']:g} responses"
+        _beside(ax, (kl[-1], reward[-1]), words, (4, 4), MUTED, 7.5)
+        if sampled["ceiling"] <= ax.get_xlim()[1]:
+            ax.axvline(sampled["ceiling"], color=MUTED, ls=DOTTED, lw=1)
+            _text(ax, sampled["ceiling"], 0.02, f"its ceiling, log {sampled['samples']:g} ", MUTED, 7.5, where="top",
+                  rotation=90, ha="right", va="bottom")
     if title is None:
         _finish(ax, "Every job on the reward–KL plane", "KL to SFT, nats a response", f"reward, {unit}")
     return ax

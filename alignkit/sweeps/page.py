@@ -27,6 +27,7 @@ from alignkit.sweeps.results import (
     setting_words,
     title_of,
 )
+from alignkit.sweeps.sampled import sampled_frontier
 
 PAGE = "sweep.html"
 MOST_ROWS, MOST_PLACES, MOST_SPOTS, MOST_LABELS = 400, 15, 400, 24
@@ -87,7 +88,8 @@ def compared(results: SweepResults) -> str:
 
 
 def plane_of(results: SweepResults, points: Sequence[Point], seed: int | None = None):
-    """The reward–KL plane of a sweep's points as Axes, with the exact curves of one seed if they are known."""
+    """The reward–KL plane of a sweep's points as Axes, with the exact curves of one seed if they are known, otherwise
+    with the frontier that its first seed's stored responses let one estimate."""
     known = [seed] if seed in results.frontiers else sorted(results.frontiers)
     curves = {}
     if known:
@@ -95,6 +97,10 @@ def plane_of(results: SweepResults, points: Sequence[Point], seed: int | None = 
         curves = {"proxy": (curve["kl"], curve["proxy"]), "gold_along": (curve["kl"], curve["gold"]),
                   "gold_frontier": (gold["kl"], gold["gold"]) if gold else None,
                   "best_of_n": results.best_of_n.get(known[0])}
+    else:
+        worlds = results.seeds if seed is None else [seed]
+        estimates = (sampled_frontier(results, world) for world in worlds or [None])
+        curves = {"sampled": next(filter(None, estimates), None)}
     groups = by_setting(points)
     if len(groups) > MOST_LABELS:
         groups = [{**group, "label": ""} for group in groups]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 TABLE, RECORD, FRONTIERS = "table.jsonl", "sweep.json", "frontiers.json"
 METHODS = ("ppo", "dpo")  # stages whose policies are points; the frozen checkpoint is PPO's
 FIGURES = {"kl": "kl_to_sft", "proxy": "proxy_mean", "gold": "gold_mean"}  # of the plane: names in results.json
+RECORDED = "recorded"  # the notebook of a sweep that is recorded
 MOST_NAMED = 3  # settings that a sentence names
 Setting = tuple[tuple[str, object], ...]
 
@@ -137,12 +138,15 @@ class SweepResults:
         return place if place.is_dir() else None
 
     def command_of(self, job: str, out: str | None = None) -> str:
-        """The command that runs one job again, with what it begins with, in the folder `out` (default: the sweep's)."""
+        """The command that runs one job again, with what it begins with, in the folder `out` (default: the sweep's); of
+        a recorded sweep, the command that made all of it."""
+        if self.notebook == RECORDED:  # its runs begin at SFT with settings of their own
+            return self.commands[0]
         row = next(row for row in self.rows if row["job"] == job)
         given = [(name, row[name]) for name in self.parameters if row.get(name) is not None]
         words = [word for name, value in given for word in ("-p", f"{name}={as_axis(value)}")]
         place = out or (str(self.root) if self.root else "runs/sweep")
-        return shlex.join(["alignkit", "sweep", row.get("notebook") or self.notebook, *words, "--out", place])
+        return shlex.join(["alignkit", "sweep", self.notebook, *words, "--out", place])
 
     def numbers(self, most: int = 6) -> list[str]:
         """Names of results to look at if no policy was measured: those that are no ends of intervals, in order."""
@@ -186,10 +190,9 @@ def recorded_results(sweep: "Sweep") -> SweepResults:
         name = {"ppo": "kl_coef", "dpo": "beta"}[run.method]
         rows.append({"job": f"{run.method}_{name}={run.value:g}_seed={run.seed}", name: run.value, "seed": run.seed,
                      "status": "finished", "host": None, "seconds": run.seconds, "attempts": 1, "error": None,
-                     "notebook": {"ppo": "03b_ppo", "dpo": "05_dpo"}[run.method],
                      **{f"{run.method}.{FIGURES[axis]}": getattr(run, axis) for axis in FIGURES}})
     worlds = sweep.worlds
-    return SweepResults("recorded", tuple(rows), ("kl_coef", "beta", "seed"), None, (sweep.command,),
+    return SweepResults(RECORDED, tuple(rows), ("kl_coef", "beta", "seed"), None, (sweep.command,),
                         {seed: world.frontier for seed, world in worlds.items()},
                         {seed: world.gold_frontier for seed, world in worlds.items()},
                         {seed: world.best_of_n for seed, world in worlds.items()}, exact=True)
