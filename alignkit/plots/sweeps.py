@@ -74,11 +74,12 @@ def plot_sweep_plane(points: Sequence[Mapping], ax: Axes | None = None, *, proxy
         kl, reward = _up_to(limit, sampled["kl"], sampled["proxy"])
         ax.plot(kl, reward, color=MUTED, ls=DASHED, lw=1.4)
         words = f"proxy possible, estimated\nfrom {sampled['samples']:g} responses"
-        _beside(ax, (kl[-1], reward[-1]), words, (4, 4), MUTED, 7.5)
+        near = int(np.argmin(np.abs(kl - 0.6 * kl[-1])))
+        _beside(ax, (kl[near], reward[near]), words, (-6, 6), MUTED, 7.5, ha="right", va="bottom")
         if sampled["ceiling"] <= ax.get_xlim()[1]:
             ax.axvline(sampled["ceiling"], color=MUTED, ls=DOTTED, lw=1)
-            _text(ax, sampled["ceiling"], 0.02, f"its ceiling, log {sampled['samples']:g} ", MUTED, 7.5, where="top",
-                  rotation=90, ha="right", va="bottom")
+            _text(ax, sampled["ceiling"], 0.99, f"log {sampled['samples']:g}: its ceiling", MUTED, 7.5, where="top",
+                  rotation=90, ha="right", va="top")
     if title is None:
         _finish(ax, "Every job on the reward–KL plane", "KL to SFT, nats a response", f"reward, {unit}")
     return ax
