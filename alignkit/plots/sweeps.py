@@ -24,6 +24,7 @@ from alignkit.plots.style import (
     Picture,
     _array,
     _axes,
+    _backing,
     _beside,
     _finish,
     _require,
@@ -78,8 +79,8 @@ def plot_sweep_plane(points: Sequence[Mapping], ax: Axes | None = None, *, proxy
         _beside(ax, (kl[near], reward[near]), words, (-6, 6), MUTED, 7.5, ha="right", va="bottom")
         if sampled["ceiling"] <= ax.get_xlim()[1]:
             ax.axvline(sampled["ceiling"], color=MUTED, ls=DOTTED, lw=1)
-            _text(ax, sampled["ceiling"], 0.99, f"log {sampled['samples']:g}: its ceiling", MUTED, 7.5, where="top",
-                  rotation=90, ha="right", va="top")
+            _text(ax, sampled["ceiling"], 0.35, f"log {sampled['samples']:g}: its ceiling", MUTED, 7.5, where="top",
+                  rotation=90, ha="right", va="bottom", bbox=_backing())
     if title is None:
         _finish(ax, "Every job on the reward–KL plane", "KL to SFT, nats a response", f"reward, {unit}")
     return ax
