@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import itertools
 import json
 import math
 import os
@@ -19,12 +20,14 @@ import pytest
 from alignkit.errors import ParameterError, RunError, RunInUse
 from alignkit.jobs import cli
 from alignkit.jobs.notebooks import run_notebook
+from alignkit.runs.lock import run_lock
 from alignkit.sweeps import engine, table
 from alignkit.sweeps.grid import Range, axis, draw, grid, is_id, job_id
 from alignkit.sweeps.job import begin_with, is_done
 from alignkit.sweeps.plan import plan, spec_from
 from alignkit.sweeps.sweep import sweep
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 PARAMETERS = "run = ''\nseed = 0\nrate: float = 1.0\nsizes = [1]\nname = 'plain'"
 RESULT = """\
 import json
@@ -521,6 +524,66 @@ def test_a_job_that_writes_into_its_records_does_not_change_those_of_others(tmp_
     assert (tmp_path / "two" / "sft" / "results.json").read_bytes() == (base / "sft" / "results.json").read_bytes()
     assert (tmp_path / "one" / "sft" / "weights.bin").stat().st_nlink == 3
     assert not (tmp_path / "one" / ".lock").exists()
+
+
+# --- one job by its number: the array jobs of a cluster --------------------------------------------------------------
+def test_jobs_by_number_share_a_folder_and_make_a_shared_stage_once(tmp_path, capsys):
+    made = tmp_path / "made"
+    made.mkdir()
+    count = f"import os\nopen({str(made)!r} + f'/{{seed}}.{{os.getpid()}}', 'x').close()"
+    series = [notebook(tmp_path / "01_sft.ipynb", count, stage("sft", "seed"), parameters=WHOLE),
+              notebook(tmp_path / "02_reward_model.ipynb", stage("reward", "epochs"),
+                       parameters=f"{WHOLE}\nepochs = 1")]
+    out, given = tmp_path / "s", {"epochs": "2,3"}
+    code = ("import sys; from alignkit.sweeps.sweep import sweep; "
+            f"sys.exit(sweep('course', {str(out)!r}, {given!r}, job=int(sys.argv[1]), series={[*map(str, series)]!r}))")
+    both = [subprocess.Popen([sys.executable, "-P", "-c", code, str(number)], stdout=subprocess.PIPE, text=True,
+                             stderr=subprocess.STDOUT) for number in (0, 1)]
+    said = [process.communicate(timeout=900)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert len(list(made.iterdir())) == 1 and len(list((out / "jobs").iterdir())) == 2
+    assert not (out / "table.csv").exists() and not list((out / "attempts").iterdir())
+    assert sweep("course", out, given, series=series) == 0
+    assert "2 of them done already" in capsys.readouterr().out
+    assert [row["reward.value"] for row in rows(out)] == [2, 3] and (out / "sweep.html").exists()
+
+
+def test_a_job_by_number_is_that_of_the_list_and_its_failure_is_its_exit_code(tmp_path, capsys):
+    source = notebook(tmp_path / "toy.ipynb", "if seed == 1: raise ValueError('no')", RESULT)
+    arguments = ["sweep", str(source), "-p", "seed=0..2", "--out", str(tmp_path / "s")]
+    assert cli.main([*arguments, "--dry-run"]) == 0
+    listed = [line.split("  ") for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [line[0] for line in listed] == ["0", "1", "2"]
+    assert cli.main([*arguments, "--job", "2"]) == 0
+    assert [path.name for path in (tmp_path / "s" / "jobs").iterdir()] == [listed[2][1]]
+    assert cli.main([*arguments, "--job", "1"]) == 1 and "ValueError: no" in capsys.readouterr().out
+    assert cli.main([*arguments, "--job", "3"]) == 1 and "expected 0 to 2" in capsys.readouterr().err
+    with run_lock(tmp_path / "s" / "locks" / listed[0][1]):
+        assert cli.main(arguments) == 1
+    assert "is being run by its number" in capsys.readouterr().err
+
+
+def test_the_cluster_examples_hand_their_index_to_the_job(tmp_path):
+    script = EXAMPLES / "slurm_sweep.sh"
+    stub = tmp_path / "alignkit"
+    stub.write_text("#!/bin/sh\nprintf '%s|' \"$@\" OMP=$OMP_NUM_THREADS\n")
+    stub.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "7", "SLURM_CPUS_PER_TASK": "2"}
+    ran = subprocess.run(["bash", str(script), "toy", "-p", "name='a b'", "--out", "s"], env=env, text=True,
+                         capture_output=True, check=True)
+    assert ran.stdout == "sweep|toy|-p|name='a b'|--out|s|--job|7|OMP=2|"
+    assert subprocess.run(["bash", str(script), "toy"], env={"PATH": env["PATH"]}, capture_output=True).returncode != 0
+    yaml = pytest.importorskip("yaml")
+    job = yaml.safe_load((EXAMPLES / "kubernetes_sweep.yaml").read_text(encoding="utf-8"))["spec"]
+    container, = job["template"]["spec"]["containers"]
+    ran = subprocess.run([*container["command"], *container["args"]], text=True, capture_output=True, check=True,
+                         env={"PATH": env["PATH"], "JOB_COMPLETION_INDEX": "9"})
+    words = ran.stdout.split("|")
+    assert words[0] == "sweep" and words[-4:-2] == ["--job", "9"] and job["completionMode"] == "Indexed"
+    given = dict(word.split("=", 1) for flag, word in itertools.pairwise(words) if flag == "-p")
+    assert job["completions"] == len(plan(words[1], tmp_path / "s", given).jobs), "an index a job of its own grid"
+    size = next(line for line in script.read_text().splitlines() if line.startswith("#SBATCH --array="))
+    assert size == f"#SBATCH --array=0-{job['completions'] - 1}"
 
 
 # --- folders that cannot be used -------------------------------------------------------------------------------------

@@ -95,14 +95,15 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--to", required=True, choices=("llama-factory", "trl"), help="the tool to export to")
     add_out(export)
 
-    compare = add("compare", _compare, "evaluate checkpoints side by side on the frozen evaluation set",
+    compare = add("compare", _compare, "evaluate checkpoints side by side on the frozen evaluation set; of a sweep's "
+                  "folder: its settings, with intervals over seeds",
                   epilog="example: alignkit compare runs/course/sft runs/course/dpo --out comparison")
     compare.add_argument("checkpoints", nargs="+", type=folder, metavar="DIR",
-                         help="folders of models, the reference first")
+                         help="folders of models, the reference first; or the folder of one sweep")
     compare.add_argument("--data", metavar="DATA", help="`desk`, a file, a folder or a Hub id (default: that of the "
                          "run in which the first DIR lies, else desk)")
     add_reading(compare)
-    add_out(compare)
+    compare.add_argument("--out", type=folder, metavar="DIR", help="the folder to write to; not needed for a sweep")
 
     advise = add("advise", _advise, "say what to do next with a run, finished or not: its decision, reasons and gaps")
     advise.add_argument("run", type=folder, metavar="RUN")
@@ -125,9 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     for verb in importlib.metadata.entry_points(group="alignkit.commands"):  # commands of other packages, such as `app`
         verb.load()(add)
 
-    report = add("report", _report, "write report.html of a run directory again",
+    report = add("report", _report, "write report.html of a run directory, or sweep.html of a sweep's folder, again",
                  epilog="example: alignkit report runs/course")
-    report.add_argument("run", type=folder, metavar="RUN", help="a run directory, such as runs/course")
+    report.add_argument("run", type=folder, metavar="DIR", help="a run directory or a sweep's folder")
 
     runs = add("runs", None, "manage run directories", epilog="example: alignkit runs prune runs/course --yes")
     runs = runs.add_subparsers(required=True, metavar="ACTION")
@@ -169,7 +170,8 @@ def _sweep(options: argparse.Namespace) -> int:
     from alignkit.sweeps.sweep import sweep
 
     return sweep(options.notebook, options.out, _parameters(options), workers=options.workers, draws=options.random,
-                 seed=options.random_seed, retries=options.retries, timeout=options.timeout, dry_run=options.dry_run)
+                 seed=options.random_seed, retries=options.retries, timeout=options.timeout, dry_run=options.dry_run,
+                 job=options.job)
 
 
 def _notebooks(_options: argparse.Namespace) -> None:
@@ -230,10 +232,21 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    from alignkit.sweeps.results import is_sweep, load_results
+
+    if sweeps := [place for place in options.checkpoints if is_sweep(place)]:
+        from alignkit.sweeps.page import compared
+
+        if len(options.checkpoints) > 1:
+            raise ParameterError(f"{sweeps[0]} is a sweep: compare its settings alone, without other folders")
+        print(compared(load_results(sweeps[0])))
+        return
     from alignkit.evaluate.comparison import compare_directories
     from alignkit.jobs.notebooks import absolute
     from alignkit.safe_text import in_red, visible
 
+    if options.out is None:
+        raise ParameterError("--out DIR is missing: the folder for the table and the page")
     comparison = compare_directories(options.checkpoints, absolute("data", options.data), options.out,
                                      **_reading(options))
     for line in visible(comparison, limit=10**6).splitlines():
@@ -261,8 +274,12 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from alignkit.jobs.report import build_report
+    from alignkit.sweeps.results import is_sweep
 
+    if is_sweep(options.run):
+        from alignkit.sweeps.page import build_page as build_report
+    else:
+        from alignkit.jobs.report import build_report
     print(_shown(build_report(options.run)))
 
 
@@ -335,6 +352,9 @@ def _add_sweep(add) -> None:
     sweep.add_argument("--retries", type=int, default=1, metavar="K", help="how often to repeat a job whose kernel or "
                        "worker died (default: 1); one that failed with an error is not repeated")
     sweep.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="stop a notebook after this time")
+    about = ("run only job number I, counted from 0 as --dry-run lists them, for the array jobs of a cluster; the same "
+             "command without --job then writes the tables")
+    sweep.add_argument("--job", type=_number, metavar="I", help=about)
     sweep.add_argument("--dry-run", action="store_true", help="check the grid and list its jobs; start and write "
                        "nothing")
 
@@ -427,6 +447,12 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return seconds
+
+
+def _number(text: str) -> int:
+    if not (text.isdecimal() and int(text) < 10**6):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return int(text)
 
 
 def _count(text: str) -> int:

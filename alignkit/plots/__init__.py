@@ -52,6 +52,12 @@ from alignkit.plots.style import (
     describe,
     save_figure,
 )
+from alignkit.plots.sweeps import (
+    plot_parameter_panels,
+    plot_proxy_against_gold,
+    plot_ranking,
+    plot_sweep_plane,
+)
 from alignkit.plots.training import (
     PPO_PANELS,
     plot_dpo_logps,
@@ -115,10 +121,13 @@ __all__ = [
     "plot_margins",
     "plot_metrics",
     "plot_next_token",
+    "plot_parameter_panels",
     "plot_paths_panels",
     "plot_ppo_panels",
     "plot_price_of_kl",
+    "plot_proxy_against_gold",
     "plot_rank_correlations",
+    "plot_ranking",
     "plot_ratios",
     "plot_refusals",
     "plot_relay",
@@ -127,6 +136,7 @@ __all__ = [
     "plot_sampled_frontier",
     "plot_sampling_error",
     "plot_stopping_panels",
+    "plot_sweep_plane",
     "plot_tradeoff",
     "plot_variance_law_panels",
     "plot_variance_shares",

@@ -1,4 +1,4 @@
-"""A whole sweep: check the grid, say what it costs, run what is not done yet, write the tables.
+"""A whole sweep: check the grid, say what it costs, run what is not done yet, write the tables and the page.
 
 DIR/sweep.json records every grid that was run in DIR, with its command, the seed of its draws, and versions. Everything
 else is read from the jobs' folders, so that a sweep goes on wherever it was stopped.
@@ -25,6 +25,7 @@ from alignkit.storage import read_json, write_json
 from alignkit.sweeps.engine import Engine
 from alignkit.sweeps.grid import is_id
 from alignkit.sweeps.job import is_done, place_of, read_record
+from alignkit.sweeps.one import refuse_while_jobs_run, run_one
 from alignkit.sweeps.plan import COURSE, Plan, Spec, plan
 from alignkit.sweeps.progress import SweepProgress
 from alignkit.sweeps.table import row_of, write_junit, write_tables
@@ -44,13 +45,15 @@ def sweep(
     retries: int = 1,
     timeout: float | None = None,
     dry_run: bool = False,
+    job: int | None = None,
     series: Sequence[str | Path] = tuple(CHAIN),
 ) -> int:
     """Run `notebook` (or "course") for each point of the grid, in the folder `out`; returns 0, or 1 if a job failed.
 
     parameters: name -> its values as text (`grid.axis`). draws, seed: of a random search. workers: jobs at a time; by
     default as many as there are cores, 1 for other models than `tiny`. retries: of a job whose kernel or worker died.
-    timeout: seconds for each notebook. dry_run: check, list the jobs, write nothing. series: the course's notebooks.
+    timeout: seconds for each notebook. dry_run: check, list the jobs, write nothing. job: run only the job of this
+    number, counted from 0 (`one.run_one`). series: the course's notebooks.
     Raises ParameterError, RunError and DataError before anything starts; RunInUse if another sweep uses `out`;
     KeyboardInterrupt after running jobs have saved their state.
     """
@@ -64,12 +67,15 @@ def sweep(
     done = {spec.id for spec in planned.jobs if is_done(place_of(root, spec), spec)}
     _say(root, planned, done, workers, draws, seed)
     if dry_run:
-        for spec in planned.jobs:
-            print(f"{one_line(spec.id, 300)}  {_words(spec)}{'  (done already)' if spec.id in done else ''}")
+        for number, spec in enumerate(planned.jobs):
+            print(f"{number}  {one_line(spec.id, 300)}  {_words(spec)}{'  (done already)' if spec.id in done else ''}")
         return 0
     if os.name != "posix":
         raise RunError("the local engine of sweeps needs a POSIX system (Linux, macOS, WSL)")
+    if job is not None:
+        return run_one(run_directory(root), planned, job, retries=retries, timeout=timeout)
     with run_lock(run_directory(root)):
+        refuse_while_jobs_run(root)
         record = _recorded(root, planned.name)
         _note(root, record, planned, _command(notebook, out, parameters, draws, seed), draws, seed)
         return _run(root, planned, record, Engine(root, workers, retries, timeout, lock_handles(root)))
@@ -104,9 +110,13 @@ def _run(root: Path, planned: Plan, record: dict, engine: Engine) -> int:
     finally:
         progress.end()
         _write(root, record)
+    from alignkit.sweeps.page import build_page  # which loads matplotlib
+
+    build_page(root)
     failed = len(planned.jobs) - progress.finished
     print(f"{progress.finished} of {len(planned.jobs)} jobs finished"
-          + (f", {failed} failed (in {_shown(root)}/failed)" if failed else "") + f"; {_shown(root)}/table.csv")
+          + (f", {failed} failed (in {_shown(root)}/failed)" if failed else "")
+          + f"; {_shown(root)}/table.csv, {_shown(root)}/sweep.html")
     return 1 if failed else 0
 
 

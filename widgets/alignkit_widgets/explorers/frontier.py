@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from alignkit.exact.prompts import Enumerated, at_price
 from alignkit.exact.sweep import RecordedRun, Sweep
+from alignkit.sweeps.results import SweepResults, load_results
 from alignkit_widgets.explorers.blocks import Axis, Bars, Chart, Copy, Fold, Series, Table, Text, fixed, number
 from alignkit_widgets.explorers.explorer import Button, Choice, Explorer, Slider, Toggle
+from alignkit_widgets.explorers.sweep_plane import sweep_controls, sweep_rows
 
 _BETAS = tuple(float(f"{b:.4g}") for b in np.geomspace(40, 0.02, 40))
 
@@ -19,19 +22,22 @@ class FrontierExplorer(Explorer):
     """The highest proxy at each KL coefficient β, its gold, and the results of PPO and DPO runs.
 
     Args:
-        sweep: recorded runs and exact curves (`alignkit.load_sweep()`), or None.
+        sweep: recorded runs and exact curves (`alignkit.load_sweep()`); or any sweep's results
+            (`alignkit.load_results(folder)`, or the folder), whose jobs are shown with their intervals, with a command
+            to copy for each; or None.
         truth: enumerated prompts (`alignkit.enumerate_world(…)`): shows the best behaviours and responses for a
             chosen prompt; without a sweep, also its curve.
         train: called with {"kl_coef": β, "seed": s} by *train this*; may return a sentence or an awaitable.
             None: no button.
         state, hide: as for every Explorer.
 
-    Raises ValueError if both sweep and truth are None, or on a bad state.
+    Raises ValueError if both sweep and truth are None, if no job of a sweep has a measured KL and reward, or on a bad
+    state.
     """
 
     def __init__(
         self,
-        sweep: Sweep | None = None,
+        sweep: Sweep | SweepResults | str | Path | None = None,
         *,
         truth: Enumerated | None = None,
         train: Callable[[dict], object] | None = None,
@@ -40,7 +46,14 @@ class FrontierExplorer(Explorer):
     ) -> None:
         if sweep is None and truth is None:
             raise ValueError("sweep and truth are None, expected at least one of them")
-        self.sweep, self.truth = sweep, truth
+        if isinstance(sweep, str | Path):
+            sweep = load_results(sweep)
+        self.results, self.truth = sweep if isinstance(sweep, SweepResults) else None, truth
+        self.sweep = None if self.results else sweep
+        if self.results:
+            super().__init__("Reward against KL", sweep_controls(self.results),
+                             lambda state: sweep_rows(self.results, state), state=state, hide=hide)
+            return
         self.curves = {seed: world.frontier for seed, world in sweep.worlds.items()} if sweep else {}
         if truth is not None and truth.seed not in self.curves:
             self.curves[truth.seed] = truth.frontier(_BETAS)
@@ -65,8 +78,10 @@ class FrontierExplorer(Explorer):
         super().__init__("Reward against KL", controls, self._rows, state=state, hide=hide)
 
     def parameters(self, values: Mapping[str, object] | None = None) -> dict[str, float | int]:
-        """The setting as parameters of notebook 03b: {"kl_coef": β, "seed": s}."""
+        """The setting as parameters of notebook 03b: {"kl_coef": β, "seed": s}; of a sweep, the chosen job's."""
         values = self.values if values is None else values
+        if self.results:
+            return dict(self.results.points()[int(values["point"])].setting)
         return {"kl_coef": values["beta"], "seed": int(values["seed"])}
 
     def _rows(self, state: Mapping) -> list:
