@@ -105,8 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     add_reading(compare)
     compare.add_argument("--out", type=folder, metavar="DIR", help="the folder to write to; not needed for a sweep")
 
-    advise = add("advise", _advise, "say what to do next with a run, finished or not: its decision, reasons and gaps")
-    advise.add_argument("run", type=folder, metavar="RUN")
+    advise = add("advise", _advise, "say what to do next with a run, finished or not: its decision, reasons and gaps",
+                 epilog="example: alignkit advise runs/course")
+    advise.add_argument("run", type=folder, metavar="RUN", help="a run directory, such as runs/course")
 
     about = "measure a checkpoint with suites (MMLU, GSM8K, IFEval, …, any task of lm-eval); see docs/evaluation.md"
     suites = add("evaluate", _evaluate, about, epilog="example: alignkit evaluate runs/qwen/frozen "
@@ -338,23 +339,24 @@ def _add_jobs(add) -> None:
 def _add_sweep(add) -> None:
     """The verb that runs a notebook, or the course, many times."""
     about = "run a notebook, or the course, for each point of a grid of parameters; repeat the command to resume"
-    sweep = add("sweep", _sweep, about)
+    sweep = add("sweep", _sweep, about,
+                epilog="example: alignkit sweep 03b_ppo -p kl_coef=0.05,0.1,0.2 -p seed=0..4 --out runs/kl --workers 2")
     sweep.add_argument("notebook", metavar="NOTEBOOK", help="a notebook (path, name or number), or `course`")
     add_out(sweep)
     about = "the values of a parameter: a list 0.05,0.1, whole numbers 0..4; 'in quotes' a comma is part of a value"
     sweep.add_argument("-p", dest="parameters", action="append", default=[], type=_assignment, metavar="NAME=VALUES",
                        help=about)
-    sweep.add_argument("--workers", type=_count, metavar="N", help="jobs at a time (default: the cores; 1 unless the "
-                       "model is `tiny`)")
-    about = "draw N points from the ranges LOW..HIGH and log:LOW..HIGH; lists are crossed with them"
-    sweep.add_argument("--random", type=_count, metavar="N", help=about)
-    sweep.add_argument("--random-seed", type=int, default=0, metavar="N", help="seed of these draws (default: 0)")
-    sweep.add_argument("--retries", type=int, default=1, metavar="K", help="how often to repeat a job whose kernel or "
-                       "worker died (default: 1); one that failed with an error is not repeated")
+    sweep.add_argument("--workers", type=_count, metavar="COUNT", help="jobs at a time (default: the cores; 1 unless "
+                       "the model is `tiny`)")
+    about = "draw COUNT points from the ranges LOW..HIGH and log:LOW..HIGH; lists are crossed with them"
+    sweep.add_argument("--random", type=_count, metavar="COUNT", help=about)
+    sweep.add_argument("--random-seed", type=int, default=0, metavar="SEED", help="seed of these draws (default: 0)")
+    sweep.add_argument("--retries", type=int, default=1, metavar="COUNT", help="how often to repeat a job whose kernel "
+                       "or worker died (default: 1); one that failed with an error is not repeated")
     sweep.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="stop a notebook after this time")
-    about = ("run only job number I, counted from 0 as --dry-run lists them, for the array jobs of a cluster; the same "
+    about = ("run only job NUMBER, counted from 0 as --dry-run lists them, for the array jobs of a cluster; the same "
              "command without --job then writes the tables")
-    sweep.add_argument("--job", type=_number, metavar="I", help=about)
+    sweep.add_argument("--job", type=_number, metavar="NUMBER", help=about)
     sweep.add_argument("--dry-run", action="store_true", help="check the grid and list its jobs; start and write "
                        "nothing")
 

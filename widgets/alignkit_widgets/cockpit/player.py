@@ -1,13 +1,11 @@
-"""`alignkit play`: a recorded PPO run as one HTML file that plays, pauses and scrubs, with the ways that were left."""
+"""A recorded PPO run as one HTML file that plays, pauses and scrubs, with the ways that were left."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 from alignkit.errors import RunError
-from alignkit.jobs.cli import folder
 from alignkit.safe_text import one_line, visible
 from alignkit.storage import read_json, read_metrics, write_atomically
 from alignkit_widgets.cockpit.log import checked, marks_of, samples_file, ways_of
@@ -22,20 +20,6 @@ CHARTS = [  # as PPO_CHARTS, which would load torch
     ("critic: explained variance", ["val/explained_variance"]),
 ]
 HERE = Path(__file__).parent
-
-
-def add_play(add) -> None:
-    """Add `alignkit play` to the command; add(name, function, about) returns its parser."""
-    play = add("play", _play, "write a recorded PPO run as one HTML file that plays, pauses and scrubs",
-               epilog="example: alignkit play runs/course --out ppo.html")
-    about = "a run directory, or a folder with a PPO run's metrics.jsonl"
-    play.add_argument("run", type=folder, metavar="RUN", help=about)
-    play.add_argument("--out", type=Path, metavar="FILE", help="the page to write (default: play.html in RUN)")
-
-
-def _play(options: argparse.Namespace) -> None:
-    page = save_run(options.run, options.out or options.run / "play.html")
-    print(f"{one_line(page, 1000)}, {page.stat().st_size / 1e6:.1f} MB")
 
 
 def save_run(run: str | Path, path: str | Path) -> Path:
