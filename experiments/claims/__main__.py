@@ -23,6 +23,7 @@ from alignkit.configs import RewardConfig, SFTConfig
 from alignkit.evaluate import dials, knowledge, unpacking
 from alignkit.evaluate.advice_record import load_advice
 from alignkit.evaluate.claims import FILE, VERDICTS, Claim, Claims, load_claims
+from alignkit.evaluate.dials import Dials, load_dials
 from alignkit.evaluate.readings import RECORD
 from alignkit.runs.records import versions
 from alignkit.storage import plain, read_json, write_atomically
@@ -64,16 +65,18 @@ def measured(rule: Rule, worlds: Mapping[int, Mapping[str, Mapping]], readings: 
 
 
 def of_labs() -> list[dict]:
-    """The claims of the other labs as rows of the record, in the order of their numbers."""
+    """The claims of the other labs as rows of the record, in the order of their numbers, without the UNMEASURED."""
     rows = [row for path in LABS.values() for row in read_json(path)["claims"]] + [freezing(load_advice())]
-    return sorted(rows, key=lambda row: (int(re.search(r"\d+", row["name"]).group()), row["name"]))
+    numbers = {row["name"]: re.match(r"[A-Z](\d+)", row["name"]) for row in rows}
+    return sorted((row for row in rows if numbers[row["name"]].group() not in UNMEASURED),
+                  key=lambda row: (int(numbers[row["name"]].group(1)), row["name"]))
 
 
 def page(record: Claims) -> str:
     """docs/claims.md: the verdicts, then the arms."""
     counts = {name: sum(claim.verdict == name for claim in record.claims) for name in VERDICTS}
     lines = [f"| {claim.name} | {claim.source}: {claim.english}<br>{claim.original} | {claim.quantity} | "
-             f"{bound(claim)} | {claim.estimate:.3f} | {len(claim.values)} | **{claim.verdict}** |"
+             f"{claim.experiment} | {bound(claim)} | {claim.estimate:.3f} | {len(claim.values)} | **{claim.verdict}** |"
              for claim in record.claims]
     rows = []
     for arm in record.arms:
@@ -85,6 +88,8 @@ def page(record: Claims) -> str:
         "# Claims: what the articles say, and what was measured", "",
         f"Made by `{record.command}`. The rules stand in `experiments/claims/registry.py` and were committed before "
         "the arms were run; when the rules on readings of the notebooks were written, six of the worlds had been seen. "
+        f"The rules of the other labs ({', '.join(LABS)}) stand in their folders and were committed before their runs; "
+        "C38 compares what the design of `experiments/advice.py` had fixed, but got its margin after the run. "
         "A claim says that a quantity is above, or below, 0 by more than a margin, the smallest difference that "
         "matters, or that it is within that margin. *Confirmed*: the 95 % interval over worlds lies on the claimed "
         "side of 0, and the mean is beyond the margin. *Refuted*: the interval lies on the other side, or inside the "
@@ -94,9 +99,9 @@ def page(record: Claims) -> str:
         f"not corrected for their number: of {len(record.claims)} true values about {0.05 * len(record.claims):.0f} "
         "lie outside their interval by chance, and a claim whose true value is 0 is called confirmed in up to 2.5 % "
         "of cases.", "",
-        "| claim | what the article says | quantity | rule | mean [95 % interval] | worlds | verdict |",
-        "|---|---|---|---|---|---|---|", *lines, "",
-        "## The arms", "",
+        "| claim | what the article says | quantity | measured by | rule | mean [95 % interval] | worlds | verdict |",
+        "|---|---|---|---|---|---|---|---|", *lines, "",
+        "## The arms", "", short_dpo(load_dials()), "",
         f"Each arm starts from the same SFT policy, uses {record.settings['labels']:,} labels of the default "
         f"annotator, and ends at {record.settings['last']:g} nats from SFT (two stages: the first ends at "
         f"{record.settings['first']:g}). Means over the worlds in which the arm reached that KL. Gold and proxy are "
@@ -109,6 +114,16 @@ def page(record: Claims) -> str:
         f"| arm | worlds | {' | '.join(METRICS.values())} |", "|---" * (len(METRICS) + 2) + "|", *rows, "",
         *(["## Not measured", "", "| claim | what is missing |", "|---|---|",
            *(f"| {name} | {why} |" for name, why in record.unmeasured.items()), ""] if record.unmeasured else [])])
+
+
+def short_dpo(record: Dials) -> str:
+    """What the number of DPO's epochs does to the comparisons with it."""
+    gold, kl = record.curve("epoch", "gold"), record.curve("epoch", "kl")
+    arms, last = 2, max(gold)
+    return (f"**DPO's stages have {arms} epochs and have not converged.** With one β ([dials](dials.md)), gold is "
+            f"{gold[arms]:.2f} at {kl[arms].value:.2f} nats after {arms} epochs and {gold[last]:.2f} at "
+            f"{kl[last].value:.2f} nats after {last:g}. So the claims that compare DPO with other methods (C17, C19, "
+            "C29, C39, C43, C11) partly measure the number of epochs, and hold for this one.")
 
 
 def bound(claim: Claim) -> str:
