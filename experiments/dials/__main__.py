@@ -10,7 +10,7 @@ finished is not run again. `--record` writes `alignkit/evaluate/dials.json` and 
 import argparse
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from experiments.claims import arms, order
 from experiments.claims.arms import Size
 from experiments.dials import runs
 from experiments.dials.page import page
-from experiments.dials.rules import RULES, values
+from experiments.dials.rules import RULES, by_labels, values
 from experiments.dials.runs import PARTS, Plan, run_part
 from experiments.sweep import write_compact
 
@@ -46,6 +46,17 @@ def run(seeds: Sequence[int], folder: Path, size: Size, plan: Plan, workers: int
     return worlds
 
 
+def recorded(worlds: Mapping[int, Mapping[str, dict]], size: Size, plan: Plan) -> dict:
+    """The record: settings, claims with their statistic in each world, and the worlds' parts."""
+    fixed = ("name", "source", "original", "english", "quantity", "side", "margin")
+    return plain({
+        "command": f"python -m experiments.dials --seeds {' '.join(map(str, worlds))} --record",
+        "versions": versions(), "settings": {**size.key(), "plan": vars(plan)},
+        "claims": [{**{name: getattr(rule, name) for name in fixed}, "experiment": "dials",
+                    "worlds": values(rule, worlds)} for rule in RULES],
+        "worlds": [{"seed": seed, **parts, "labels": {"rows": by_labels(parts)}} for seed, parts in worlds.items()]})
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the parts, apply the rules, print the page."""
     parser = argparse.ArgumentParser(prog="python -m experiments.dials", description=__doc__.split("\n")[0])
@@ -59,15 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     size, plan = Size(), Plan()
     worlds = run(given.seeds, given.folder, size, plan, given.workers)
-    fixed = ("name", "source", "original", "english", "quantity", "side", "margin")
-    record = plain({
-        "command": f"python -m experiments.dials --seeds {' '.join(map(str, given.seeds))} --record",
-        "versions": versions(), "settings": {**size.key(), "plan": vars(plan)},
-        "claims": [{**{name: getattr(rule, name) for name in fixed}, "experiment": "dials",
-                    "worlds": values(rule, worlds)} for rule in RULES],
-        "worlds": {str(seed): parts for seed, parts in worlds.items()}})
     target = FILE if given.record else given.json or given.folder / "dials.json"
-    write_compact(target, record)
+    write_compact(target, recorded(worlds, size, plan))
     text = page(load_dials(target))
     if given.record:
         write_atomically(PAGE, text)

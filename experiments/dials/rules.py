@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from experiments.claims.arms import Size
 from experiments.claims.registry import GOLD, RATIO, Rule, Statistic, World
 from experiments.dials.runs import Plan, matched
 
@@ -87,6 +88,21 @@ def stopped(reference: str) -> Statistic:
 
 
 # ---- the number of labels
+def by_labels(world: World) -> list[dict[str, float | None]]:
+    """Number of labels -> gold of DPO and of PPO at the KL at which PPO with as many labels ends.
+
+    With all labels, PPO and DPO are read from their sweeps at the KL of PPO with the fewest.
+    """
+    rows = []
+    for part in (world["fewest"], world["fewer"]):
+        dpo = matched([part["sft"], *part["dpo"]], part["ppo"]["kl"])
+        rows.append({"labels": part["labels"], "kl": part["ppo"]["kl"], "dpo": dpo and dpo["gold"],
+                     "ppo": part["ppo"]["gold"]})
+    kl = world["fewest"]["ppo"]["kl"]
+    return [*rows, {"labels": Size().labels, "kl": kl, "dpo": all_labels(world, "beta"),
+                    "ppo": all_labels(world, "price")}]
+
+
 def few(world: World, arm: str) -> float | None:
     """Gold with the fewest labels, at the KL at which PPO with them ends: "dpo", "ppo" or "relay"."""
     part = world["fewest"]
