@@ -31,6 +31,7 @@ _MODULES = {
         "SPEAKERS", "demonstrator_behaviours", "demonstrator_entropy", "demonstrator_logps",
         "demonstrator_probabilities",
     ],
+    "evaluate.dials": ["Dials", "load_dials"],
     "evaluate.evaluation": ["Evaluation", "EvaluationSet", "difference", "evaluation_set", "win_rate"],
     "evaluate.failures": ["FAILURE_CHECKS", "Failures", "StoredRun", "load_failures"],
     "evaluate.readings": ["Reading", "clustered_mean", "reading", "readings_of"],
