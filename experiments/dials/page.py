@@ -25,11 +25,16 @@ nats."""
 REFERENCE = """PPO at the same price, {price:g}, with another reference, and with no price. *One block before*: after
 each block the reference becomes the policy. *Moving average*: it becomes the mean of itself and the policy."""
 
+REJECTED = """DPO at β = {beta:g} without the gradient of the rejected responses, which still decide a pair's weight,
+and the likelihood of the chosen responses alone."""
+
 LIMITS = """- PPO has {iterations} iterations here, with a learning rate that falls to 0; DPO's learning rate stays.
   That difference is part of what varies between trainings (C18).
 - Figures at a KL between two runs are interpolated, linearly in √KL.
 - The claims were not corrected for their number ({claims}): of as many true values about {chance:.0f} lie outside their
   interval by chance.
+- The best of three β (C23) is above their mean, and the last epoch below the best (C31c), by the noise of training
+  alone.
 - One annotator, one policy size: the desk world. Whether a real model is as sensitive to β is not measured."""
 
 
@@ -45,6 +50,18 @@ def curve_table(record: Dials, curve: str, name: str, metrics: dict[str, str]) -
     return table([name, *metrics.values()], [
         [f"{setting:,g}", *(f"{column[setting]:.2f}" if setting in column else "–" for column in columns.values())]
         for setting in settings])
+
+
+def rejected_table(record: Dials) -> str:
+    """A row for each treatment of the rejected responses: KL and gold."""
+    names = {"weighs": "no gradient", "ignored": "ignored"}
+    found = {name: [run for world in record.worlds.values() for run in world["rejected"]["runs"]
+                    if run["rejected"] == name] for name in names}
+    rows = [["trained (DPO)", *(f"{record.curve('beta', metric)[record.settings['plan']['beta']]:.2f}"
+                                for metric in ("kl", "gold"))]]
+    rows += [[names[name], *(f"{mean_estimate([run[metric] for run in runs]):.2f}" for metric in ("kl", "gold"))]
+             for name, runs in found.items()]
+    return table(["rejected responses", "KL, nats", "gold"], rows)
 
 
 def page(record: Dials) -> str:
@@ -74,6 +91,7 @@ def page(record: Dials) -> str:
         curve_table(record, "labels", "labels", {"kl": "KL, nats", "dpo": "gold, DPO", "ppo": "gold, PPO"}),
         "## The steps", STEPS.format(beta=plan["beta"], last=plan["epochs"][-1], promised=f"{promised:.2f}"),
         curve_table(record, "epoch", "epoch", {**figures, "loss": "loss", **shifts}),
+        "## The rejected term", REJECTED.format(beta=plan["beta"]), rejected_table(record),
         "## The reference of PPO", REFERENCE.format(price=plan["price"]), references,
         "## What this does not show", LIMITS.format(iterations=2 * plan["blocks"], claims=len(record.claims),
                                                     chance=0.05 * len(record.claims))]
