@@ -290,6 +290,18 @@ def test_the_page_has_every_verdict_and_the_command(record):
         record["C99"]
 
 
+def test_the_shipped_record_follows_from_its_worlds_by_the_rules_and_the_page_shows_it():
+    shipped = dials.load_dials()
+    assert len(shipped.worlds) >= 5 and {claim.name for claim in shipped.claims} == {rule.name for rule in rules.RULES}
+    for rule in rules.RULES:
+        claim = shipped[rule.name]
+        fixed = ("source", "original", "english", "quantity", "side", "margin")
+        assert all(getattr(claim, name) == getattr(rule, name) for name in fixed), rule.name
+        for seed, world in shipped.worlds.items():  # the file has six digits
+            assert claim.worlds[seed] == pytest.approx(rule.statistic(world), abs=2e-3), (rule.name, seed)
+    assert command.PAGE.read_text(encoding="utf-8") == page(shipped)
+
+
 def test_a_missing_record_says_how_to_make_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="python -m experiments.dials"):
         dials.load_dials(tmp_path / "none.json")
