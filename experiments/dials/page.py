@@ -30,6 +30,8 @@ and the likelihood of the chosen responses alone."""
 
 LIMITS = """- PPO has {iterations} iterations here, with a learning rate that falls to 0; DPO's learning rate stays.
   That difference is part of what varies between trainings (C18).
+- {epochs} epochs of DPO need not be convergence: the table of steps says whether loss and gold still change. The other
+  runs of DPO with all labels have two epochs.
 - Figures at a KL between two runs are interpolated, linearly in √KL.
 - The claims were not corrected for their number ({claims}): of as many true values about {chance:.0f} lie outside their
   interval by chance.
@@ -93,6 +95,6 @@ def page(record: Dials) -> str:
         curve_table(record, "epoch", "epoch", {**figures, "loss": "loss", **shifts}),
         "## The rejected term", REJECTED.format(beta=plan["beta"]), rejected_table(record),
         "## The reference of PPO", REFERENCE.format(price=plan["price"]), references,
-        "## What this does not show", LIMITS.format(iterations=2 * plan["blocks"], claims=len(record.claims),
+        "## What this does not show", LIMITS.format(iterations=2 * plan["blocks"], epochs=plan["epochs"][-1], claims=len(record.claims),
                                                     chance=0.05 * len(record.claims))]
     return "\n\n".join(parts) + "\n"
