@@ -95,6 +95,7 @@ def page(record: Dials) -> str:
         curve_table(record, "epoch", "epoch", {**figures, "loss": "loss", **shifts}),
         "## The rejected term", REJECTED.format(beta=plan["beta"]), rejected_table(record),
         "## The reference of PPO", REFERENCE.format(price=plan["price"]), references,
-        "## What this does not show", LIMITS.format(iterations=2 * plan["blocks"], epochs=plan["epochs"][-1], claims=len(record.claims),
-                                                    chance=0.05 * len(record.claims))]
+        "## What this does not show",
+        LIMITS.format(iterations=2 * plan["blocks"], epochs=plan["epochs"][-1], claims=len(record.claims),
+                      chance=0.05 * len(record.claims))]
     return "\n\n".join(parts) + "\n"
