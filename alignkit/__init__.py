@@ -33,6 +33,7 @@ _MODULES = {
         "SPEAKERS", "demonstrator_behaviours", "demonstrator_entropy", "demonstrator_logps",
         "demonstrator_probabilities",
     ],
+    "evaluate.dials": ["Dials", "load_dials"],
     "evaluate.evaluation": ["Evaluation", "EvaluationSet", "difference", "evaluation_set", "win_rate"],
     "evaluate.decision": ["DECISION_RULES", "DECISIONS", "Decision", "decide", "warnings_of"],
     "evaluate.failures": ["FAILURE_CHECKS", "Failures", "StoredRun", "load_failures"],
