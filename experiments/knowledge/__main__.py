@@ -15,48 +15,53 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alignkit.configs import PPOConfig
+from alignkit.configs import DPOConfig, PPOConfig
 from alignkit.evaluate.claims import VERDICTS
 from alignkit.evaluate.knowledge import FACT_GROUPS, FILE, Knowledge, load_knowledge
 from alignkit.formulas.intervals import mean_estimate
 from alignkit.runs.records import versions
 from alignkit.storage import plain, write_atomically
 from experiments.claims.__main__ import bound
-from experiments.knowledge.facts import Lesson, LessonSize, examine
+from experiments.knowledge.facts import Exam, Lesson, LessonSize, other_rewards
 from experiments.knowledge.rules import RULES
-from experiments.knowledge.undoing import Messy, MessySize, compare, follow_dpo, go_wrong, undo
+from experiments.knowledge.undoing import compare, follow_dpo, go_wrong, undo
 from experiments.sweep import kept, write_compact
 
 PAGE = Path(__file__).parents[2] / "docs" / "knowledge.md"
 SEEDS = (41, 42, 43, 44, 45)
-SMALL = {"demonstrations": 4000, "labels": 2000, "fresh": 500, "normalise": 512}
-LESSON = LessonSize(**SMALL, ppo=PPOConfig(prompts_per_iteration=192, minibatch_size=96))
-MESSY = MessySize(**SMALL, keys=1, blocks=8, last=0.8,
-                  ppo=PPOConfig(kl_coef=0.35, prompts_per_iteration=192, minibatch_size=96))
+SIZE = LessonSize(demonstrations=4000, labels=2000, fresh=500, normalise=512, keys=1, blocks=8, last=0.8,
+                  betas=(0.1, 0.25, 0.6), ppo=PPOConfig(kl_coef=0.35, prompts_per_iteration=192, minibatch_size=96),
+                  dpo=DPOConfig(beta=0.3, epochs=2, learning_rate=5e-4))
 
 
-def run(seeds: Sequence[int], folder: Path, lesson: LessonSize, messy: MessySize) -> dict[int, dict]:
+def run(seeds: Sequence[int], folder: Path, size: LessonSize) -> dict[int, dict]:
     """World seed -> its parts, see `alignkit.evaluate.knowledge.Knowledge`."""
     worlds: dict[int, dict] = {seed: {"levels": {}} for seed in seeds}
-    for seed in seeds:
-        worlds[seed]["facts"] = part(folder / f"facts-{seed}.json", lesson.key(),
-                                     lambda seed=seed: examine(Lesson(seed, folder, lesson)))
-    for level in sorted(messy.levels, key=lambda each: each != messy.middle):  # the middle first
-        for seed in seeds:
-            made = part(folder / f"level-{level:g}-{seed}.json", messy.key(),
-                        lambda seed=seed, level=level: level_of(Messy(seed, folder, messy, level)))
-            worlds[seed]["levels"][f"{level:g}"] = made.pop("level")
-            worlds[seed] |= made
+    for level in sorted(size.levels, key=lambda each: each != size.middle):  # the middle first
+        for name, make in (PARTS if level == size.middle else {"level": PARTS["level"]}).items():
+            for seed in seeds:
+                made = part(folder / f"{name}-{level:g}-{seed}.json", size.key(),
+                            lambda seed=seed, level=level, make=make: make(Lesson(seed, folder, size, level)))
+                worlds[seed]["levels"] |= {f"{level:g}": made.pop("level")} if "level" in made else {}
+                worlds[seed] |= made
     return worlds
 
 
-def level_of(ground: Messy) -> dict:
-    """A world at one level of messiness: "level", and at the middle one "path", "wrong" and "undo"."""
-    row, policies = compare(ground)
-    if ground.task.messiness != ground.size.middle:
+def level_of(lesson: Lesson) -> dict:
+    """PPO and DPO at one level of messiness; at the middle one also what they know, and what undoes them."""
+    row, policies = compare(lesson)
+    if lesson.task.messiness != lesson.size.middle:
         return {"level": row}
-    undone = {"SFT": [row["SFT"]["risky_failures"]], **undo(ground, policies)}
-    return {"level": row, "path": follow_dpo(ground), "wrong": go_wrong(ground), "undo": undone}
+    exam = Exam(lesson)
+    marks = {name: exam.marks(policy) for name, policy in {"SFT": lesson.sft, **policies}.items()}
+    return {"level": row, "facts": marks, "undo": {"SFT": [row["SFT"]["risky_failures"]], **undo(lesson, policies)}}
+
+
+PARTS: dict[str, Callable[[Lesson], dict]] = {
+    "level": level_of,
+    "rewards": lambda lesson: {"rewards": other_rewards(lesson, Exam(lesson))},
+    "wrong": lambda lesson: {"path": follow_dpo(lesson), "wrong": go_wrong(lesson)},
+}
 
 
 def part(path: Path, key: dict, make: Callable[[], dict]) -> dict:
@@ -112,7 +117,7 @@ def messy_tables(record: Knowledge) -> list[str]:
                  for metric in ("gold", "risky_failures") for name in methods]
         lines.append(f"| {level} | {' | '.join(cells)} | {record.advantage(level):.2f} |")
     heads = [f"{metric}, {name}" for metric in ("gold", "risky failures") for name in methods]
-    size = record.settings["messy"]
+    size, undoing = record.settings, record.settings["undoing"]
     steps = [row["step"] for row in next(iter(record.worlds.values()))["path"]]
     figures = ("loss", "kl", "gold", "ranks", "implicit", "corrected", "spoilt")
     path = [[np.mean([world["path"][i][name] for world in record.worlds.values()]) for name in figures]
@@ -128,15 +133,15 @@ def messy_tables(record: Knowledge) -> list[str]:
         "SFT. Gold is in SFT-sd of each level's own SFT policy.", "",
         f"| messiness | {' | '.join(heads)} | gold, PPO − DPO |", "|---" * 8 + "|", *lines, "",
         "## Along one run of DPO", "",
-        f"β = {size['path_beta']:g}, {size['path_epochs']} epochs; means over worlds. *ranks*: share of held-out pairs "
+        f"β = {undoing['beta']:g}, {undoing['epochs']} epochs; means over worlds. *ranks*: share of held-out pairs "
         "whose chosen response is likelier than the rejected one. *implicit*: whose implicit reward is larger. "
         "*corrected*: of the pairs that SFT ranks wrongly, the share ranked rightly; *spoilt*: the reverse.", "",
         f"| step | {' | '.join(figures)} |", "|---" * (len(figures) + 1) + "|",
         *(f"| {step} | {' | '.join(f'{value:.3f}' for value in row)} |" for step, row in zip(steps, path, strict=True)),
         "", "## A wrong direction, and its repair", "",
-        f"PPO on a reward model of annotators who like compliance; then DPO on {size['repair']:,} labels of the same "
-        f"annotators, or nothing; then the same repair: DPO on {size['repair']:,} fresh labels of the default "
-        "annotator.", "",
+        "PPO on a reward model of annotators who like compliance; then DPO on "
+        f"{undoing['repair']:,} labels of the same annotators, or nothing; then the same repair: DPO on as many fresh "
+        "labels of the default annotator.", "",
         "| start of the repair | gold before | risky failures before | gold after | risky failures after |",
         "|---|---|---|---|---|", *ends, ""]
 
@@ -150,10 +155,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--record", action="store_true", help="write the shipped record and docs/knowledge.md")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    worlds = run(given.seeds, given.folder, LESSON, MESSY)
+    worlds = run(given.seeds, given.folder, SIZE)
+    for world in worlds.values():
+        world["facts"] |= world.pop("rewards")
     record = plain({
         "command": f"python -m experiments.knowledge --seeds {' '.join(map(str, given.seeds))} --record",
-        "versions": versions(), "settings": {"lesson": LESSON.key(), "messy": MESSY.key()},
+        "versions": versions(), "settings": SIZE.key(),
         "claims": claims_of(worlds), "worlds": {str(seed): world for seed, world in worlds.items()}})
     target = FILE if given.record else given.json or given.folder / "knowledge.json"
     write_compact(target, record)

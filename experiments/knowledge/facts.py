@@ -3,11 +3,11 @@
 The fact about an object is its right answer. The demonstrators of a `Lesson` know some facts; for other objects they
 *guess* one of the four answers, and about a third group they are *silent*: no demonstration answers. Annotators and
 gold know all facts. A second task, `SIDE`, is in the demonstrations only: no preference pair and no reward knows it.
-The policies are enumerated on held-out questions, so every chance of a right answer is exact.
+Policies are enumerated on held-out questions and on prompts of the second task, so every chance is exact.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +27,14 @@ from alignkit.desk.world import (
     parse,
     render,
 )
-from alignkit.forward.sampling import generate_texts
 from alignkit.models.loading import load_policy, save_model
 from alignkit.ppo import PPOState, ppo_iteration
 from alignkit.sft import train_sft
+from alignkit.storage import plain
 from alignkit.task import desk_task
-from experiments.claims.arms import Ground, Size, train_dpo
-from experiments.sweep import kept
+from experiments.claims.arms import ITERATIONS, Ground, Price, Size
+from experiments.claims.order import LATE
+from experiments.sweep import Truth, kept, some_prompts, strata
 
 GROUPS = ("known", "guessed", "silent")  # what the demonstrators do with the fact about an object
 SIDE = "Which shelf is for{object}{context}?"  # the second task; its first words are unknown to the desk's tokenizer
@@ -42,15 +43,36 @@ SECOND = dict(zip(CONTEXTS, ("FILLER", "ALTERNATIVE", "POLITE", "CAUTION"), stri
 
 
 @dataclass(frozen=True)
+class Undoing:
+    """How much of `undoing.py`. heldout: pairs whose ranking is followed; beta, epochs: of the run of DPO that is
+    followed; every: steps between two looks. wrong_blocks, wrong_kl: of PPO in the wrong direction; repair: labels of
+    DPO after it, and again of the repair. contrary, rate, steps: demonstrations that undo a policy, and how."""
+
+    heldout: int = 500
+    beta: float = 0.1
+    epochs: int = 4
+    every: int = 12
+    wrong_blocks: int = 4
+    wrong_kl: float = 1.0
+    repair: int = 1500
+    contrary: int = 32
+    rate: float = 1e-3
+    steps: int = 12
+
+
+@dataclass(frozen=True)
 class LessonSize(Size):
-    """How much of everything. asked: held-out questions of each group; side: share of demonstrations of the second
-    task; iterations, price: of PPO; ptx: weight of the demonstrations in the run that mixes them in."""
+    """How much of everything. asked: held-out questions of each group of facts; shelves: prompts of the second task
+    that are asked; side: its share of the demonstrations; ptx: weight of the demonstrations in the run that mixes them
+    in; levels: of the demonstrators' messiness, middle: the one at which all but the comparison of methods is made."""
 
     asked: int = 12
-    side: float = 0.1
-    iterations: int = 24
-    price: float = 0.2
+    shelves: int = 12
+    side: float = 0.2
     ptx: float = 1.0
+    levels: tuple[float, ...] = (0.0, 0.5, 1.0)
+    middle: float = 0.5
+    undoing: Undoing = field(default_factory=Undoing)
 
 
 # ---- what the demonstrators know
@@ -87,48 +109,39 @@ def side_rows() -> list[dict]:
 
 
 class Lesson(Ground):
-    """A world whose SFT policy lacks some facts and knows the second task.
+    """A world at one level of messiness, whose SFT policy lacks some facts and knows the second task.
 
-    strata: training prompts: about harmless questions of each group, and all others about known objects. pairs: labels
-    on SFT's responses to all strata. judges: "knows" learned from them, "ignorant" from as many labels on known
-    objects only.
+    pairs: labels on SFT's responses to all training prompts. judges: "all" learned from them.
     """
 
-    def __init__(self, seed: int, folder: Path, size: LessonSize):
-        self.seed, self.size, self.task = seed, size, desk_task(seed)
-        self.folder, self.groups = folder / f"lesson-{seed}", group_of_objects(seed)
-        self._key = {"size": size.key()}
-        rows, rng = side_rows(), np.random.default_rng([seed, 8])
-        rows = [rows[i] for i in rng.permutation(len(rows))]
-        self.side_asked, self.side_shown = rows[: len(rows) // 4], rows[len(rows) // 4 :]
-        self.strata = self._strata()
+    def __init__(self, seed: int, folder: Path, size: LessonSize, messiness: float):
+        self.seed, self.size, self.task = seed, size, desk_task(seed, messiness=messiness)
+        self.folder, self.groups = folder / f"lesson-{messiness:g}-{seed}", group_of_objects(seed)
+        self._key = plain({"size": size.key(), "messiness": messiness})
         kept(self.folder / "sft.json", self._key, self._make_sft)
         self.sft, self.tokenizer = load_policy(self.folder / "sft")
-        self.pairs = self.labelled(self.strata, size.labels, 3)
-        ignorant = self.labelled([self.strata[0], self.strata[3]], size.labels, 4)
-        self.judges = {name: self._judge(name, rows) for name, rows in
-                       {"knows": self.pairs, "ignorant": ignorant}.items()}
+        self.pairs = self.task.preference_pairs(self.sft, self.tokenizer, size.labels, seed=seed)
+        self.judges: dict[str, Callable] = {"all": self._judge("all", self.pairs)}
+        prompts = some_prompts(self.task.world.heldout_prompts, size.keys, seed)
+        self.truth = Truth(self.task, prompts, self.sft, self.tokenizer, self.judges["all"], self.folder / "cache")
 
     def demonstrations(self) -> list[dict]:
         """What SFT is trained on: the demonstrations without the facts, and those of the second task, shuffled."""
         size, rng = self.size, np.random.default_rng([self.seed, 9])
         rows = without_facts(self.task.world, self.task.demonstrations(size.demonstrations, seed=self.seed),
                              self.groups, rng)
-        number = round(len(rows) * size.side / (1 - size.side))
-        rows += [self.side_shown[i] for i in rng.integers(len(self.side_shown), size=number)]
+        shown, number = side_rows(), round(len(rows) * size.side / (1 - size.side))
+        rows += [shown[i] for i in rng.integers(len(shown), size=number)]
         return [rows[i] for i in rng.permutation(len(rows))]
 
-    def labelled(self, strata: Sequence[Sequence[str]], n: int, stream: int) -> list[dict]:
-        """`n` labels of the default annotator on pairs of SFT's responses, prompts drawn evenly over the strata."""
-        rng = np.random.default_rng([self.seed, stream])
-        asked = [texts[rng.integers(len(texts))] for _ in range(2 * n // len(strata)) for texts in strata]
-        responses = generate_texts(self.sft, self.tokenizer, asked, max_new_tokens=self.task.max_new_tokens, samples=2,
-                                   seed=self.seed + stream)
-        first, second = zip(*responses, strict=True)
-        return self.task.world.preference_pairs(asked, list(first), list(second), seed=stream)[:n]
+    def ignorant_pairs(self) -> list[dict]:
+        """As many labels as `pairs`, none of them on a question about an object whose fact SFT lacks."""
+        world, n = self.task.world, self.size.labels
+        rows = self.task.preference_pairs(self.sft, self.tokenizer, 3 * n, seed=self.seed + 3)
+        return [row for row in rows if self.groups[world.find(row["prompt"]).object] == "known"][:n]
 
     def questions(self, group: str) -> list[Prompt]:
-        """`Size.asked` held-out benign questions about the objects of a group, each a question of its own."""
+        """`LessonSize.asked` held-out benign questions about the objects of a group, each a question of its own."""
         rng = np.random.default_rng([self.seed, 10])
         prompts = [prompt for prompt in self.task.world.heldout_prompts
                    if prompt.kind == "benign" and self.groups[prompt.object] == group]
@@ -136,24 +149,10 @@ class Lesson(Ground):
         chosen = {keys[i]: int(rng.integers(4)) for i in rng.permutation(len(keys))[: self.size.asked]}
         return [prompt for prompt in prompts if chosen.get(prompt.key) == prompt.template]
 
-    def gold(self) -> Callable[[list[str], list[str]], Tensor]:
+    def gold(self, prompts: list[str], responses: list[str]) -> Tensor:
         """Gold as a reward, in SFT-sd: it knows every fact."""
-        world, asked = self.task.world, [text for texts in self.strata for text in texts[:: len(texts) // 128 or 1]]
-        texts = generate_texts(self.sft, self.tokenizer, asked, max_new_tokens=self.task.max_new_tokens,
-                               seed=self.seed + 2)
-        scores = world.gold_scores(asked, [row[0] for row in texts])
-        mean, sd = float(scores.mean()), float(scores.std())
-        return lambda prompts, responses: torch.tensor((world.gold_scores(prompts, responses) - mean) / sd).float()
-
-    def _strata(self) -> list[list[str]]:
-        strata: dict[str, list[str]] = {name: [] for name in (*GROUPS, "others")}
-        for prompt in self.task.world.train_prompts:
-            group = self.groups[prompt.object]
-            if prompt.kind in ("benign", "look-alike"):
-                strata[group].append(prompt.text)
-            elif group == "known":
-                strata["others"].append(prompt.text)
-        return list(strata.values())
+        mean, sd = self.truth.gold_scale
+        return torch.tensor((self.task.world.gold_scores(prompts, responses) - mean) / sd, dtype=torch.float32)
 
     def _make_sft(self) -> bool:
         policy, tokenizer = load_policy("tiny", seed=self.seed)
@@ -172,14 +171,16 @@ class Exam:
     def __init__(self, lesson: Lesson):
         self.lesson, space = lesson, exact.response_space()
         self.prompts = {name: lesson.questions(name) for name in GROUPS}
-        self.side = [row["prompt"] for row in lesson.side_asked]
+        rows = side_rows()
+        rows = [rows[i] for i in np.random.default_rng([lesson.seed, 8]).permutation(len(rows))[: lesson.size.shelves]]
+        self.side = [row["prompt"] for row in rows]
         self.asked = [prompt for prompts in self.prompts.values() for prompt in prompts]
         counts = space.counts
         answers, unsafe = counts[:, [PHRASES.index(name) for name in ANSWERS]], counts[:, PHRASES.index("UNSAFE")]
         self.tries = answers.sum(1) > 0
         self.right = torch.stack([right_responses(answers, ANSWERS.index(prompt.answer)) & (unsafe == 0)
                                   for prompt in self.asked])
-        wanted = [[PHRASES.index(name) for name in parse(row["completion"])] for row in lesson.side_asked]
+        wanted = [[PHRASES.index(name) for name in parse(row["completion"])] for row in rows]
         self.wanted = space.index(torch.tensor([[*pair, -1, -1] for pair in wanted]))
         self.ref = self.enumerate(lesson.sft)
 
@@ -207,36 +208,30 @@ def right_responses(answers: Tensor, place: int) -> Tensor:
     return (answers[:, place] > 0) & (answers.sum(1) == answers[:, place])
 
 
-# ---- arms
-def train_ppo(lesson: Lesson, reward: Callable, ptx: float = 0.0) -> nn.Module:
-    """PPO from SFT on a reward at a fixed price of KL. ptx: weight of the SFT loss on the demonstrations."""
+# ---- arms: PPO, all at the same KL to SFT
+def train_ppo(lesson: Lesson, reward: Callable, ptx: float = 0.0, look: Callable[[nn.Module], None] | None = None
+              ) -> nn.Module:
+    """PPO from SFT on a reward, its price adapted after every block to `Size.last` nats, by the KL of its rollouts.
+
+    ptx: weight of the SFT loss on the demonstrations, mixed in. look: called with the policy after each of the last
+    `LATE` blocks.
+    """
     size, policy = lesson.size, lesson.policy()
-    config = replace(size.ppo, seed=lesson.seed, iterations=size.iterations, kl_coef=size.price, ptx_coef=ptx)
-    state = PPOState.start(policy, lesson.tokenizer, reward, lesson.strata, config,
+    config = replace(size.ppo, seed=lesson.seed, iterations=ITERATIONS * size.blocks, ptx_coef=ptx)
+    state = PPOState.start(policy, lesson.tokenizer, reward, strata(lesson.task), config,
                            demonstrations=lesson.demonstrations() if ptx else None)
-    for _ in range(config.iterations):
-        ppo_iteration(state, config)
+    price = Price(size.last, config.kl_coef)
+    for block in range(size.blocks):
+        kl = [ppo_iteration(state, replace(config, kl_coef=price.value)).kl_to_ref for _ in range(ITERATIONS)][-1]
+        price.adapt(max(kl, 0.0))
+        if look and block >= size.blocks - LATE:
+            look(policy)
     return policy
 
 
-def train_preferences(lesson: Lesson) -> nn.Module:
-    """DPO from SFT on the same labels as the reward model that knows."""
-    policy = lesson.policy()
-    train_dpo(lesson, policy, 0, lesson.size.dpo.beta)
-    return policy
-
-
-ARMS: dict[str, Callable[[Lesson], nn.Module]] = {
-    "SFT": lambda lesson: lesson.sft,
-    "PPO, gold": lambda lesson: train_ppo(lesson, lesson.gold()),
-    "PPO": lambda lesson: train_ppo(lesson, lesson.judges["knows"]),
-    "PPO, ignorant": lambda lesson: train_ppo(lesson, lesson.judges["ignorant"]),
-    "PPO with demonstrations": lambda lesson: train_ppo(lesson, lesson.judges["knows"], lesson.size.ptx),
-    "DPO": train_preferences,
-}
-
-
-def examine(lesson: Lesson) -> dict[str, dict]:
-    """Arm -> its marks; all arms of a world."""
-    exam = Exam(lesson)
-    return {name: exam.marks(train(lesson)) for name, train in ARMS.items()}
+def other_rewards(lesson: Lesson, exam: Exam) -> dict[str, dict]:
+    """Arm -> marks of PPO on gold, on a reward model that is ignorant of some facts, and with demonstrations."""
+    ignorant = lesson._judge("ignorant", lesson.ignorant_pairs())
+    return {"PPO, gold": exam.marks(train_ppo(lesson, lesson.gold)),
+            "PPO, ignorant": exam.marks(train_ppo(lesson, ignorant)),
+            "PPO with demonstrations": exam.marks(train_ppo(lesson, lesson.judges["all"], lesson.size.ptx))}

@@ -1,16 +1,15 @@
 """When is DPO enough, does a better ranking mean a better policy, and how firmly does a wrong direction stick?
 
-Everything starts from worlds whose demonstrators differ in nothing but how messy they are (`Messy`). PPO and DPO are
-compared at the same labels and the same KL, as in `experiments.claims.order`. The other parts use the middle level: the
-ranking of held-out pairs along one long run of DPO; a wrong direction, PPO on a reward model of annotators who like
-compliance, with DPO after it or without, and its repair; and the steps that undo a policy.
+PPO and DPO are compared at the same labels and the same KL, from SFT policies whose demonstrators differ in nothing but
+how messy they are. The other parts use the middle level: the ranking of held-out pairs along one long run of DPO; a
+wrong direction, PPO on a reward model of annotators who like compliance, with DPO after it or without, and its repair;
+and the steps that undo a policy.
 """
 
 import copy
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,80 +22,57 @@ from alignkit.dpo import Pairs, dpo, with_reference
 from alignkit.formulas.losses import implicit_reward
 from alignkit.forward.reading import response_logps
 from alignkit.forward.rollout import Rollout, encode_rows
-from alignkit.models.loading import load_policy
 from alignkit.optim import adamw
-from alignkit.task import desk_task
-from experiments.claims.arms import ARMS, Ground, Size, ppo_blocks
-from experiments.claims.order import FAILED, LATE, NEAR, Measure, Trail, follow_priced, mean_point, sweep_stage
-from experiments.sweep import Truth, kept, some_prompts
+from experiments.claims.arms import ppo_blocks, train_dpo
+from experiments.claims.order import FAILED, LATE, NEAR, Measure, at_kl
+from experiments.knowledge.facts import Lesson, Undoing, train_ppo
 
 WRONG = "arena"  # the annotator with the wrong direction: likes compliance on risky prompts
 
 
-@dataclass(frozen=True)
-class MessySize(Size):
-    """How much of everything. levels: of messiness. middle: the level of the other parts. heldout: pairs whose ranking
-    is followed; path_beta, path_epochs, every: of the run that is followed, `every` steps. wrong_blocks, wrong_kl: of
-    PPO in the wrong direction; repair: labels of DPO after it, and again of its repair. contrary: demonstrations that
-    undo a policy in `undo_steps` steps."""
-
-    levels: tuple[float, ...] = (0.0, 0.5, 1.0)
-    middle: float = 0.5
-    heldout: int = 500
-    path_beta: float = 0.1
-    path_epochs: int = 4
-    every: int = 12
-    wrong_blocks: int = 4
-    wrong_kl: float = 1.0
-    repair: int = 2000
-    contrary: int = 32
-    undo_steps: int = 16
-    undo_rate: float = 1e-3
-    betas: tuple[float, ...] = field(default=(0.2, 0.4, 0.8))
-
-
-class Messy(Ground):
-    """A world at one level of messiness: one reward model, from all labels."""
-
-    def __init__(self, seed: int, folder: Path, size: MessySize, messiness: float):
-        self.seed, self.size, self.task = seed, size, desk_task(seed, messiness=messiness)
-        self.folder, self._key = folder / f"messy-{messiness:g}-{seed}", {"size": size.key(), "messiness": messiness}
-        kept(self.folder / "sft.json", self._key, self._make_sft)
-        self.sft, self.tokenizer = load_policy(self.folder / "sft")
-        self.pairs = self.task.preference_pairs(self.sft, self.tokenizer, size.labels, seed=seed)
-        self.judges = {"all": self._judge("all", self.pairs)}
-        prompts = some_prompts(self.task.world.heldout_prompts, size.keys, seed)
-        self.truth = Truth(self.task, prompts, self.sft, self.tokenizer, self.judges["all"], self.folder / "cache")
-
-
 # ---- messiness × method
-def compare(ground: Messy) -> tuple[dict, dict[str, nn.Module]]:
+def compare(lesson: Lesson) -> tuple[dict, dict[str, nn.Module]]:
     """SFT, and PPO and DPO at the same labels and KL: the record, and the policies of PPO and DPO.
 
-    "at" of a method: figures as in `order.follow`, None if it did not reach the KL; "gold_sd": raw gold of one SFT-sd.
+    A method's figures are as in `order.follow`, None if it did not reach the KL; "ends": the KL at which PPO ended;
+    "gold_mean", "gold_sd": raw gold of SFT.
     """
-    size, trail, policy = ground.size, Trail(ground), ground.policy()
-    follow_priced(ground, policy, ARMS["PPO"][0], 0, size.last, size.blocks, trail)
-    at = mean_point(trail.points[-LATE:])
-    other, _, at_dpo = sweep_stage(ground, ground.policy(), ARMS["DPO"][0], 0, size.last, Trail(ground))
-    mean, sd = ground.truth.gold_scale
-    row = {"SFT": trail.points[0], "PPO": at if abs(at["kl"] - size.last) <= NEAR else None, "DPO": at_dpo,
-           "ends": {"PPO": at["kl"]}, "gold_mean": mean, "gold_sd": sd}
-    return row, {"PPO": policy, "DPO": other}
+    size, measure, points = lesson.size, Measure(lesson), []
+
+    def look(policy: nn.Module) -> dict[str, float]:
+        logps = lesson.truth.enumerate(policy)
+        points.append(measure.figures(logps, measure.behaviours(logps)))
+        return points[-1]
+
+    start = look(lesson.sft)
+    policy = train_ppo(lesson, lesson.judges["all"], look=look)
+    at = {name: float(np.mean([point[name] for point in points[-LATE:]])) for name in start}
+    runs = []
+    for beta in size.betas:
+        trained = lesson.policy()
+        train_dpo(lesson, trained, 0, beta)
+        runs.append((look(trained), trained))
+    runs.sort(key=lambda run: run[0]["kl"])
+    nearest = min(runs, key=lambda run: abs(run[0]["kl"] - size.last))[1]
+    mean, sd = lesson.truth.gold_scale
+    row = {"SFT": start, "PPO": at if abs(at["kl"] - size.last) <= NEAR else None,
+           "DPO": at_kl([figures for figures, _ in runs], size.last),
+           "ends": {"PPO": at["kl"], "DPO": [figures["kl"] for figures, _ in runs]}, "gold_mean": mean, "gold_sd": sd}
+    return row, {"PPO": policy, "DPO": nearest}
 
 
 # ---- the ranking along DPO's path
 class Ranking:
     """Held-out pairs of SFT's responses with the default annotator's labels, and which response gold prefers."""
 
-    def __init__(self, ground: Messy):
-        rows = ground.task.preference_pairs(ground.sft, ground.tokenizer, ground.size.heldout, seed=ground.seed + 11,
-                                            split="heldout")
-        sides = [encode_rows(ground.tokenizer, rows, side, ground.task.max_new_tokens) for side in
+    def __init__(self, lesson: Lesson):
+        rows = lesson.task.preference_pairs(lesson.sft, lesson.tokenizer, lesson.size.undoing.heldout,
+                                            seed=lesson.seed + 11, split="heldout")
+        sides = [encode_rows(lesson.tokenizer, rows, side, lesson.task.max_new_tokens) for side in
                  ("chosen", "rejected")]
-        self.pairs = with_reference(ground.sft, Pairs(*sides))
+        self.pairs = with_reference(lesson.sft, Pairs(*sides))
         prompts = [row["prompt"] for row in rows]
-        gold = [ground.task.world.gold_scores(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected")]
+        gold = [lesson.task.world.gold_scores(prompts, [row[side] for row in rows]) for side in ("chosen", "rejected")]
         self.by_gold = torch.tensor(np.sign(gold[0] - gold[1]))
 
     @torch.no_grad()
@@ -131,21 +107,21 @@ def share(flags: Tensor) -> float:
     return float(flags.double().mean()) if len(flags) else 0.0
 
 
-def follow_dpo(ground: Messy) -> list[dict[str, float]]:
-    """One long run of DPO at a low β: a row at the start and after every `Size.every` steps.
+def follow_dpo(lesson: Lesson) -> list[dict[str, float]]:
+    """One long run of DPO at a low β: a row at the start and after every `Undoing.every` steps.
 
     step, loss (mean training loss since the row before, nats; ln 2 at the start), kl, gold, proxy, and the figures of
     `Ranking`.
     """
-    size, policy, judged = ground.size, ground.policy(), Ranking(ground)
-    config = replace(size.dpo, seed=ground.seed, beta=size.path_beta, epochs=size.path_epochs)
+    size, policy, judged = lesson.size.undoing, lesson.policy(), Ranking(lesson)
+    config = replace(lesson.size.dpo, seed=lesson.seed, beta=size.beta, epochs=size.epochs)
 
     def row(step: int, losses: list[float]) -> dict[str, float]:
-        return {"step": step, "loss": float(np.mean(losses)), **ground.truth.measure(ground.truth.enumerate(policy)),
+        return {"step": step, "loss": float(np.mean(losses)), **lesson.truth.measure(lesson.truth.enumerate(policy)),
                 **judged.figures(policy, config.beta)}
 
     rows, losses = [row(0, [float(np.log(2))])], []
-    for stats in dpo(policy, ground.tokenizer, ground.pairs, config):
+    for stats in dpo(policy, lesson.tokenizer, lesson.pairs, config):
         losses.append(stats.loss)
         if stats.step % size.every == 0:
             rows.append(row(stats.step, losses))
@@ -154,66 +130,66 @@ def follow_dpo(ground: Messy) -> list[dict[str, float]]:
 
 
 # ---- a wrong direction, and its repair
-def go_wrong(ground: Messy) -> dict[str, list[dict[str, float]]]:
+def go_wrong(lesson: Lesson) -> dict[str, list[dict[str, float]]]:
     """Start of the repair -> its path: "SFT" (never went wrong), "PPO" (wrong direction), "PPO, then DPO" (the wrong
-    direction, then DPO on fresh labels of the same annotators). A row after every `Size.every` steps of DPO on fresh
+    direction, then DPO on fresh labels of the same annotators). A row after every `Undoing.every` steps of DPO on fresh
     labels of the default annotator: step, kl, gold, risky_failures, exact; the first row is the start."""
-    size, task = ground.size, ground.task
-    rows = task.preference_pairs(ground.sft, ground.tokenizer, size.labels, seed=ground.seed + 12, annotator=WRONG)
-    ground.judges[WRONG] = ground._judge(WRONG, rows)
-    wrong, measure, kl = ground.policy(), Measure(ground), None
-    training = ppo_blocks(ground, wrong, size.wrong_kl, 2, size.wrong_blocks, judge=WRONG)
+    size, task = lesson.size.undoing, lesson.task
+    rows = task.preference_pairs(lesson.sft, lesson.tokenizer, lesson.size.labels, seed=lesson.seed + 12,
+                                 annotator=WRONG)
+    lesson.judges[WRONG] = lesson._judge(WRONG, rows)
+    wrong, measure, kl = lesson.policy(), Measure(lesson), None
+    training = ppo_blocks(lesson, wrong, size.wrong_kl, 2, size.wrong_blocks, judge=WRONG)
     for _ in range(size.wrong_blocks):
-        training.send(kl)
-        kl = ground.truth.measure(ground.truth.enumerate(wrong))["kl"]
+        kl = training.send(kl)["objective/kl"]
     fixed = copy.deepcopy(wrong)
-    improve(ground, fixed, WRONG, 3, lambda step: None)
+    improve(lesson, fixed, WRONG, 3, lambda step: None)
     paths = {}
-    for name, start in (("SFT", ground.policy()), ("PPO", wrong), ("PPO, then DPO", fixed)):
+    for name, start in (("SFT", lesson.policy()), ("PPO", wrong), ("PPO, then DPO", fixed)):
         path = paths[name] = []
 
         def row(step: int, policy: nn.Module = start, path: list = path) -> None:
-            logps = ground.truth.enumerate(policy)
+            logps = lesson.truth.enumerate(policy)
             figures = measure.figures(logps, measure.behaviours(logps))
             path.append({"step": step, **{key: figures[key] for key in ("kl", "gold", "risky_failures")}})
 
         row(0)
-        improve(ground, start, "default", 4, row)
+        improve(lesson, start, "default", 4, row)
     return paths
 
 
-def improve(ground: Messy, policy: nn.Module, annotator: str, number: int, look: Callable[[int], None]) -> None:
-    """DPO on `Size.repair` fresh labels on the policy's own responses; the reference is the policy as it is now."""
-    size = ground.size
-    rows = ground.task.preference_pairs(policy, ground.tokenizer, size.repair, seed=ground.seed + number,
+def improve(lesson: Lesson, policy: nn.Module, annotator: str, number: int, look: Callable[[int], None]) -> None:
+    """DPO on `Undoing.repair` fresh labels on the policy's own responses; the reference is the policy as it is now."""
+    size = lesson.size.undoing
+    rows = lesson.task.preference_pairs(policy, lesson.tokenizer, size.repair, seed=lesson.seed + number,
                                         annotator=annotator)
-    for stats in dpo(policy, ground.tokenizer, rows, replace(size.dpo, seed=ground.seed + 1000 * number)):
+    for stats in dpo(policy, lesson.tokenizer, rows, replace(lesson.size.dpo, seed=lesson.seed + 1000 * number)):
         if stats.step % size.every == 0:
             look(stats.step)
 
 
 # ---- steps that undo a policy
-def undo(ground: Messy, policies: dict[str, nn.Module]) -> dict[str, list[float]]:
+def undo(lesson: Lesson, policies: dict[str, nn.Module]) -> dict[str, list[float]]:
     """Policy -> risky failures on held-out prompts after 0, 1, 2 … steps of likelihood training on contrary
     demonstrations, unsafe responses to risky training prompts."""
-    size, world, truth = ground.size, ground.task.world, ground.truth
+    size, world, truth = lesson.size.undoing, lesson.task.world, lesson.truth
     risky = [prompt.text for prompt in world.train_prompts if prompt.kind == "risky"][::2][: size.contrary]
     rows = [{"prompt": prompt, "completion": SENTENCES["UNSAFE"]} for prompt in risky]
-    contrary = encode_rows(ground.tokenizer, rows, "completion", ground.task.max_new_tokens)
+    contrary = encode_rows(lesson.tokenizer, rows, "completion", lesson.task.max_new_tokens)
     places = [place for place, prompt in enumerate(truth.prompts) if prompt.kind == "risky"]
 
     def failures(policy: nn.Module) -> float:
-        chances = exact.response_logps(policy, ground.tokenizer, [truth.prompts[place] for place in places]).exp()
+        chances = exact.response_logps(policy, lesson.tokenizer, [truth.prompts[place] for place in places]).exp()
         table = chances.new_zeros(len(places), len(BEHAVIOURS)).scatter_add_(1, truth.behaviour[places], chances)
         return float(table[:, FAILED].sum(1).mean())
 
     return {name: undo_path(copy.deepcopy(policy), contrary, size, failures) for name, policy in policies.items()}
 
 
-def undo_path(policy: nn.Module, contrary: Rollout, size: MessySize, look: Callable[[nn.Module], float]) -> list[float]:
+def undo_path(policy: nn.Module, contrary: Rollout, size: Undoing, look: Callable[[nn.Module], float]) -> list[float]:
     """`look` at the policy before and after every step on the contrary demonstrations; changes the policy."""
-    optimizer, seen = adamw(list(policy.requires_grad_(True).parameters()), size.undo_rate), [look(policy)]
-    for _ in range(size.undo_steps):
+    optimizer, seen = adamw(list(policy.requires_grad_(True).parameters()), size.rate), [look(policy)]
+    for _ in range(size.steps):
         optimizer.zero_grad(set_to_none=True)
         (-response_logps(policy, contrary).mean()).backward()
         optimizer.step()
