@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alignkit.configs import DPOConfig, PPOConfig
+from alignkit.configs import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from alignkit.evaluate.claims import VERDICTS
 from alignkit.evaluate.knowledge import FACT_GROUPS, FILE, Knowledge, load_knowledge
 from alignkit.formulas.intervals import mean_estimate
@@ -29,9 +29,11 @@ from experiments.sweep import kept, write_compact
 
 PAGE = Path(__file__).parents[2] / "docs" / "knowledge.md"
 SEEDS = (41, 42, 43, 44, 45)
-SIZE = LessonSize(demonstrations=4000, labels=2000, fresh=500, normalise=512, keys=1, blocks=8, last=0.8,
-                  betas=(0.1, 0.25, 0.6), ppo=PPOConfig(kl_coef=0.35, prompts_per_iteration=192, minibatch_size=96),
-                  dpo=DPOConfig(beta=0.3, epochs=2, learning_rate=5e-4))
+SIZE = LessonSize(
+    demonstrations=6000, labels=4000, fresh=500, normalise=512, keys=1, blocks=8, last=0.8, betas=(0.15, 0.4, 1.0),
+    sft=SFTConfig(batch_size=128), reward=RewardConfig(batch_size=64),
+    ppo=PPOConfig(kl_coef=0.35, prompts_per_iteration=192, minibatch_size=96),
+    dpo=DPOConfig(beta=0.3, epochs=2, learning_rate=5e-4))
 
 
 def run(seeds: Sequence[int], folder: Path, size: LessonSize) -> dict[int, dict]:
