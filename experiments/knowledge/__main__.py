@@ -30,7 +30,7 @@ from experiments.sweep import kept, write_compact
 PAGE = Path(__file__).parents[2] / "docs" / "knowledge.md"
 SEEDS = (41, 42, 43, 44, 45)
 SIZE = LessonSize(
-    demonstrations=6000, labels=4000, fresh=500, normalise=512, keys=1, blocks=8, last=0.8, betas=(0.15, 0.4, 1.0),
+    demonstrations=4500, labels=3000, fresh=500, normalise=256, keys=1, blocks=8, last=0.8, betas=(0.15, 0.4, 1.0),
     sft=SFTConfig(batch_size=128), reward=RewardConfig(batch_size=64),
     ppo=PPOConfig(kl_coef=0.35, prompts_per_iteration=192, minibatch_size=96),
     dpo=DPOConfig(beta=0.3, epochs=2, learning_rate=5e-4))
@@ -113,7 +113,7 @@ def messy_tables(record: Knowledge) -> list[str]:
     """Messiness × method, DPO's path, and the repair."""
     levels, methods = next(iter(record.worlds.values()))["levels"], ("SFT", "PPO", "DPO")
     lines = []
-    for level in levels:
+    for level in sorted(levels, key=float):
         rows = {name: [world["levels"][level][name] for world in record.worlds.values()] for name in methods}
         cells = [f"{mean_estimate([row[metric] for row in rows[name] if row]):.2f}" if any(rows[name]) else "–"
                  for metric in ("gold", "risky_failures") for name in methods]
