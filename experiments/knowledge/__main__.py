@@ -8,6 +8,7 @@ results. What is finished is not run again. `--record` writes `alignkit/evaluate
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,11 +40,12 @@ SIZE = LessonSize(
 def run(seeds: Sequence[int], folder: Path, size: LessonSize) -> dict[int, dict]:
     """World seed -> its parts, see `alignkit.evaluate.knowledge.Knowledge`."""
     worlds: dict[int, dict] = {seed: {"levels": {}} for seed in seeds}
+    lesson = functools.cache(lambda seed, level: Lesson(seed, folder, size, level))
     for level in sorted(size.levels, key=lambda each: each != size.middle):  # the middle first
         for name, make in (PARTS if level == size.middle else {"level": PARTS["level"]}).items():
             for seed in seeds:
                 made = part(folder / f"{name}-{level:g}-{seed}.json", size.key(),
-                            lambda seed=seed, level=level, make=make: make(Lesson(seed, folder, size, level)))
+                            lambda seed=seed, level=level, make=make: make(lesson(seed, level)))
                 worlds[seed]["levels"] |= {f"{level:g}": made.pop("level")} if "level" in made else {}
                 worlds[seed] |= made
     return worlds
