@@ -154,12 +154,12 @@ def test_gold_is_a_reward_in_sft_sd(lesson):
 
 
 def test_all_parts_of_a_world_give_every_rule_a_number(lesson):
-    world = {"levels": {}}
+    world = {"levels": {}, "facts": {}}
     for make in lab.PARTS.values():
         made = make(lesson)
         world["levels"] |= {f"{level:g}": made["level"] for level in TINY.levels if "level" in made}
+        world["facts"] |= made.pop("facts", {})
         world |= made
-    world["facts"] |= world["rewards"]
     assert set(world["facts"]) == {"SFT", "PPO", "DPO", "PPO, gold", "PPO, ignorant", "PPO with demonstrations"}
     assert set(world["wrong"]) == {"SFT", "PPO", "PPO, then DPO"} and len(world["undo"]["PPO"]) == 3
     assert [row["step"] for row in world["wrong"]["SFT"]] == [0, 2]
@@ -177,6 +177,25 @@ def test_a_part_that_is_kept_is_not_made_again_unless_the_size_changes(tmp_path)
     for size in (TINY, TINY, replace(TINY, blocks=4)):
         lab.part(tmp_path / "part.json", size.key(), lambda: made.append(1) or {"level": 1})
     assert len(made) == 2
+
+
+def test_what_is_not_finished_in_all_worlds_is_left_out_and_its_claims_are_not_measured(tmp_path):
+    for seed, name in itertools.product((1, 2), lab.parts_of(TINY)):
+        if (seed, name) != (2, "wrong-0.5"):
+            made = {"level": {"PPO": None, "DPO": None}} if name.startswith("level") else {"facts": {"PPO, gold": {}}}
+            lab.part(tmp_path / f"{name}-{seed}.json", TINY.key(), lambda made=made: made)
+    worlds = lab.run((1, 2), tmp_path, TINY, finished=True)
+    assert worlds[1]["parts"] == worlds[2]["parts"] == ["level-0.5", "rewards-0.5", "level-0", "level-1"]
+    assert set(worlds[1]["levels"]) == {"0.5", "0", "1"} and list(worlds[2]["facts"]) == ["PPO, gold"]
+    kept = [{**world, "parts": ["level-0", "level-1"]} for world in worlds.values()]
+    rows, missing = lab.claims_of(dict(enumerate(kept)))
+    assert [row["name"] for row in rows] == ["C41", "C41b", "C41c"] and rows[0]["worlds"] == {"0": None, "1": None}
+    assert missing["C36"] == "needs wrong-0.5" and missing["C3b"] == "needs level-0.5, rewards-0.5"
+    assert len(rows) + len(missing) == len(rules.RULES)
+
+
+def test_every_rule_needs_parts_that_exist():
+    assert {part for rule in rules.RULES for part in rule.needs} == set(lab.parts_of(lab.SIZE))
 
 
 # ---- rules and record
@@ -203,11 +222,13 @@ def test_rules_worked_by_hand():
 def test_the_record_and_the_page_agree_with_the_rules():
     record = load_knowledge()
     fixed = ("name", "source", "original", "english", "quantity", "side", "experiment")
+    made = [rule for rule in rules.RULES if all(record.has(part) for part in rule.needs)]
     assert [[getattr(claim, name) for name in fixed] for claim in record.claims] == [
-        [getattr(rule, name) for name in fixed] for rule in rules.RULES]
-    assert [claim.margin for claim in record.claims] == pytest.approx([rule.margin for rule in rules.RULES], 1e-5)
+        [getattr(rule, name) for name in fixed] for rule in made]
+    assert [claim.margin for claim in record.claims] == pytest.approx([rule.margin for rule in made], 1e-5)
+    assert set(record.unmeasured) == {rule.name for rule in rules.RULES} - {rule.name for rule in made}
     assert len(record.worlds) >= 5 and {claim.verdict for claim in record.claims} <= set(VERDICTS)
-    for rule in rules.RULES:
+    for rule in made:
         again = {seed: rule.statistic(world) for seed, world in record.worlds.items()}
         assert record[rule.name].worlds == pytest.approx(again, abs=1e-4), rule.name
     assert lab.PAGE.read_text(encoding="utf-8") == lab.page(record)

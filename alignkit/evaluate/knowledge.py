@@ -40,11 +40,12 @@ def share_of_right(marks: Mapping[str, Mapping[str, Sequence[float]]], group: st
 class Knowledge:
     """The record. command, versions, settings: how it was made. claims: with the rules fixed before the run.
 
-    worlds: world seed -> its parts. "facts": arm -> marks: "right" and "tried" (group -> chance of each question),
-    "kl" (group or "side" -> nats to SFT), "side" (chance of the right response to each prompt of the second task).
+    worlds: world seed -> its record. "parts": the parts that were made. "facts": arm -> marks: "right" and "tried"
+    (group -> chance of each question), "kl" (group or "side" -> nats to SFT), "side" (chance of the right response to
+    each prompt of the second task).
     "levels": messiness -> "SFT", "PPO", "DPO": figures at the same KL, None if a method missed it. "path": rows along
     one long run of DPO. "wrong": start of a repair -> rows along it. "undo": policy -> risky failures after 0, 1 …
-    steps on contrary demonstrations.
+    steps on contrary demonstrations. unmeasured: name of a claim -> which part it still needs.
     """
 
     command: str
@@ -52,6 +53,7 @@ class Knowledge:
     settings: dict
     claims: tuple[Claim, ...]
     worlds: dict[int, dict]
+    unmeasured: dict[str, str]
 
     def __getitem__(self, name: str) -> Claim:
         """The claim of this name. Raises KeyError that lists the names."""
@@ -59,6 +61,10 @@ class Knowledge:
             if claim.name == name:
                 return claim
         raise KeyError(f"{name!r}, expected one of {', '.join(claim.name for claim in self.claims)}")
+
+    def has(self, part: str) -> bool:
+        """Whether a part, such as "wrong-0.5", was made in every world."""
+        return all(part in world["parts"] for world in self.worlds.values())
 
     @property
     def arms(self) -> list[str]:
@@ -87,4 +93,5 @@ def load_knowledge(path: str | Path | None = None) -> Knowledge:
         raise FileNotFoundError(f"{path} is missing; make it with: python -m experiments.knowledge --json {path}")
     stored = read_json(path)
     claims = tuple(Claim(**{**row, "worlds": by_seed(row["worlds"])}) for row in stored["claims"])
-    return Knowledge(stored["command"], stored["versions"], stored["settings"], claims, by_seed(stored["worlds"]))
+    return Knowledge(stored["command"], stored["versions"], stored["settings"], claims, by_seed(stored["worlds"]),
+                     stored["unmeasured"])

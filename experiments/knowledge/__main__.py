@@ -23,6 +23,7 @@ from alignkit.formulas.intervals import mean_estimate
 from alignkit.runs.records import versions
 from alignkit.storage import plain, write_atomically
 from experiments.claims.__main__ import bound
+from experiments.claims.order import NEAR
 from experiments.knowledge.facts import Exam, Lesson, LessonSize, other_rewards
 from experiments.knowledge.rules import RULES
 from experiments.knowledge.undoing import compare, follow_dpo, go_wrong, undo
@@ -37,17 +38,28 @@ SIZE = LessonSize(
     dpo=DPOConfig(beta=0.3, epochs=2, learning_rate=5e-4))
 
 
-def run(seeds: Sequence[int], folder: Path, size: LessonSize) -> dict[int, dict]:
-    """World seed -> its parts, see `alignkit.evaluate.knowledge.Knowledge`."""
-    worlds: dict[int, dict] = {seed: {"levels": {}} for seed in seeds}
+def parts_of(size: LessonSize) -> dict[str, tuple[float, Callable[[Lesson], dict]]]:
+    """Name of a part of a world -> its level of messiness, and what makes it; in the order in which they are made."""
+    levels = sorted(size.levels, key=lambda each: each != size.middle)  # the middle first
+    return {f"{name}-{level:g}": (level, make) for level in levels
+            for name, make in (PARTS if level == size.middle else {"level": PARTS["level"]}).items()}
+
+
+def run(seeds: Sequence[int], folder: Path, size: LessonSize, finished: bool = False) -> dict[int, dict]:
+    """World seed -> its parts, see `alignkit.evaluate.knowledge.Knowledge`. finished: run nothing, and leave out what
+    is not finished in all worlds."""
+    worlds: dict[int, dict] = {seed: {"parts": [], "levels": {}, "facts": {}} for seed in seeds}
     lesson = functools.cache(lambda seed, level: Lesson(seed, folder, size, level))
-    for level in sorted(size.levels, key=lambda each: each != size.middle):  # the middle first
-        for name, make in (PARTS if level == size.middle else {"level": PARTS["level"]}).items():
-            for seed in seeds:
-                made = part(folder / f"{name}-{level:g}-{seed}.json", size.key(),
-                            lambda seed=seed, level=level, make=make: make(lesson(seed, level)))
-                worlds[seed]["levels"] |= {f"{level:g}": made.pop("level")} if "level" in made else {}
-                worlds[seed] |= made
+    for name, (level, make) in parts_of(size).items():
+        paths = {seed: folder / f"{name}-{seed}.json" for seed in seeds}
+        if finished and not all(path.exists() for path in paths.values()):
+            continue
+        for seed, path in paths.items():
+            made = part(path, size.key(), lambda seed=seed, level=level, make=make: make(lesson(seed, level)))
+            worlds[seed]["parts"].append(name)
+            worlds[seed]["levels"] |= {f"{level:g}": made.pop("level")} if "level" in made else {}
+            worlds[seed]["facts"] |= made.pop("facts", {})
+            worlds[seed] |= made
     return worlds
 
 
@@ -63,8 +75,8 @@ def level_of(lesson: Lesson) -> dict:
 
 PARTS: dict[str, Callable[[Lesson], dict]] = {
     "level": level_of,
-    "rewards": lambda lesson: {"rewards": other_rewards(lesson, Exam(lesson))},
     "wrong": lambda lesson: {"path": follow_dpo(lesson), "wrong": go_wrong(lesson)},
+    "rewards": lambda lesson: {"facts": other_rewards(lesson, Exam(lesson))},
 }
 
 
@@ -76,11 +88,14 @@ def part(path: Path, key: dict, make: Callable[[], dict]) -> dict:
     return made
 
 
-def claims_of(worlds: dict[int, dict]) -> list[dict]:
-    """The claims as rows of the record, in the form of `experiments.claims`."""
+def claims_of(worlds: dict[int, dict]) -> tuple[list[dict], dict[str, str]]:
+    """The claims as rows of the record, in the form of `experiments.claims`, and those whose parts are not made yet."""
     fixed = ("name", "source", "original", "english", "quantity", "side", "margin", "experiment")
+    made = set.intersection(*(set(world["parts"]) for world in worlds.values()))
+    missing = {rule.name: f"needs {', '.join(sorted({*rule.needs} - made))}" for rule in RULES if {*rule.needs} - made}
     return [{**{name: getattr(rule, name) for name in fixed},
-             "worlds": {str(seed): rule.statistic(world) for seed, world in worlds.items()}} for rule in RULES]
+             "worlds": {str(seed): rule.statistic(world) for seed, world in worlds.items()}}
+            for rule in RULES if rule.name not in missing], missing
 
 
 # ---- the page
@@ -108,41 +123,47 @@ def page(record: Knowledge) -> str:
         "|---" * (2 * len(FACT_GROUPS) + 2) + "|",
         *(f"| {arm} | {' | '.join(f'{record.pass_at(arm, group, k):.2f}' for k in (1, 64) for group in FACT_GROUPS)} | "
           f"{record.side(arm):.2f} |" for arm in record.arms), "",
-        *messy_tables(record)])
+        *(messy_table(record)), *(path_table(record) if record.has("wrong-0.5") else []),
+        "## Not measured yet" if record.unmeasured else "", "",
+        *(f"* {name}: {why}" for name, why in record.unmeasured.items()), ""]).rstrip("\n") + "\n"
 
 
-def messy_tables(record: Knowledge) -> list[str]:
-    """Messiness × method, DPO's path, and the repair."""
+def messy_table(record: Knowledge) -> list[str]:
+    """Messiness × method."""
     levels, methods = next(iter(record.worlds.values()))["levels"], ("SFT", "PPO", "DPO")
-    lines = []
+    lines, size = [], record.settings
     for level in sorted(levels, key=float):
         rows = {name: [world["levels"][level][name] for world in record.worlds.values()] for name in methods}
         cells = [f"{mean_estimate([row[metric] for row in rows[name] if row]):.2f}" if any(rows[name]) else "–"
                  for metric in ("gold", "risky_failures") for name in methods]
         lines.append(f"| {level} | {' | '.join(cells)} | {record.advantage(level):.2f} |")
     heads = [f"{metric}, {name}" for metric in ("gold", "risky failures") for name in methods]
-    size, undoing = record.settings, record.settings["undoing"]
-    steps = [row["step"] for row in next(iter(record.worlds.values()))["path"]]
-    figures = ("loss", "kl", "gold", "ranks", "implicit", "corrected", "spoilt")
-    path = [[np.mean([world["path"][i][name] for world in record.worlds.values()]) for name in figures]
-            for i in range(len(steps))]
-    ends = []
-    for name in ("SFT", "PPO", "PPO, then DPO"):
-        cells = [mean_estimate([world["wrong"][name][place][metric] for world in record.worlds.values()])
-                 for place in (0, -1) for metric in ("gold", "risky_failures")]
-        ends.append(f"| {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
     return [
         "## Messiness × method", "",
         f"PPO and DPO from the same SFT policy, with the same {size['labels']:,} labels, at {size['last']:g} nats from "
-        "SFT. Gold is in SFT-sd of each level's own SFT policy.", "",
-        f"| messiness | {' | '.join(heads)} | gold, PPO − DPO |", "|---" * 8 + "|", *lines, "",
+        f"SFT (PPO: within {NEAR:g} of it; DPO: interpolated between runs). Gold is in SFT-sd of each level's own SFT "
+        "policy.", "", f"| messiness | {' | '.join(heads)} | gold, PPO − DPO |", "|---" * 8 + "|", *lines, ""]
+
+
+def path_table(record: Knowledge) -> list[str]:
+    """DPO's path, and the repair."""
+    undoing, worlds = record.settings["undoing"], list(record.worlds.values())
+    steps = [row["step"] for row in worlds[0]["path"]]
+    figures = ("loss", "kl", "gold", "ranks", "implicit", "corrected", "spoilt")
+    path = [f"| {step} | " + " | ".join(f"{np.mean([world['path'][i][name] for world in worlds]):.3f}"
+                                        for name in figures) + " |" for i, step in enumerate(steps)]
+    ends = []
+    for name in ("SFT", "PPO", "PPO, then DPO"):
+        cells = [mean_estimate([world["wrong"][name][place][metric] for world in worlds])
+                 for place in (0, -1) for metric in ("gold", "risky_failures")]
+        ends.append(f"| {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+    return [
         "## Along one run of DPO", "",
         f"β = {undoing['beta']:g}, {undoing['epochs']} epochs; means over worlds. *ranks*: share of held-out pairs "
         "whose chosen response is likelier than the rejected one. *implicit*: whose implicit reward is larger. "
         "*corrected*: of the pairs that SFT ranks wrongly, the share ranked rightly; *spoilt*: the reverse.", "",
-        f"| step | {' | '.join(figures)} |", "|---" * (len(figures) + 1) + "|",
-        *(f"| {step} | {' | '.join(f'{value:.3f}' for value in row)} |" for step, row in zip(steps, path, strict=True)),
-        "", "## A wrong direction, and its repair", "",
+        f"| step | {' | '.join(figures)} |", "|---" * (len(figures) + 1) + "|", *path, "",
+        "## A wrong direction, and its repair", "",
         "PPO on a reward model of annotators who like compliance; then DPO on "
         f"{undoing['repair']:,} labels of the same annotators, or nothing; then the same repair: DPO on as many fresh "
         "labels of the default annotator.", "",
@@ -157,15 +178,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/knowledge"), help="where finished parts are kept")
     parser.add_argument("--json", type=Path, default=None, help="write the record here")
     parser.add_argument("--record", action="store_true", help="write the shipped record and docs/knowledge.md")
+    parser.add_argument("--finished", action="store_true", help="run nothing: take the parts that all worlds have")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    worlds = run(given.seeds, given.folder, SIZE)
-    for world in worlds.values():
-        world["facts"] |= world.pop("rewards")
+    worlds = run(given.seeds, given.folder, SIZE, given.finished)
+    claims, missing = claims_of(worlds)
     record = plain({
         "command": f"python -m experiments.knowledge --seeds {' '.join(map(str, given.seeds))} --record",
         "versions": versions(), "settings": SIZE.key(),
-        "claims": claims_of(worlds), "worlds": {str(seed): world for seed, world in worlds.items()}})
+        "unmeasured": missing, "claims": claims, "worlds": {str(seed): world for seed, world in worlds.items()}})
     target = FILE if given.record else given.json or given.folder / "knowledge.json"
     write_compact(target, record)
     text = page(load_knowledge(target))

@@ -23,7 +23,12 @@ Statistic = Callable[[World], float | None]
 
 @dataclass(frozen=True)
 class KnowledgeRule(Rule):
-    """A claim before it is measured; the statistic is of a world's record of this experiment."""
+    """A claim before it is measured; the statistic is of a world's record of this experiment.
+
+    needs: the parts of a world that the statistic reads, as in `__main__.parts_of`.
+    """
+
+    needs: tuple[str, ...] = ("level-0.5",)
 
     @property
     def experiment(self) -> str:
@@ -99,6 +104,7 @@ def firmer(world: World) -> float | None:
     return None if None in steps or min(steps) <= 0 else math.log(steps[0] / steps[1])
 
 
+REWARDS, WRONG = ("level-0.5", "rewards-0.5"), ("wrong-0.5",)
 RULES = (
     # ---- knowledge
     KnowledgeRule("C3", "S3", "它不会扩展模型的知识边界，只会重排“行为概率”。",
@@ -106,11 +112,11 @@ RULES = (
                   "chance of a right answer, guessed facts, PPO − SFT", taught("PPO", "guessed"), "within", CHANCE),
     KnowledgeRule("C3b", "S3", "PPO 不会：加新知识", "PPO adds no fact that SFT never says.",
                   "chance of a right answer, silent facts, PPO on gold − SFT", taught("PPO, gold", "silent"), "within",
-                  CHANCE),
+                  CHANCE, REWARDS),
     KnowledgeRule("C3c", "S3", "因为 PPO 的更新信号根本不是知识型的",
                   "With a reward model that never saw these facts, PPO does not teach them.",
                   "chance of a right answer, guessed facts, PPO on an ignorant reward model − SFT",
-                  taught("PPO, ignorant", "guessed"), "within", CHANCE),
+                  taught("PPO, ignorant", "guessed"), "within", CHANCE, REWARDS),
     KnowledgeRule("C3d", "S3", "它只是在做一件事：重新拉伸或压缩输出分布。",
                   "PPO narrows what is reached: in 64 tries SFT finds more facts that it hardly ever says.",
                   "pass@64, silent facts, PPO − SFT", reached("PPO", "silent", 64), "below", CHANCE),
@@ -128,41 +134,43 @@ RULES = (
                   "chance of the right response in a second task, PPO − SFT", elsewhere("PPO"), "below", CHANCE),
     KnowledgeRule("C10b", "S1", "某些能力被压扁", "Demonstrations mixed into PPO keep that ability.",
                   "chance of the right response in a second task, PPO with demonstrations − PPO",
-                  elsewhere("PPO with demonstrations", "PPO"), "above", CHANCE),
+                  elsewhere("PPO with demonstrations", "PPO"), "above", CHANCE, REWARDS),
     # ---- ranking
     KnowledgeRule("C32", "S1", "DPO 更像是“偏好排序的稳定压缩器”", "DPO teaches the ranking of held-out pairs.",
                   "share of held-out pairs whose chosen response is likelier, end of DPO's path − SFT", along("ranks"),
-                  "above", CHANCE),
+                  "above", CHANCE, WRONG),
     KnowledgeRule("C32b", "S1", "我只是在它已有的认知里，帮它排个序", "A policy that ranks better is better.",
                   "gold, end of DPO's path − its best point, while the training loss falls, SFT-sd",
-                  along("gold", None), "within", GOLD),
+                  along("gold", None), "within", GOLD, WRONG),
     KnowledgeRule("C32c", "S1", "帮它排个序", "DPO turns over most pairs that SFT ranks wrongly.",
                   "share of pairs that SFT ranks wrongly and DPO rightly, end of the path − 0.5",
-                  lambda world: world["path"][-1]["corrected"] - 0.5, "above", 0.0),
+                  lambda world: world["path"][-1]["corrected"] - 0.5, "above", 0.0, WRONG),
     # ---- a wrong direction
     KnowledgeRule("C36", "S0", "把一个“暂时性的错误方向”，永久写进模型行为里。",
                   "DPO on a wrong direction makes it permanent.",
                   "risky failures after wrong PPO, wrong DPO and repair − SFT's before",
-                  repaired("PPO, then DPO", "risky_failures"), "above", SHARE),
+                  repaired("PPO, then DPO", "risky_failures"), "above", SHARE, WRONG),
     KnowledgeRule("C36b", "S0", "DPO 是定型工具，一旦定型，回滚更难。",
                   "The same repair helps less if DPO came in between.",
                   "risky failures after repair, wrong PPO then wrong DPO − wrong PPO alone",
-                  repaired("PPO, then DPO", "risky_failures", "PPO"), "above", SHARE),
+                  repaired("PPO, then DPO", "risky_failures", "PPO"), "above", SHARE, WRONG),
     KnowledgeRule("C36c", "S0", "把一个“暂时性的错误方向”，永久写进模型行为里。",
                   "After the repair the policy is worse than if it had never gone wrong.",
                   "gold after repair, wrong PPO then wrong DPO − never wrong, SFT-sd",
-                  repaired("PPO, then DPO", "gold", "SFT"), "below", GOLD),
+                  repaired("PPO, then DPO", "gold", "SFT"), "below", GOLD, WRONG),
     KnowledgeRule("C9b", "S0", "一旦定型，回滚更难", "A DPO policy is harder to undo than a PPO policy at the same KL.",
                   "log of the steps on contrary demonstrations back to SFT's risky failures, DPO over PPO", firmer,
                   "above", RATIO),
     # ---- messiness
     KnowledgeRule("C41", "S1", "如果答案是 会 → PPO 更合适", "From a messy model PPO is the better choice.",
-                  "gold, PPO − DPO at the same KL and labels, messiness 1, SFT-sd", advantage(1.0), "above", GOLD),
+                  "gold, PPO − DPO at the same KL and labels, messiness 1, SFT-sd", advantage(1.0), "above", GOLD,
+                  ("level-1",)),
     KnowledgeRule("C41b", "S1", "如果答案是 不会，只是细节不理想 → DPO 更合适",
                   "From an orderly model DPO is the better choice.",
-                  "gold, PPO − DPO at the same KL and labels, messiness 0, SFT-sd", advantage(0.0), "below", GOLD),
+                  "gold, PPO − DPO at the same KL and labels, messiness 0, SFT-sd", advantage(0.0), "below", GOLD,
+                  ("level-0",)),
     KnowledgeRule("C41c", "S1", "一个非常重要的判断点：模型现在“乱不乱”",
                   "The messier the model, the larger PPO's advantage.",
                   "gold, PPO − DPO at the same KL and labels, messiness 1 − messiness 0, SFT-sd", growing, "above",
-                  GOLD),
+                  GOLD, ("level-0", "level-1")),
 )
