@@ -168,8 +168,10 @@ def test_all_parts_of_a_world_give_every_rule_a_number(lesson):
         value = rule.statistic(world)
         assert value is None or math.isfinite(value), rule.name
     row = world["level"]
-    assert row["DPO"] is None or row["DPO"]["kl"] == pytest.approx(TINY.last)
-    assert row["ends"]["DPO"] == sorted(row["ends"]["DPO"]) and row["SFT"]["kl"] == 0
+    kl = [run["kl"] for run in row["runs"]]
+    assert kl == sorted(kl) and len(kl) == 3 and row["SFT"]["kl"] == 0
+    assert (row["DPO"] is None) == (not kl[0] <= row["PPO"]["kl"] <= kl[-1])
+    assert row["DPO"] is None or row["DPO"]["kl"] == pytest.approx(row["PPO"]["kl"])
 
 
 def test_a_part_that_is_kept_is_not_made_again_unless_the_size_changes(tmp_path):

@@ -23,7 +23,6 @@ from alignkit.formulas.intervals import mean_estimate
 from alignkit.runs.records import versions
 from alignkit.storage import plain, write_atomically
 from experiments.claims.__main__ import bound
-from experiments.claims.order import NEAR
 from experiments.knowledge.facts import Exam, Lesson, LessonSize, other_rewards
 from experiments.knowledge.rules import RULES
 from experiments.knowledge.undoing import compare, follow_dpo, go_wrong, undo
@@ -140,8 +139,9 @@ def messy_table(record: Knowledge) -> list[str]:
     heads = [f"{metric}, {name}" for metric in ("gold", "risky failures") for name in methods]
     return [
         "## Messiness × method", "",
-        f"PPO and DPO from the same SFT policy, with the same {size['labels']:,} labels, at {size['last']:g} nats from "
-        f"SFT (PPO: within {NEAR:g} of it; DPO: interpolated between runs). Gold is in SFT-sd of each level's own SFT "
+        f"PPO and DPO from the same SFT policy, with the same {size['labels']:,} labels. PPO's price is steered to "
+        f"{size['last']:g} nats on its own rollouts; DPO is interpolated between runs at the KL that PPO has on the "
+        "held-out prompts. Gold is in SFT-sd of each level's own SFT "
         "policy.", "", f"| messiness | {' | '.join(heads)} | gold, PPO − DPO |", "|---" * 8 + "|", *lines, ""]
 
 

@@ -24,7 +24,7 @@ from alignkit.forward.reading import response_logps
 from alignkit.forward.rollout import Rollout, encode_rows
 from alignkit.optim import adamw
 from experiments.claims.arms import ppo_blocks, train_dpo
-from experiments.claims.order import FAILED, LATE, NEAR, Measure, at_kl
+from experiments.claims.order import FAILED, LATE, Measure, at_kl
 from experiments.knowledge.facts import Lesson, Undoing, train_ppo
 
 WRONG = "arena"  # the annotator with the wrong direction: likes compliance on risky prompts
@@ -34,8 +34,9 @@ WRONG = "arena"  # the annotator with the wrong direction: likes compliance on r
 def compare(lesson: Lesson) -> tuple[dict, dict[str, nn.Module]]:
     """SFT, and PPO and DPO at the same labels and KL: the record, and the policies of PPO and DPO.
 
-    A method's figures are as in `order.follow`, None if it did not reach the KL; "ends": the KL at which PPO ended;
-    "gold_mean", "gold_sd": raw gold of SFT.
+    Figures as in `order.follow`. PPO has the mean of its last `LATE` blocks; DPO's are interpolated between its runs at
+    PPO's KL, None if all runs lie on one side of it; "runs": DPO's runs, one for each β, in the order of their KL. The
+    policy of DPO is that of the run nearest to PPO's KL. "gold_mean", "gold_sd": raw gold of SFT.
     """
     size, measure, points = lesson.size, Measure(lesson), []
 
@@ -53,11 +54,11 @@ def compare(lesson: Lesson) -> tuple[dict, dict[str, nn.Module]]:
         train_dpo(lesson, trained, 0, beta)
         runs.append((look(trained), trained))
     runs.sort(key=lambda run: run[0]["kl"])
-    nearest = min(runs, key=lambda run: abs(run[0]["kl"] - size.last))[1]
+    nearest = min(runs, key=lambda run: abs(run[0]["kl"] - at["kl"]))[1]
     mean, sd = lesson.truth.gold_scale
-    row = {"SFT": start, "PPO": at if abs(at["kl"] - size.last) <= NEAR else None,
-           "DPO": at_kl([figures for figures, _ in runs], size.last),
-           "ends": {"PPO": at["kl"], "DPO": [figures["kl"] for figures, _ in runs]}, "gold_mean": mean, "gold_sd": sd}
+    row = {"SFT": start, "PPO": at, "DPO": at_kl([figures for figures, _ in runs], at["kl"]),
+           "runs": [{name: figures[name] for name in ("kl", "gold", "proxy")} for figures, _ in runs],
+           "gold_mean": mean, "gold_sd": sd}
     return row, {"PPO": policy, "DPO": nearest}
 
 
