@@ -108,9 +108,9 @@ def page(record: Knowledge) -> str:
         "# Knowledge: what preferences teach, what they cost elsewhere, and how training is undone", "",
         f"Made by `{record.command}` in {len(record.worlds)} worlds, seeds {', '.join(map(str, record.worlds))}. The "
         "rules stand in `experiments/knowledge/rules.py` and were committed before the run. Verdicts as in "
-        "`docs/claims.md`. Every figure of a world is exact; intervals are over worlds. After three worlds of the middle "
-        "level had been seen, the comparison of methods was changed from a fixed KL to the KL of PPO, and they were made "
-        "again; no rule was changed then.", "",
+        "`docs/claims.md`. Every figure of a world is exact; intervals are over worlds. After three worlds of the "
+        "middle level had been seen, the comparison of methods was changed from a fixed KL to the KL of PPO, and they "
+        "were made again; no rule was changed then.", "",
         f"{len(record.claims)} claims: {', '.join(f'{counts[name]} {name}' for name in VERDICTS)}. The intervals are "
         f"not corrected for their number: of {len(record.claims)} true values about {0.05 * len(record.claims):.0f} "
         "lie outside their interval by chance.", "",
