@@ -38,6 +38,7 @@ _MODULES = {
     "evaluate.decision": ["DECISION_RULES", "DECISIONS", "Decision", "decide", "warnings_of"],
     "evaluate.failures": ["FAILURE_CHECKS", "Failures", "StoredRun", "load_failures"],
     "evaluate.ivison": ["Ivison", "load_ivison"],
+    "evaluate.knowledge": ["Knowledge", "load_knowledge", "pass_at_k", "share_of_right"],
     "evaluate.readings": ["Reading", "clustered_mean", "reading", "readings_of"],
     "evaluate.refusals": ["over_refusal", "read_refusal_prompts", "refusal_class"],
     "evaluate.reward_model": ["retrain", "reward_report"],

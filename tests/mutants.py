@@ -415,6 +415,13 @@ MUTANTS = [
     Mutant("evaluate/reward_model.py", "float(np.maximum(chance, 1 - chance).mean())", "float(chance.mean())",
            "the ceiling counts lost labels as won", "test_reward.py::test_the_report_equals_slow_numbers"),
     # judging
+    Mutant("evaluate/knowledge.py", "(1 - (1 - chances.clip(max=1)) ** k).mean()",
+           "1 - (1 - chances.clip(max=1).mean()) ** k", "pass@k of the mean chance instead of the mean over questions",
+           "test_knowledge.py::test_pass_at_k_is_one_minus_the_chance_that_all_fail"),
+    Mutant("evaluate/knowledge.py", 'np.mean(marks["right"][group]) / np.mean(marks["tried"][group])',
+           'np.mean(np.divide(marks["right"][group], marks["tried"][group]))',
+           "a question that is hardly tried counts as much as the others",
+           "test_knowledge.py::test_rules_worked_by_hand"),
     Mutant("evaluate/demonstrators.py", "+ _GUESSES / len(ANSWERS) for", "+ _GUESSES / 3 * (given != answer) for",
            "a demonstrator's guess is never right",
            "test_demonstrators.py::test_an_expert_on_a_risky_and_an_ambiguous_prompt_by_hand"),

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9]*.ipynb"))
 RECORDED = [FOLDER / f"{name}.ipynb"  # they train nothing: seconds each
             for name in ("advice", "claims", "dials", "failures", "relay_or_sum", "sweep", "unpacking",
-                         "without_a_critic")]
+                         "what_it_cannot_learn", "without_a_critic")]
 SMALL = {  # notebook -> parameters with which its solutions are run, in this order, in one run directory
     "00_the_world": {},
     "01_sft": {"demonstrations": 2400, "epochs": 2.0, "eval_prompts": 64, "eval_samples": 4},
