@@ -145,6 +145,7 @@ def test_the_page_is_whole_escaped_and_its_points_link_to_their_runs(folder, cap
     proxies = [(float(x), float(y)) for link, words, x, y in links if "proxy" in words]
     golds = [(float(x), float(y)) for link, words, x, y in links if "gold" in words]
     assert proxies[0][0] == golds[0][0] > proxies[3][0] > proxies[6][0] > 0, "a higher price is farther left"
+    assert proxies[0][1] < golds[0][1] and golds[3][1] < golds[0][1], "a higher reward is farther up"
     assert "cannot be told from kl_coef 0.4" in page and "1 failed" in page and "kl_coef 9" in page
     assert not re.search(r"(src|href)=\"?https?:", page)
 
