@@ -131,7 +131,7 @@ def test_the_cockpit_has_its_final_height_at_once_and_stays_in_view(open_noteboo
     else:
         notebook.page.evaluate("window.jupyterapp.shell.currentWidget.content.activeCellIndex = 0")
         for _ in range(3):
-            notebook.page.evaluate("window.jupyterapp.commands.execute('notebook:run-cell-and-select-next')")
+            notebook.page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-cell-and-select-next'); }")
     notebook.page.wait_for_selector(".akc-state[data-state=running]", state="attached")
     height = notebook.page.evaluate(HEIGHT)
     notebook.until(lambda: len(rows_of(lab, title)) > 100, "100 iterations")
