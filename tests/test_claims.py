@@ -226,7 +226,7 @@ def test_distilling_more_draws_raises_the_proxy_more(ground):
 @pytest.mark.parametrize(("name", "ends", "aims"), [
     ("PPO", [0.06], [0.05]),  # reached at once
     ("PPO", [0.08, 0.052], [0.05, 0.05 * 0.05 / 0.08]),  # too far: the next aim is lower by what it missed
-    ("PPO", [0.03, 0.04, 0.051], [0.05, 0.05 * 0.05 / 0.03, 0.05 * 0.05 / 0.03 * 0.05 / 0.04]),
+    ("PPO", [0.03, 0.036, 0.051], [0.05, 0.05 * 0.05 / 0.03, 0.05 * 0.05 / 0.03 * 0.05 / 0.036]),
     ("PPO", [0.08, 0.08, 0.08, 0.08], [0.05 * (0.05 / 0.08) ** n for n in range(4)]),  # given up
     ("PPO", [0.2], [0.05]),  # no price works
     ("DPO", [0.08], [0.05]),  # a swept arm has no aim

@@ -8,6 +8,7 @@ finished is not run again. `--record` writes `alignkit/evaluate/dials.json` and 
 """
 
 import argparse
+import ast
 import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from alignkit.evaluate.dials import FILE, load_dials
-from alignkit.exact.sweep import source_hashes
+from alignkit.exact.sweep import source_hashes, syntax_hash
 from alignkit.runs.records import versions
 from alignkit.storage import content_hash, plain, write_atomically
 from experiments.claims import arms, order
@@ -31,9 +32,9 @@ SEEDS = tuple(range(31, 36))
 
 
 def code() -> str:
-    """What the figures depend on besides the settings: the text of the code that trains and measures."""
-    here = [Path(module.__file__).read_text(encoding="utf-8") for module in (arms, order, runs)]
-    return content_hash([source_hashes(), here])
+    """What the figures depend on besides the settings: the syntax of the code that trains and measures."""
+    trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in (arms, order, runs)]
+    return content_hash([source_hashes(), [syntax_hash(tree) for tree in trees]])
 
 
 def run(seeds: Sequence[int], folder: Path, size: Size, plan: Plan, workers: int) -> dict[int, dict[str, dict]]:
