@@ -1,12 +1,11 @@
 """The README's pictures, taken from a finished run: python docs/pictures.py runs/course
 
 Each is the first PNG of the executed notebook's cell whose first line is the given caption's beginning; nothing is
-drawn here. The last one is a film: `alignkit app` trains PPO from that run, is rewound, and goes on without a price on
-KL; one frame is taken at each iteration. It needs Playwright and Chromium.
+drawn here. The last one is a screenshot: `alignkit app` trains PPO from that run, is rewound, and goes on with another
+price of KL. It needs Playwright and Chromium.
 """
 
 import base64
-import io
 import os
 import shutil
 import subprocess
@@ -14,7 +13,6 @@ import sys
 from pathlib import Path
 
 import nbformat
-from PIL import Image
 
 PICTURES = {  # file -> notebook, beginning of the cell's first line
     "behaviour.png": ("05_dpo", "# What each stage does"),
@@ -22,8 +20,6 @@ PICTURES = {  # file -> notebook, beginning of the cell's first line
     "over_optimisation.png": ("03b_ppo", "# Over-optimisation"),
     "reliability.png": ("02_reward_model", "# Calibration"),
 }
-
-FRAME, PAUSE = 250, 1500  # milliseconds that a frame of the film stands
 
 
 def picture(notebook: Path, caption: str) -> bytes:
@@ -38,52 +34,34 @@ def picture(notebook: Path, caption: str) -> bytes:
     raise LookupError(f"{notebook} has no picture under {caption!r}; its captions: {tagged}")
 
 
-def app_film(run: Path) -> bytes:
-    """The app's page during a PPO run: rewound to iteration 10 after 25, and on from there without KL; a GIF."""
+def app_screenshot(run: Path) -> bytes:
+    """The app's page in the middle of a PPO run: rewound to iteration 10 after 25, and on from there without KL."""
     from playwright.sync_api import sync_playwright
 
     chromium = os.environ.get("ALIGNKIT_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     command = [sys.executable, "-u", "-m", "alignkit", "app", os.fspath(run)]
-    frames = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as driver:
         address = next(line.strip() for line in server.stdout if "http://127.0.0.1" in line)
         page = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page(
-            viewport={"width": 1100, "height": 760})
+            viewport={"width": 1240, "height": 880}, device_scale_factor=1.5)
         page.set_default_timeout(300_000)
-
-        def film(first: int, last: int) -> None:
-            for iteration in range(first, last + 1):
-                _at(page, iteration)
-                frames.append((page.screenshot(), FRAME))
-
         page.goto(address)
         page.get_by_label("Iterations").fill("40")
         page.get_by_role("button", name="Start a run").click()
-        film(1, 25)
+        _at(page, 25)
         page.get_by_role("button", name="Pause").click()
         page.wait_for_selector(".akc-state[data-state=paused]")
         page.get_by_label("back to iteration").select_option("10")
-        frames.append((page.screenshot(), PAUSE))
         page.get_by_role("button", name="Rewind").click()
         page.locator("input[type=number][data-control=kl_coef]").fill("0")
         page.locator("input[type=number][data-control=kl_coef]").press("Enter")
         page.get_by_text("from the next iteration on").wait_for()
-        frames.append((page.screenshot(), PAUSE))
         page.locator(".akc").get_by_role("button", name="Play").click()
-        film(11, 24)
-        frames[-1] = (frames[-1][0], 2 * PAUSE)
+        _at(page, 19)
+        taken = page.screenshot()
         page.locator(".akc").get_by_role("button", name="Stop").click()
         server.terminate()
-    return gif(frames)
-
-
-def gif(frames: list[tuple[bytes, int]]) -> bytes:
-    """PNGs and the milliseconds that each stands, as one GIF of 64 colours that repeats."""
-    pictures = [Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=Image.Dither.NONE) for png, _ in frames]
-    film = io.BytesIO()
-    pictures[0].save(film, "GIF", save_all=True, append_images=pictures[1:], loop=0, optimize=True,
-                     duration=[shown for _, shown in frames])
-    return film.getvalue()
+    return taken
 
 
 def _at(page, iteration: int) -> None:
@@ -101,8 +79,8 @@ def main(run: str) -> None:
     for name, (notebook, caption) in PICTURES.items():
         (folder / name).write_bytes(picture(Path(run) / f"{notebook}.ipynb", caption))
         print(folder / name)
-    (folder / "app.gif").write_bytes(app_film(Path(run)))
-    print(folder / "app.gif")
+    (folder / "app.png").write_bytes(app_screenshot(Path(run)))
+    print(folder / "app.png")
 
 
 if __name__ == "__main__":
