@@ -208,8 +208,6 @@ def test_links_lead_to_pages_or_to_the_repository(build, monkeypatch):
 
 
 def test_the_site_is_built_and_nothing_in_it_comes_from_elsewhere(build, tmp_path, monkeypatch):
-    for package in ("sphinx", "myst_nb", "pydata_sphinx_theme", "latex2mathml"):
-        pytest.importorskip(package)
     monkeypatch.setattr(ClipExplorer, "page_grid", {"ratio": 3, "size": 1, "clip": 1})
     html = build.build_site(tmp_path, None, notebooks=["03a_ppo_by_hand"], explorers=["clip"], api=["alignkit_widgets"])
     pages = [page for page in html.rglob("*.html") if "_static" not in page.parts]  # the theme has a template there
