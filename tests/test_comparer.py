@@ -164,6 +164,15 @@ def annotator(tmp_path, n: int = 3, **options) -> PreferenceAnnotator:
     return PreferenceAnnotator(rows, tmp_path / "labels.jsonl", **options)
 
 
+def test_names_are_shown_whichever_item_the_page_had(checkpoints, tmp_path):
+    """A vote and "show names" in quick succession: the page sends the second before it has the next item."""
+    board = comparer(checkpoints, tmp_path)
+    first = board.items[0].id
+    for name in ("vote 0", "reveal", "vote 0"):
+        board.receive({"type": "press", "button": name, "item": first})
+    assert not board.blind and list(board.log.choices) == [first]
+
+
 def test_what_makes_no_sense_is_ignored(tmp_path):
     board = annotator(tmp_path)
     told = pages(board)

@@ -54,7 +54,7 @@ def test_recorded_times_are_scaled_by_the_speed_of_the_machine():
     assert same == recorded["notebooks"] and all(twice[name] == same[name] / 2 for name in same)
 
 
-@pytest.mark.parametrize(("parameters", "says"), [(None, "about "), ({"pairs": 5}, "each notebook says")])
+@pytest.mark.parametrize(("parameters", "says"), [(None, "about "), ({"pairs": 5}, "each notebook prints")])
 def test_the_course_says_what_it_will_take_before_it_starts(tmp_path, monkeypatch, capsys, parameters, says):
     ran = []
     monkeypatch.setattr("alignkit.jobs.notebooks._spare", lambda job: None)

@@ -11,6 +11,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 from jupyter_core.utils import run_sync
@@ -27,6 +28,8 @@ from alignkit.jobs.spare_kernel import JobKernel, Spare, start_options
 ENGINE = "alignkit"
 SAVE_SECONDS = 10  # time for an interrupted cell to save its state
 START_SECONDS = 600  # for a kernel to answer, which imports torch first; one that died is noticed at once
+STARTS = 3  # of a kernel; between the choice of its ports and its start another process may take one of them
+PORT_TAKEN = "zmq.error.ZMQError: Address already in use"
 STOP_SECONDS = 2  # from SIGTERM to SIGKILL, for a kernel that has not stopped by then
 
 
@@ -50,7 +53,18 @@ def execute(
     cell, a dead kernel, the timeout, or Ctrl-C, after which the cell has SAVE_SECONDS to save its state; a second
     Ctrl-C ends it at once. No process of the kernel remains.
     """
-    watch = _Watch(on_cell, timeout)
+    for starts_left in reversed(range(STARTS)):
+        try:
+            return _execute(notebook, executed, parameters, partial(start_options, env, cwd, lock=lock),
+                            _Watch(on_cell, timeout), spare)
+        except NotebookFailed as failed:
+            if not (starts_left and failed.died and failed.cell is None and PORT_TAKEN in failed.error):
+                raise
+            spare = None  # it is the kernel that has died
+
+
+def _execute(notebook: Path, executed: Path, parameters: Mapping[str, object], start: Callable[..., dict],
+             watch: "_Watch", spare: Spare | None) -> None:
     with contextlib.nullcontext(spare.log) if spare else tempfile.TemporaryFile() as log:
         try:
             # papermill fills {…} in paths in from the parameters
@@ -64,7 +78,7 @@ def execute(
                 start_timeout=START_SECONDS,
                 watch=watch,
                 spare=spare,
-                start=start_options(env, cwd, log, lock),
+                start=start(log=log),
             )
         except PapermillExecutionError as error:
             what = f"{error.ename}: {error.evalue}" if error.evalue else error.ename

@@ -62,11 +62,17 @@ def open_page(chromium, request):
     assert wrong == []
 
 
+def open_folds(page) -> None:
+    """Open what stands below the charts, by keyboard."""
+    for name in ("What the policy does", "Samples"):
+        page.locator(".akc-fold summary", has_text=name).press("Enter")
+
+
 def test_an_explorers_page_is_moved_by_keyboard_and_mouse_and_its_state_is_in_the_url(open_page, explorer_page):
     page = open_page(explorer_page)
     says = page.locator("p.lead")
     page.get_by_text("a is 0.5, up, True, seed 3.").wait_for()
-    slider = page.get_by_label("height")
+    slider = page.get_by_role("slider", name="height")
     slider.focus()
     page.keyboard.press("End")
     page.get_by_text("a is 1, up, True, seed 3.").wait_for()
@@ -102,6 +108,7 @@ def test_a_recorded_run_plays_pauses_and_scrubs_and_shows_its_other_ways(open_pa
     page = open_page(player_page, "step=3")
     place, scrub = page.locator(".akc-place"), page.get_by_label("iteration", exact=True)
     page.get_by_text("iteration 3 of 10").wait_for()
+    open_folds(page)
     page.get_by_text("prompt 3", exact=True).wait_for()
     assert scrub.input_value() == "3" and page.get_by_role("button", name="Play").count() == 1
     scrub.focus()
@@ -112,11 +119,11 @@ def test_a_recorded_run_plays_pauses_and_scrubs_and_shows_its_other_ways(open_pa
     page.get_by_text("iteration 10 of 10").wait_for()
     assert page.get_by_label("one iteration on").is_disabled()
     page.get_by_label("one iteration back").click()
-    page.get_by_text(f"way 2 {HOSTILE}").wait_for()
+    page.get_by_role("cell", name=f"way 2 {HOSTILE}").wait_for()
     page.wait_for_function("location.hash === '#step=9&way=2'")
     page.get_by_label("way").select_option("0")
     page.get_by_text("iteration 6 of 6").wait_for()
-    page.get_by_text(f"way 0 {HOSTILE}").wait_for()
+    page.get_by_role("cell", name=f"way 0 {HOSTILE}").wait_for()
     assert "rewind" not in page.locator(".akc-grid").first.inner_text().replace("before the rewind", "")
     page.evaluate(WATCH)
     page.get_by_label("speed").select_option("fast")
@@ -137,7 +144,8 @@ def test_a_recorded_run_plays_pauses_and_scrubs_and_shows_its_other_ways(open_pa
 def test_a_link_restores_a_recorded_run_on_its_way(open_page, player_page, theme, width):
     page = open_page(player_page, "step=4&way=1", theme, width)
     page.get_by_text("iteration 4 of 5").wait_for()
-    page.get_by_text("risky prompts: share of responses (%)").wait_for()
+    open_folds(page)
+    page.get_by_text("risky prompts: % of responses").wait_for()
     page.locator(".marktext", has_text="rewind 6 → 2").first.wait_for()
     assert page.get_by_label("way").input_value() == "1"
     page.evaluate("location.hash = 'step=99&way=7'")  # what is not there: the end of the way that is shown

@@ -20,6 +20,7 @@ from alignkit_widgets.boards.responses import word_differences
 from alignkit_widgets.notebook import has_front_end, in_kernel
 
 SHOWN = 6000  # characters of a response
+ANY_ITEM = ("reveal", "done")  # buttons that count whichever item the page showed: it may not have the next one yet
 _BEAT = 12.0  # a page says "alive" every 5 s; after "gone", another view has this long to answer
 
 
@@ -92,7 +93,7 @@ class Board:
             self.go(next(i for i, item in enumerate(self.items) if item.id == undone))
 
     def receive(self, message: dict) -> None:
-        """Receive one message of a page. Messages about an item that is no longer shown, and unknown ones, are
+        """Receive one message of a page. Choices for an item that is no longer shown, and unknown messages, are
         ignored."""
         kind, self._heard = message.get("type"), time.monotonic()
         if kind == "alive":
@@ -106,7 +107,8 @@ class Board:
             self._heard += _BEAT - self.patience
         item = self.items[self.at] if self.at is not None else None
         known = [button["id"] for button in self.buttons() if not button["off"]]
-        if kind == "press" and message.get("button") in known and message.get("item") == (item and item.id):
+        meant = message.get("button") in ANY_ITEM or message.get("item") == (item and item.id)
+        if kind == "press" and message.get("button") in known and meant:
             try:
                 self.note = ""
                 self.press(message["button"], item)
