@@ -90,7 +90,7 @@ def _execute(notebook: Path, executed: Path, parameters: Mapping[str, object], s
             advice = advice and f"if it was memory, {advice}"
             raise watch.failure("; ".join(filter(None, (what, advice))), died=True) from None
         except CellTimeoutError:
-            raise watch.failure(f"not done after {timeout:g} s (timeout)", "timeout") from None
+            raise watch.failure(f"not done after {watch.timeout:g} s (timeout)", "timeout") from None
         except KeyboardInterrupt:
             raise watch.failure("interrupted", "interrupted") from None
         except OSError as error:
@@ -107,7 +107,8 @@ class _Watch:
     """Information from the client to `execute` about a run: its position, and how its kernel ended."""
 
     def __init__(self, on_cell: Callable[..., None] | None, timeout: float | None):
-        self.on_cell, self.end = on_cell, None if timeout is None else time.monotonic() + timeout
+        self.on_cell, self.timeout = on_cell, timeout
+        self.end = None if timeout is None else time.monotonic() + timeout
         self.cell: int | None = None
         self.cells = 0
         self.line, self.exit_code = "", None
