@@ -15,8 +15,10 @@ from pathlib import Path
 
 from alignkit import __version__
 from alignkit.errors import AlignkitError, ParameterError
+from alignkit.jobs.arguments import add_out, assignment, folder, given_parameters, given_reading, seconds
 from alignkit.jobs.usage import CommandParser
 from alignkit.safe_text import one_line
+from alignkit.sweeps.command import add_sweep
 from alignkit.teaching.commands import add_teaching
 
 
@@ -59,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     _add_jobs(add)
-    _add_sweep(add)
+    add_sweep(add)
 
     frozen = "the folder of a frozen checkpoint, such as RUN/frozen"
     check = add("check", _check, "validate prompts, demonstrations or preference data: exit 1 if a row is bad",
@@ -147,10 +149,10 @@ def _course(options: argparse.Namespace) -> None:
     from alignkit.jobs import notebooks
     from alignkit.jobs.report import overview
 
-    given = _parameters(options)
+    given = given_parameters(options)
     for name in sorted(given.keys() & {"model", "data"}):
         raise ParameterError(f"{name}: give it as --{name}")
-    if options.data == "desk" and (reading := _reading(options)):
+    if options.data == "desk" and (reading := given_reading(options)):
         raise ParameterError(f"--{next(iter(reading))} says how to read a file or a data set; give one with --data")
     run = notebooks.course(options.out, options.model, options.data, given, timeout=options.timeout,
                            restart=options.restart, track=options.track)
@@ -161,18 +163,10 @@ def _run(options: argparse.Namespace) -> None:
     from alignkit.jobs import notebooks
 
     executed = notebooks.run_notebook(
-        options.notebook, options.out, _parameters(options), timeout=options.timeout, force=options.force,
+        options.notebook, options.out, given_parameters(options), timeout=options.timeout, force=options.force,
         restart=options.restart, track=options.track,
     )
     print(f"executed notebook: {_shown(executed)}")
-
-
-def _sweep(options: argparse.Namespace) -> int:
-    from alignkit.sweeps.sweep import sweep
-
-    return sweep(options.notebook, options.out, _parameters(options), workers=options.workers, draws=options.random,
-                 seed=options.random_seed, retries=options.retries, timeout=options.timeout, dry_run=options.dry_run,
-                 job=options.job)
 
 
 def _notebooks(_options: argparse.Namespace) -> None:
@@ -249,7 +243,7 @@ def _compare(options: argparse.Namespace) -> None:
     if options.out is None:
         raise ParameterError("--out DIR is missing: the folder for the table and the page")
     comparison = compare_directories(options.checkpoints, absolute("data", options.data), options.out,
-                                     **_reading(options))
+                                     **given_reading(options))
     for line in visible(comparison, limit=10**6).splitlines():
         print(in_red(line) if line and line == comparison.warning else line)
     print(f"\npage: {_shown(options.out / 'compare.html')}; also compare.md, .csv, .json and pictures")
@@ -336,31 +330,6 @@ def _add_jobs(add) -> None:
     run.add_argument("--force", action="store_true", help="run the notebook even if it has already finished")
 
 
-def _add_sweep(add) -> None:
-    """The verb that runs a notebook, or the course, many times."""
-    about = "run a notebook, or the course, for each point of a grid of parameters; repeat the command to resume"
-    sweep = add("sweep", _sweep, about,
-                epilog="example: alignkit sweep 03b_ppo -p kl_coef=0.05,0.1,0.2 -p seed=0..4 --out runs/kl --workers 2")
-    sweep.add_argument("notebook", metavar="NOTEBOOK", help="a notebook (path, name or number), or `course`")
-    add_out(sweep)
-    about = "the values of a parameter: a list 0.05,0.1, whole numbers 0..4; 'in quotes' a comma is part of a value"
-    sweep.add_argument("-p", dest="parameters", action="append", default=[], type=_assignment, metavar="NAME=VALUES",
-                       help=about)
-    sweep.add_argument("--workers", type=_count, metavar="COUNT", help="jobs at a time (default: the cores; 1 unless "
-                       "the model is `tiny`)")
-    about = "draw COUNT points from the ranges LOW..HIGH and log:LOW..HIGH; lists are crossed with them"
-    sweep.add_argument("--random", type=_count, metavar="COUNT", help=about)
-    sweep.add_argument("--random-seed", type=int, default=0, metavar="SEED", help="seed of these draws (default: 0)")
-    sweep.add_argument("--retries", type=int, default=1, metavar="COUNT", help="how often to repeat a job whose kernel "
-                       "or worker died (default: 1); one that failed with an error is not repeated")
-    sweep.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="stop a notebook after this time")
-    about = ("run only job NUMBER, counted from 0 as --dry-run lists them, for the array jobs of a cluster; the same "
-             "command without --job then writes the tables")
-    sweep.add_argument("--job", type=_number, metavar="NUMBER", help=about)
-    sweep.add_argument("--dry-run", action="store_true", help="check the grid and list its jobs; start and write "
-                       "nothing")
-
-
 class _NotebookHelp(argparse.Action):
     """--help, which also lists the parameters of the notebook named before it."""
 
@@ -376,12 +345,6 @@ class _NotebookHelp(argparse.Action):
         parser.exit()
 
 
-def add_out(command: argparse.ArgumentParser) -> None:
-    """Add --out to a command."""
-    about = "the folder to write to, such as runs/first"
-    command.add_argument("--out", required=True, type=folder, metavar="DIR", help=about)
-
-
 def add_data(command: argparse.ArgumentParser) -> None:
     """Add --data to a command."""
     about = "`desk`, a file, a folder or a Hub id (default: desk)"
@@ -393,10 +356,10 @@ def add_job(command: argparse.ArgumentParser) -> None:
     add_out(command)
     about = "a parameter of all notebooks, or of one as STAGE.NAME=VALUE (ppo.kl_coef=0.1); may be repeated"
     command.add_argument(
-        "-p", dest="parameters", action="append", default=[], type=_assignment, metavar="NAME=VALUE", help=about
+        "-p", dest="parameters", action="append", default=[], type=assignment, metavar="NAME=VALUE", help=about
     )
     about = "stop a notebook after SECONDS, such as 600"
-    command.add_argument("--timeout", type=_seconds, metavar="SECONDS", help=about)
+    command.add_argument("--timeout", type=seconds, metavar="SECONDS", help=about)
     command.add_argument("--track", choices=("tensorboard", "wandb", "mlflow", "trackio"),
                          help="also send the training's metrics to this tracker (default: none)")
 
@@ -416,13 +379,6 @@ def add_restart(command: argparse.ArgumentParser) -> None:
                          "checkpoint; existing results are set aside")
 
 
-def _assignment(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, such as kl_coef=0.1")
-    return name, value
-
-
 def _columns(text: str) -> str:
     """FIELD=COLUMN,…, checked but returned as written."""
     from alignkit.data.layouts import columns_of
@@ -434,59 +390,11 @@ def _columns(text: str) -> str:
     return text
 
 
-def folder(text: str) -> Path:
-    """A folder named on the command line; it need not exist."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
-    return Path(text).expanduser()
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
-    return seconds
-
-
-def _number(text: str) -> int:
-    if not (text.isdecimal() and int(text) < 10**6):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
-    return int(text)
-
-
-def _count(text: str) -> int:
-    if not (text.isdecimal() and 0 < int(text) < 10**6):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
-    return int(text)
-
-
 def port(text: str) -> int:
     """A port named on the command line, 0 to 65535."""
     if not text.isdecimal() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port, a number from 0 to 65535")
     return int(text)
-
-
-def _parameters(options: argparse.Namespace) -> dict[str, str]:
-    given: dict[str, str] = {}
-    for name, value in options.parameters:
-        if name in given:
-            raise ParameterError(f"{name} is given twice, as {given[name]!r} and as {value!r}")
-        given[name] = value
-    for name, value in _reading(options).items():
-        if name in given:
-            raise ParameterError(f"{name} is given twice, as --{name} and as -p {name}")
-        given[name] = value
-    return given
-
-
-def _reading(options: argparse.Namespace) -> dict[str, str]:
-    """How the data is to be read, as far as it was said."""
-    return {name: value for name in ("kind", "split", "columns")
-            if (value := getattr(options, name, None)) is not None}
 
 
 # --- small things ----------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
-"""The local engine: worker processes on this machine run the jobs of a sweep.
+"""The driver of a sweep, and the local engine: worker processes on this machine run the jobs.
 
 The driver (this process) hands each worker one job at a time and is the only one to publish what they made. A worker
-that dies is replaced, and its job is repeated. Workers have their own session, so that Ctrl-C reaches the driver alone,
-which then interrupts their jobs; they end with the driver, however it ends.
+that dies is replaced, and its job is repeated. Local workers have their own session, so that Ctrl-C reaches the driver
+alone, which then interrupts their jobs; they end with the driver, however it ends.
 """
 
 import contextlib
@@ -42,18 +42,17 @@ class Task:
 
 @dataclass
 class Engine:
-    """Runs jobs in `workers` processes. on_event(kind, spec, record) is called for "started", "finished", "failed",
-    "again" (it died and is repeated) and "interrupted"; on_tick() about twice a second."""
+    """Hands out the jobs of a sweep and publishes what they made; where they run is said by `LocalEngine` and
+    `ray_engine.RayEngine`. on_event(kind, spec, record) is called for "started", "finished", "failed", "again" (it died
+    and is repeated) and "interrupted"; on_tick() about twice a second."""
 
     root: Path
     workers: int
     retries: int = 1
     timeout: float | None = None
-    lock: tuple[int, ...] = ()
     on_event: Callable[[str, Spec, dict], None] = lambda kind, spec, record: None
     on_tick: Callable[[], None] = lambda: None
     waiting: list[Task] = field(default_factory=list)
-    pool: list["_Worker"] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
     stopping: bool = False
 
@@ -65,37 +64,52 @@ class Engine:
         """
         self.waiting = [Task(spec) for spec in specs]
         self.done = {spec.base for spec in specs if spec.base} - {spec.id for spec in specs}
-        selector = selectors.DefaultSelector()
         try:
-            while self.waiting or any(worker.task for worker in self.pool):
-                self._assign(selector)
-                self._listen(selector, TICK)
+            while self.waiting or self.running():
+                self._assign()
+                self._listen(TICK)
                 self.on_tick()
-            for worker in self.pool:
-                worker.end()
+            self._end()
         except KeyboardInterrupt:
-            self._interrupt(selector)
+            self._interrupt()
             raise
         finally:
-            for worker in self.pool:
-                worker.kill()
-            selector.close()
+            self._close()
 
     def running(self) -> list[Task]:
-        """The jobs that a worker is at."""
-        return [worker.task for worker in self.pool if worker.task]
+        """The jobs that were handed out and have not ended."""
+        raise NotImplementedError
+
+    def _has_room(self) -> bool:
+        """Whether one more job may be handed out."""
+        raise NotImplementedError
+
+    def _start(self, task: Task, following: Spec | None) -> None:
+        """Hand out a job, and say which one comes next."""
+        raise NotImplementedError
+
+    def _listen(self, seconds: float) -> None:
+        """Wait at most so long for jobs to end; call `_ended` or `_died` for each that has."""
+        raise NotImplementedError
+
+    def _stop(self) -> None:
+        """Interrupt the running jobs, as Ctrl-C does."""
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        """Let the workers end by themselves: there are no more jobs."""
+
+    def _close(self) -> None:
+        """End at once whatever is left."""
 
     def _ready(self) -> list[Task]:
         return [task for task in self.waiting if not task.spec.base or task.spec.base in self.done]
 
-    def _assign(self, selector: selectors.BaseSelector) -> None:
-        """Give the first ready jobs to the workers that have none."""
+    def _assign(self) -> None:
+        """Hand out the first ready jobs, as long as there is room."""
         ready = self._ready()
-        while ready:
+        while ready and self._has_room():
             task = ready.pop(0)
-            worker = next((worker for worker in self.pool if not worker.task), None)
-            if worker is None and len(self.pool) >= self.workers:
-                return
             self.waiting.remove(task)
             task.attempt, finished = next_attempt(self.root, task.spec)
             if finished:  # its worker, or the driver, was killed before it could say so
@@ -104,36 +118,17 @@ class Engine:
                                    "host": socket.gethostname()})
                 ready = self._ready()
                 continue
-            if worker is None:
-                worker = _Worker(self)
-                selector.register(worker.answers, selectors.EVENT_READ, worker)
-                self.pool.append(worker)
-            following = ready[0].spec if ready else None
             task.started = time.monotonic()
-            worker.give(task, following)
+            self._start(task, ready[0].spec if ready else None)
             self.on_event("started", task.spec, {"attempt": task.attempt})
 
-    def _listen(self, selector: selectors.BaseSelector, seconds: float) -> None:
-        """Wait for answers, or for the end of a worker, at most so long."""
-        if not selector.get_map():
-            return
-        for key, _ in selector.select(seconds):
-            worker = key.data
-            task, lines, ended = worker.task, *worker.read()
-            if ended:
-                selector.unregister(worker.answers)
-                self.pool.remove(worker)
-            for line in lines if task else []:
-                worker.task = None
-                self._ended(task, json.loads(line))
-                task = None
-            words = worker.last_words() if ended else ""
-            if ended and task:
-                notebook, cell = stopped_at(self.root / "attempts" / task.attempt)
-                where = f", in cell {cell} of {notebook}" if cell else f", in {notebook}" if notebook else ""
-                error = f"its worker died: {words}{where}"
-                self._ended(task, {"status": "interrupted" if self.stopping else "died", "error": error, "cell": cell,
-                                   "host": socket.gethostname(), "seconds": round(time.monotonic() - task.started, 1)})
+    def _died(self, task: Task, words: str, host: str | None) -> None:
+        """A job's worker died, with these last words."""
+        notebook, cell = stopped_at(self.root / "attempts" / task.attempt)
+        where = f", in cell {cell} of {notebook}" if cell else f", in {notebook}" if notebook else ""
+        self._ended(task, {"status": "interrupted" if self.stopping else "died", "cell": cell, "host": host,
+                           "error": f"its worker died: {words}{where}",
+                           "seconds": round(time.monotonic() - task.started, 1)})
 
     def _ended(self, task: Task, record: dict) -> None:
         """Publish what an attempt made, or repeat what died, or give up."""
@@ -166,23 +161,76 @@ class Engine:
             self.on_event("failed", task.spec, lost)
             self._without(task.spec, record)
 
-    def _interrupt(self, selector: selectors.BaseSelector) -> None:
+    def _interrupt(self) -> None:
         """Interrupt the running jobs and wait until they have saved; a second Ctrl-C ends the wait."""
         self.waiting.clear()
         self.stopping = True
+        self._stop()
+        end = time.monotonic() + STOP_SECONDS
+        while self.running() and time.monotonic() < end:
+            self._listen(TICK)
+        self._end()
+
+
+@dataclass
+class LocalEngine(Engine):
+    """Runs jobs in `workers` processes on this machine, which inherit the descriptors `lock`."""
+
+    lock: tuple[int, ...] = ()
+    pool: list["_Worker"] = field(default_factory=list)
+    selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+
+    def running(self) -> list[Task]:
+        """The jobs that a worker is at."""
+        return [worker.task for worker in self.pool if worker.task]
+
+    def _has_room(self) -> bool:
+        return len(self.pool) < self.workers or any(not worker.task for worker in self.pool)
+
+    def _start(self, task: Task, following: Spec | None) -> None:
+        worker = next((worker for worker in self.pool if not worker.task), None)
+        if worker is None:
+            worker = _Worker(self)
+            self.selector.register(worker.answers, selectors.EVENT_READ, worker)
+            self.pool.append(worker)
+        worker.give(task, following)
+
+    def _listen(self, seconds: float) -> None:
+        """Wait for answers, or for the end of a worker, at most so long."""
+        if not self.selector.get_map():
+            return
+        for key, _ in self.selector.select(seconds):
+            worker = key.data
+            task, lines, ended = worker.task, *worker.read()
+            if ended:
+                self.selector.unregister(worker.answers)
+                self.pool.remove(worker)
+            for line in lines if task else []:
+                worker.task = None
+                self._ended(task, json.loads(line))
+                task = None
+            words = worker.last_words() if ended else ""
+            if ended and task:
+                self._died(task, words, socket.gethostname())
+
+    def _stop(self) -> None:
         for worker in self.pool:
             worker.interrupt()
-        end = time.monotonic() + STOP_SECONDS
-        while any(worker.task for worker in self.pool) and time.monotonic() < end:
-            self._listen(selector, TICK)
+
+    def _end(self) -> None:
         for worker in self.pool:
             worker.end()
+
+    def _close(self) -> None:
+        for worker in self.pool:
+            worker.kill()
+        self.selector.close()
 
 
 class _Worker:
     """A worker's process, and the job that it is at."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: LocalEngine):
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         share = max(1, (len(cores) or os.cpu_count() or 1) // engine.workers)
         first = len(engine.pool) * share

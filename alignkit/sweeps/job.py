@@ -25,6 +25,7 @@ from alignkit.storage import flush, read_json, write_json
 from alignkit.sweeps.plan import Spec, as_jobs
 
 RECORD = "job.json"  # beside the run's own records
+THREADS = "OMP_NUM_THREADS"
 NOT_TAKEN_ALONG = (RECORD, ".lock", "report.html")  # files of a shared job that a job does not begin with
 
 
@@ -171,13 +172,29 @@ def begin_with(base: Path, folder: Path) -> None:
         if path.is_dir() and not path.is_symlink():
             target.mkdir(exist_ok=True)
         elif relative.as_posix() in made:
-            try:
-                os.link(path, target, follow_symlinks=False)
-            except OSError:  # a disk without hard links
-                shutil.copy2(path, target, follow_symlinks=False)
+            link(path, target)
         else:
             shutil.copy2(path, target, follow_symlinks=False)
     os.rename(new, folder)
+
+
+def link(path: Path, target: Path) -> None:
+    """Give a file a second name; where the disk has no hard links, a copy."""
+    try:
+        os.link(path, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(path, target, follow_symlinks=False)
+
+
+def set_threads(spec: Spec, users: str | None, share: int) -> None:
+    """Where a job may use several threads (any model but the tiny one), no more than its share of the cores. users: the
+    number that the user has set."""
+    if spec.model == "tiny" and users is None:
+        os.environ.pop(THREADS, None)  # `alignkit run` then gives its kernel one
+    elif users is None or not users.isdecimal():
+        os.environ[THREADS] = str(share)
+    else:
+        os.environ[THREADS] = str(min(int(users), share))
 
 
 def stopped_at(folder: Path) -> tuple[str, int | None]:

@@ -13,7 +13,7 @@ from alignkit.errors import ParameterError, RunInUse
 from alignkit.folders import is_held
 from alignkit.runs.lock import lock_handles, run_lock
 from alignkit.safe_text import one_line
-from alignkit.sweeps.engine import Engine
+from alignkit.sweeps.engine import LocalEngine
 from alignkit.sweeps.job import is_done, place_of
 from alignkit.sweeps.plan import Plan, Spec
 from alignkit.sweeps.progress import SweepProgress
@@ -42,8 +42,8 @@ def run_one(root: Path, planned: Plan, number: int, *, retries: int = 1, timeout
                 print(f"{one_line(spec.id, 200)}: done already", flush=True)
                 continue
             progress = SweepProgress(1, 0, 0, 1)
-            Engine(root, 1, retries, timeout, lock, on_event=progress.event,
-                   on_tick=lambda progress=progress: progress.tick(1)).run([spec])
+            LocalEngine(root, 1, retries, timeout, progress.event, lambda progress=progress: progress.tick(1),
+                        lock=lock).run([spec])
             progress.end()
             if not is_done(place_of(root, spec), spec):
                 return 1

@@ -22,12 +22,13 @@ from alignkit.runs.records import versions
 from alignkit.safe_text import one_line
 from alignkit.stages import CHAIN
 from alignkit.storage import read_json, write_json
-from alignkit.sweeps.engine import Engine
-from alignkit.sweeps.grid import is_id
+from alignkit.sweeps.engine import Engine, LocalEngine
+from alignkit.sweeps.grid import MOST_JOBS, is_id
 from alignkit.sweeps.job import is_done, place_of, read_record
 from alignkit.sweeps.one import refuse_while_jobs_run, run_one
 from alignkit.sweeps.plan import COURSE, Plan, Spec, plan
 from alignkit.sweeps.progress import SweepProgress
+from alignkit.sweeps.ray_engine import Cluster, RayEngine, connected
 from alignkit.sweeps.table import row_of, write_junit, write_tables
 
 RECORD = "sweep.json"
@@ -46,39 +47,55 @@ def sweep(
     timeout: float | None = None,
     dry_run: bool = False,
     job: int | None = None,
+    cluster: Cluster | None = None,
     series: Sequence[str | Path] = tuple(CHAIN),
 ) -> int:
     """Run `notebook` (or "course") for each point of the grid, in the folder `out`; returns 0, or 1 if a job failed.
 
     parameters: name -> its values as text (`grid.axis`). draws, seed: of a random search. workers: jobs at a time; by
-    default as many as there are cores, 1 for other models than `tiny`. retries: of a job whose kernel or worker died.
-    timeout: seconds for each notebook. dry_run: check, list the jobs, write nothing. job: run only the job of this
-    number, counted from 0 (`one.run_one`). series: the course's notebooks.
+    default as many as there are cores, 1 for other models than `tiny`, or as many as the cluster has room for. retries:
+    of a job whose kernel, worker or node died. timeout: seconds for each notebook. dry_run: check, list the jobs, write
+    nothing. job: run only the job of this number, counted from 0 (`one.run_one`). cluster: run the jobs on this Ray
+    cluster instead of on this machine. series: the course's notebooks.
     Raises ParameterError, RunError and DataError before anything starts; RunInUse if another sweep uses `out`;
     KeyboardInterrupt after running jobs have saved their state.
     """
     if retries < 0:
         raise ParameterError(f"retries is {retries}, expected 0 or more")
+    if cluster and job is not None:
+        raise ParameterError("--job runs a job on this machine, for another scheduler: give it without --address")
     root = run_place(out)
     planned = plan(str(notebook), root, parameters, draws=draws, seed=seed, series=series)
     record = _recorded(root, planned.name)
     planned = _with_known_ids(root, planned, record)
-    workers = min(workers or _usual_workers(planned), max(1, len(planned.jobs)))
     done = {spec.id for spec in planned.jobs if is_done(place_of(root, spec), spec)}
-    _say(root, planned, done, workers, draws, seed)
-    if dry_run:
-        for number, spec in enumerate(planned.jobs):
-            print(f"{number}  {one_line(spec.id, 300)}  {_words(spec)}{'  (done already)' if spec.id in done else ''}")
-        return 0
-    if os.name != "posix":
-        raise RunError("the local engine of sweeps needs a POSIX system (Linux, macOS, WSL)")
-    if job is not None:
-        return run_one(run_directory(root), planned, job, retries=retries, timeout=timeout)
-    with run_lock(run_directory(root)):
+    asked = workers
+    with contextlib.ExitStack() as stack:
+        if cluster and not dry_run and len(done) < len(planned.jobs):
+            stack.enter_context(connected(cluster))
+            workers = min(workers or MOST_JOBS, cluster.room())
+        workers = min(workers or _usual_workers(planned), max(1, len(planned.jobs)))
+        _say(root, planned, done, None if cluster and dry_run else workers, draws, seed)
+        if dry_run:
+            _list(planned, done)
+            return 0
+        if os.name != "posix":
+            raise RunError("sweeps need a POSIX system (Linux, macOS, WSL)")
+        if job is not None:
+            return run_one(run_directory(root), planned, job, retries=retries, timeout=timeout)
+        stack.enter_context(run_lock(run_directory(root)))
         refuse_while_jobs_run(root)
         record = _recorded(root, planned.name)
         _note(root, record, planned, _command(notebook, out, parameters, draws, seed), draws, seed)
-        return _run(root, planned, record, Engine(root, workers, retries, timeout, lock_handles(root)))
+        return _run(root, planned, record, workers, LocalEngine(
+            root, workers, retries, timeout, lock=lock_handles(root)) if not cluster else RayEngine(
+            root, asked or MOST_JOBS, retries, timeout, cluster=cluster))
+
+
+def _list(planned: Plan, done: set[str]) -> None:
+    """Print the jobs, each with its number."""
+    for number, spec in enumerate(planned.jobs):
+        print(f"{number}  {one_line(spec.id, 300)}  {_words(spec)}{'  (done already)' if spec.id in done else ''}")
 
 
 def rows(root: Path, record: Mapping) -> list[dict]:
@@ -91,11 +108,11 @@ def rows(root: Path, record: Mapping) -> list[dict]:
     return found
 
 
-def _run(root: Path, planned: Plan, record: dict, engine: Engine) -> int:
+def _run(root: Path, planned: Plan, record: dict, workers: int, engine: Engine) -> int:
     """Run what is not done, with its shared jobs first, and write the tables; returns the exit code."""
     ahead = [spec for spec in planned.jobs if not is_done(place_of(root, spec), spec)]
     shared = _needed(root, ahead, planned.shared)
-    progress = SweepProgress(len(planned.jobs), len(planned.jobs) - len(ahead), len(shared), engine.workers)
+    progress = SweepProgress(len(planned.jobs), len(planned.jobs) - len(ahead), len(shared), workers)
     written = [time.monotonic()]
 
     def on_event(kind: str, spec: Spec, ended: dict) -> None:
@@ -193,8 +210,9 @@ def _usual_workers(planned: Plan) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _say(root: Path, planned: Plan, done: set[str], workers: int, draws: int | None, seed: int) -> None:
-    """Print how many jobs there are, how they share stages, and how long they will take, as far as that is known."""
+def _say(root: Path, planned: Plan, done: set[str], workers: int | None, draws: int | None, seed: int) -> None:
+    """Print how many jobs there are, how they share stages, and how long they will take, as far as that is known.
+    workers: jobs at a time, None if a cluster will say so."""
     ahead = [spec for spec in planned.jobs if spec.id not in done]
     shared = _needed(root, ahead, planned.shared)
     name = "the course" if planned.name == COURSE else planned.name
@@ -203,7 +221,7 @@ def _say(root: Path, planned: Plan, done: set[str], workers: int, draws: int | N
     if shared:
         words += f"; {len(shared)} series of earlier notebooks, made once and shared"
     seconds = _estimate(root, ahead, shared)
-    if ahead:
+    if ahead and workers:
         words += f"; {workers} at a time, " + (f"about {duration(seconds / min(workers, len(ahead)))}" if seconds else
                                                "for how long is known after the first")
     if draws is not None:

@@ -18,12 +18,11 @@ from pathlib import Path
 from alignkit.jobs.ipykernel_launcher import end_with_parent
 from alignkit.jobs.notebooks import kernel_environment
 from alignkit.jobs.spare_kernel import Spare, needed_by
-from alignkit.sweeps.job import run_job
+from alignkit.sweeps.job import THREADS, run_job, set_threads
 from alignkit.sweeps.plan import Spec, as_jobs, spec_from
 
 # a parser of addresses that jsonschema would use for formats that notebooks do not have; it takes seconds to import
 NOT_NEEDED = "rfc3987_syntax"
-THREADS = "OMP_NUM_THREADS"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,7 +64,7 @@ class Work:
     def run(self, command: dict) -> dict:
         """Run the job of one command; returns its record."""
         spec = spec_from(command["job"])
-        self._set_threads(spec)
+        set_threads(spec, self.users, self.threads)
         spare = self._take(spec) if spec.alone else None
         try:
             import alignkit.jobs.kernel  # noqa: F401 (papermill takes a second, which is not the job's)
@@ -73,9 +72,9 @@ class Work:
             if command.get("next"):
                 following = spec_from(command["next"])
                 if following.alone:
-                    self._set_threads(following)
+                    set_threads(following, self.users, self.threads)
                     self.ready = self._kernel(following)
-                    self._set_threads(spec)
+                    set_threads(spec, self.users, self.threads)
             return run_job(spec, self.root, command["attempt"], timeout=self.timeout, spare=spare)
         finally:
             if spare:
@@ -103,15 +102,6 @@ class Work:
     def _wanted(self, spec: Spec) -> tuple[dict, tuple]:
         job = as_jobs(spec, self.root / "jobs" / spec.id)[-1]
         return kernel_environment(job), needed_by(job.notebook)
-
-    def _set_threads(self, spec: Spec) -> None:
-        """Where a job may use several threads (any model but the tiny one), no more than this worker's share."""
-        if spec.model == "tiny" and self.users is None:
-            os.environ.pop(THREADS, None)  # `alignkit run` then gives its kernel one
-        elif self.users is None or not self.users.isdecimal():
-            os.environ[THREADS] = str(self.threads)
-        else:
-            os.environ[THREADS] = str(min(int(self.users), self.threads))
 
 
 def _commands():
