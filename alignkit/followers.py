@@ -1,8 +1,8 @@
 """The processes that train together with this one: started here, in step with it at every iteration, ended with it.
 
-`alignkit run NOTEBOOK --processes N` sets PROCESSES for the notebook's kernel, and the kernel is process 0: it keeps the
-charts, the checkpoints and all files. The others (`python -m alignkit.jobs.worker`) load the same run by themselves. They
-read one command a line from a pipe. When the pipe ends, however this process ended, they end too.
+`alignkit run NOTEBOOK --processes N` sets PROCESSES for the notebook's kernel, which becomes process 0: it keeps the
+charts, the checkpoints and all files. The others (`python -m alignkit.jobs.worker --follow`) load the same run by
+themselves. They read one command a line from a pipe. When the pipe ends, however this process ended, they end too.
 """
 
 import contextlib
@@ -94,7 +94,7 @@ class Followers:
         with tempfile.TemporaryDirectory() as folder:
             meeting = Path(folder) / "meeting"
             for rank in range(1, count):
-                self.logs.append(tempfile.TemporaryFile())
+                self.logs.append(tempfile.TemporaryFile())  # noqa: SIM115 (closed by `close`)
                 self.started.append(subprocess.Popen(
                     [sys.executable, "-P", "-m", "alignkit.jobs.worker", "--follow"], env=env, text=True,
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.logs[-1]))

@@ -149,7 +149,8 @@ def broadcast(tensor: Tensor) -> Tensor:
 
 
 def join(meeting: Path, rank: int, number: int) -> None:
-    """Join the group of `number` processes of this machine that meet at the file `meeting`, over its loopback interface.
+    """Join the group of `number` processes of this machine that meet at the file `meeting`; they use the loopback
+    interface alone.
 
     With a GPU for each process they exchange through nccl, otherwise through gloo.
     """

@@ -18,8 +18,8 @@ from alignkit.desk.world import World
 from alignkit.dpo import DPOState, dpo_iteration
 from alignkit.models.adapters import add_lora
 from alignkit.models.loading import load_policy
-from alignkit.ppo import _demonstrations as demonstrations
 from alignkit.ppo import PPOState, collect, ppo_iteration, ppo_step
+from alignkit.ppo import _demonstrations as demonstrations
 from alignkit.processes import sharing
 
 PROMPTS = [prompt.text for prompt in World(0).train_prompts[:40]]

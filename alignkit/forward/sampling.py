@@ -37,8 +37,8 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
 
     eos_token_id: the id that ends a response, or several (`alignkit.data.ends.end_ids`).
     generator: on the CPU; it draws one uniform number per row and position, so results do not depend on the device. On
-    a GPU, `alignkit.forward.cuda_graph` samples longer responses if it supports the policy. own: sample only these rows,
-    with the numbers that they have among all.
+    a GPU, `alignkit.forward.cuda_graph` samples longer responses if it supports the policy.
+    own: sample these rows alone, with the numbers that they have among all.
     Raises ValueError if prompt and response do not fit the model's context, NonFinite on NaN logits.
     """
     limit = context_length(policy)

@@ -461,7 +461,8 @@ def _execute(job: Job, executing: Path, timeout: float | None, on_cell, spare, p
     from alignkit.errors import NotebookFailed
     from alignkit.jobs.kernel import execute
 
-    place = {"env": kernel_environment(job, processes), "cwd": Path.cwd(), "spare": spare, "lock": lock_handles(job.out)}
+    place = {"env": kernel_environment(job, processes), "cwd": Path.cwd(), "spare": spare,
+             "lock": lock_handles(job.out)}
     try:
         execute(job.notebook, executing, job.values, timeout=timeout, on_cell=on_cell, **place)
     except NotebookFailed as error:

@@ -38,7 +38,7 @@ from alignkit.runs.checkpoints import Checkpoints
 from alignkit.runs.lock import run_lock
 from alignkit.runs.stage_folders import stage_folder
 from alignkit.stages import CHAIN, TRAINED_TOGETHER
-from alignkit.storage import append_metrics, settings, trim_metrics
+from alignkit.storage import append_metrics, trim_metrics
 from alignkit.task import load_task
 
 CONTROLS = ("kl_coef", "learning_rate", "clip_range")  # what notebook 03b's cockpit logs beside the metrics of PPO
