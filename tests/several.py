@@ -1,10 +1,7 @@
-"""What several processes compute together in tests/test_processes.py, and one process alone beside them.
-
-A process imports this module alone, so that it starts quickly.
-"""
+"""What several processes compute together in tests/test_processes.py, and one process alone."""
 
 import copy
-import os
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +13,14 @@ from torch import Tensor
 from alignkit.configs import DPOConfig, PPOConfig
 from alignkit.desk.world import World
 from alignkit.dpo import DPOState, dpo_iteration
+from alignkit.errors import RunError
+from alignkit.followers import check_facts
+from alignkit.jobs import worker
 from alignkit.models.adapters import add_lora
 from alignkit.models.loading import load_policy
 from alignkit.ppo import PPOState, collect, ppo_iteration, ppo_step
 from alignkit.ppo import _demonstrations as demonstrations
-from alignkit.processes import sharing
+from alignkit.processes import join, sharing, told
 
 PROMPTS = [prompt.text for prompt in World(0).train_prompts[:40]]
 PAIRS = [{"prompt": prompt, "chosen": " Yes.", "rejected": " No, sorry." if number % 3 else " I"}
@@ -41,8 +41,12 @@ CASES = {  # name -> settings; each has sizes that N does not divide
 }
 
 
+asked: list[str] = []  # the responses that the reward has scored in this process
+
+
 def length(prompts: list[str], responses: list[str]) -> list[float]:
     """A reward that needs no model."""
+    asked.extend(responses)
     return [0.1 * len(response) - 0.01 * len(prompt) for prompt, response in zip(prompts, responses, strict=True)]
 
 
@@ -51,7 +55,9 @@ def computed(case: str) -> dict[str, Tensor]:
     options = dict(CASES[case])
     policy, tokenizer = load_policy("tiny", device="cpu")
     policy = add_lora(policy) if options.pop("lora", False) else policy
+    asked.clear()
     found = (_dpo if case.startswith("dpo") else _ppo)(policy, tokenizer, options)
+    found["asked"] = torch.tensor(len(asked))
     return {name: value.detach().contiguous() for name, value in found.items()}
 
 
@@ -91,12 +97,42 @@ def _flat(tensors) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors if tensor is not None])
 
 
-def work(folder: Path, rank: int, count: int, cases: list[str]) -> None:
-    """One of `count` processes: writes CASE-RANK.safetensors to the folder."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+def start(target, count: int, *given) -> list:
+    """`count` processes that run target(rank, count, *given) as a group. They are copies of one that has imported this
+    module, so that they start quickly."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.several"])
+    processes = [context.Process(target=_joined, args=(target, rank, count, *given), daemon=True)
+                 for rank in range(count)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _joined(target, rank: int, count: int, folder: Path, *given) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), count), rank=rank, world_size=count)
-    with sharing():
-        for case in cases:
-            save_file(computed(case), folder / f"{case}-{rank}.safetensors")
+    join(folder / "meeting", rank, count)
+    target(rank, count, folder, *given)
     dist.destroy_process_group()
+
+
+def compute(rank: int, count: int, folder: Path, case: str) -> None:
+    """Write what a case computes to RANK.safetensors in the folder."""
+    with sharing():
+        save_file(computed(case), folder / f"{rank}.safetensors")
+
+
+def train(rank: int, count: int, folder: Path, notebook: str, run: Path, values: dict) -> None:
+    """What each process of torchrun does."""
+    worker.train_stage(notebook, run, values)
+
+
+def disagree(rank: int, count: int, folder: Path) -> None:
+    """Process 1 has loaded another reward and other prompts than process 0, and writes what it says about that."""
+    if rank == 0:
+        told({"policy": "a", "reward": "b", "prompts": "c"})
+        return
+    try:
+        check_facts({"policy": "a", "reward": "B", "prompts": "C"})
+    except RunError as error:
+        (folder / "error").write_text(str(error))

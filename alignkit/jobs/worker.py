@@ -28,7 +28,6 @@ from alignkit.configs import DPOConfig, PPOConfig, preset
 from alignkit.dpo import DPOState, dpo_iteration
 from alignkit.errors import AlignkitError, ParameterError
 from alignkit.followers import check_facts, together
-from alignkit.jobs.notebooks import find_notebook, job_of
 from alignkit.models.adapters import add_lora
 from alignkit.models.loading import load_policy, save_model
 from alignkit.ppo import PPOState, ppo_iteration, ran_away
@@ -38,7 +37,7 @@ from alignkit.runs.checkpoints import Checkpoints
 from alignkit.runs.lock import run_lock
 from alignkit.runs.stage_folders import stage_folder
 from alignkit.stages import CHAIN, TRAINED_TOGETHER
-from alignkit.storage import append_metrics, trim_metrics
+from alignkit.storage import append_metrics, plain, trim_metrics
 from alignkit.task import load_task
 
 CONTROLS = ("kl_coef", "learning_rate", "clip_range")  # what notebook 03b's cockpit logs beside the metrics of PPO
@@ -123,6 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(notebook: str, out: Path, parameters: Mapping[str, str]) -> None:
     """Train a stage with all processes that torchrun has started, from its newest checkpoint if there is one."""
+    from alignkit.jobs.notebooks import find_notebook, job_of
+
     job = job_of(find_notebook(notebook), out, parameters)
     values = {name: job.values.get(name, parameter.default) for name, parameter in job.parameters.items()}
     if values["model"] == "tiny":
@@ -131,24 +132,30 @@ def train(notebook: str, out: Path, parameters: Mapping[str, str]) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group(backend(int(os.environ["LOCAL_WORLD_SIZE"])))
     try:
-        stage = load_stage(job.name, job.out, values)
-        if dist.get_rank() == 0:
-            told(stage.state.facts())
-            with run_lock(job.out):
-                _lead(stage, stage_folder(job.out, CHAIN[job.name]), values)
-        else:
-            check_facts(stage.state.facts())
-            _iterate(stage, values, lambda stats: None)
+        train_stage(job.name, job.out, values)
     finally:
         dist.destroy_process_group()
+
+
+def train_stage(notebook: str, run: Path, values: Mapping[str, object]) -> None:
+    """Train the stage that `load_stage` loads, in every process of a group; process 0 holds the run's lock and
+    writes."""
+    stage = load_stage(notebook, run, values)
+    if dist.get_rank() == 0:
+        told(plain(dict(stage.state.facts()), "facts"))
+        with run_lock(run):
+            _lead(stage, stage_folder(run, CHAIN[notebook]), values)
+    else:
+        check_facts(stage.state.facts())
+        _iterate(stage, lambda stats: None)
 
 
 def _lead(stage: Stage, folder: Path, values: Mapping) -> None:
     """Process 0: the log, the checkpoints, and what the others do too."""
     checkpoints = Checkpoints(folder / "checkpoints", stage.state, stage.config, every=values["checkpoint_seconds"])
     trim_metrics(folder / "metrics.jsonl", checkpoints.resume())
-    half = max(1, stage.steps // 2)
-    keep = values.get("keep_every", 0) if values.get("keep_every") is not None else 10 * (values["data"] == "desk")
+    keep, half = values.get("keep_every"), max(1, stage.steps // 2)  # of the weights for later notebooks, as 03b does
+    keep = 10 * (values["data"] == "desk") if keep is None else keep
 
     def record(stats) -> None:
         done, row = stage.state.step, stats.log()
@@ -161,24 +168,22 @@ def _lead(stage: Stage, folder: Path, values: Mapping) -> None:
         print(f"{done} of {stage.steps}", flush=True)
 
     try:
-        why = _iterate(stage, values, record)
+        why = _iterate(stage, record)
     finally:
         checkpoints.close(stage.state.step)
     if why:
         checkpoints.end(stage.state.step, why)
 
 
-def _iterate(stage: Stage, values: Mapping, record: Callable) -> str:
+def _iterate(stage: Stage, record: Callable) -> str:
     """All iterations that are left, in step with the other processes; returns why PPO stopped itself, else ""."""
-    why, send = "", True
-    while (send or stage.state.step < stage.steps) and not why:
-        if send and told(stage.state.step) >= stage.steps:
-            break
-        stats = together(stage.iterate, stage.state, stage.config, send)
-        send = False
+    begun = told(stage.state.step)  # process 0 may have gone back to a checkpoint, and gives its state to the others
+    for step in range(begun, stage.steps):
+        stats = together(stage.iterate, stage.state, stage.config, send=step == begun)
         record(stats)
-        why = ran_away(stats, stage.config) if isinstance(stage.config, PPOConfig) else ""
-    return why
+        if isinstance(stage.config, PPOConfig) and (why := ran_away(stats, stage.config)):
+            return why
+    return ""
 
 
 def follow() -> None:
