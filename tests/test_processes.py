@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from alignkit import followers
 from alignkit.errors import ParameterError, RunError
+from alignkit.folders import discard
 from alignkit.followers import on_processes
 from alignkit.jobs.notebooks import find_notebook, job_of, kernel_environment, run_notebook
 from alignkit.jobs.worker import load_stage
@@ -110,7 +111,8 @@ def test_a_run_goes_on_with_another_number_of_processes(run):
         for _ in range(left):
             assert ppo_iteration(last.state, last.config).score == pytest.approx(log[-1].score, abs=1e-5)
         assert torch.allclose(weights(last.state.policy), weights(whole.state.policy), atol=1e-6)
-        (folder / "checkpoints" / f"{3:08}").rename(run / f"aside-{left}")
+        if not left:
+            discard(folder / "checkpoints" / f"{3:08}")
 
 
 def test_a_kernel_leads_processes_that_follow_it_and_end_with_it(run, monkeypatch):
