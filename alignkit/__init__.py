@@ -56,6 +56,7 @@ _MODULES = {
     "exact.sampled": ["sampled_best_of_n", "sampled_optimum"],
     "exact.sweep": ["Sweep", "load_sweep"],
     "exact.truth": ["Frontier", "best_of_n", "frontier", "gap", "optimum", "response_kl"],
+    "followers": ["on_processes"],
     "formulas.intervals": ["Estimate", "mean_estimate", "share_estimate"],
     "formulas.kl": ["exact_kl", "k1", "k2", "k3"],
     "formulas.losses": [

@@ -34,6 +34,7 @@ from alignkit.optim import (
     trained_weights,
     within_memory,
 )
+from alignkit.processes import in_shares, own_rows, sum_gradients, summed
 from alignkit.storage import data_hash
 
 
@@ -97,13 +98,16 @@ def with_reference(ref_policy: nn.Module, pairs: Pairs, *, batch_size: int = 256
                    tokens_per_pass: int | None = None) -> Pairs:
     """The same pairs with the reference's log-probs, computed once. precision, tokens_per_pass: as in training, see
     DPOConfig; batch_size: rows per pass if tokens_per_pass is None."""
-    logps, numbers = [], torch.arange(len(pairs), device=pairs.chosen.prompt_ids.device)
-    with autocast(numbers.device, precision):
-        for side in (pairs.chosen, pairs.rejected):
-            read = passes(side, tokens_per_pass, batch_size)
+    device = pairs.chosen.prompt_ids.device
+
+    def logps(own: slice) -> Iterator[Tensor]:
+        for side in (pairs.chosen[own], pairs.rejected[own]):
+            read, numbers = passes(side, tokens_per_pass, batch_size), torch.arange(len(side), device=device)
             place = torch.cat([numbers[rows] for rows, _ in read]).argsort()  # back into the order of the pairs
-            logps.append(torch.cat([response_logps(ref_policy, part) for _, part in read])[place])
-    return Pairs(pairs.chosen, pairs.rejected, *logps)
+            yield torch.cat([response_logps(ref_policy, part) for _, part in read])[place]
+
+    with autocast(device, precision):
+        return Pairs(pairs.chosen, pairs.rejected, *in_shares(logps, len(pairs)))
 
 
 def dpo_step(
@@ -116,15 +120,18 @@ def dpo_step(
     """
     if pairs.ref_chosen_logps is None:
         raise ValueError("pairs carry no reference log-probs; call with_reference(ref_policy, pairs) first")
-    # Gradients: one part of the batch at a time.
+    # Gradients: one part of the batch at a time, of this process's pairs.
     optimizer.zero_grad(set_to_none=True)
-    loss, read = 0.0, []
+    (own, weight), loss, read = own_rows(len(pairs)), 0.0, []
     with checkpointed(policy, config.gradient_checkpointing):
-        for part in pairs.parts(config.tokens_per_pass):
-            of_part, *logps = accumulate_gradient(policy, part, len(part) / len(pairs), config)
+        for part in pairs[own].parts(config.tokens_per_pass):
+            of_part, *logps = accumulate_gradient(policy, part, weight * len(part) / len(pairs), config)
             loss = loss + of_part
             read.append([*logps, part.ref_chosen_logps, part.ref_rejected_logps])
-    chosen_logps, rejected_logps, *refs = (torch.cat(values) for values in zip(*read, strict=True))
+    # Add up what the processes have found.
+    sum_gradients(policy)
+    loss = summed({"loss": loss})["loss"]
+    chosen_logps, rejected_logps, *refs = in_shares(lambda _: map(torch.cat, zip(*read, strict=True)), len(pairs))
     logps = [chosen_logps, rejected_logps]
     # Clip the gradient norm, stop if it is not finite, and step.
     norm = torch.nn.utils.clip_grad_norm_([p for p in policy.parameters() if p.grad is not None], config.max_grad_norm)

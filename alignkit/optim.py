@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from alignkit.errors import OutOfMemory, is_out_of_memory
+from alignkit.processes import count
 
 
 def adamw(parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.AdamW:
@@ -32,11 +33,12 @@ A, B = TypeVar("A"), TypeVar("B")
 def side_by_side(one: Callable[[], A], other: Callable[[], B], device: torch.device) -> tuple[A, B]:
     """Run `one()` and `other()`, two independent computations, and return both results.
 
-    They run in parallel on a CPU if an operation uses one thread and this process may use more cores: `other` runs in a
-    separate thread with the caller's grad mode and autocast. Otherwise they run one after the other. An exception, or
-    an interrupt at any time, is raised after both have ended, or when `other` can no longer begin.
+    They run in parallel on a CPU if an operation uses one thread, this process may use more cores, and no other process
+    shares the work: `other` runs in a separate thread with the caller's grad mode and autocast. Otherwise they run one
+    after the other. An exception, or an interrupt at any time, is raised after both have ended, or when `other` can no
+    longer begin.
     """
-    if torch.device(device).type != "cpu" or torch.get_num_threads() > 1 or _cores() < 2:
+    if torch.device(device).type != "cpu" or torch.get_num_threads() > 1 or _cores() < 2 or count() > 1:
         return one(), other()
     grad, dtype, lowered = torch.is_grad_enabled(), torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
 
@@ -138,6 +140,7 @@ def size(value: object) -> int:
 def within_memory(attempt: Callable[[object], A], state, config, whole: Callable[[], tuple[int, int]]) -> A:
     """Call `attempt(config)`, which changes nothing if it raises. If memory runs out and config.halve_passes is set,
     repeat it with half as many tokens per pass. Gradients are added over passes, so the effective batch stays the same.
+    It is not repeated if several processes share the work, since the others do not know that one has run out.
 
     state: the state that `attempt` changes; its `pass_limit` stores the number of tokens per pass that fit. whole:
     returns the number of tokens of the largest pass without a limit, and of the longest row. Raises OutOfMemory, which
@@ -153,7 +156,7 @@ def within_memory(attempt: Callable[[object], A], state, config, whole: Callable
                 raise
             most, longest = whole()
             half = (config.tokens_per_pass or most) // 2
-            if not config.halve_passes or half < longest:
+            if not config.halve_passes or half < longest or count() > 1:
                 can = f"set tokens_per_pass to {half}, or halve_passes=True" if half >= longest else (
                     f"a pass of one row has {longest} tokens already: shorten max_length or max_new_tokens")
                 raise OutOfMemory(f"memory ran out, and nothing was changed: {can}; or lower {_rows(config)}. "

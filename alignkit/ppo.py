@@ -8,7 +8,7 @@ without a critic: `config.advantage` compares the responses to one prompt, and `
 the loss. The formulas are in `formulas/losses.py`; the forward passes are in `forward/`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -51,6 +51,7 @@ from alignkit.metrics import stat
 from alignkit.models.heads import SharedCritic
 from alignkit.optim import all_or_nothing, set_learning_rate, side_by_side, within_memory
 from alignkit.ppo_state import PPOState
+from alignkit.processes import count, in_shares, own_rows, sum_gradients, summed
 
 
 @dataclass(frozen=True)
@@ -115,18 +116,21 @@ class PPOBatch:
         return PPOBatch(**{name: value[rows] for name, value in vars(self).items() if value is not None})
 
     def parts(self, tokens_per_pass: int | None) -> list[tuple["PPOBatch", float]]:
-        """Split the batch into parts that fit one forward pass, each with its share of the response tokens.
+        """Split this process's rows into parts that fit one forward pass, each with its share of the batch's response
+        tokens.
 
         tokens_per_pass: maximum number of tokens of a part, padding included; None makes one part.
         """
-        if tokens_per_pass is None:
+        if tokens_per_pass is None and count() == 1:
             return [(self, 1.0)]
-        parts, tokens = [], self.rollout.response_mask.sum()
-        for rows, rollout in passes(self.rollout, tokens_per_pass, len(self.rollout)):
+        own, weight = own_rows(len(self.rollout))
+        parts, mine, tokens = [], self[own], self.rollout.response_mask.sum()
+        for rows, rollout in passes(mine.rollout, tokens_per_pass, len(mine.rollout)):
             width = rollout.response_mask.shape[1]
-            rest = {name: value[rows][:, :width] for name, value in vars(self).items()
+            rest = {name: value[rows][:, :width] for name, value in vars(mine).items()
                     if name != "rollout" and value is not None}
-            parts.append((PPOBatch(rollout, **rest), float(rollout.response_mask.sum() / tokens.clamp(min=1))))
+            share = float(rollout.response_mask.sum() / tokens.clamp(min=1))
+            parts.append((PPOBatch(rollout, **rest), weight * share))
         return parts
 
 
@@ -146,11 +150,14 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
     # Gradients: the policy's and the critic's, in parallel if the machine has two cores.
     recompute = config.gradient_checkpointing
     with checkpointed(state.policy, recompute), checkpointed(state.critic, recompute and state.critic is not None):
-        (loss, of_policy), of_critic = side_by_side(
+        of_policy, of_critic = side_by_side(
             lambda: _policy_gradient(state, batch, config, demonstrations),
             lambda: _critic_gradient(state, batch, config),
             state.policy.device,
         )
+    # Add up what the processes have found, each on its own rows.
+    measured = summed(of_policy | of_critic, largest="ratio_max")
+    sum_gradients(state.policy, state.critic)
     # Clip the gradient norms, and stop if they are not finite.
     norm = torch.nn.utils.clip_grad_norm_(
         [p for p in state.policy.parameters() if p.grad is not None], config.max_grad_norm
@@ -158,8 +165,8 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
     critic_norm = torch.nn.utils.clip_grad_norm_(
         [] if state.critic is None else state.critic.parameters(), config.max_grad_norm
     )
-    measured = {**of_policy, **of_critic, "grad_norm": norm}
-    critic_loss = measured["value_loss"]
+    loss, critic_loss = measured.pop("loss"), measured["value_loss"]
+    measured["grad_norm"] = norm
     if not torch.isfinite(norm + critic_norm + loss + critic_loss):
         raise NonFinite(f"a PPO step has loss {float(loss):.3g}, critic loss {float(critic_loss):.3g}, gradient norms "
                         f"{float(norm):.3g} and {float(critic_norm):.3g}; the weights were left as they were",
@@ -175,24 +182,24 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
 
 def _policy_gradient(
     state: PPOState, batch: PPOBatch, config: PPOConfig, demonstrations: Rollout | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> dict[str, Tensor]:
     """Accumulate the gradients of the policy, and of a critic that shares its trunk, over a minibatch.
 
-    Returns the policy's loss including the demonstrations, and the statistics.
+    Returns the statistics, and as "loss" the policy's loss including the demonstrations.
     """
     measured = [accumulate_gradient(state, part, share, config) for part, share in batch.parts(config.tokens_per_pass)]
     total = {name: sum(each[name] for each in measured) for name in measured[0]}
     total["ratio_max"] = torch.stack([each["ratio_max"] for each in measured]).max()
     total["ptx_loss"] = total["loss"].new_zeros(())
     if demonstrations is not None:
-        tokens = demonstrations.response_mask.sum().clamp(min=1)
-        for _, part in passes(demonstrations, config.tokens_per_pass, len(demonstrations)):
+        tokens, (own, weight) = demonstrations.response_mask.sum().clamp(min=1), own_rows(len(demonstrations))
+        for _, part in passes(demonstrations[own], config.tokens_per_pass, len(demonstrations)):
             with autocast(tokens.device, config.precision):
                 logprobs = response_logprobs(state.policy, part)
-            ptx = -logprobs.sum() / tokens
+            ptx = -weight * logprobs.sum() / tokens
             (config.ptx_coef * ptx).backward()
             total["ptx_loss"] = total["ptx_loss"] + ptx.detach()
-    return total.pop("loss") + config.ptx_coef * total["ptx_loss"], total
+    return {**total, "loss": total["loss"] + config.ptx_coef * total["ptx_loss"]}
 
 
 def accumulate_gradient(state: PPOState, batch: PPOBatch, share: float, config: PPOConfig) -> dict[str, Tensor]:
@@ -272,7 +279,9 @@ def collect(state: PPOState, config: PPOConfig) -> tuple[PPOBatch, dict[str, flo
 
     # Score and read: the reward scores whole responses; policy, reference and critic read every token.
     scores, (ref_logprobs, old_logprobs, values, token_entropy) = side_by_side(
-        lambda: _scores(state, texts, rollout), lambda: _read(state, rollout, config), state.policy.device
+        lambda: _scores(state, texts, rollout),
+        lambda: in_shares(lambda rows: _read(state, rollout[rows], config), len(rollout)),
+        state.policy.device,
     )
     with torch.no_grad():
         # Rewards: the KL penalty at every token if it is charged there, the score at the last, and the advantages.
@@ -406,11 +415,15 @@ def _sample(state: PPOState, config: PPOConfig) -> tuple[list[str], Rollout]:
     texts = _draw_prompts(state.prompts, config.prompts_per_iteration, seeded(config.seed, state.iteration, 2))
     texts = [text for text in texts for _ in range(config.samples_per_prompt)]
     ids, mask = encode_prompts(state.tokenizer, texts)
+
+    def sampled(own: slice) -> Iterable[Tensor]:
+        return vars(sample(state.policy, ids, mask, max_new_tokens=config.max_new_tokens,
+                           eos_token_id=end_ids(state.tokenizer, state.policy),
+                           pad_token_id=state.tokenizer.pad_token_id, generator=seeded(config.seed, state.iteration),
+                           temperature=config.temperature, own=own)).values()
+
     with autocast(state.policy.device, config.precision):
-        return texts, sample(state.policy, ids, mask, max_new_tokens=config.max_new_tokens,
-                             eos_token_id=end_ids(state.tokenizer, state.policy),
-                             pad_token_id=state.tokenizer.pad_token_id,
-                             generator=seeded(config.seed, state.iteration), temperature=config.temperature)
+        return texts, Rollout(*in_shares(sampled, len(texts)))
 
 
 def _scores(state: PPOState, texts: list[str], rollout: Rollout) -> Tensor:
@@ -418,7 +431,11 @@ def _scores(state: PPOState, texts: list[str], rollout: Rollout) -> Tensor:
     responses = decode_responses(state.tokenizer, rollout)
     if state.iteration == 1:
         check_reward_ids(rollout, state.tokenizer, state.reward, texts, responses)
-    scores = as_scores(state.reward(texts, responses), len(texts)).to(rollout.prompt_ids.device)
+
+    def scored(rows: slice) -> list[Tensor]:
+        return [as_scores(state.reward(texts[rows], responses[rows]), len(texts[rows])).to(rollout.prompt_ids.device)]
+
+    scores, = in_shares(scored, len(texts))
     if not torch.isfinite(scores).all():
         row = int((~torch.isfinite(scores)).nonzero()[0])
         raise NonFinite(

@@ -25,6 +25,8 @@ NEEDS = {  # the stages whose models a notebook reads
     "04_freeze_and_evaluate": ("sft", "reward", "ppo"),
     "05_dpo": ("sft", "reward", "frozen"),
 }
+TRAINED_TOGETHER = ("ppo", "dpo")  # the stages that several processes can train
+PROCESSES = "ALIGNKIT_PROCESSES"  # environment of their kernel: {"count": N, "notebook": name, "values": parameters}
 CARD = "README.md"  # the model card of a frozen checkpoint, which is written after its evaluation
 # records in a stage's folder, which later stages may add to
 RUN_FILES = ("results.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "samples.json", "suites.json", CARD)

@@ -32,12 +32,13 @@ DIVERGED = "the policy's logits are NaN or infinite; its weights have diverged (
 @torch.no_grad()
 def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_new_tokens: int,
            eos_token_id: int | Collection[int], pad_token_id: int, generator: torch.Generator,
-           temperature: float = 1.0) -> Rollout:
+           temperature: float = 1.0, own: slice = slice(None)) -> Rollout:
     """One response for each prompt row, sampled by inverse CDF from softmax(logits / temperature).
 
     eos_token_id: the id that ends a response, or several (`alignkit.data.ends.end_ids`).
     generator: on the CPU; it draws one uniform number per row and position, so results do not depend on the device. On
     a GPU, `alignkit.forward.cuda_graph` samples longer responses if it supports the policy.
+    own: sample these rows alone, with the numbers that they have among all.
     Raises ValueError if prompt and response do not fit the model's context, NonFinite on NaN logits.
     """
     limit = context_length(policy)
@@ -48,11 +49,11 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
         )
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}, expected a positive number")
-    device, ends = policy.device, each_end(eos_token_id)
-    prompt_ids, prompt_mask = prompt_ids.to(device), prompt_mask.to(device)
+    device, ends, drawn = policy.device, each_end(eos_token_id), len(prompt_ids)
+    prompt_ids, prompt_mask = prompt_ids[own].to(device), prompt_mask[own].to(device)
     if cuda_graph.usable(policy, max_new_tokens):
-        return _sample_by_graph(policy, prompt_ids, prompt_mask, max_new_tokens, generator, eos_token_id=ends,
-                                pad_token_id=pad_token_id, temperature=temperature)
+        return _sample_by_graph(policy, prompt_ids, prompt_mask, max_new_tokens, generator, drawn, own,
+                                eos_token_id=ends, pad_token_id=pad_token_id, temperature=temperature)
     decoder, logits = decoder_after_prompts(policy, prompt_ids, prompt_mask, max_new_tokens - 1)
     alive = torch.ones(len(prompt_ids), dtype=torch.bool, device=device)
     rows = torch.arange(len(prompt_ids), device=device)  # rows that have not ended yet
@@ -60,7 +61,7 @@ def sample(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, *, max_ne
     tokens, masks, logprobs = [], [], []
     while True:
         scaled = logits.float() / temperature
-        uniform = torch.rand(len(prompt_ids), 1, generator=generator, dtype=torch.float64).to(device)
+        uniform = torch.rand(drawn, 1, generator=generator, dtype=torch.float64)[own].to(device)
         token, logprob = _inverse_cdf(scaled, uniform[rows])
         tokens.append(torch.where(alive, padding.scatter(0, rows, token), pad_token_id))
         logprobs.append(torch.where(alive, nothing.scatter(0, rows, logprob), 0.0))
@@ -100,9 +101,9 @@ def decoder_after_prompts(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Te
 
 
 def _sample_by_graph(policy: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, max_new_tokens: int,
-                     generator: torch.Generator, **options) -> Rollout:
-    state, rows = generator.get_state(), len(prompt_ids)
-    uniform = torch.rand(max_new_tokens, rows, generator=generator, dtype=torch.float64)
+                     generator: torch.Generator, rows: int, own: slice, **options) -> Rollout:
+    state = generator.get_state()
+    uniform = torch.rand(max_new_tokens, rows, generator=generator, dtype=torch.float64)[:, own]
     decoder = cuda_graph.Decoder(policy, *prompt_ids.shape, max_new_tokens, **options)
     decoder.start(prompt_ids, prompt_mask, uniform)
     tokens, mask, logprobs = decoder.run()

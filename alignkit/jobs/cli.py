@@ -164,7 +164,7 @@ def _run(options: argparse.Namespace) -> None:
 
     executed = notebooks.run_notebook(
         options.notebook, options.out, given_parameters(options), timeout=options.timeout, force=options.force,
-        restart=options.restart, track=options.track,
+        restart=options.restart, track=options.track, processes=options.processes,
     )
     print(f"executed notebook: {_shown(executed)}")
 
@@ -328,6 +328,8 @@ def _add_jobs(add) -> None:
     add_job(run)
     add_restart(run)
     run.add_argument("--force", action="store_true", help="run the notebook even if it has already finished")
+    run.add_argument("--processes", type=_count, default=1, metavar="COUNT", help="processes that train together, in "
+                     "03b_ppo and 05_dpo; the same numbers, up to rounding (default: 1)")
 
 
 class _NotebookHelp(argparse.Action):

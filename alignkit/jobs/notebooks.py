@@ -8,6 +8,7 @@ code and the results of earlier notebooks in RUN. A finished job with the same k
 import contextlib
 import errno
 import itertools
+import json
 import os
 import tempfile
 import time
@@ -35,7 +36,7 @@ from alignkit.runs.stage_folders import (
     set_aside_unfinished,
 )
 from alignkit.sources import local_path
-from alignkit.stages import CHAIN, NEEDS, has_number
+from alignkit.stages import CHAIN, NEEDS, PROCESSES, TRAINED_TOGETHER, has_number
 from alignkit.storage import plain, read_json, write_json
 
 
@@ -77,6 +78,7 @@ def run_notebook(
     force: bool = False,
     restart: bool = False,
     track: str | None = None,
+    processes: int = 1,
     spare=None,
 ) -> Path:
     """Run one notebook in the run directory `out`, unless it has already finished; returns the executed notebook.
@@ -86,15 +88,17 @@ def run_notebook(
     way to read the data are by default those of the run in `out`. STAGE.NAME is also accepted if this notebook makes
     STAGE. timeout: seconds. progress: print one line about the notebook. force: run even if it has already finished.
     restart: start again instead of continuing. track: a tracker that receives the training's metrics (`jobs.tracking`).
-    spare: a kernel that already runs (`jobs.spare_kernel.Spare`), to use instead of a new one.
+    processes: how many of them train, in a notebook of PPO or DPO (`alignkit.followers`); with the same results, up to
+    rounding. spare: a kernel that already runs (`jobs.spare_kernel.Spare`), to use instead of a new one.
     Raises ParameterError; RunError if the directory belongs to another run, lacks a stage, or holds a stage that was
     changed, or if the model cannot be read; DataError; RunInUse (all of these before a kernel starts); NotebookFailed,
     which names the cell.
     """
-    notebook, out = find_notebook(notebook), run_place(out)
-    known, given = notebook_parameters(notebook), dict(parameters or {})
-    given = addressed(notebook.stem, known, given)
-    job = notebook_job(notebook, out, known, {**_of_run(notebook, out, known, given), **given})
+    job = job_of(find_notebook(notebook), out, parameters)
+    out = job.out
+    if processes > 1 and CHAIN.get(job.name) not in TRAINED_TOGETHER:
+        raise ParameterError(f"processes is {processes}, expected 1 for {job.name}: several processes train in the "
+                             f"notebooks of {' and '.join(TRAINED_TOGETHER)} only")
     _check_tracker(track, job)
     check_before([job])
     _check_stages(job)
@@ -102,7 +106,15 @@ def run_notebook(
         _check_facts(job)
         expected = _expected([job]).get(job.name) if progress else None
         return _run(job, timeout=timeout, progress=progress, force=force or restart, expected=expected, restart=restart,
-                    track=track, spare=spare)
+                    track=track, processes=processes, spare=spare)
+
+
+def job_of(notebook: Path, out: str | Path, parameters: Mapping[str, object] | None) -> Job:
+    """A notebook as a job in the run directory `out`, with the values given and those of the run there; see
+    `run_notebook`."""
+    out, known, given = run_place(out), notebook_parameters(notebook), dict(parameters or {})
+    given = addressed(notebook.stem, known, given)
+    return notebook_job(notebook, out, known, {**_of_run(notebook, out, known, given), **given})
 
 
 def course(
@@ -277,6 +289,7 @@ def _run(
     spare=None,
     restart: bool = False,
     track: str | None = None,
+    processes: int = 1,
 ) -> Path:
     records = read_jobs(job.out)
     before, key = records.get(job.name, {}), job_key(job, records)
@@ -311,7 +324,7 @@ def _run(
     note()
     try:
         with _tracked(job, track, key, anew=force):
-            _execute(job, executing, timeout, on_cell, spare)
+            _execute(job, executing, timeout, on_cell, spare, processes)
     except BaseException as error:
         if moved and not job.folder.exists():
             os.rename(moved, job.folder)
@@ -392,9 +405,14 @@ def _spare(job: Job | None):
     return Spare(kernel_environment(job), Path.cwd(), lock_handles(job.out), needed_by(job.notebook))
 
 
-def kernel_environment(job: Job) -> dict[str, str]:
-    """The environment of a job's kernel."""
+def kernel_environment(job: Job, processes: int = 1) -> dict[str, str]:
+    """The environment of the kernel of a job in which several processes train."""
     env = {**os.environ, "ALIGNKIT_HEADLESS": "1", STAGE_OF_JOB: job.folder.name if job.folder else ""}
+    env.pop(PROCESSES, None)
+    if processes > 1:
+        values = {name: job.values.get(name, parameter.default) for name, parameter in job.parameters.items()}
+        env[PROCESSES] = json.dumps({"count": processes, "notebook": job.name, "values": plain(values)})
+        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -439,11 +457,12 @@ def _check_facts(job: Job) -> None:
                            f"one in jobs.json): run {maker} again, or the course, which does that by itself")
 
 
-def _execute(job: Job, executing: Path, timeout: float | None, on_cell, spare) -> None:
+def _execute(job: Job, executing: Path, timeout: float | None, on_cell, spare, processes: int) -> None:
     from alignkit.errors import NotebookFailed
     from alignkit.jobs.kernel import execute
 
-    place = {"env": kernel_environment(job), "cwd": Path.cwd(), "spare": spare, "lock": lock_handles(job.out)}
+    place = {"env": kernel_environment(job, processes), "cwd": Path.cwd(), "spare": spare,
+             "lock": lock_handles(job.out)}
     try:
         execute(job.notebook, executing, job.values, timeout=timeout, on_cell=on_cell, **place)
     except NotebookFailed as error:

@@ -105,7 +105,7 @@ class Checkpoints:
             return
         begun = time.monotonic()
         tensors: dict[str, Tensor] = {}
-        tree = _packed(self.state.state_dict(), tensors, {})
+        tree = packed(self.state.state_dict(), tensors, {})
         with replacing(self.folder / f"{step:08}") as new:
             save_file(tensors, new / TENSORS)
             reached("checkpoint.weights")
@@ -199,7 +199,7 @@ def _checked(folder: Path) -> dict:
 def _loaded(folder: Path, record: dict) -> dict:
     """The saved state. Raises _Torn."""
     try:
-        saved = _unpacked(record["saved"], load_file(folder / TENSORS))
+        saved = unpacked(record["saved"], load_file(folder / TENSORS))
     except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OverflowError) as problem:
         raise _Torn(f"its parts do not fit each other: {problem}") from None
     if not isinstance(saved, dict):
@@ -207,7 +207,7 @@ def _loaded(folder: Path, record: dict) -> dict:
     return saved
 
 
-def _packed(value: object, tensors: dict[str, Tensor], known: dict) -> object:
+def packed(value: object, tensors: dict[str, Tensor], known: dict) -> object:
     """`value` as JSON, with its tensors moved to `tensors`; a tensor that occurs twice is stored once."""
     if isinstance(value, Tensor):
         tensor = value.detach()
@@ -217,26 +217,26 @@ def _packed(value: object, tensors: dict[str, Tensor], known: dict) -> object:
             tensors[known[place]] = tensor.cpu().contiguous()
         return {"tensor": known[place]}
     if isinstance(value, Mapping):
-        return {"items": [[key, _packed(item, tensors, known)] for key, item in value.items()]}
+        return {"items": [[key, packed(item, tensors, known)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
-        return {type(value).__name__: [_packed(item, tensors, known) for item in value]}
+        return {type(value).__name__: [packed(item, tensors, known) for item in value]}
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}
     return plain(value)
 
 
-def _unpacked(tree: object, tensors: Mapping[str, Tensor]) -> object:
-    """The value that was given to `_packed`."""
+def unpacked(tree: object, tensors: Mapping[str, Tensor]) -> object:
+    """The value that was given to `packed`."""
     if not isinstance(tree, dict):
         return tree
     (kind, content), = tree.items()
     if kind == "tensor":
         return tensors[content].clone()
     if kind == "items":
-        return {key: _unpacked(item, tensors) for key, item in content}
+        return {key: unpacked(item, tensors) for key, item in content}
     if kind == "float":
         return float(content)
-    return {"list": list, "tuple": tuple}[kind](_unpacked(item, tensors) for item in content)
+    return {"list": list, "tuple": tuple}[kind](unpacked(item, tensors) for item in content)
 
 
 def _flat(facts: Mapping, before: str = "") -> dict[str, object]:
