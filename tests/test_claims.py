@@ -289,6 +289,46 @@ def test_rules_read_arms_that_exist_and_none_where_one_did_not_reach_its_kl():
             assert few == rule.statistic(world) if compared else few in (None, rule.statistic(world)), rule.name
 
 
+def test_the_rules_are_applied_again_with_more_epochs_of_dpo_in_its_place():
+    def row(value):
+        at = dict.fromkeys(("gold", "risky_failures", "over_refusal", "paraphrase_agreement", "chosen_shift"), value)
+        return {"at": {**at, "seconds": 10 * value, **{f"kl_{kind}": value for kind in order.KINDS}},
+                "start": dict.fromkeys(at, 0.0)}
+
+    world = {"PPO": row(0.5), "DPO": row(0.1), "PPO, then DPO": row(0.2), "PPO + DPO": row(0.7),
+             "alternating, four blocks": row(0.6)}
+    long = {"DPO, six epochs": row(0.3), "PPO, then DPO, six epochs": row(0.4)}
+    by_name = {rule.name: registry.longer(rule).statistic for rule in registry.RULES if rule.name in registry.AGAIN}
+    found = {name: statistic(world | long) for name, statistic in by_name.items()}
+    assert found == pytest.approx({
+        "C15": math.log(5 / 3), "C30": math.log(3 / 5), "C17": -0.2, "C17b": 0.3, "C19": 0.3, "C19b": -0.2, "C20": 0.0,
+        "C24": 0.3, "C29b": -0.2, "C43": 0.2, "C33d": 0.3, "C34c": 0.2, "C39": -0.1, "C39b": -0.1, "C11": -0.1})
+    assert set(by_name) == set(registry.AGAIN) and {name: one(world) for name, one in by_name.items()} == dict.fromkeys(
+        by_name)  # a world without these arms says nothing, and not what its DPO of two epochs says
+
+
+def test_more_epochs_are_more_passes_over_the_same_labels(ground, monkeypatch):
+    seen = []
+    monkeypatch.setattr(arms, "dpo", lambda policy, tokenizer, rows, config: seen.append((rows, config)) or [
+        type("Step", (), {"chosen_shift": 0.0})])
+    for stage in (*arms.ARMS["DPO"], *arms.ARMS["DPO, six epochs"]):
+        stage.method(ground, ground.policy(), 0, 0.2, **stage.options)
+    (rows, short), (other_rows, long) = seen
+    assert rows is other_rows is ground.pairs and short.epochs == TINY.dpo.epochs and long == replace(short, epochs=6)
+
+
+def test_the_page_says_which_verdicts_depend_on_the_number_of_epochs():
+    record = load_claims()
+    few = replace(record, longer=tuple(
+        replace(claim, worlds=dict(enumerate([-9.0, -9.1]))) if claim.name == "C43" else record[claim.name]
+        for claim in record.longer))
+    text = lab.page(few)
+    assert text.count("**depends**") == 1 and text.count("does not depend") == len(registry.AGAIN) - 1
+    line, = (line for line in text.split("\n") if line.startswith("* C43,"))
+    assert "-9.050" in line and "**depends**" in line and f"{record['C43'].estimate:.3f}" in line
+    assert "**confirmed**; with more epochs of DPO **refuted** |" in text
+
+
 def test_the_record_and_the_page_agree_with_the_rules():
     record = load_claims()
     fixed = ("name", "source", "original", "english", "quantity", "side", "experiment")
@@ -307,3 +347,10 @@ def test_the_record_and_the_page_agree_with_the_rules():
             again = {seed: rule.statistic({arm: rows[seed] for arm, rows in record.arms.items() if seed in rows})
                      for seed in record.arms["PPO"]}
             assert record[rule.name].worlds == pytest.approx(again, abs=1e-4), rule.name
+    assert [claim.name for claim in record.longer] == [rule.name for rule in registry.RULES
+                                                       if rule.name in registry.AGAIN]
+    for claim in record.longer:
+        rule = registry.longer(next(rule for rule in registry.RULES if rule.name == claim.name))
+        again = {seed: rule.statistic({arm: rows[seed] for arm, rows in record.arms.items() if seed in rows})
+                 for seed in record.arms["PPO"]}
+        assert claim.worlds == pytest.approx(again, abs=1e-4) and len(claim.values) >= 5, rule.name

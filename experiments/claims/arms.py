@@ -188,10 +188,14 @@ def alternating_blocks(ground: Ground, policy: nn.Module, target: float, number:
 
 
 # ---- swept methods: each trains a policy in place with one value of its price, and returns what it logged
-def train_dpo(ground: Ground, policy: nn.Module, number: int, beta: float, *, fresh: bool = False) -> dict[str, float]:
-    """DPO on all labels, or on fresh pairs of the policy as it is now, which is the reference."""
-    rows = ground.fresh_pairs(policy) if fresh else ground.pairs
-    config = replace(ground.size.dpo, seed=ground.seed + 1000 * number, beta=beta)
+def train_dpo(ground: Ground, policy: nn.Module, number: int, beta: float, *, fresh: bool = False,
+              epochs: int | None = None) -> dict[str, float]:
+    """DPO on all labels, or on fresh pairs of the policy as it is now, which is the reference.
+
+    epochs: passes over them; None: as `Size.dpo` says.
+    """
+    rows, start = ground.fresh_pairs(policy) if fresh else ground.pairs, ground.size.dpo
+    config = replace(start, seed=ground.seed + 1000 * number, beta=beta, epochs=epochs or start.epochs)
     steps = list(dpo(policy, ground.tokenizer, rows, config))
     return {"chosen_shift": float(np.mean([step.chosen_shift for step in steps[-STEPS:]]))}
 
@@ -244,11 +248,14 @@ class Stage:
 
 
 PPO, DPO = Stage(ppo_blocks), Stage(train_dpo, price="betas")
+LONG = replace(DPO, options={"epochs": 6})
 ARMS: dict[str, tuple[Stage, ...]] = {
     "PPO": (PPO,),
     "DPO": (DPO,),
+    "DPO, six epochs": (LONG,),
     "PPO, then PPO": (PPO, PPO),
     "PPO, then DPO": (PPO, DPO),
+    "PPO, then DPO, six epochs": (PPO, LONG),
     "PPO, then DPO on fresh pairs": (replace(PPO, options={"judge": "part"}), replace(DPO, options={"fresh": True})),
     "DPO, then PPO": (DPO, PPO),
     "PPO + DPO": (Stage(summed_blocks, {"weight": 1.0}),),
