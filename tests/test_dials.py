@@ -202,9 +202,9 @@ def world():
                                        ((0.1, 4.0, 0.6), (0.35, 1.0, 0.8), (1.2, 0.16, 0.4))],
                   "path": path, "trainings": [point(1, 0.7), point(1, 0.9), point(1, 1.1)], "apart": 0.1, "moved": 0.4},
         "reference": {"sft": sft, "arms": {name: {"path": path, "end": end} for name, end in arms_of.items()}},
-        "fewest": {"sft": sft, "labels": 375, "dpo": [point(0.64, 0.4)], "ppo": point(0.36, 0.5),
-                   "first": point(0.16, 0.3), "relay": [point(0.64, 0.5)]},
-        "fewer": {"sft": sft, "labels": 1500, "dpo": [point(0.64, 0.8)], "ppo": point(0.16, 0.45)},
+        "fewest": {"sft": sft, "labels": 375, "dpo": [point(0.64, 0.4), point(0.04, 0.1)], "ppo": point(0.36, 0.5),
+                   "first": point(0.09, 0.9), "relay": [point(0.64, 0.5), point(0.16, 0.3)]},
+        "fewer": {"sft": sft, "labels": 1500, "dpo": [point(0.64, 0.8), point(0.04, 0.2)], "ppo": point(0.16, 0.45)},
         "steps": {"sft": sft, "rows": [{**point(kl, gold), **logged, "epoch": epoch} for epoch, kl, gold in
                                        ((1, 0.5, 0.3), (2, 1.0, 0.6), (4, 1.5, 0.5), (6, 2.0, 0.4))],
                   "promised": {"kl": 0.5}},
@@ -231,9 +231,10 @@ def test_a_statistic_worked_by_hand(rule):
     assert rules.values(rule, {31: world()}) == {"31": rule.statistic(world())}
 
 
-def test_a_statistic_outside_the_runs_is_none():
+@pytest.mark.parametrize("kl", [0.81, 0.02])
+def test_a_statistic_outside_the_runs_is_none_though_it_is_between_sft_and_a_run(kl):
     one = world()
-    one["fewest"]["ppo"] = point(0.81, 0.6)
+    one["fewest"]["ppo"] = point(kl, 0.6)
     by_name = {rule.name: rule for rule in rules.RULES}
     assert [by_name[name].statistic(one) for name in ("C28", "C28b", "C40", "C40b")] == [None] * 4
 

@@ -8,7 +8,6 @@ finished is not run again. `--record` writes `alignkit/evaluate/dials.json` and 
 """
 
 import argparse
-import ast
 import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
@@ -16,11 +15,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from alignkit.evaluate.dials import FILE, load_dials
-from alignkit.exact.sweep import source_hashes, syntax_hash
 from alignkit.runs.records import versions
-from alignkit.storage import content_hash, plain, write_atomically
-from experiments.claims import arms, order
+from alignkit.storage import plain, write_atomically
 from experiments.claims.arms import Size
+from experiments.claims.order import code
 from experiments.dials import runs
 from experiments.dials.page import page
 from experiments.dials.rules import RULES, by_labels, values
@@ -31,15 +29,10 @@ PAGE = Path(__file__).parents[2] / "docs" / "dials.md"
 SEEDS = tuple(range(31, 36))
 
 
-def code() -> str:
-    """What the figures depend on besides the settings: the syntax of the code that trains and measures."""
-    trees = [ast.parse(Path(module.__file__).read_text(encoding="utf-8")) for module in (arms, order, runs)]
-    return content_hash([source_hashes(), [syntax_hash(tree) for tree in trees]])
-
-
 def run(seeds: Sequence[int], folder: Path, size: Size, plan: Plan, workers: int) -> dict[int, dict[str, dict]]:
     """World seed -> part -> its record. A part is run in all worlds before the next one begins."""
-    tasks = [(seed, part, folder, size, plan, code()) for part in PARTS for seed in seeds]
+    made_by = code(runs)
+    tasks = [(seed, part, folder, size, plan, made_by) for part in PARTS for seed in seeds]
     worlds: dict[int, dict[str, dict]] = {seed: {} for seed in seeds}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         for (seed, part, *_), record in zip(tasks, pool.map(run_part, *zip(*tasks, strict=True)), strict=True):
