@@ -16,7 +16,9 @@ from alignkit.exact import response_space
 from alignkit.formulas.intervals import mean_estimate
 from alignkit.forward.reading import response_logps
 from alignkit.ppo import PPOState, ppo
+from alignkit.storage import plain
 from experiments.claims import arms
+from experiments.claims.lab import DOCS
 from experiments.dials import __main__ as command
 from experiments.dials import rules, runs
 from experiments.dials.page import page
@@ -253,7 +255,8 @@ def record(tmp_path_factory):
     worlds = {31: world(), 32: world()}
     worlds[32]["beta"]["runs"][0]["gold"] = 0.2
     path = tmp_path_factory.mktemp("record") / "dials.json"
-    write_compact(path, command.recorded(worlds, arms.Size(), runs.Plan()))
+    made = command.recorded(worlds, arms.Size(), runs.Plan())
+    write_compact(path, plain({"command": "python -m experiments.dials", "versions": {}, **made}))
     return dials.load_dials(path)
 
 
@@ -282,7 +285,7 @@ def test_the_paths_of_a_reference_begin_at_sft(record):
 
 def test_the_page_has_every_verdict_and_the_command(record):
     text = page(record)
-    assert record.command == "python -m experiments.dials --seeds 31 32 --record" and record.command in text
+    assert f"Made by `{record.command}`" in text and "Worlds: 31, 32. 20 claims:" in text
     for claim in record.claims:
         assert f"| {claim.name} | {claim.source}: {claim.english}<br>{claim.original} |" in text
         assert f"{claim.estimate:.3f} | 2 | **{claim.verdict}** |" in text
@@ -301,7 +304,7 @@ def test_the_shipped_record_follows_from_its_worlds_by_the_rules_and_the_page_sh
         assert claim.margin == pytest.approx(rule.margin, rel=1e-5)  # the file has six digits
         for seed, world in shipped.worlds.items():
             assert claim.worlds[seed] == pytest.approx(rule.statistic(world), abs=2e-3), (rule.name, seed)
-    assert command.PAGE.read_text(encoding="utf-8") == page(shipped)
+    assert (DOCS / "dials.md").read_text(encoding="utf-8") == page(shipped)
 
 
 def test_a_missing_record_says_how_to_make_one(tmp_path):

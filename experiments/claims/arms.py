@@ -7,7 +7,7 @@ is *swept*: it is trained with several values of its own price, and `order.follo
 """
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,8 @@ from alignkit.models.loading import load_policy, save_model
 from alignkit.optim import adamw, set_learning_rate
 from alignkit.ppo import PPOState, collect, ppo_iteration, ppo_step
 from alignkit.reward import RewardScorer, train_reward_model
-from alignkit.storage import settings
 from alignkit.task import desk_task
+from experiments.claims.lab import key_of
 from experiments.sweep import Truth, kept, scorer_in_sft_sd, some_prompts, strata, train_sft_policy
 
 ITERATIONS, STEPS = 2, 8  # of PPO, and of another method's optimiser, in a block
@@ -55,8 +55,7 @@ class Size:
 
     def key(self) -> dict:
         """All settings as plain JSON types."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {name: settings(value) if is_dataclass(value) else value for name, value in values.items()}
+        return key_of(self)
 
 
 class Ground:
