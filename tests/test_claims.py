@@ -103,7 +103,7 @@ def test_a_rule_in_words(side, margin, words):
 
 
 def test_claims_are_counted_and_so_are_the_intervals_that_miss_by_chance():
-    text = counted([claim([1.0, 1.1]), claim([0.01, -0.01]), claim([1.0])] * 10)
+    text = counted([claim([1.0, 1.1]), claim([0.01, 0.012]), claim([1.0])] * 10)
     assert text.startswith("30 claims: 10 confirmed, 10 refuted, 10 undecided.") and "of 30 true values about 2" in text
     assert "of 60 true values about 3" in counted([claim([1.0])] * 30, 60)
 

@@ -224,8 +224,4 @@ def longer(rule: Rule) -> Rule:
     return replace(rule, statistic=statistic)
 
 
-UNMEASURED = {  # name -> why; the claims of the articles whose figures are no evidence
-    "C28": "measured in `docs/dials.md`, but with few labels PPO ends nearer to SFT than every run of DPO, whose "
-           "figures there are interpolated from SFT; needs a larger β",
-    "C40": "as C28",
-}
+UNMEASURED: dict[str, str] = {}  # name -> why; the claims of the articles that nothing measures
