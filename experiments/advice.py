@@ -12,16 +12,13 @@ taken.
 What is finished is not run again while sizes and code are the same.
 """
 
-import argparse
 import inspect
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from alignkit.evaluate.advice_record import ADVISERS, FILE, FREEZING, AdviceRecord, load_advice
@@ -31,14 +28,13 @@ from alignkit.evaluate.decision import DECISION_RULES, DECISIONS, decide
 from alignkit.evaluate.evaluation import Evaluation
 from alignkit.exact.sweep import source_hashes
 from alignkit.formulas.intervals import mean_estimate
-from alignkit.runs.records import versions
-from alignkit.storage import content_hash, plain, write_atomically
+from alignkit.storage import content_hash, plain
 from experiments import advice_worlds
 from experiments.advice_worlds import FLIPS, LABELS, MESSY, PRICES, WHO, Candidate, Ground, Size, candidates
+from experiments.claims.lab import run_lab
 from experiments.claims.registry import GOLD
-from experiments.sweep import kept, write_compact
+from experiments.sweep import kept
 
-PAGE = Path(__file__).parents[1] / "docs" / "advice.md"
 SEEDS = tuple(range(101, 121))
 BUDGETS, REDRAWS = (4, 16, 64, 256), 1000  # labels for each checkpoint, and redraws of them
 TRUTH = ("gold", "behaviour", "phrases")  # columns that only a world with a true reward has
@@ -193,8 +189,7 @@ def run(seeds: Sequence[int], folder: Path, size: Size) -> dict:
         picks = "  ".join(f"{rule}: {pick} {max(gold.values()) - gold[pick]:.2f}"
                           for rule, pick in worlds[-1]["picks"].items())
         print(f"world {seed}  {worlds[-1]['trouble']}  {picks}", flush=True)
-    return plain({"command": f"python -m experiments.advice --seeds {' '.join(map(str, seeds))} --record",
-                  "versions": versions(), "settings": size.key(), "rules": SHOWN, "worlds": worlds})
+    return {"settings": size.key(), "rules": SHOWN, "worlds": worlds}
 
 
 def page(record: AdviceRecord) -> str:
@@ -267,20 +262,8 @@ def verdict_of(record: AdviceRecord, one: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the worlds, write the record and the page."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.advice", description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--folder", type=Path, default=Path("runs/advice"), help="where finished worlds are kept")
-    parser.add_argument("--json", type=Path, default=None, help="write the record here")
-    parser.add_argument("--record", action="store_true", help="write the shipped record and docs/advice.md")
-    given = parser.parse_args(arguments)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
-    target = FILE if given.record else given.json or given.folder / "advice.json"
-    write_compact(target, run(given.seeds, given.folder, Size()))
-    text = page(load_advice(target))
-    if given.record:
-        write_atomically(PAGE, text)
-    print(text)
+    run_lab("advice", __doc__.split("\n")[0], arguments, seeds=SEEDS, folder=Path("runs/advice"), file=FILE,
+            make=lambda given: run(given.seeds, given.folder, Size()), page=lambda path: page(load_advice(path)))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from alignkit.models.loading import load_policy
 from alignkit.ppo import PPOState, ppo_iteration
 from alignkit.reward import RewardScorer, train_reward_model
 from alignkit.sft import train_sft
-from alignkit.storage import plain, settings
 from alignkit.task import desk_task
+from experiments.claims.lab import key_of
 from experiments.sweep import strata
 
 LABELS, FLIPS = (150, 600, 2400), (0.08, 0.3)
@@ -75,9 +75,7 @@ class Size:
 
     def key(self) -> dict:
         """All settings as plain JSON types."""
-        numbers = ("demonstrations", "every", "steps", "judged", "questions", "samples", "normalise")
-        configs = {name: settings(getattr(self, name)) for name in ("sft", "reward", "ppo", "dpo")}
-        return plain({**{name: getattr(self, name) for name in numbers}, **configs})
+        return key_of(self)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from alignkit.evaluate.evaluation import Evaluation, EvaluationSet
 from alignkit.jobs import cli
 from alignkit.storage import write_json
 from experiments import advice, advice_worlds
+from experiments.claims.lab import DOCS
 from experiments.sweep import write_compact
 
 TINY = advice_worlds.Size(
@@ -31,7 +32,8 @@ TINY = advice_worlds.Size(
 def record(tmp_path_factory):
     """A record of one world in small, written and read again."""
     folder = tmp_path_factory.mktemp("advice")
-    write_compact(folder / "advice.json", advice.run([41], folder, TINY))
+    made = advice.run([41], folder, TINY)
+    write_compact(folder / "advice.json", {"command": "python -m experiments.advice", "versions": {}, **made})
     return load_advice(folder / "advice.json")
 
 
@@ -219,7 +221,7 @@ def test_what_cannot_be_advised_is_an_error_that_says_what_to_do(tmp_path, capsy
 # ---- the shipped record
 def test_the_shipped_record_and_its_page_agree():
     shipped = load_advice()
-    assert advice.PAGE.read_text(encoding="utf-8") == advice.page(shipped)
+    assert (DOCS / "advice.md").read_text(encoding="utf-8") == advice.page(shipped)
     assert shipped.rules == advice.SHOWN and len({world.seed for world in shipped.worlds}) == len(shipped.worlds)
     for each in shipped.worlds:
         assert each.seed in advice.SEEDS and each.trouble == asdict(advice_worlds.trouble(each.seed))

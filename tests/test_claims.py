@@ -1,7 +1,7 @@
 """The claims lab: verdicts, matched KL, arms that differ in nothing but what they say, and a record that agrees."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from alignkit.evaluate.claims import Claim, Claims, load_claims, verdict
 from alignkit.formulas.intervals import Estimate
 from experiments.claims import __main__ as lab
 from experiments.claims import arms, order, registry
+from experiments.claims.lab import DOCS, bound, claim_row, claims_table, counted, key_of, run_lab
 
 TINY = arms.Size(demonstrations=400, labels=200, fresh=64, normalise=64, keys=1, blocks=4, first=0.02, last=0.05,
                  betas=(0.02, 0.2, 2.0), draws=(2, 8), sft=SFTConfig(epochs=1), reward=RewardConfig(epochs=1),
@@ -92,6 +93,56 @@ def test_a_missing_record_says_how_to_make_one(tmp_path):
         load_claims(tmp_path / "none.json")
     with pytest.raises(KeyError, match="no measured claim"):
         Claims("", {}, {}, (), {}, {})["C99"]
+
+
+@pytest.mark.parametrize(("side", "margin", "words"), [
+    ("above", 0.05, "above 0.05"), ("below", 0.05, "below −0.05"), ("within", 0.2231, "within ±0.223"),
+    ("below", 0, "below 0")])
+def test_a_rule_in_words(side, margin, words):
+    assert bound(claim([1.0], side, margin)) == words
+
+
+def test_claims_are_counted_and_so_are_the_intervals_that_miss_by_chance():
+    text = counted([claim([1.0, 1.1]), claim([0.01, 0.012]), claim([1.0])] * 10)
+    assert text.startswith("30 claims: 10 confirmed, 10 refuted, 10 undecided.") and "of 30 true values about 2" in text
+    assert "of 60 true values about 3" in counted([claim([1.0])] * 30, 60)
+
+
+def test_a_lab_writes_the_record_that_it_makes_and_its_page(tmp_path, capsys):
+    rule, asked = registry.RULES[0], []
+
+    def make(given):
+        asked.append(given)
+        rows = [claim_row(rule, "arms", {str(seed): 0.5 for seed in given.seeds})]
+        return {"settings": {"loud": given.loud}, "unmeasured": {}, "claims": rows, "arms": {}}
+
+    def page(path):
+        record = load_claims(path)
+        return f"{record.command}\n" + claims_table([{"claim": each.name, "worlds": str(each.worlds)}
+                                                    for each in record.claims])
+
+    def run(*arguments):
+        run_lab("trial", "A trial.", arguments, seeds=(3, 4), folder=tmp_path, file=tmp_path / "shipped.json",
+                make=make, page=page, options={"--loud": {"action": "store_true"}})
+        return capsys.readouterr().out
+
+    text = run()
+    assert "python -m experiments.trial --seeds 3 4 --record" in text and "| C1 | {3: 0.5, 4: 0.5} |" in text
+    assert load_claims(tmp_path / "trial.json").claims[0].quantity == rule.quantity
+    assert "{7: 0.5}" in run("--seeds", "7", "--json", str(tmp_path / "other.json"), "--loud")
+    assert load_claims(tmp_path / "other.json").settings == {"loud": True} and asked[0].loud is False
+    assert not (tmp_path / "shipped.json").exists() and not (DOCS / "trial.md").exists()
+
+
+def test_the_settings_of_a_size_are_plain_and_complete():
+    key = key_of(TINY)
+    assert key["betas"] == [0.02, 0.2, 2.0] and key["dpo"]["batch_size"] == 32 and key["dpo"]["beta"] == 0.3
+    assert set(key) == {each.name for each in fields(TINY)} and key == TINY.key()
+
+
+def test_a_trial_is_never_recorded(tmp_path):
+    with pytest.raises(SystemExit, match="no evidence"):
+        lab.main(["--quick", "--record", "--folder", str(tmp_path)])
 
 
 # ---- what is measured
@@ -289,6 +340,46 @@ def test_rules_read_arms_that_exist_and_none_where_one_did_not_reach_its_kl():
             assert few == rule.statistic(world) if compared else few in (None, rule.statistic(world)), rule.name
 
 
+def test_the_rules_are_applied_again_with_more_epochs_of_dpo_in_its_place():
+    def row(value):
+        at = dict.fromkeys(("gold", "risky_failures", "over_refusal", "paraphrase_agreement", "chosen_shift"), value)
+        return {"at": {**at, "seconds": 10 * value, **{f"kl_{kind}": value for kind in order.KINDS}},
+                "start": dict.fromkeys(at, 0.0)}
+
+    world = {"PPO": row(0.5), "DPO": row(0.1), "PPO, then DPO": row(0.2), "PPO + DPO": row(0.7),
+             "alternating, four blocks": row(0.6)}
+    long = {"DPO, six epochs": row(0.3), "PPO, then DPO, six epochs": row(0.4)}
+    by_name = {rule.name: registry.longer(rule).statistic for rule in registry.RULES if rule.name in registry.AGAIN}
+    found = {name: statistic(world | long) for name, statistic in by_name.items()}
+    assert found == pytest.approx({
+        "C15": math.log(5 / 3), "C30": math.log(3 / 5), "C17": -0.2, "C17b": 0.3, "C19": 0.3, "C19b": -0.2, "C20": 0.0,
+        "C24": 0.3, "C29b": -0.2, "C43": 0.2, "C33d": 0.3, "C34c": 0.2, "C39": -0.1, "C39b": -0.1, "C11": -0.1})
+    assert set(by_name) == set(registry.AGAIN) and {name: one(world) for name, one in by_name.items()} == dict.fromkeys(
+        by_name)  # a world without these arms says nothing, and not what its DPO of two epochs says
+
+
+def test_more_epochs_are_more_passes_over_the_same_labels(ground, monkeypatch):
+    seen = []
+    monkeypatch.setattr(arms, "dpo", lambda policy, tokenizer, rows, config: seen.append((rows, config)) or [
+        type("Step", (), {"chosen_shift": 0.0})])
+    for stage in (*arms.ARMS["DPO"], *arms.ARMS["DPO, six epochs"]):
+        stage.method(ground, ground.policy(), 0, 0.2, **stage.options)
+    (rows, short), (other_rows, long) = seen
+    assert rows is other_rows is ground.pairs and short.epochs == TINY.dpo.epochs and long == replace(short, epochs=6)
+
+
+def test_the_page_says_which_verdicts_depend_on_the_number_of_epochs():
+    record = load_claims()
+    few = replace(record, longer=tuple(
+        replace(claim, worlds=dict(enumerate([-9.0, -9.1]))) if claim.name == "C43" else record[claim.name]
+        for claim in record.longer))
+    text = lab.page(few)
+    assert text.count("**depends**") == 1 and text.count("does not depend") == len(registry.AGAIN) - 1
+    line, = (line for line in text.split("\n") if line.startswith("* C43,"))
+    assert "-9.050" in line and "**depends**" in line and f"{record['C43'].estimate:.3f}" in line
+    assert "**confirmed**; with more epochs of DPO **refuted** |" in text
+
+
 def test_the_record_and_the_page_agree_with_the_rules():
     record = load_claims()
     fixed = ("name", "source", "original", "english", "quantity", "side", "experiment")
@@ -300,10 +391,17 @@ def test_the_record_and_the_page_agree_with_the_rules():
         measured = {int(seed): value for seed, value in row["worlds"].items()}
         assert record[row["name"]].worlds == pytest.approx(measured, abs=1e-4), row["name"]
     assert record.unmeasured == registry.UNMEASURED and list(record.arms) == list(arms.ARMS)
-    assert lab.PAGE.read_text(encoding="utf-8") == lab.page(record)
+    assert (DOCS / "claims.md").read_text(encoding="utf-8") == lab.page(record)
     assert {claim.verdict for claim in record.claims} <= set(claims.VERDICTS)
     for rule in registry.RULES:
         if not isinstance(rule.statistic, str):
             again = {seed: rule.statistic({arm: rows[seed] for arm, rows in record.arms.items() if seed in rows})
                      for seed in record.arms["PPO"]}
             assert record[rule.name].worlds == pytest.approx(again, abs=1e-4), rule.name
+    assert [claim.name for claim in record.longer] == [rule.name for rule in registry.RULES
+                                                       if rule.name in registry.AGAIN]
+    for claim in record.longer:
+        rule = registry.longer(next(rule for rule in registry.RULES if rule.name == claim.name))
+        again = {seed: rule.statistic({arm: rows[seed] for arm, rows in record.arms.items() if seed in rows})
+                 for seed in record.arms["PPO"]}
+        assert claim.worlds == pytest.approx(again, abs=1e-4) and len(claim.values) >= 5, rule.name

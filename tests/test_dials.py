@@ -16,7 +16,9 @@ from alignkit.exact import response_space
 from alignkit.formulas.intervals import mean_estimate
 from alignkit.forward.reading import response_logps
 from alignkit.ppo import PPOState, ppo
+from alignkit.storage import plain
 from experiments.claims import arms
+from experiments.claims.lab import DOCS
 from experiments.dials import __main__ as command
 from experiments.dials import rules, runs
 from experiments.dials.page import page
@@ -202,9 +204,9 @@ def world():
                                        ((0.1, 4.0, 0.6), (0.35, 1.0, 0.8), (1.2, 0.16, 0.4))],
                   "path": path, "trainings": [point(1, 0.7), point(1, 0.9), point(1, 1.1)], "apart": 0.1, "moved": 0.4},
         "reference": {"sft": sft, "arms": {name: {"path": path, "end": end} for name, end in arms_of.items()}},
-        "fewest": {"sft": sft, "labels": 375, "dpo": [point(0.64, 0.4)], "ppo": point(0.36, 0.5),
-                   "first": point(0.16, 0.3), "relay": [point(0.64, 0.5)]},
-        "fewer": {"sft": sft, "labels": 1500, "dpo": [point(0.64, 0.8)], "ppo": point(0.16, 0.45)},
+        "fewest": {"sft": sft, "labels": 375, "dpo": [point(0.64, 0.4), point(0.04, 0.1)], "ppo": point(0.36, 0.5),
+                   "first": point(0.09, 0.9), "relay": [point(0.64, 0.5), point(0.16, 0.3)]},
+        "fewer": {"sft": sft, "labels": 1500, "dpo": [point(0.64, 0.8), point(0.04, 0.2)], "ppo": point(0.16, 0.45)},
         "steps": {"sft": sft, "rows": [{**point(kl, gold), **logged, "epoch": epoch} for epoch, kl, gold in
                                        ((1, 0.5, 0.3), (2, 1.0, 0.6), (4, 1.5, 0.5), (6, 2.0, 0.4))],
                   "promised": {"kl": 0.5}},
@@ -231,9 +233,10 @@ def test_a_statistic_worked_by_hand(rule):
     assert rules.values(rule, {31: world()}) == {"31": rule.statistic(world())}
 
 
-def test_a_statistic_outside_the_runs_is_none():
+@pytest.mark.parametrize("kl", [0.81, 0.02])
+def test_a_statistic_outside_the_runs_is_none_though_it_is_between_sft_and_a_run(kl):
     one = world()
-    one["fewest"]["ppo"] = point(0.81, 0.6)
+    one["fewest"]["ppo"] = point(kl, 0.6)
     by_name = {rule.name: rule for rule in rules.RULES}
     assert [by_name[name].statistic(one) for name in ("C28", "C28b", "C40", "C40b")] == [None] * 4
 
@@ -252,7 +255,8 @@ def record(tmp_path_factory):
     worlds = {31: world(), 32: world()}
     worlds[32]["beta"]["runs"][0]["gold"] = 0.2
     path = tmp_path_factory.mktemp("record") / "dials.json"
-    write_compact(path, command.recorded(worlds, arms.Size(), runs.Plan()))
+    made = command.recorded(worlds, arms.Size(), runs.Plan())
+    write_compact(path, plain({"command": "python -m experiments.dials", "versions": {}, **made}))
     return dials.load_dials(path)
 
 
@@ -281,7 +285,7 @@ def test_the_paths_of_a_reference_begin_at_sft(record):
 
 def test_the_page_has_every_verdict_and_the_command(record):
     text = page(record)
-    assert record.command == "python -m experiments.dials --seeds 31 32 --record" and record.command in text
+    assert f"Made by `{record.command}`" in text and "Worlds: 31, 32. 20 claims:" in text
     for claim in record.claims:
         assert f"| {claim.name} | {claim.source}: {claim.english}<br>{claim.original} |" in text
         assert f"{claim.estimate:.3f} | 2 | **{claim.verdict}** |" in text
@@ -300,7 +304,7 @@ def test_the_shipped_record_follows_from_its_worlds_by_the_rules_and_the_page_sh
         assert claim.margin == pytest.approx(rule.margin, rel=1e-5)  # the file has six digits
         for seed, world in shipped.worlds.items():
             assert claim.worlds[seed] == pytest.approx(rule.statistic(world), abs=2e-3), (rule.name, seed)
-    assert command.PAGE.read_text(encoding="utf-8") == page(shipped)
+    assert (DOCS / "dials.md").read_text(encoding="utf-8") == page(shipped)
 
 
 def test_a_missing_record_says_how_to_make_one(tmp_path):

@@ -13,6 +13,7 @@ from alignkit.configs import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from alignkit.desk.world import ANSWERS, World, parse
 from alignkit.evaluate.claims import VERDICTS
 from alignkit.evaluate.knowledge import load_knowledge, pass_at_k, share_of_right
+from experiments.claims.lab import DOCS
 from experiments.knowledge import __main__ as lab
 from experiments.knowledge import facts, rules, undoing
 
@@ -223,17 +224,18 @@ def test_rules_worked_by_hand():
 
 def test_the_record_and_the_page_agree_with_the_rules():
     record = load_knowledge()
-    fixed = ("name", "source", "original", "english", "quantity", "side", "experiment")
+    fixed = ("name", "source", "original", "english", "quantity", "side")
     made = [rule for rule in rules.RULES if all(record.has(part) for part in rule.needs)]
     assert [[getattr(claim, name) for name in fixed] for claim in record.claims] == [
         [getattr(rule, name) for name in fixed] for rule in made]
     assert [claim.margin for claim in record.claims] == pytest.approx([rule.margin for rule in made], 1e-5)
     assert set(record.unmeasured) == {rule.name for rule in rules.RULES} - {rule.name for rule in made}
+    assert {claim.experiment for claim in record.claims} == {"knowledge"}
     assert len(record.worlds) >= 5 and {claim.verdict for claim in record.claims} <= set(VERDICTS)
     for rule in made:
         again = {seed: rule.statistic(world) for seed, world in record.worlds.items()}
         assert record[rule.name].worlds == pytest.approx(again, abs=1e-4), rule.name
-    assert lab.PAGE.read_text(encoding="utf-8") == lab.page(record)
+    assert (DOCS / "knowledge.md").read_text(encoding="utf-8") == lab.page(record)
     assert record.pass_at("SFT", "known", 1).value == pytest.approx(np.mean(
         [np.mean(world["facts"]["SFT"]["right"]["known"]) for world in record.worlds.values()]), abs=1e-9)
 

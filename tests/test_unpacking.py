@@ -13,6 +13,7 @@ from alignkit.desk.world import phrase_counts
 from alignkit.evaluate import unpacking
 from alignkit.evaluate.ivison import Ivison, load_ivison
 from alignkit.evaluate.unpacking import DATA, DPO, MIXES, PARTS, PPO, REWARDS, Unpacking, decompose, world_table
+from experiments.claims.lab import DOCS
 from experiments.unpacking import __main__ as lab
 from experiments.unpacking import cells, rules
 
@@ -267,7 +268,7 @@ def test_a_missing_record_says_how_to_make_one(tmp_path):
 def test_the_record_and_the_page_agree():
     record = unpacking.load_unpacking()
     assert record.settings == cells.Size().key()
-    assert lab.PAGE.read_text(encoding="utf-8") == lab.page(record)
+    assert (DOCS / "unpacking.md").read_text(encoding="utf-8") == lab.page(record)
     again = [{**row, "worlds": unpacking.by_seed(row["worlds"])} for row in rules.measured(record.worlds)]
     assert len(record.claims) == len(again) == len(rules.RULES)
     for claim, row in zip(record.claims, again, strict=True):

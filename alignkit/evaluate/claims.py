@@ -86,7 +86,8 @@ class Claims:
     command, versions, settings: how the record was made. arms: arm -> world seed -> its record: "at" (metric -> value
     at the common KL to SFT; None if the arm did not reach it), "start" (the same of SFT), "path" ("kl", "gold" and
     "proxy" after each block), "detour", "cosine".
-    unmeasured: name of a claim -> why it is not measured.
+    unmeasured: name of a claim -> why it is not measured. longer: claims that compare DPO or the relay with something,
+    measured again with more epochs of DPO, under the same names.
     """
 
     command: str
@@ -95,6 +96,7 @@ class Claims:
     claims: tuple[Claim, ...]
     arms: dict[str, dict[int, dict]]
     unmeasured: dict[str, str]
+    longer: tuple[Claim, ...] = ()
 
     def __getitem__(self, name: str) -> Claim:
         """The claim of this name. Raises KeyError that lists the names."""
@@ -120,9 +122,10 @@ def load_claims(path: str | Path | None = None) -> Claims:
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; make it with: python -m experiments.claims --json {path}")
     stored = read_json(path)
-    claims = tuple(Claim(**{**row, "worlds": by_seed(row["worlds"])}) for row in stored["claims"])
+    claims, longer = (tuple(Claim(**{**row, "worlds": by_seed(row["worlds"])}) for row in stored.get(name, ()))
+                      for name in ("claims", "longer"))
     return Claims(stored["command"], stored["versions"], stored["settings"], claims,
-                  {arm: by_seed(worlds) for arm, worlds in stored["arms"].items()}, stored["unmeasured"])
+                  {arm: by_seed(worlds) for arm, worlds in stored["arms"].items()}, stored["unmeasured"], longer)
 
 
 def by_seed(worlds: Mapping[str, object]) -> dict[int, object]:

@@ -11,7 +11,6 @@ records. What is finished is not run again. `--record` writes `alignkit/evaluate
 
 import argparse
 import multiprocessing
-import os
 import re
 import subprocess
 import sys
@@ -22,21 +21,21 @@ from pathlib import Path
 from alignkit.configs import RewardConfig, SFTConfig
 from alignkit.evaluate import dials, knowledge, unpacking
 from alignkit.evaluate.advice_record import load_advice
-from alignkit.evaluate.claims import FILE, VERDICTS, Claim, Claims, load_claims
+from alignkit.evaluate.claims import FILE, Claims, load_claims
 from alignkit.evaluate.dials import Dials, load_dials
 from alignkit.evaluate.readings import RECORD
-from alignkit.runs.records import versions
-from alignkit.storage import plain, read_json, write_atomically
+from alignkit.formulas.intervals import mean_estimate
+from alignkit.storage import read_json
 from experiments.advice import freezing
-from experiments.claims.arms import ARMS, Size
+from experiments.claims.arms import ARMS, LONG, Size
+from experiments.claims.lab import MEANING, WORKERS, claim_cells, claim_row, claims_table, counted, run_lab
 from experiments.claims.order import run_world
-from experiments.claims.registry import RULES, UNMEASURED, Rule
-from experiments.sweep import write_compact
+from experiments.claims.registry import AGAIN, LONGER, RULES, UNMEASURED, Rule, longer
 
-PAGE = Path(__file__).parents[2] / "docs" / "claims.md"
 SEEDS = (31, 32, 33, 39, 40, 34, 35, 36, 37, 38)
 FEW = 5  # worlds in which all arms are run; in the others only those that claims on order, sum and alternation compare
-EVERYWHERE = ("PPO", "DPO", "PPO, then DPO", "DPO, then PPO", "PPO + DPO", "alternating, four blocks")
+EVERYWHERE = ("PPO", "DPO", "PPO, then DPO", "DPO, then PPO", "PPO + DPO", "alternating, four blocks",
+              *LONGER.values())
 LABS = {"dials": dials.FILE, "knowledge": knowledge.FILE, "unpacking": unpacking.FILE}  # lab -> its record
 QUICK = Size(demonstrations=1600, labels=800, fresh=200, normalise=128, keys=1, blocks=8, first=0.2, last=0.4,
              sft=SFTConfig(epochs=2), reward=RewardConfig(epochs=2))
@@ -60,25 +59,23 @@ def measured(rule: Rule, worlds: Mapping[int, Mapping[str, Mapping]], readings: 
         values = {seed: row[0] for seed, row in readings.get(rule.statistic, {"seeds": {}})["seeds"].items()}
     else:
         values = {str(seed): rule.statistic(rows) for seed, rows in worlds.items()}
-    fixed = ("name", "source", "original", "english", "quantity", "side", "margin", "experiment")
-    return {**{name: getattr(rule, name) for name in fixed}, "worlds": values}
+    return claim_row(rule, rule.experiment, values)
 
 
 def of_labs() -> list[dict]:
-    """The claims of the other labs as rows of the record, in the order of their numbers, without the UNMEASURED."""
+    """The claims of the other labs as rows of the record, in the order of their numbers."""
     rows = [row for path in LABS.values() for row in read_json(path)["claims"]] + [freezing(load_advice())]
-    numbers = {row["name"]: re.match(r"[A-Z](\d+)", row["name"]) for row in rows}
-    return sorted((row for row in rows if numbers[row["name"]].group() not in UNMEASURED),
-                  key=lambda row: (int(numbers[row["name"]].group(1)), row["name"]))
+    return sorted(rows, key=lambda row: (int(re.match(r"[A-Z](\d+)", row["name"]).group(1)), row["name"]))
 
 
 def page(record: Claims) -> str:
     """docs/claims.md: the verdicts, then the arms."""
-    counts = {name: sum(claim.verdict == name for claim in record.claims) for name in VERDICTS}
-    lines = [f"| {claim.name} | {claim.source}: {claim.english}<br>{claim.original} | {claim.quantity} | "
-             f"{claim.experiment} | {bound(claim)} | {claim.estimate:.3f} | {len(claim.values)} | **{claim.verdict}** |"
-             for claim in record.claims]
-    rows = []
+    again, lines, rows = {claim.name: claim.verdict for claim in record.longer}, [], []
+    for claim in record.claims:
+        other = again.get(claim.name, claim.verdict)
+        more = f"; with more epochs of DPO **{other}**" if other != claim.verdict else ""
+        row = claim_cells(claim)
+        lines.append({**row, "verdict": row["verdict"] + more, "measured by": claim.experiment})
     for arm in record.arms:
         values = {name: list(record.values(arm, name).values()) for name in METRICS if name != "detour"}
         values["detour"] = [row["detour"] for row in record.arms[arm].values() if row["at"]]
@@ -91,17 +88,10 @@ def page(record: Claims) -> str:
         f"The rules of the other labs ({', '.join(LABS)}) stand in their folders and were committed before their runs; "
         "C38 compares what the design of `experiments/advice.py` had fixed, but got its margin after the run. "
         "A claim says that a quantity is above, or below, 0 by more than a margin, the smallest difference that "
-        "matters, or that it is within that margin. *Confirmed*: the 95 % interval over worlds lies on the claimed "
-        "side of 0, and the mean is beyond the margin. *Refuted*: the interval lies on the other side, or inside the "
-        "margin on both sides. *Within* is confirmed inside the margin and refuted outside. *Undecided*: anything "
-        "else.", "",
-        f"{len(record.claims)} claims: {', '.join(f'{counts[name]} {name}' for name in VERDICTS)}. The intervals are "
-        f"not corrected for their number: of {len(record.claims)} true values about {0.05 * len(record.claims):.0f} "
-        "lie outside their interval by chance, and a claim whose true value is 0 is called confirmed in up to 2.5 % "
-        "of cases.", "",
-        "| claim | what the article says | quantity | measured by | rule | mean [95 % interval] | worlds | verdict |",
-        "|---|---|---|---|---|---|---|---|", *lines, "",
-        "## The arms", "", short_dpo(load_dials()), "",
+        f"matters, or that it is within that margin. {MEANING}", "",
+        counted(record.claims, len(record.claims) + len(record.longer)) + f" {len(record.longer)} of the intervals "
+        "repeat a claim with more epochs of DPO.", "", claims_table(lines), "",
+        *number_of_epochs(record, load_dials()), "## The arms", "",
         f"Each arm starts from the same SFT policy, uses {record.settings['labels']:,} labels of the default "
         f"annotator, and ends at {record.settings['last']:g} nats from SFT (two stages: the first ends at "
         f"{record.settings['first']:g}). Means over the worlds in which the arm reached that KL. Gold and proxy are "
@@ -116,54 +106,52 @@ def page(record: Claims) -> str:
            *(f"| {name} | {why} |" for name, why in record.unmeasured.items()), ""] if record.unmeasured else [])])
 
 
-def short_dpo(record: Dials) -> str:
-    """What the number of DPO's epochs does to the comparisons with it."""
-    gold, kl = record.curve("epoch", "gold"), record.curve("epoch", "kl")
-    arms, last = 2, max(gold)
-    return (f"**DPO's stages have {arms} epochs and have not converged.** With one β ([dials](dials.md)), gold is "
-            f"{gold[arms]:.2f} at {kl[arms].value:.2f} nats after {arms} epochs and {gold[last]:.2f} at "
-            f"{kl[last].value:.2f} nats after {last:g}. So the claims that compare DPO with other methods (C17, C19, "
-            "C29, C39, C43, C11) partly measure the number of epochs, and hold for this one.")
+def number_of_epochs(record: Claims, dials: Dials) -> list[str]:
+    """What the number of DPO's epochs does: whether more of them still change DPO, and each verdict with both."""
+    few, many = record.settings["dpo"]["epochs"], LONG.options["epochs"]
+    gold, kl = dials.curve("epoch", "gold"), dials.curve("epoch", "kl")
+    before, last = sorted(gold)[-2:]
+    golds = dials.values("epoch", "gold")
+    rise = mean_estimate([value - golds[before][seed] for seed, value in golds[last].items()])
+    gains = [f"{arm}: {record.difference(long, arm, 'gold'):.3f}" for arm, long in LONGER.items()]
+    lines = [f"* {claim.name}, {claim.english} With {few} epochs {short.estimate:.3f}, *{short.verdict}*; with {many} "
+             f"{claim.estimate:.3f} in {len(claim.values)} worlds, *{claim.verdict}*: this verdict "
+             f"{'**depends**' if claim.verdict != short.verdict else 'does not depend'} on the number of epochs."
+             for claim in record.longer for short in [record[claim.name]]]
+    return ["## The number of DPO's epochs", "",
+            f"**DPO's stages have {few} epochs and have not converged.** With one β ([dials](dials.md)), gold is "
+            f"{gold[few]:.2f} at {kl[few].value:.2f} nats after {few} epochs and {gold[last]:.2f} at "
+            f"{kl[last].value:.2f} nats after {last:g}; from epoch {before:g} to {last:g} it changes by {rise:.3f}. "
+            f"So DPO and the relay were trained once more with {many} epochs on the same labels, and compared at the "
+            "same KL by the same rules, which were committed before these runs. Gold at the same KL, "
+            f"{many} − {few} epochs, SFT-sd: {', '.join(gains)}. C37 and C37b are not among the claims below: the "
+            f"reverse order has no arm with {many} epochs. Claims that are readings of the notebooks are about the DPO "
+            "of those notebooks.", "", *lines, ""]
 
 
-def bound(claim: Claim) -> str:
-    """The rule in words."""
-    if claim.side == "within":
-        return f"within ±{claim.margin:.3g}"
-    if not claim.margin:
-        return f"{claim.side} 0"
-    return f"{'above' if claim.side == 'above' else 'below −'}{' ' if claim.side == 'above' else ''}{claim.margin:.3g}"
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run the arms, apply the rules, print the page."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.claims", description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--folder", type=Path, default=Path("runs/claims"), help="where finished arms are kept")
-    parser.add_argument("--json", type=Path, default=None, help="write the record here")
-    parser.add_argument("--record", action="store_true", help="write the shipped record and docs/claims.md")
-    parser.add_argument("--quick", action="store_true", help="two worlds in small: a trial, no evidence")
-    parser.add_argument("--all", action="store_true", help="first make the readings and the other labs' records")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worlds at a time, one thread each")
-    given = parser.parse_args(arguments)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+def make(given: argparse.Namespace) -> dict:
+    """Run the arms and apply the rules: the record. Raises SystemExit if a trial is to be recorded."""
+    if given.quick and given.record:
+        raise SystemExit("--quick is a trial and no evidence: give it without --record, or --record without it")
     for module in ("readings", "advice", *LABS) if given.all else ():
         subprocess.run([sys.executable, "-m", f"experiments.{module}", "--record"], check=True)
     seeds, size = (given.seeds[:2], QUICK) if given.quick else (given.seeds, Size())
     worlds = run(seeds, given.folder / ("quick" if given.quick else "full"), size, given.workers)
     readings = read_json(RECORD)["readings"] if RECORD.exists() else {}
-    record = plain({
-        "command": f"python -m experiments.claims --seeds {' '.join(map(str, seeds))}"
-                   f"{' --quick' if given.quick else ''} --record",
-        "versions": versions(), "settings": size.key(), "unmeasured": UNMEASURED,
+    quick = {"command": f"python -m experiments.claims --seeds {' '.join(map(str, seeds))} --quick"}
+    return {
+        **(quick if given.quick else {}), "settings": size.key(), "unmeasured": UNMEASURED,
         "claims": [*(measured(rule, worlds, readings) for rule in RULES), *of_labs()],
-        "arms": {arm: {str(seed): rows[arm] for seed, rows in worlds.items() if arm in rows} for arm in ARMS}})
-    target = FILE if given.record else given.json or given.folder / "claims.json"
-    write_compact(target, record)
-    text = page(load_claims(target))
-    if given.record:
-        write_atomically(PAGE, text)
-    print(text)
+        "longer": [measured(longer(rule), worlds, readings) for rule in RULES if rule.name in AGAIN],
+        "arms": {arm: {str(seed): rows[arm] for seed, rows in worlds.items() if arm in rows} for arm in ARMS}}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the arms, apply the rules, print the page."""
+    quick = {"action": "store_true", "help": "two worlds in small: a trial, no evidence; not with --record"}
+    everything = {"action": "store_true", "help": "first make the readings and the other labs' records"}
+    run_lab("claims", __doc__.split("\n")[0], arguments, seeds=SEEDS, folder=Path("runs/claims"), file=FILE, make=make,
+            page=lambda path: page(load_claims(path)), options={"--quick": quick, "--all": everything, **WORKERS})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ is *swept*: it is trained with several values of its own price, and `order.follo
 """
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,8 @@ from alignkit.models.loading import load_policy, save_model
 from alignkit.optim import adamw, set_learning_rate
 from alignkit.ppo import PPOState, collect, ppo_iteration, ppo_step
 from alignkit.reward import RewardScorer, train_reward_model
-from alignkit.storage import settings
 from alignkit.task import desk_task
+from experiments.claims.lab import key_of
 from experiments.sweep import Truth, kept, scorer_in_sft_sd, some_prompts, strata, train_sft_policy
 
 ITERATIONS, STEPS = 2, 8  # of PPO, and of another method's optimiser, in a block
@@ -55,8 +55,7 @@ class Size:
 
     def key(self) -> dict:
         """All settings as plain JSON types."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {name: settings(value) if is_dataclass(value) else value for name, value in values.items()}
+        return key_of(self)
 
 
 class Ground:
@@ -188,10 +187,14 @@ def alternating_blocks(ground: Ground, policy: nn.Module, target: float, number:
 
 
 # ---- swept methods: each trains a policy in place with one value of its price, and returns what it logged
-def train_dpo(ground: Ground, policy: nn.Module, number: int, beta: float, *, fresh: bool = False) -> dict[str, float]:
-    """DPO on all labels, or on fresh pairs of the policy as it is now, which is the reference."""
-    rows = ground.fresh_pairs(policy) if fresh else ground.pairs
-    config = replace(ground.size.dpo, seed=ground.seed + 1000 * number, beta=beta)
+def train_dpo(ground: Ground, policy: nn.Module, number: int, beta: float, *, fresh: bool = False,
+              epochs: int | None = None) -> dict[str, float]:
+    """DPO on all labels, or on fresh pairs of the policy as it is now, which is the reference.
+
+    epochs: passes over them; None: as `Size.dpo` says.
+    """
+    rows, start = ground.fresh_pairs(policy) if fresh else ground.pairs, ground.size.dpo
+    config = replace(start, seed=ground.seed + 1000 * number, beta=beta, epochs=epochs or start.epochs)
     steps = list(dpo(policy, ground.tokenizer, rows, config))
     return {"chosen_shift": float(np.mean([step.chosen_shift for step in steps[-STEPS:]]))}
 
@@ -244,11 +247,14 @@ class Stage:
 
 
 PPO, DPO = Stage(ppo_blocks), Stage(train_dpo, price="betas")
+LONG = replace(DPO, options={"epochs": 6})
 ARMS: dict[str, tuple[Stage, ...]] = {
     "PPO": (PPO,),
     "DPO": (DPO,),
+    "DPO, six epochs": (LONG,),
     "PPO, then PPO": (PPO, PPO),
     "PPO, then DPO": (PPO, DPO),
+    "PPO, then DPO, six epochs": (PPO, LONG),
     "PPO, then DPO on fresh pairs": (replace(PPO, options={"judge": "part"}), replace(DPO, options={"fresh": True})),
     "DPO, then PPO": (DPO, PPO),
     "PPO + DPO": (Stage(summed_blocks, {"weight": 1.0}),),

@@ -12,6 +12,7 @@ import itertools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -194,25 +195,29 @@ def sweep_stage(ground: Ground, policy: nn.Module, stage: Stage, number: int, ta
     return trained, logps, at_kl([run[0] for run in runs], target)
 
 
-def recipe(name: str) -> str:
-    """Hash of what makes an arm's record: its stages, and the syntax of alignkit's sources and of the two modules here,
-    without the list of arms."""
-    stages = [[stage.method.__name__, stage.options, stage.price] for stage in ARMS[name]]
-    modules = []
-    for path in (Path(arms.__file__), Path(__file__)):
+def code(*more: ModuleType) -> str:
+    """Hash of what trains and measures an arm: the syntax of alignkit's sources, of the two modules here, without the
+    list of arms, and of `more` modules."""
+    hashes = []
+    for path in (Path(arms.__file__), Path(__file__), *(Path(module.__file__) for module in more)):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         tree.body = [node for node in tree.body if not (isinstance(node, ast.AnnAssign) and node.target.id == "ARMS")]
-        modules.append(syntax_hash(tree))
-    return content_hash([stages, source_hashes(), modules])
+        hashes.append(syntax_hash(tree))
+    return content_hash([source_hashes(), hashes])
+
+
+def recipe(name: str, code: str) -> str:
+    """Hash of what makes an arm's record: its stages, and `code`."""
+    return content_hash([[[stage.method.__name__, stage.options, stage.price] for stage in ARMS[name]], code])
 
 
 def run_world(seed: int, folder: Path, size: Size, names: Sequence[str]) -> list[dict]:
     """All arms of a world, each kept in a file and not run again while its size and its recipe are the same."""
     torch.set_num_threads(1)
-    rows, ground = [], None
+    rows, ground, made_by = [], None, code()
     for name in names:
         path = folder / f"world-{seed}" / f"{name.replace(', ', '-').replace(' ', '_')}.json"
-        key = plain({"size": size.key(), "code": recipe(name), "arm": name})  # as JSON gives it back: tuples are lists
+        key = plain({"size": size.key(), "code": recipe(name, made_by), "arm": name})
 
         def train(name: str = name) -> dict:
             nonlocal ground

@@ -89,13 +89,14 @@ def stopped(reference: str) -> Statistic:
 
 # ---- the number of labels
 def by_labels(world: World) -> list[dict[str, float | None]]:
-    """Number of labels -> gold of DPO and of PPO at the KL at which PPO with as many labels ends.
+    """Number of labels -> gold of DPO and of PPO at the KL at which PPO with as many labels ends; None if that is not
+    between two runs of DPO.
 
     With all labels, PPO and DPO are read from their sweeps at the KL of PPO with the fewest.
     """
     rows = []
     for part in (world["fewest"], world["fewer"]):
-        dpo = matched([part["sft"], *part["dpo"]], part["ppo"]["kl"])
+        dpo = matched(part["dpo"], part["ppo"]["kl"])
         rows.append({"labels": part["labels"], "kl": part["ppo"]["kl"], "dpo": dpo and dpo["gold"],
                      "ppo": part["ppo"]["gold"]})
     kl = world["fewest"]["ppo"]["kl"]
@@ -104,16 +105,18 @@ def by_labels(world: World) -> list[dict[str, float | None]]:
 
 
 def few(world: World, arm: str) -> float | None:
-    """Gold with the fewest labels, at the KL at which PPO with them ends: "dpo", "ppo" or "relay"."""
+    """Gold with the fewest labels, at the KL at which PPO with them ends: "dpo", "ppo" or "relay".
+
+    DPO and the relay are read between two of their runs, never between their start and a run.
+    """
     part = world["fewest"]
-    start = part["first"] if arm == "relay" else part["sft"]
-    at = part["ppo"] if arm == "ppo" else matched([start, *part[arm]], part["ppo"]["kl"])
+    at = part["ppo"] if arm == "ppo" else matched(part[arm], part["ppo"]["kl"])
     return at and at["gold"]
 
 
 def all_labels(world: World, part: str) -> float | None:
-    """Gold with all labels at the same KL, between the runs of part "beta" or "price"."""
-    at = matched([world[part]["sft"], *world[part]["runs"]], world["fewest"]["ppo"]["kl"])
+    """Gold with all labels at the same KL, between two runs of part "beta" or "price"."""
+    at = matched(world[part]["runs"], world["fewest"]["ppo"]["kl"])
     return at and at["gold"]
 
 

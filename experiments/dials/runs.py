@@ -56,7 +56,7 @@ class Plan:
     epochs: tuple[int, ...] = (1, 2, 4, 6)
     labels: tuple[int, ...] = (375, 1500)
     passes: int = 4
-    few_betas: tuple[float, ...] = (0.05, 0.3)
+    few_betas: tuple[float, ...] = (0.05, 0.3, 1.5, 5.0)
     few_price: float = 0.7
     relay_blocks: int = 3
     relay_price: float = 1.4

@@ -7,28 +7,23 @@ results. What is finished is not run again. `--record` writes `alignkit/evaluate
 `docs/knowledge.md`.
 """
 
-import argparse
 import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from alignkit.configs import DPOConfig, PPOConfig, RewardConfig, SFTConfig
-from alignkit.evaluate.claims import VERDICTS
 from alignkit.evaluate.knowledge import FACT_GROUPS, FILE, Knowledge, load_knowledge
 from alignkit.formulas.intervals import mean_estimate
-from alignkit.runs.records import versions
-from alignkit.storage import plain, write_atomically
-from experiments.claims.__main__ import bound
+from alignkit.storage import plain
+from experiments.claims.lab import claim_cells, claim_row, claims_table, counted, run_lab
 from experiments.knowledge.facts import Exam, Lesson, LessonSize, other_rewards
 from experiments.knowledge.rules import RULES
 from experiments.knowledge.undoing import compare, follow_dpo, go_wrong, undo
-from experiments.sweep import kept, write_compact
+from experiments.sweep import kept
 
-PAGE = Path(__file__).parents[2] / "docs" / "knowledge.md"
 SEEDS = (41, 42, 43, 44, 45)
 SIZE = LessonSize(
     demonstrations=4500, labels=3000, fresh=500, normalise=256, keys=1, blocks=8, last=0.8, betas=(0.15, 0.4, 1.0),
@@ -88,34 +83,25 @@ def part(path: Path, key: dict, make: Callable[[], dict]) -> dict:
 
 
 def claims_of(worlds: dict[int, dict]) -> tuple[list[dict], dict[str, str]]:
-    """The claims as rows of the record, in the form of `experiments.claims`, and those whose parts are not made yet."""
-    fixed = ("name", "source", "original", "english", "quantity", "side", "margin", "experiment")
+    """The claims as rows of the record, and those whose parts are not made yet."""
     made = set.intersection(*(set(world["parts"]) for world in worlds.values()))
     missing = {rule.name: f"needs {', '.join(sorted({*rule.needs} - made))}" for rule in RULES if {*rule.needs} - made}
-    return [{**{name: getattr(rule, name) for name in fixed},
-             "worlds": {str(seed): rule.statistic(world) for seed, world in worlds.items()}}
+    return [claim_row(rule, "knowledge", {str(seed): rule.statistic(world) for seed, world in worlds.items()})
             for rule in RULES if rule.name not in missing], missing
 
 
 # ---- the page
 def page(record: Knowledge) -> str:
     """docs/knowledge.md."""
-    counts = {name: sum(claim.verdict == name for claim in record.claims) for name in VERDICTS}
-    lines = [f"| {claim.name} | {claim.source}: {claim.english}<br>{claim.original} | {claim.quantity} | "
-             f"{bound(claim)} | {claim.estimate:.3f} | {len(claim.values)} | **{claim.verdict}** |"
-             for claim in record.claims]
     return "\n".join([
         "# Knowledge: what preferences teach, what they cost elsewhere, and how training is undone", "",
         f"Made by `{record.command}` in {len(record.worlds)} worlds, seeds {', '.join(map(str, record.worlds))}. The "
         "rules stand in `experiments/knowledge/rules.py` and were committed before the run. Verdicts as in "
         "`docs/claims.md`. Every figure of a world is exact; intervals are over worlds. After three worlds of the "
         "middle level had been seen, the comparison of methods was changed from a fixed KL to the KL of PPO, and they "
-        "were made again; no rule was changed then.", "",
-        f"{len(record.claims)} claims: {', '.join(f'{counts[name]} {name}' for name in VERDICTS)}. The intervals are "
-        f"not corrected for their number: of {len(record.claims)} true values about {0.05 * len(record.claims):.0f} "
-        "lie outside their interval by chance.", "",
-        "| claim | what the article says | quantity | rule | mean [95 % interval] | worlds | verdict |",
-        "|---|---|---|---|---|---|---|", *lines, "",
+        "were made again; no rule was changed then. Claim C3d was worded anew, and its rule with it, after pilots in "
+        "world 51, which is none of these, and before any of these worlds was run.", "",
+        counted(record.claims), "", claims_table([claim_cells(claim) for claim in record.claims]), "",
         "## Facts that SFT never showed", "",
         "The demonstrators know some facts, guess others, and are silent about a third group. Chance of a right answer "
         "to a held-out question (pass@1), chance of at least one right answer in 64, and the chance of the right "
@@ -175,26 +161,15 @@ def path_table(record: Knowledge) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the worlds, apply the rules, print the page."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.knowledge", description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--folder", type=Path, default=Path("runs/knowledge"), help="where finished parts are kept")
-    parser.add_argument("--json", type=Path, default=None, help="write the record here")
-    parser.add_argument("--record", action="store_true", help="write the shipped record and docs/knowledge.md")
-    parser.add_argument("--finished", action="store_true", help="run nothing: take the parts that all worlds have")
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    worlds = run(given.seeds, given.folder, SIZE, given.finished)
-    claims, missing = claims_of(worlds)
-    record = plain({
-        "command": f"python -m experiments.knowledge --seeds {' '.join(map(str, given.seeds))} --record",
-        "versions": versions(), "settings": SIZE.key(),
-        "unmeasured": missing, "claims": claims, "worlds": {str(seed): world for seed, world in worlds.items()}})
-    target = FILE if given.record else given.json or given.folder / "knowledge.json"
-    write_compact(target, record)
-    text = page(load_knowledge(target))
-    if given.record:
-        write_atomically(PAGE, text)
-    print(text)
+    def make(given) -> dict:
+        worlds = run(given.seeds, given.folder, SIZE, given.finished)
+        claims, missing = claims_of(worlds)
+        return {"settings": SIZE.key(), "unmeasured": missing, "claims": claims,
+                "worlds": {str(seed): world for seed, world in worlds.items()}}
+
+    finished = {"action": "store_true", "help": "run nothing: take the parts that all worlds have"}
+    run_lab("knowledge", __doc__.split("\n")[0], arguments, seeds=SEEDS, folder=Path("runs/knowledge"), file=FILE,
+            make=make, page=lambda path: page(load_knowledge(path)), options={"--finished": finished})
 
 
 if __name__ == "__main__":

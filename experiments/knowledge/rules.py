@@ -30,11 +30,6 @@ class KnowledgeRule(Rule):
 
     needs: tuple[str, ...] = ("level-0.5",)
 
-    @property
-    def experiment(self) -> str:
-        """What measures it."""
-        return "knowledge"
-
 
 # ---- statistics of a world
 def taught(arm: str, group: str) -> Statistic:

@@ -5,24 +5,15 @@
 What is finished is not run again. `--record` writes `alignkit/evaluate/unpacking.json` and `docs/unpacking.md`.
 """
 
-import argparse
-import os
 from pathlib import Path
 
-import torch
-
 from alignkit.evaluate.unpacking import DATA, FILE, PARTS, REWARDS, USUAL, Unpacking, load_unpacking
-from alignkit.exact.sweep import source_hashes
-from alignkit.runs.records import versions
-from alignkit.storage import content_hash, plain, write_atomically
-from experiments.claims import order
-from experiments.claims.__main__ import bound
-from experiments.sweep import write_compact
+from experiments.claims.lab import claim_cells, claims_table, counted, run_lab
+from experiments.claims.order import code
 from experiments.unpacking import cells
 from experiments.unpacking.cells import Size, run_world
 from experiments.unpacking.rules import measured
 
-PAGE = Path(__file__).parents[2] / "docs" / "unpacking.md"
 SEEDS = (41, 42, 43, 44, 45)
 METRICS = {  # metric -> name on the page
     "gold": "gold, SFT-sd", "gold_domain": "gold on ambiguous and risky prompts, SFT-sd", "helpful": "helpful, SFT-sd",
@@ -50,13 +41,6 @@ def shares_table(record: Unpacking, part: str) -> list[str]:
         found = record.shares(part, metric)
         lines.append(f"| {title} | {' | '.join(f'{found[name]:.2f}' for name in names)} |")
     return lines
-
-
-def claims_table(record: Unpacking) -> list[str]:
-    """The claims with their rules and verdicts, a row a claim."""
-    lines = ["| claim | what the article says | quantity | rule | mean [95 % interval] | verdict |", "|---" * 6 + "|"]
-    return lines + [f"| {claim.name} | {claim.english}<br>{claim.original} | {claim.quantity} | {bound(claim)} | "
-                    f"{claim.estimate:.3f} | **{claim.verdict}** |" for claim in record.claims]
 
 
 def page(record: Unpacking) -> str:
@@ -91,10 +75,9 @@ def page(record: Unpacking) -> str:
         "the most proxy at its KL. Each policy was trained once, and moved to the common KL along π_ref^(1 − t) π^t "
         f"with t from {min(powers):.2f} to {max(powers):.2f}.", "",
         "## What the article says", "",
-        f"{len(record.claims)} claims, by rules in `experiments/unpacking/rules.py` that were committed before the "
-        "run; `docs/claims.md` explains the verdicts. If the true value of every claim were 0, about "
-        f"{0.025 * len(record.claims):.1f} of them would be called confirmed by chance, at most.", "",
-        *claims_table(record), "",
+        "The rules stand in `experiments/unpacking/rules.py` and were committed before the run; `docs/claims.md` "
+        f"explains the verdicts. {counted(record.claims)}", "",
+        claims_table([claim_cells(claim) for claim in record.claims]), "",
         "## How far apart the best and the worst level are", "", "| factor | range of mean gold, SFT-sd |", "|---|---|",
         *(f"| {factor} | {estimate:.3f} |" for factor, estimate in ranges.items()), "",
         "A range is never negative; chance alone makes it greater than 0, and more so over four levels than over two.",
@@ -113,26 +96,13 @@ def page(record: Unpacking) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the worlds, write the record, print the page."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.unpacking", description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--folder", type=Path, default=Path("runs/unpacking"), help="where finished cells are kept")
-    parser.add_argument("--json", type=Path, default=None, help="write the record here")
-    parser.add_argument("--record", action="store_true", help="write the shipped record and docs/unpacking.md")
-    given = parser.parse_args(arguments)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
-    here = [Path(module.__file__).read_text(encoding="utf-8") for module in (cells, order)]
-    code, size = content_hash([source_hashes(), here]), Size()
-    worlds = [run_world(seed, given.folder, size, code) for seed in given.seeds]
-    claims = measured({row["world"]: row for row in worlds})
-    target = FILE if given.record else given.json or given.folder / "unpacking.json"
-    write_compact(target, plain({
-        "command": f"python -m experiments.unpacking --seeds {' '.join(map(str, given.seeds))} --record",
-        "versions": versions(), "settings": size.key(), "claims": claims, "worlds": worlds}))
-    text = page(load_unpacking(target))
-    if given.record:
-        write_atomically(PAGE, text)
-    print(text)
+    def make(given) -> dict:
+        size, made_by = Size(), code(cells)
+        worlds = [run_world(seed, given.folder, size, made_by) for seed in given.seeds]
+        return {"settings": size.key(), "claims": measured({row["world"]: row for row in worlds}), "worlds": worlds}
+
+    run_lab("unpacking", __doc__.split("\n")[0], arguments, seeds=SEEDS, folder=Path("runs/unpacking"), file=FILE,
+            make=make, page=lambda path: page(load_unpacking(path)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,8 +31,9 @@ from alignkit.ppo import PPOState, ppo
 from alignkit.ppo_state import Reward
 from alignkit.reward import RewardScorer, train_reward_model
 from alignkit.sft import train_sft
-from alignkit.storage import plain, settings
+from alignkit.storage import plain
 from alignkit.task import desk_task
+from experiments.claims.lab import key_of
 from experiments.claims.order import Measure
 from experiments.sweep import Truth, kept, some_prompts, strata
 
@@ -77,8 +78,7 @@ class Size:
 
     def key(self) -> dict:
         """All settings as plain JSON types."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return plain({name: settings(value) if is_dataclass(value) else value for name, value in values.items()})
+        return key_of(self)
 
 
 # ---- the same KL for all

@@ -19,6 +19,7 @@ from alignkit.evaluate.unpacking import (
     place_of,
     world_table,
 )
+from experiments.claims.lab import claim_row
 from experiments.claims.registry import GOLD, SHARE, Rule
 
 BAG, SMALL, LARGE = REWARDS
@@ -145,6 +146,5 @@ RULES = (
 
 def measured(worlds: Mapping[int, Mapping]) -> list[dict]:
     """Every rule as a row of the record, with the statistic of every world."""
-    fixed = ("name", "source", "original", "english", "quantity", "side", "margin")
-    return [{**{name: getattr(rule, name) for name in fixed}, "experiment": "unpacking",
-             "worlds": {str(seed): rule.statistic(world) for seed, world in worlds.items()}} for rule in RULES]
+    return [claim_row(rule, "unpacking", {str(seed): rule.statistic(world) for seed, world in worlds.items()})
+            for rule in RULES]
