@@ -217,7 +217,7 @@ def _push(options: argparse.Namespace) -> None:
     from alignkit.publish.hub import push
 
     push(options.checkpoint, options.repo, public=options.public, licence=options.licence,
-         ask=lambda: options.yes or _answer("push this? [y/N] "))
+         ask=lambda: options.yes or answer("push this? [y/N] "))
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -428,7 +428,7 @@ def _one_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _answer(question: str) -> bool:
+def answer(question: str) -> bool:
     """Whether the person at the terminal says yes; where there is none the answer is no."""
     try:
         return input(question).strip().lower() in ("y", "yes")

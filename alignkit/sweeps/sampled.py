@@ -35,6 +35,12 @@ def sampled_frontier(results: SweepResults, seed: int | None) -> dict | None:
     return _frontier(next(iter(found.values())))
 
 
+def run_frontier(run: Path) -> dict | None:
+    """`sampled_frontier` of one run directory; None if its SFT stored no two scored responses a prompt."""
+    stored = _stored(run)
+    return _frontier(stored) if stored else None
+
+
 def _stored(run: Path) -> dict | None:
     """Scores of SFT's responses in a run directory: "samples", "proxy", "gold"; None if they are not there."""
     try:

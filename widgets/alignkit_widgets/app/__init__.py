@@ -4,16 +4,20 @@ import argparse
 from pathlib import Path
 
 from alignkit.errors import AlignkitError
-from alignkit.jobs.cli import folder, port
+from alignkit.jobs.cli import answer, folder, port
 from alignkit.runs.lock import run_lock
+from alignkit.safe_text import visible
+
+DEFAULT = Path("runs/app")
 
 
 def add_app(add) -> None:
     """Add `alignkit app` to the command; add(name, function, about) returns its parser."""
     app = add("app", _app, "a page to train, compare and explore without code, on this machine only",
               epilog="example: alignkit app runs/course --port 8888")
-    about = "a run directory; an empty or new one gets the desk world's defaults (default: runs/app)"
-    app.add_argument("run", nargs="?", default=Path("runs/app"), type=folder, metavar="RUN", help=about)
+    about = f"a run directory; one without a run gets a new desk world, after a question (default: {DEFAULT})"
+    app.add_argument("run", nargs="?", default=DEFAULT, type=folder, metavar="RUN", help=about)
+    app.add_argument("--new", action="store_true", help="make a new desk world in RUN without the question")
     about = "what the run was made from (default: what its run.json says, if that is `desk` or here)"
     app.add_argument("--data", metavar="DATA", help=about)
     about = "where to listen on 127.0.0.1; one in use is refused (default: a port that is free)"
@@ -21,8 +25,25 @@ def add_app(add) -> None:
 
 
 def _app(options: argparse.Namespace) -> None:
+    if not (options.new or options.data or options.run == DEFAULT or _has_run(options.run)):
+        _agree(options.run)
     with run_lock(options.run):  # before the imports, which take seconds
         _open(options.run, options.port, options.data)
+
+
+def _agree(run: Path) -> None:
+    """Ask whether a new world is meant. Raises AlignkitError if not, before anything is made."""
+    what = "has no run in it" if run.exists() else "is not there"
+    others = sorted(each.name for each in run.parent.glob("*") if _has_run(each)) if run.parent.is_dir() else []
+    near = f" Runs in {run.parent}: {', '.join(visible(name, 40) for name in others[:8])}." if others else ""
+    print(f"{visible(run, 200)} {what}.{near}")
+    if not answer("Make a new desk world there, which takes about a minute? [y/N] "):
+        raise AlignkitError(f"{run} {what}, and nothing was made; `alignkit app RUN --new` makes a new desk world")
+
+
+def _has_run(run: Path) -> bool:
+    """Whether a folder holds a run, or the beginning of one."""
+    return any((run / name).exists() for name in ("run.json", "sft", "reward"))
 
 
 def _open(run: Path, port: int, data: str | None) -> None:

@@ -7,7 +7,8 @@ only read. A directory without a run gets the desk world's SFT policy and reward
 import math
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
@@ -15,6 +16,7 @@ from threading import Lock
 import numpy as np
 
 from alignkit.configs import PPOConfig, RewardConfig, SFTConfig, preset
+from alignkit.desk.world import PHRASES
 from alignkit.errors import RunError
 from alignkit.forward.sampling import generate_texts
 from alignkit.models.heads import reward_model_from
@@ -25,9 +27,12 @@ from alignkit.runs.checkpoints import Checkpoints
 from alignkit.runs.records import READING, run_facts, start_run
 from alignkit.runs.stage_folders import CHECKPOINTS, delete_checkpoints
 from alignkit.sft import train_sft
-from alignkit.storage import branch_files, read_json, settings, write_json
+from alignkit.storage import branch_files, read_json, read_metrics, settings, write_json
 from alignkit.task import Task, load_task
 from alignkit_widgets.cockpit.ppo_run import ppo_controls, ppo_row
+
+CONFIG = "config-of-run.json"  # of a PPO run in RUN/app
+Tell = Callable[[str, float], None]  # what an iteration is doing, and the share of it that is done
 
 
 @dataclass(frozen=True)
@@ -55,17 +60,53 @@ class Playground:
         rounds = range(max(map(len, shuffled), default=0))
         return [prompts[i] for i in rounds for prompts in shuffled if i < len(prompts)][:n]
 
+    @property
+    def about(self) -> str:
+        """Two sentences for the page: what the world is, and what PPO does in it."""
+        if self.task.world is not None:
+            what = (f"The desk world is a help desk with {len(self.task.world.prompts):,} questions and "
+                    f"{len(PHRASES)} answer sentences, so small that every response can be enumerated, with a true "
+                    "reward (gold) that is a program.")
+            return (f"{what} PPO trains the SFT policy on the reward model (proxy), which learned from noisy labels; "
+                    "each nat of KL to SFT costs kl_coef.")
+        train, held = len(self.task.train_prompts), len(self.task.heldout_prompts)
+        return (f"This run trains {Path(self.model).name} on {train:,} prompts of {Path(self.task.name).name}, and "
+                f"{held:,} more are held out; the true reward is unknown. PPO trains the SFT policy on the reward "
+                "model (proxy), which learned from preference pairs; each nat of KL to SFT costs kl_coef.")
+
+    def config(self, **chosen) -> PPOConfig:
+        """The settings of a new PPO run: the preset with the chosen options. Raises ValueError if one is impossible."""
+        return preset(PPOConfig, self.model, **{"max_new_tokens": self.task.max_new_tokens, "seed": self.seed} | chosen)
+
     def start_ppo(self, iterations: int | None = None, **chosen) -> "LivePPO":
-        """A new PPO run from RUN/sft in RUN/app/ppo-N; chosen: options of PPOConfig, such as kl_coef."""
+        """A new PPO run from RUN/sft in RUN/app/ppo-N; chosen: options of PPOConfig, such as kl_coef. Raises ValueError
+        if one is impossible."""
+        config = self.config(iterations=iterations, **chosen)
         policy, tokenizer = load_policy(self.run / "sft")
-        config = preset(PPOConfig, self.model, iterations=iterations, max_new_tokens=self.task.max_new_tokens,
-                        seed=self.seed, **chosen)
         state = PPOState.start(policy, tokenizer, self.scorer, list(self.task.strata().values()), config)
         numbers = [_number(path) for path in (self.run / "app").glob("ppo-*")]
         folder = self.run / "app" / f"ppo-{max(numbers, default=0) + 1}"
         folder.mkdir(parents=True)
-        write_json(folder / "config-of-run.json", settings(config))
+        write_json(folder / CONFIG, settings(config))
         return LivePPO(self, folder, config, state, Checkpoints(folder / CHECKPOINTS, state, config))
+
+    def runs(self) -> list[dict]:
+        """The PPO runs of the app, newest first: name, kl_coef, seed, iterations (planned), done; kl and proxy of the
+        last iteration, None before the first; and whether it can be continued.
+
+        A run whose settings cannot be read is left out: its folder is not of this version of alignkit.
+        """
+        found, open_ended = [], self.unfinished()
+        for folder in sorted((self.run / "app").glob("ppo-*"), key=_number, reverse=True):
+            try:
+                config, rows = read_json(folder / CONFIG), read_metrics(folder / "metrics.jsonl")
+                chosen = {name: config[name] for name in ("kl_coef", "seed", "iterations")}
+            except (OSError, RunError, KeyError, TypeError):
+                continue
+            last = rows[-1] if rows else {}
+            found.append({"name": folder.name, **chosen, "done": last.get("step", 0), "kl": last.get("objective/kl"),
+                          "proxy": last.get("objective/scores"), "unfinished": folder.name in open_ended})
+        return found
 
     def unfinished(self) -> list[str]:
         """Names of PPO runs that were stopped, or killed, before their end, and can be continued."""
@@ -78,11 +119,11 @@ class Playground:
         folder = self.run / "app" / name
         if name not in self.unfinished():
             raise RunError(f"{self.run / 'app'} has no unfinished run {name!r}; it has {self.unfinished() or 'none'}")
-        written = read_json(folder / "config-of-run.json")
+        written = read_json(folder / CONFIG)
         try:
             config = PPOConfig(**{key: math.inf if value == "inf" else value for key, value in written.items()})
         except TypeError as error:
-            raise RunError(f"{folder / 'config-of-run.json'} is not of this version of alignkit: {error}") from None
+            raise RunError(f"{folder / CONFIG} is not of this version of alignkit: {error}") from None
         policy, tokenizer = load_policy(self.run / "sft")
         state = PPOState.start(policy, tokenizer, self.scorer, list(self.task.strata().values()), config)
         checkpoints = Checkpoints(folder / CHECKPOINTS, state, config)
@@ -107,11 +148,14 @@ class LivePPO:
         """The controls of the run, for a TrainingCockpit: name -> (low, high, start)."""
         return ppo_controls(self.config)
 
-    def step(self, controls: Mapping[str, float]) -> dict:
-        """One iteration with the current controls: metrics, samples, and in the desk world shares."""
+    def step(self, controls: Mapping[str, float], tell: Tell = lambda words, share: None) -> dict:
+        """One iteration with the current controls: metrics, samples, and in the desk world shares. tell: is told, in
+        this thread, what the iteration is doing."""
         with self._lock:
             config = replace(self.config, **controls)
-            return ppo_row(self.state, ppo_iteration(self.state, config), self.playground.task, config)
+            with _told(self.state, config, tell):
+                stats = ppo_iteration(self.state, config)
+            return ppo_row(self.state, stats, self.playground.task, config)
 
     def save(self) -> Path | None:
         """Write the current policy to the run's folder; returns None, and makes no folder, if no iteration was done.
@@ -121,6 +165,7 @@ class LivePPO:
         if self.state.iteration or branch_files(self.folder / "metrics.jsonl"):
             with self._lock:
                 saved = save_model(self.state.policy, self.state.tokenizer, self.folder)
+            measured_file(self.playground.run, f"app/{self.folder.name}").unlink(missing_ok=True)
             if self.state.iteration >= self.config.iterations:
                 delete_checkpoints(self.folder)
             return saved
@@ -173,6 +218,30 @@ def make_desk_start(run: Path, seed: int = 0, pairs: int = 1500, sft: SFTConfig 
     asked = task.train_prompts[::5]
     responses = generate_texts(policy, tokenizer, asked, max_new_tokens=task.max_new_tokens, seed=seed + 2)
     RewardScorer(model, tokenizer).normalised(asked, [texts[0] for texts in responses]).save(run / "reward")
+
+
+def measured_file(run: Path, name: str) -> Path:
+    """Where the app stores the measurement of one of the run's policies, named as `Playground.checkpoints` does."""
+    return run / "app" / "measured" / f"{name.replace('/', '.')}.json"
+
+
+@contextmanager
+def _told(state: PPOState, config: PPOConfig, tell: Tell) -> Iterator[None]:
+    """Tell of an iteration inside the block: that it samples and scores, and then each of its optimiser steps."""
+    responses = config.prompts_per_iteration * config.samples_per_prompt
+    steps, done = config.epochs * math.ceil(responses / config.minibatch_size), 0
+
+    def stepped(*_) -> None:
+        nonlocal done
+        done = min(done + 1, steps)  # an iteration that ran out of memory is repeated
+        tell(f"optimiser step {done} of {steps}", done / (steps + 1))
+
+    tell(f"sampling and scoring {responses} responses", 0.0)
+    hook = (state.critic_optimizer or state.policy_optimizer).register_step_post_hook(stepped)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _number(path: Path) -> int:

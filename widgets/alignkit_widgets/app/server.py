@@ -27,14 +27,19 @@ from tornado.websocket import WebSocketClosedError, WebSocketHandler
 from alignkit.errors import AlignkitError, RunError
 from alignkit.exact.prompts import enumerate_world
 from alignkit.exact.sweep import load_sweep
+from alignkit.metrics import is_number
 from alignkit.models.loading import load_policy
 from alignkit.safe_text import visible
 from alignkit.storage import parse_json
+from alignkit.sweeps.results import Point
+from alignkit.sweeps.sampled import run_frontier
+from alignkit_widgets.app.measured import exact_points, measure_policies, measured_points
 from alignkit_widgets.app.playground import LivePPO, Playground
 from alignkit_widgets.boards.comparer import CheckpointComparer
 from alignkit_widgets.cockpit.cockpit import TrainingCockpit
 from alignkit_widgets.cockpit.ppo_run import PPO_CHARTS
 from alignkit_widgets.explorers.frontier import FrontierExplorer
+from alignkit_widgets.explorers.own_plane import OwnPlane
 from alignkit_widgets.explorers.view import view_config
 from alignkit_widgets.looks import looks
 
@@ -100,6 +105,8 @@ class Dashboard:
         self.widgets: dict[str, Channel] = {}  # tab -> the widget in it
         self.notes = {"train": "", "compare": "", "frontier": ""}
         self.busy: dict[str, asyncio.Task] = {}  # tab -> the task that runs in it
+        self.running = ""  # the name of the PPO run in progress
+        self.known: dict[tuple, Point] = {}  # exact measurements of the run's policies
         self.server = self.port = None
 
     @property
@@ -146,15 +153,23 @@ class Dashboard:
 
     def status(self) -> dict:
         """The text of the page around the widgets."""
+        playground, desk = self.playground, self.playground.task.world is not None
+        preset = playground.config()
         return {
             "status": {
-                "run": visible(self.playground.run, 200),
-                "checkpoints": list(self.playground.checkpoints()),
-                "unfinished": self.playground.unfinished(),
+                "run": visible(playground.run, 200),
+                "about": visible(playground.about),
+                "checkpoints": list(playground.checkpoints()),
+                "runs": playground.runs(),
+                "running": self.running,
+                "unfinished": playground.unfinished(),
+                "settings": {"kl_coef": preset.kl_coef, "seed": preset.seed, "iterations": preset.iterations},
+                "unmeasured": [] if desk else measured_points(playground)[1],
                 "said": {tab: visible(note) for tab, note in self.notes.items()},
                 "busy": list(self.busy),
+                "shown": list(self.widgets),
                 "most": MOST,
-                "desk": self.playground.task.world is not None,
+                "desk": desk,
             }
         }
 
@@ -173,16 +188,16 @@ class Dashboard:
                 if widget.mount["mount"] == message.get("to"):
                     self._pass_on(widget, message["content"])
         elif message.get("do") == "train":
-            self._begin("train", self._train(_whole(message.get("iterations"), 1, MOST)))
+            given = {"kl_coef": message.get("kl_coef"), "seed": _whole(message.get("seed"), 0, 2**31)}
+            chosen = {name: value for name, value in given.items() if is_number(value)}
+            self._begin("train", self._train(_whole(message.get("iterations"), 1, MOST), **chosen))
         elif message.get("do") == "continue" and message.get("name") in self.playground.unfinished():
             self._begin("train", self._continue(message["name"]))
         elif message.get("do") == "compare":
             named = message.get("names") if isinstance(message.get("names"), list) else []
             self._begin("compare", self._compare([n for n in self.playground.checkpoints() if n in named]))
         elif message.get("do") == "frontier":
-            recorded = message.get("recorded") is True
-            if recorded or self.playground.task.world is not None:
-                self._begin("frontier", self._frontier(recorded))
+            self._begin("frontier", self._frontier(message.get("recorded") is True, message.get("measure") is True))
 
     def _pass_on(self, widget: Channel, content: dict) -> None:
         """Pass a message to its widget; an error is shown on the page and has no other effect."""
@@ -225,12 +240,19 @@ class Dashboard:
         cockpit = Cockpit(self, title, PPO_CHARTS, live.config.iterations, controls=live.controls,
                           log=live.folder / "metrics.jsonl")
 
-        async def step(controls: dict) -> dict:
-            return await asyncio.to_thread(live.step, controls)
+        loop = asyncio.get_running_loop()
 
+        def tell(words: str, share: float) -> None:  # from the training thread
+            loop.call_soon_threadsafe(cockpit.session.tell_inside, words, share)
+
+        async def step(controls: dict) -> dict:
+            return await asyncio.to_thread(live.step, controls, tell)
+
+        self.running = live.folder.name
         try:
             await cockpit.run(step, state=live.state, checkpoints=live.checkpoints)
         finally:
+            self.running = ""
             where = await asyncio.shield(asyncio.to_thread(live.save))
             saved = f"Saved in {where}, with the log; it can be compared now."
             self.notes["train"] = saved if where else "Nothing was trained."
@@ -247,18 +269,42 @@ class Dashboard:
         board.listeners = [channel.send]
         board.tell()
 
-    async def _frontier(self, recorded: bool) -> None:
-        def make() -> FrontierExplorer:
-            if recorded:
-                return FrontierExplorer(load_sweep())
-            policy, tokenizer = load_policy(self.playground.run / "sft")
-            known = [self.playground.task.world.find(text) for text in self.playground.prompts(8)]
-            truth = enumerate_world(policy, tokenizer, self.playground.scorer, self.playground.task.world, known)
-            return FrontierExplorer(truth=truth, train=self._train_this)
-
-        explorer = await asyncio.to_thread(make)
+    async def _frontier(self, recorded: bool, measure: bool = False) -> None:
+        playground = self.playground
+        if measure and not recorded and playground.task.world is None:
+            await self._measure()
+        explorer = await asyncio.to_thread(FrontierExplorer, load_sweep()) if recorded else (
+            await asyncio.to_thread(self._enumerated if playground.task.world is not None else self._sampled))
+        if explorer is None:
+            self.notes["frontier"] = "No policy of this run was measured yet."
+            return
         explorer.view = self.mount("frontier", "explorer", view_config(explorer.config()), explorer.receive)
         explorer.send()
+
+    def _enumerated(self) -> FrontierExplorer:
+        """The exact frontier of eight held-out prompts, with the run's own policies."""
+        playground = self.playground
+        policy, tokenizer = load_policy(playground.run / "sft")
+        prompts = [playground.task.world.find(text) for text in playground.prompts(8)]
+        truth = enumerate_world(policy, tokenizer, playground.scorer, playground.task.world, prompts)
+        points = exact_points(playground, truth, self.known)
+        return FrontierExplorer(truth=truth, points=points, train=self._train_this)
+
+    def _sampled(self) -> OwnPlane | None:
+        """What was measured from samples; None if nothing was."""
+        points, missing = measured_points(self.playground)
+        return OwnPlane(points, run_frontier(self.playground.run), missing) if points else None
+
+    async def _measure(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def say(note: str) -> None:
+            self.notes["frontier"] = note
+            self.tell(self.status())
+
+        await asyncio.to_thread(measure_policies, self.playground, measured_points(self.playground)[1],
+                                lambda note: loop.call_soon_threadsafe(say, note))
+        self.notes["frontier"] = ""
 
     def _train_this(self, setting: dict) -> str:
         begun = self._begin("train", self._train(None, kl_coef=float(setting["kl_coef"])))

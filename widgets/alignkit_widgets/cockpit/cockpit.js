@@ -201,6 +201,7 @@ class View {
     make(head, "span", { class: "akc-title" }, this.config.title);
     this.state = make(head, "span", { class: "akc-state", role: "status" });
     this.place = make(head, "span", { class: "akc-place" });
+    this.inside = make(head, "span", { class: "akc-inside" });
     if (this.config.mode === "recorded"); // a recorded run's page has its own buttons
     else if (this.config.mode !== "watch") this.addButtons(make(head, "div", { class: "akc-buttons", role: "group", "aria-label": "Run" }));
     else make(head, "span", { class: "akc-place", style: "margin-left:auto" }, "to stop: Interrupt in the toolbar");
@@ -335,7 +336,8 @@ class View {
     if (this.state.textContent !== state.name) this.state.textContent = state.name;
     this.state.dataset.state = state.name;
     this.place.textContent = state.place;
-    this.progress.value = state.done;
+    this.inside.textContent = state.inside ? `now: ${state.inside.words}` : "";
+    this.progress.value = state.done + (state.inside?.share ?? 0);
     if (this.note.textContent !== state.note) this.note.textContent = state.note;
     if (this.buttons) {
       const { Pause: toggle, Step, Stop } = this.buttons, name = state.name === "paused" ? "Play" : "Pause";

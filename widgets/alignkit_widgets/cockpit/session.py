@@ -18,6 +18,7 @@ from alignkit_widgets.looks import finite
 from alignkit_widgets.notebook import in_kernel
 
 OVER = ("finished", "stopped", "interrupted", "failed")
+LONG = 1.0  # seconds of an iteration from which on its own progress is shown
 
 
 class Session:
@@ -47,6 +48,7 @@ class Session:
         self.snapshots: Snapshots | None = None
         self.checkpoints = None  # the run's Checkpoints, if any
         self.done, self.ran, self.busy = start, 0, 0.0
+        self.inside: dict | None = None  # what a long iteration is doing
         self.feed.update(self.status(), force=True)
 
     def show_on(self, panel: object) -> None:
@@ -85,6 +87,13 @@ class Session:
         for name, (old, new) in changed.items():
             self.marks.append({"step": iteration, "name": name, "old": old, "new": new})
 
+    def tell_inside(self, words: str, share: float) -> None:
+        """Show what the next iteration is doing, and the share of it that is done, if iterations take a second or
+        more."""
+        if self.state not in OVER and not (self.ran and self.busy < self.ran * LONG):
+            self.inside = {"words": words, "share": share}
+            self.feed.update(self.status())
+
     def record(self, iteration: int, metrics: Mapping[str, object], seconds: float = 0.0) -> None:
         """Add the metrics of one iteration, which took `seconds`. Raises TypeError for a metric that is not a
         number."""
@@ -109,13 +118,14 @@ class Session:
                 shown = {"step": iteration, "way": len(self.branches), "pairs": self.feed.samples["pairs"]}
                 append_metrics(samples_file(self.log), shown)
         self.done, self.ran, self.busy = iteration, self.ran + 1, self.busy + seconds
+        long, self.inside = self.inside is not None, None
         if self.snapshots is not None:
             self.snapshots.take(iteration)
         if self.checkpoints is not None:
             self.checkpoints.offer(iteration)
         if self.stop:
             self.note = self.stop
-        self.feed.update(self.status())
+        self.feed.update(self.status(), force=long)
 
     def status(self) -> dict:
         """The text of the panel's header."""
@@ -130,6 +140,7 @@ class Session:
             "over": self.state in OVER,
             "place": place,
             "done": self.done,
+            "inside": self.inside,
             "note": self.note,
             "controls": self.controls.values,
             "waiting": self.controls.waiting,
@@ -145,7 +156,7 @@ class Session:
         """End the session: send the last points, and replace the panel by one picture. Does nothing the second time."""
         if self.state in OVER:
             return
-        self.snapshots = None
+        self.snapshots = self.inside = None
         if self.checkpoints is not None:
             self.checkpoints.close(self.done)
             if self.stop:

@@ -10,9 +10,10 @@ import numpy as np
 
 from alignkit.exact.prompts import Enumerated, at_price
 from alignkit.exact.sweep import RecordedRun, Sweep
-from alignkit.sweeps.results import SweepResults, load_results
+from alignkit.sweeps.results import Point, SweepResults, load_results
 from alignkit_widgets.explorers.blocks import Axis, Bars, Chart, Copy, Fold, Series, Table, Text, fixed, number
 from alignkit_widgets.explorers.explorer import Button, Choice, Explorer, Slider, Toggle
+from alignkit_widgets.explorers.own_plane import own_rows, own_series
 from alignkit_widgets.explorers.sweep_plane import sweep_controls, sweep_rows
 
 _BETAS = tuple(float(f"{b:.4g}") for b in np.geomspace(40, 0.02, 40))
@@ -27,6 +28,7 @@ class FrontierExplorer(Explorer):
             to copy for each; or None.
         truth: enumerated prompts (`alignkit.enumerate_world(…)`): shows the best behaviours and responses for a
             chosen prompt; without a sweep, also its curve.
+        points: a run's own policies, measured on the prompts of `truth` (`alignkit.sweeps.results.Point`).
         train: called with {"kl_coef": β, "seed": s} by *train this*; may return a sentence or an awaitable.
             None: no button.
         state, hide: as for every Explorer.
@@ -40,6 +42,7 @@ class FrontierExplorer(Explorer):
         sweep: Sweep | SweepResults | str | Path | None = None,
         *,
         truth: Enumerated | None = None,
+        points: Sequence[Point] = (),
         train: Callable[[dict], object] | None = None,
         state: str = "",
         hide: Sequence[str] = (),
@@ -49,6 +52,7 @@ class FrontierExplorer(Explorer):
         if isinstance(sweep, str | Path):
             sweep = load_results(sweep)
         self.results, self.truth = sweep if isinstance(sweep, SweepResults) else None, truth
+        self.points = tuple(points)
         self.sweep = None if self.results else sweep
         if self.results:
             super().__init__("Reward against KL", sweep_controls(self.results),
@@ -90,11 +94,11 @@ class FrontierExplorer(Explorer):
         here = at_price(curve, beta)
         runs = self._runs(seed) if state.get("runs") else {}
         line = " ".join(f"-p {name}={value:g}" for name, value in self.parameters(state).items())
-        plane, below = self._plane(seed, beta, here, runs), []
+        plane, table, below = self._plane(seed, beta, here, runs), self._table(seed, beta, here, runs), []
         if self.truth is not None and seed == self.truth.seed:
             title = "This prompt: what the best policy does, and its likeliest responses"
             below = [[Fold(title, self._prompt(int(state["prompt"]), beta))]]
-        return [[Text(self._says(beta, curve, here), lead=True)], [plane, self._table(beta, here, runs)], *below,
+        return [[Text(self._says(beta, curve, here), lead=True)], [plane, table], *below,
                 [Copy("copy as parameters", line)]]
 
     def _says(self, beta: float, curve: Mapping, here: Mapping) -> str:
@@ -123,6 +127,7 @@ class FrontierExplorer(Explorer):
                 labels = [f"{run.value:g}" for run in method_runs] if name == "proxy" else ()
                 series.append(Series(f"{method.upper()}, {name}", points, method, line=False, marks=True,
                                      open=name == "gold", spans=spans, labels=labels))
+        series += own_series(self._own(seed))
         series.append(Series("", [(here["kl"], here["proxy"])], "proxy", line=False, big=True))
         series.append(Series("", [(here["kl"], here["gold"])], "gold", line=False, big=True))
         points = [point for s in series for point in s.points] + [(s[1], v) for each in series for s in each.spans
@@ -136,15 +141,21 @@ class FrontierExplorer(Explorer):
                      marks=[("x", here["kl"], f"β = {number(beta)}")], height=290, weight=1.55,
                      drag=("beta", [(at_price(curve, b)["kl"], b) for b in self.controls["beta"].stops]))
 
-    def _table(self, beta: float, here: Mapping, runs: Mapping[str, list[RecordedRun]]) -> Table:
+    def _own(self, seed: int) -> tuple[Point, ...]:
+        """The run's own policies, if they belong to the world that is shown."""
+        return self.points if self.truth is not None and seed == self.truth.seed else ()
+
+    def _table(self, seed: int, beta: float, here: Mapping, runs: Mapping[str, list[RecordedRun]]) -> Table:
         rows = [["best possible", number(beta), fixed(here["kl"]), fixed(here["proxy"]), fixed(here["gold"]), "100 %"]]
         for method, method_runs in runs.items():
             run = min(method_runs, key=lambda r: abs(math.log(r.value / beta)))
             rows.append([f"{method.upper()}, nearest run", number(run.value), fixed(run.kl), fixed(run.proxy),
                          fixed(run.gold),
                          f"{100 * run.share:.0f} %"])
+        rows += own_rows(self._own(seed), self.curves[seed])
         columns = ["policy", "β", "KL", "proxy", "gold", "of possible gain"]
-        return Table("At this price", columns if runs else columns[:-1], rows if runs else [rows[0][:-1]], hot=[0])
+        whole = runs or self._own(seed)
+        return Table("At this price", columns if whole else columns[:-1], rows if whole else [rows[0][:-1]], hot=[0])
 
     def _prompt(self, which: int, beta: float) -> list:
         truth = self.truth
