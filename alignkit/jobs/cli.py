@@ -15,7 +15,7 @@ from pathlib import Path
 
 from alignkit import __version__
 from alignkit.errors import AlignkitError, ParameterError
-from alignkit.jobs.arguments import add_out, assignment, folder, given_parameters, given_reading, seconds
+from alignkit.jobs.arguments import add_out, assignment, count, folder, given_parameters, given_reading, seconds
 from alignkit.jobs.usage import CommandParser
 from alignkit.safe_text import one_line
 from alignkit.sweeps.command import add_sweep
@@ -328,7 +328,7 @@ def _add_jobs(add) -> None:
     add_job(run)
     add_restart(run)
     run.add_argument("--force", action="store_true", help="run the notebook even if it has already finished")
-    run.add_argument("--processes", type=_count, default=1, metavar="COUNT", help="processes that train together, in "
+    run.add_argument("--processes", type=count, default=1, metavar="COUNT", help="processes that train together, in "
                      "03b_ppo and 05_dpo; the same numbers, up to rounding (default: 1)")
 
 
