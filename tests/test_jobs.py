@@ -400,7 +400,7 @@ def test_each_kernel_imports_while_other_work_goes_on_and_none_is_left(tmp_path)
 def test_what_a_job_made_with_other_parameters_is_moved_aside(tmp_path, monkeypatch):
     made = ["1"]
 
-    def pretend(job, executing, _timeout, on_cell, _spare):
+    def pretend(job, executing, _timeout, on_cell, *_):
         on_cell(0, 1)
         assert not (job.folder / "made.txt").exists()
         job.folder.mkdir(exist_ok=True)

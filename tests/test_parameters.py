@@ -112,7 +112,7 @@ def test_a_line_says_where_each_parameter_went(known):
 def test_a_value_for_one_stage_reruns_that_stage_and_what_comes_after_it(series, tmp_path, monkeypatch, capsys):
     ran = []
 
-    def pretend(job, executing, _timeout, on_cell, _spare):
+    def pretend(job, executing, _timeout, on_cell, *_):
         ran.append((job.name, job.values.get("rate")))
         job.folder.mkdir(exist_ok=True)
         (job.folder / "made.txt").write_text(str(job.values.get("rate")))
