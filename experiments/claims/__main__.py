@@ -35,7 +35,7 @@ from experiments.claims.registry import AGAIN, LONGER, RULES, UNMEASURED, Rule, 
 SEEDS = (31, 32, 33, 39, 40, 34, 35, 36, 37, 38)
 FEW = 5  # worlds in which all arms are run; in the others only those that claims on order, sum and alternation compare
 EVERYWHERE = ("PPO", "DPO", "PPO, then DPO", "DPO, then PPO", "PPO + DPO", "alternating, four blocks",
-              *LONGER.values())
+              LONGER["DPO"])
 LABS = {"dials": dials.FILE, "knowledge": knowledge.FILE, "unpacking": unpacking.FILE}  # lab -> its record
 QUICK = Size(demonstrations=1600, labels=800, fresh=200, normalise=128, keys=1, blocks=8, first=0.2, last=0.4,
              sft=SFTConfig(epochs=2), reward=RewardConfig(epochs=2))
