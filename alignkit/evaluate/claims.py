@@ -6,7 +6,7 @@ difference that matters, or that it is within that margin of 0.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +104,15 @@ class Claims:
             if claim.name == name:
                 return claim
         raise KeyError(f"{name!r} is no measured claim; there are {', '.join(claim.name for claim in self.claims)}")
+
+    @property
+    def both(self) -> list[tuple[Claim, Claim]]:
+        """The claims of `longer`, each as measured in the same worlds with fewer epochs of DPO, and with more."""
+        def within(claim: Claim, other: Claim) -> Claim:
+            return replace(claim, worlds={seed: value for seed, value in claim.worlds.items()
+                                          if other.worlds.get(seed) is not None})
+
+        return [(within(self[claim.name], claim), claim) for claim in self.longer]
 
     def values(self, arm: str, metric: str) -> dict[int, float]:
         """World seed -> a metric of an arm at the common KL, in the worlds in which the arm reached it."""

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from alignkit.configs import RewardConfig, SFTConfig
+from alignkit.configs import DPOConfig, PPOConfig, RewardConfig, SFTConfig
 from alignkit.evaluate import dials, knowledge, unpacking
 from alignkit.evaluate.advice_record import load_advice
 from alignkit.evaluate.claims import FILE, Claims, load_claims
@@ -35,10 +35,12 @@ from experiments.claims.registry import AGAIN, LONGER, RULES, UNMEASURED, Rule, 
 SEEDS = (31, 32, 33, 39, 40, 34, 35, 36, 37, 38)
 FEW = 5  # worlds in which all arms are run; in the others only those that claims on order, sum and alternation compare
 EVERYWHERE = ("PPO", "DPO", "PPO, then DPO", "DPO, then PPO", "PPO + DPO", "alternating, four blocks",
-              *LONGER.values())
+              LONGER["DPO"])
 LABS = {"dials": dials.FILE, "knowledge": knowledge.FILE, "unpacking": unpacking.FILE}  # lab -> its record
-QUICK = Size(demonstrations=1600, labels=800, fresh=200, normalise=128, keys=1, blocks=8, first=0.2, last=0.4,
-             sft=SFTConfig(epochs=2), reward=RewardConfig(epochs=2))
+QUICK = Size(demonstrations=1600, labels=800, fresh=200, normalise=128, keys=1, blocks=8, first=0.5, last=0.8,
+             sft=SFTConfig(epochs=2), reward=RewardConfig(epochs=2),
+             ppo=PPOConfig(kl_coef=0.8, prompts_per_iteration=256, minibatch_size=64),
+             dpo=DPOConfig(beta=0.3, epochs=2, batch_size=32, learning_rate=1e-3))
 METRICS = {"kl": "KL, nats", "gold": "gold", "proxy": "proxy", "share": "share of the most proxy at this KL",
            "seconds": "CPU seconds", "risky_failures": "risky failures",
            "over_refusal": "over-refusal", "paraphrase_agreement": "paraphrase agreement", "detour": "detour"}
@@ -70,10 +72,10 @@ def of_labs() -> list[dict]:
 
 def page(record: Claims) -> str:
     """docs/claims.md: the verdicts, then the arms."""
-    again, lines, rows = {claim.name: claim.verdict for claim in record.longer}, [], []
+    again = {long.name: long.verdict for short, long in record.both if long.verdict != short.verdict}
+    lines, rows = [], []
     for claim in record.claims:
-        other = again.get(claim.name, claim.verdict)
-        more = f"; with more epochs of DPO **{other}**" if other != claim.verdict else ""
+        more = f"; with more epochs of DPO **{again[claim.name]}**" if claim.name in again else ""
         row = claim_cells(claim)
         lines.append({**row, "verdict": row["verdict"] + more, "measured by": claim.experiment})
     for arm in record.arms:
@@ -114,17 +116,18 @@ def number_of_epochs(record: Claims, dials: Dials) -> list[str]:
     golds = dials.values("epoch", "gold")
     rise = mean_estimate([value - golds[before][seed] for seed, value in golds[last].items()])
     gains = [f"{arm}: {record.difference(long, arm, 'gold'):.3f}" for arm, long in LONGER.items()]
-    lines = [f"* {claim.name}, {claim.english} With {few} epochs {short.estimate:.3f}, *{short.verdict}*; with {many} "
-             f"{claim.estimate:.3f} in {len(claim.values)} worlds, *{claim.verdict}*: this verdict "
-             f"{'**depends**' if claim.verdict != short.verdict else 'does not depend'} on the number of epochs."
-             for claim in record.longer for short in [record[claim.name]]]
+    lines = [f"* {long.name}, {long.english} {long.quantity}, in {len(long.values)} worlds: with {few} epochs "
+             f"{short.estimate:.3f}, *{short.verdict}*; with {many} {long.estimate:.3f}, *{long.verdict}*. This "
+             f"verdict {'**depends**' if long.verdict != short.verdict else 'does not depend'} on the number of epochs."
+             for short, long in record.both]
     return ["## The number of DPO's epochs", "",
             f"**DPO's stages have {few} epochs and have not converged.** With one β ([dials](dials.md)), gold is "
             f"{gold[few]:.2f} at {kl[few].value:.2f} nats after {few} epochs and {gold[last]:.2f} at "
             f"{kl[last].value:.2f} nats after {last:g}; from epoch {before:g} to {last:g} it changes by {rise:.3f}. "
             f"So DPO and the relay were trained once more with {many} epochs on the same labels, and compared at the "
-            "same KL by the same rules, which were committed before these runs. Gold at the same KL, "
-            f"{many} − {few} epochs, SFT-sd: {', '.join(gains)}. C37 and C37b are not among the claims below: the "
+            "same KL by the same rules, which were committed before these runs. Each line below compares both numbers "
+            "of epochs in the worlds that have both, which may be fewer than those of the table. Gold at the same "
+            f"KL, {many} − {few} epochs, SFT-sd: {', '.join(gains)}. C37 and C37b are not among the claims below: the "
             f"reverse order has no arm with {many} epochs. Claims that are readings of the notebooks are about the DPO "
             "of those notebooks.", "", *lines, ""]
 
