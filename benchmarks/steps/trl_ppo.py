@@ -35,12 +35,16 @@ def environment(folder: Path) -> Path:
     return python
 
 
-class Worker:
-    """One PPO iteration of TRL at each call: row -> seconds. versions: of what it runs; peak_mb: of the last call."""
+class Process:
+    """A process in the environment that runs a module and answers a line with a line of JSON.
 
-    def __init__(self, folder: Path, sizes, threads: int):
+    said: what it said when it was ready: versions. Raises RuntimeError if it ends before it answers.
+    """
+
+    def __init__(self, folder: Path, module: str, *arguments: str):
+        self.name = module
         self.process = subprocess.Popen(
-            [environment(folder), "-m", "benchmarks.steps.trl_ppo", json.dumps(asdict(sizes)), str(threads)],
+            [environment(folder), "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -48,13 +52,12 @@ class Worker:
             cwd=Path(__file__).resolve().parents[2],
             env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"},
         )
-        self.versions = self._answer()
+        self.said = self._answer()
 
-    def __call__(self) -> dict[str, float]:
-        print("go", file=self.process.stdin, flush=True)
-        self.observed = self._answer()
-        self.peak_mb = self.observed.pop("peak_mb")
-        return self.observed.pop("seconds")
+    def ask(self, line: str) -> dict:
+        """Its answer to a line."""
+        print(line, file=self.process.stdin, flush=True)
+        return self._answer()
 
     def close(self) -> None:
         """End the process."""
@@ -65,7 +68,20 @@ class Worker:
         for line in self.process.stdout:
             if line.startswith(MARK):
                 return json.loads(line[len(MARK) :])
-        raise RuntimeError(f"TRL's PPO ended with {self.process.wait()}")
+        raise RuntimeError(f"TRL's PPO ended with {self.process.wait()}; to see why, run python -m {self.name} there")
+
+
+class Worker(Process):
+    """One PPO iteration of TRL at each call: row -> seconds. versions: of what it runs; peak_mb: of the last call."""
+
+    def __init__(self, folder: Path, sizes, threads: int):
+        super().__init__(folder, "benchmarks.steps.trl_ppo", json.dumps(asdict(sizes)), str(threads))
+        self.versions = self.said
+
+    def __call__(self) -> dict[str, float]:
+        self.observed = self.ask("go")
+        self.peak_mb = self.observed.pop("peak_mb")
+        return self.observed.pop("seconds")
 
 
 def trainer(work, pace):
