@@ -21,6 +21,7 @@ from alignkit.plots.gradients import plot_clip_gradient_panels, plot_gradient_no
 from alignkit.plots.movement import plot_rank_correlations, plot_variance_law_panels
 from alignkit.plots.over_optimisation import plot_fit_panels, plot_gold_panels, plot_stopping_panels
 from alignkit.plots.ppo_by_hand import plot_ratios
+from alignkit.plots.progress import plot_progress
 from alignkit.plots.shift import (
     plot_behaviour,
     plot_histogram,
@@ -125,6 +126,7 @@ __all__ = [
     "plot_paths_panels",
     "plot_ppo_panels",
     "plot_price_of_kl",
+    "plot_progress",
     "plot_proxy_against_gold",
     "plot_rank_correlations",
     "plot_ranking",

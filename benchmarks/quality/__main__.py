@@ -11,10 +11,12 @@ made again as long as the code that trains is the same. Without --trl-ppo only a
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from alignkit.configs import SFTConfig
 from alignkit.runs.records import versions
 from benchmarks.quality import page, rules, stages
 from benchmarks.steps.trl_ppo import VERSION, Process
@@ -26,13 +28,13 @@ PAGE = Path("docs/quality.md")
 PICTURE = Path("docs/images/quality.png")
 
 
-def measure(bench: stages.Bench, tries: dict, tuning: tuple, varied: tuple, evaluation: tuple, sizes=stages.SIZES
-            ) -> dict:
-    """All parts in their order; returns the record."""
+def measure(bench: stages.Bench, tries: dict, tuning: tuple, varied: tuple, evaluation: tuple, *, sizes=stages.SIZES,
+            changes=rules.changes) -> dict:
+    """All parts in their order; returns the record. changes: as `rules.changes`, from a setting to groups."""
     load = [os.getloadavg()[0]]
     tried, chosen = stages.tune(bench, tries, tuning)
     mine = tries[chosen["alignkit"]]
-    changed, fields, soonest = stages.vary(bench, mine, varied)
+    changed, fields, soonest = stages.vary(bench, mine, changes(mine), varied)
     sides = {"alignkit": ("alignkit", mine, {}), "alignkit, changed": ("alignkit", mine, fields[soonest])}
     if "trl" in chosen:
         sides["trl"] = ("trl", tries[chosen["trl"]], {})
@@ -82,8 +84,10 @@ def _measured(given: argparse.Namespace) -> dict:
     process = Process(given.trl_ppo, "benchmarks.quality.trl_ppo") if given.trl_ppo else None
     try:
         if given.quick:
-            bench = stages.Bench(given.runs, process, sweep.PROBE, every=1)
-            return measure(bench, {"tiny": rules.TINY}, (0,), (0,), (0, 1), sizes=({},))
+            tiny = replace(sweep.PROBE, demonstrations=320, pairs=64, normalise=64, sft=SFTConfig(epochs=1))
+            bench = stages.Bench(given.runs, process, tiny, every=1)
+            return measure(bench, {"tiny": rules.TINY}, (0,), (0,), (0,), sizes=(),
+                           changes=lambda _: {"critic": {"shared trunk": {"shared_trunk": True}}})
         return measure(stages.Bench(given.runs, process), rules.TRIES, rules.TUNING, rules.VARIED, rules.EVALUATION)
     finally:
         if process is not None:

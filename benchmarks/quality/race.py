@@ -4,6 +4,7 @@ They alternate so that a busy moment of the machine falls on all of them. Polici
 and outside of every clock.
 """
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -14,16 +15,17 @@ from benchmarks.quality.rules import EVERY, GOLD, MOST_KL, SHARE
 LEVELS = ("proxy", "gold")
 
 
-def race(world, runs: Mapping[str, object], every: int = EVERY) -> dict[str, dict]:
+def race(world, runs: Mapping[str, object], every: int = EVERY, late: float = math.inf) -> dict[str, dict]:
     """Let the runs alternate until each has reached both levels or has ended: name -> its points.
 
-    world: `ours.World`. runs: objects like `ours.Alignkit`. Returns columns cpu, wall (seconds of training), samples,
+    world: `ours.World`. runs: objects like `ours.Alignkit`. late: a run ends early once it has taken `late` times the
+    CPU time that the first run took altogether. Returns columns cpu, wall (seconds of training), samples,
     kl, share and gold, the first before training, and "steps", the most optimiser steps of an iteration.
     """
     start = {"kl": 0.0, "share": 0.0, "gold": 0.0}
     points = {name: {column: [0.0] for column in (*UNITS, *start)} for name in runs}
     spent = {name: dict.fromkeys(UNITS, 0.0) for name in runs}
-    steps, left, made = dict.fromkeys(runs, 0), dict(runs), 0
+    steps, left, made, first = dict.fromkeys(runs, 0), dict(runs), 0, next(iter(runs))
     while left:
         made += 1
         for name, run in list(left.items()):
@@ -31,7 +33,8 @@ def race(world, runs: Mapping[str, object], every: int = EVERY) -> dict[str, dic
                 spent[name][unit] += seconds
             spent[name]["samples"] += run.samples
             steps[name] = max(steps[name], int(run.said["steps"]))
-            ended = made == run.iterations
+            limit = math.inf if first in left else late * spent[first]["cpu"]
+            ended = made == run.iterations or spent[name]["cpu"] >= limit
             if made % every and not ended:
                 continue
             for column, value in {**spent[name], **world.measure(run.weights())}.items():

@@ -4,8 +4,9 @@ Each part of each seed is kept in a folder as JSON, under a hash of the code tha
 not made again.
 """
 
+import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from benchmarks.quality.rules import Setting
 from benchmarks.quality.trl_ppo import TRL
 from experiments import sweep
 
-SIZES = ({}, {"prompts": 128}, {"prompts": 2048}, {"hidden": 128}, {"hidden": 256}, {"layers": 4})  # of `grow`
+SIZES = ({}, {"prompts": 128}, {"prompts": 2048}, {"hidden": 128}, {"layers": 4})  # of `grow`
 
 
 class Bench:
@@ -41,8 +42,11 @@ class Bench:
             self._world = World(seed, self.folder / f"seed-{seed}", self.size)
         return self._world
 
-    def run(self, name: str, seed: int, sides: Mapping[str, tuple[str, Setting, dict]]) -> dict[str, dict]:
-        """A race on a seed, kept: label -> its points. sides: label -> (side, setting, changes of PPOConfig)."""
+    def run(self, name: str, seed: int, sides: Mapping[str, tuple[str, Setting, dict]], late: float = math.inf) -> dict:
+        """A race on a seed, kept: {"gold_best", "runs": label -> its points}.
+
+        sides: label -> (side, setting, changes of PPOConfig). late: as in `race`.
+        """
         asked = {label: [side, asdict(setting), changes] for label, (side, setting, changes) in sides.items()}
         key = {"code": self.code, "asked": asked, "every": self.every, "price": rules.PRICE}
 
@@ -50,7 +54,7 @@ class Bench:
             world = self.world(seed)
             runs = {label: TRL(self.process, world, setting) if side == "trl" else Alignkit(world, setting, **changes)
                     for label, (side, setting, changes) in sides.items()}
-            return {"gold_best": world.gold_best, "runs": race(world, runs, self.every)}
+            return {"gold_best": world.gold_best, "runs": race(world, runs, self.every, late)}
 
         return sweep.kept(self.folder / f"seed-{seed}" / f"{name}-{content_hash(asked)[:12]}.json", key, make)
 
@@ -73,21 +77,20 @@ def tune(bench: Bench, tries: Mapping[str, Setting], seeds: Sequence[int]) -> tu
     return rows, chosen
 
 
-def vary(bench: Bench, setting: Setting, seeds: Sequence[int], choose: Callable[[dict], dict] | None = None
+def vary(bench: Bench, setting: Setting, groups: Mapping[str, Mapping[str, dict]], seeds: Sequence[int]
          ) -> tuple[list[dict], dict[str, dict], str]:
     """Changes of alignkit's try: rows (seed, gold_best, runs), name -> fields, and the name that is soonest of all.
 
-    All single changes of a seed alternate with the try itself, "no change"; then the joined ones do. choose: as
-    `rules.together`, from ratios to joined changes.
+    groups: single changes, as `rules.changes`. Those of a seed alternate with the try itself, "no change"; then those
+    of `rules.together` do.
     """
-    single = {"no change": {}, **{name: fields for group in rules.changes(setting).values()
-                                  for name, fields in group.items()}}
-    first = [bench.run("change", seed, _ours(setting, single)) for seed in seeds]
+    single = {"no change": {}, **{name: fields for group in groups.values() for name, fields in group.items()}}
+    first = [bench.run("change", seed, _ours(setting, single), rules.LATE) for seed in seeds]
     gains = {}
     for name in single:
         found = ratio(levels(first, "no change"), levels(first, name))
         gains[name] = found.value if found.bound in ("", "at least") else 0.0
-    joined = rules.together(setting, gains) if choose is None else choose(gains)
+    joined = rules.together(setting, groups, gains)
     second = [bench.run("joined", seed, _ours(setting, joined)) if joined else {"runs": {}} for seed in seeds]
     rows = [{"seed": seed, "gold_best": one["gold_best"], "runs": {**one["runs"], **other["runs"]}}
             for seed, one, other in zip(seeds, first, second, strict=True)]
@@ -104,10 +107,10 @@ def evaluate(bench: Bench, sides: Mapping[str, tuple[str, Setting, dict]], seeds
     return [{"seed": seed, **bench.run("evaluation", seed, sides)} for seed in seeds]
 
 
-def grow(bench: Bench, sizes: Sequence[Mapping] = SIZES, iterations: int = 3) -> list[dict]:
+def grow(bench: Bench, sizes: Sequence[Mapping] = SIZES, iterations: int = 2) -> list[dict]:
     """CPU seconds of an iteration of untrained models, a row a size: changed, parameters, and a number a side.
 
-    The median of `iterations` after a first one; 2 epochs in minibatches of a quarter of the prompts.
+    The mean of `iterations` after a first one; 2 epochs in minibatches of a quarter of the prompts.
     """
     return [sweep.kept(bench.folder / "growth" / f"{content_hash(dict(changed))[:12]}.json",
                        {"code": bench.code, "changed": dict(changed), "iterations": iterations},
@@ -123,7 +126,7 @@ def _grown(bench: Bench, changed: dict, iterations: int) -> dict:
     prompts = changed.get("prompts", 512)
     setting = replace(Setting(), iterations=iterations + 1, prompts=prompts, minibatch=prompts // 4)
     world = Untrained(folder)
-    sides = {"alignkit": Alignkit(world, setting), "alignkit, shared trunk": Alignkit(world, setting, shared_trunk=True)}
+    sides = {"alignkit": Alignkit(world, setting), "shared trunk": Alignkit(world, setting, shared_trunk=True)}
     if bench.process is not None:
         sides["trl"] = TRL(bench.process, world, setting)
     taken = {name: [] for name in sides}
@@ -133,7 +136,7 @@ def _grown(bench: Bench, changed: dict, iterations: int) -> dict:
     for side in sides.values():
         side.close()
     return {"changed": changed, "parameters": sum(p.numel() for p in policy.parameters()),
-            "seconds": {name: statistics.median(each[1:]) for name, each in taken.items()}}
+            "seconds": {name: statistics.mean(each[1:]) for name, each in taken.items()}}
 
 
 class Untrained:

@@ -90,7 +90,7 @@ def check_rewards(get_reward, scorer, prompts: list[str]) -> float:
 
     tokenizer, phrases = scorer.tokenizer, phrase_ids(scorer.tokenizer)
     texts, rows = [], []
-    for number, prompt in enumerate(prompts[:CHECKED]):
+    for number in range(len(prompts[:CHECKED])):
         length = number % 5
         row = [phrases[(number + 3 * place) % len(phrases)] for place in range(length)]
         texts.append(tokenizer.decode(row))
