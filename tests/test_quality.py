@@ -7,11 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from alignkit import plots
+from alignkit.desk.tiny import desk_tokenizer, tiny_reward_model
+from alignkit.desk.world import World as DeskWorld
+from alignkit.reward import RewardScorer
 from benchmarks.quality import __main__ as quality
-from benchmarks.quality import page, race, rules
+from benchmarks.quality import page, race, rules, trl_ppo
 from benchmarks.quality.reached import Reached, ratio, reached, soonest
+from benchmarks.steps.work import Different
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -163,6 +168,28 @@ def test_a_run_that_is_late_is_ended_and_censored_at_what_it_took():
     points = race.race(World(), runs, every=2, late=1.5)
     assert points["slow"]["cpu"] == [0, 2, 4, 6] and runs["slow"].closed
     assert race.both(points["slow"], 1.0)["gold"] == Reached(6.0, 12.0, 60.0, True)
+
+
+# ---- TRL's side
+def read_row_by_row(model, ids, pad_token_id, context_length):
+    """What TRL's `get_reward` gives: the score at the last token, each row read by itself, without padding."""
+    rows = [row[row != pad_token_id] for row in ids]
+    final = [model.score(model.base_model(input_ids=row[None]).last_hidden_state)[0, -1, 0] for row in rows]
+    return None, torch.stack(final), [len(row) - 1 for row in rows]
+
+
+def test_trl_reads_the_reward_that_alignkit_reads_also_of_a_response_without_room_for_eos():
+    tokenizer = desk_tokenizer()
+    prompts = [prompt.text for prompt in DeskWorld(0).train_prompts]
+    scorer = RewardScorer(tiny_reward_model(tokenizer), tokenizer, mean=0.3, std=0.5)
+    assert trl_ppo.check_rewards(trl_ppo.scores(read_row_by_row, scorer), scorer, prompts) < 1e-5
+    plain = RewardScorer(scorer.model, tokenizer)  # mean 0, sd 1: the two differ by the missing EOS alone
+    with pytest.raises(Different, match="differ by"):
+        trl_ppo.check_rewards(read_row_by_row, plain, prompts)
+    ids = torch.tensor([tokenizer(prompts[0])["input_ids"] + [tokenizer.eos_token_id]])
+    other = tiny_reward_model(tokenizer, seed=1)
+    theirs = trl_ppo.scores(read_row_by_row, scorer)(other, ids, tokenizer.pad_token_id, 6)[1]
+    assert torch.equal(theirs, read_row_by_row(other, ids, tokenizer.pad_token_id, 6)[1]), "TRL reads other models"
 
 
 # ---- the record and the page

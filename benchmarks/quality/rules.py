@@ -81,7 +81,8 @@ def together(setting: Setting, groups: Mapping[str, Mapping[str, dict]], ratios:
              ) -> dict[str, dict]:
     """What is tried together: the best of each group that is worth it, most first, two, three and more of them at once.
 
-    groups: as `changes` returns them. ratios: name of a single change -> how many times sooner it is, on the seeds VARIED. Returns name -> fields.
+    groups: as `changes` returns them. ratios: name of a single change -> how many times sooner it is, on the seeds
+    VARIED. Returns name -> fields.
     """
     best = {}
     for names in groups.values():
