@@ -98,9 +98,8 @@ def answer(record: dict) -> str:
     if "trl" not in record["chosen"]:
         return "TRL's PPO was not measured here."
     lines = [f"The aim was {AIM:g} × sooner than TRL's PPO, in CPU seconds to the proxy level:", ""]
-    for side, what in (("alignkit", "with the same number of tries on both sides"),
-                       ("alignkit, changed", f"with the change that was soonest of {len(record['changes'])}"
-                                             f" (*{record['soonest']}*; TRL had no such tries)")):
+    for side, what in (("alignkit", "the same tries on both sides, a critic on both"),
+                       ("alignkit, changed", _soonest(record))):
         found = compared(record, "trl", side)
         lines.append(f"- {what}: **{shown(found)}** × sooner; the aim is {verdict(found)}.")
     costs = [f"{1000 * _per_sample(record, side):.2f} ms" for side in ("trl", "alignkit", "alignkit, changed")]
@@ -109,6 +108,14 @@ def answer(record: dict) -> str:
                   f"{fewer[1]} × those with the change. A sample, with all that is done to it, takes {costs[0]} of CPU "
                   f"time in TRL, {costs[1]} in alignkit and {costs[2]} with the change (means over the runs)."]
     return "\n".join(lines)
+
+
+def _soonest(record: dict) -> str:
+    """What the changed run is, and what it had that TRL's did not."""
+    other = "; without a critic, so another algorithm than TRL's" * (
+        "advantage" in record["changes"][record["soonest"]])
+    return (f"alignkit's soonest of {len(record['changes'])} settings on other seeds, *{record['soonest']}* (more "
+            f"tries than TRL had{other})")
 
 
 def _per_sample(record: dict, side: str) -> float:
@@ -220,11 +227,14 @@ def drawn(record: dict) -> Picture:
 
 # ---- cells
 def shown(found: Ratio) -> str:
-    """A ratio with its interval, and what bounds it."""
+    """A ratio with its interval; of a bound, the end of the interval that holds."""
     if found.bound == "unknown":
         return "unknown: runs of both ended first"
-    interval = "" if found.low is None else f" ({found.low:.2f}–{found.high:.2f})"
-    return f"{found.bound} {found.value:.2f}{interval}".lstrip()
+    if found.low is None:
+        return f"{found.bound} {found.value:.2f}".lstrip()
+    interval = {"": f"{found.low:.2f}–{found.high:.2f}", "at least": f"from {found.low:.2f}",
+                "at most": f"to {found.high:.2f}"}[found.bound]
+    return f"{found.bound} {found.value:.2f} ({interval})".lstrip()
 
 
 def _seconds(one: Reached) -> str:
