@@ -30,31 +30,32 @@ def write(record: dict, page: Path, picture: Path) -> None:
 
 def text(record: dict) -> str:
     """The whole page."""
-    rules, seeds = record["rules"], [row["seed"] for row in record["evaluation"]]
+    rules, version = record["rules"], record["versions"].get("trl_ppo", "")
+    first, last = (f"{load:.1f}" for load in record["machine"]["load"])
     return f"""# Time to quality
 
 <!-- made by: {record["command"]} -->
 How soon is PPO as good as it has to be? A step that costs less helps only if no more steps are needed, so this page
-measures seconds and samples until a run reaches a level, beside the PPO of TRL {record["versions"].get("trl_ppo", "")},
-the last TRL that had one: on the same desk worlds, with the same SFT policy, reward model, prompts, price of KL
-(`kl_coef` {rules["price"]:g}) and machine. The command above makes the page from
+measures seconds and samples until a run reaches a level, beside the PPO of TRL {version}, the last TRL that
+had one: on the same desk worlds, with the same SFT policy, reward model, prompts, price of KL (`kl_coef`
+{rules["price"]:g}) and machine. The command above makes the page from
 [quality.json](../benchmarks/results/quality.json), and a test compares the two.
 
-**The levels.** *Proxy*: what the policy gained in proxy over SFT is at least {rules["share"]:.0%} of what the exact
-optimum at the policy's own KL gains, at a KL of at most {rules["most_kl"]:g} nats. *Gold*: its gain in gold is at least
-{rules["gold"]:.0%} of that of the exact optimum at this price (not of the run's own best: a bad run would have a low
-bar). Both are exact: all 16,105 responses to {rules["prompts"]} held-out prompts are enumerated, every {rules["every"]}
-iterations, outside of every clock; between two measurements the course is taken to be linear.
+**The levels.** *Proxy*: what the policy gained in proxy over SFT is at least {_percent(rules["share"])} of what the
+exact optimum at the policy's own KL gains, at a KL of at most {rules["most_kl"]:g} nats. *Gold*: its gain in gold is at
+least {_percent(rules["gold"])} of that of the exact optimum at this price (not of the run's own best: a bad run would
+have a low bar). Both are exact: all 16,105 responses to {rules["prompts"]} held-out prompts are enumerated, every
+{rules["every"]} iterations, outside of every clock; between two measurements the course is taken to be linear.
 
 **The runs.** One thread an operation; the sides alternate iteration by iteration, so a busy moment falls on both (load
-{" and ".join(f"{load:.1f}" for load in record["machine"]["load"])} on {record["machine"]["cores"]} cores, before and
-after). CPU seconds are those of the process: other work hardly changes them, and they are what the ratios are about.
-Wall seconds depend on what else the machine did; alignkit uses both cores for policy and critic, TRL one. Loading
-models and making the trainer count on no side.
+{first} and {last} on {record["machine"]["cores"]} cores, first and last). CPU seconds are those of the process:
+other work changes them less, and the verdict is about them. Wall seconds depend on what else the machine did; alignkit
+uses both cores for policy and critic, TRL one. Loading models and making the trainer count on no side.
 
-**The tries.** Both sides got the same {len(record["tries"])} tries on the seeds {_listed(record["tuning"])}, and the
-one that reached the proxy level soonest was evaluated on the seeds {", ".join(map(str, seeds))}, world, models and run
-each.
+**The tries.** Both sides got the same {len(record["tries"])} tries on the seeds {_listed(record["tuning"])}. The one
+that reached the proxy level on most seeds and soonest was evaluated on the seeds {_listed(record["evaluation"])}:
+another world, SFT policy, reward model and run each. The tries were written down after a pilot on seed 10, and all
+rules (`benchmarks/quality/rules.py`) before a change or an evaluation ran.
 
 ## The answer
 
@@ -84,13 +85,15 @@ def compared(record: dict, theirs: str, ours: str, level: str = "proxy", unit: s
 
 def verdict(found: Ratio) -> str:
     """Whether the aim is reached, by the interval."""
-    if found.low is None or found.bound in ("unknown", "at most"):
-        return "cannot be told"
+    if found.bound in ("unknown", "at most"):
+        return "**open**: some of alignkit's runs ended first"
+    if found.low is None:
+        return "**open**: one seed has no interval"
     if found.low >= AIM:
         return "**reached**"
     if found.bound == "at least":
-        return "cannot be told: some of TRL's runs ended first, so that the ratio is a lower bound"
-    return "**missed**" if found.high < AIM else "cannot be told from what was measured"
+        return "**open**: some of TRL's runs ended first, so the ratio is a lower bound"
+    return "**missed**" if found.high < AIM else f"**open**: {AIM:g} lies inside the interval"
 
 
 def answer(record: dict) -> str:
@@ -98,17 +101,26 @@ def answer(record: dict) -> str:
     if "trl" not in record["chosen"]:
         return "TRL's PPO was not measured here."
     lines = [f"The aim was {AIM:g} × sooner than TRL's PPO, in CPU seconds to the proxy level:", ""]
-    for side, what in (("alignkit", "with the same number of tries on both sides"),
-                       ("alignkit, changed", f"with the change that was soonest of {len(record['changes'])}"
-                                             f" (*{record['soonest']}*; TRL had no such tries)")):
+    for side, what in (("alignkit", "the same tries on both sides, a critic on both"),
+                       ("alignkit, changed", _soonest(record))):
         found = compared(record, "trl", side)
         lines.append(f"- {what}: **{shown(found)}** × sooner; the aim is {verdict(found)}.")
     costs = [f"{1000 * _per_sample(record, side):.2f} ms" for side in ("trl", "alignkit", "alignkit, changed")]
     fewer = [shown(compared(record, "trl", side, unit="samples")) for side in ("alignkit", "alignkit, changed")]
-    lines += ["", f"Sooner can be fewer samples or cheaper ones. TRL needs {fewer[0]} × alignkit's samples, and "
+    lines += ["", f"Sooner can be fewer samples or cheaper ones: TRL needs {fewer[0]} × alignkit's samples, and "
                   f"{fewer[1]} × those with the change. A sample, with all that is done to it, takes {costs[0]} of CPU "
-                  f"time in TRL, {costs[1]} in alignkit and {costs[2]} with the change (means over the runs)."]
+                  f"time in TRL, {costs[1]} in alignkit and {costs[2]} with the change (means over the runs). Where "
+                  "both sides run the same algorithm, samples differ by chance and by what the last section lists; "
+                  "what is left is the cost of a sample; [speed.md](speed.md) says what limits alignkit's."]
     return "\n".join(lines)
+
+
+def _soonest(record: dict) -> str:
+    """What the changed run is, and what it had that TRL's did not."""
+    other = "; without a critic, so another algorithm than TRL's" * (
+        "advantage" in record["changes"][record["soonest"]])
+    return (f"alignkit's soonest of {len(record['changes'])} settings on other seeds, *{record['soonest']}* (more "
+            f"tries than TRL had{other})")
 
 
 def _per_sample(record: dict, side: str) -> float:
@@ -182,6 +194,11 @@ def changed(record: dict) -> str:
         label = f"**{name}**" if name == record["soonest"] else name
         lines.append(f"| {label} | {given} | {', '.join(map(_seconds, runs))} | "
                      f"{', '.join(f'{one.samples / 1000:.1f}' for one in runs)} | {' | '.join(gains)} |")
+    fields = {"kl_coef": record["rules"]["price"], **record["changes"][record["soonest"]]}
+    given = ", ".join(f"{field}={value!r}" for field, value in fields.items())
+    sooner = [shown(compared(record, "alignkit", "alignkit, changed", level)) for level in LEVELS]
+    lines += ["", f"What a user can set, by this table: `PPOConfig({given})`. On the evaluation's seeds it was "
+                  f"{sooner[0]} × sooner to the proxy level than the try without it, {sooner[1]} × to the gold level."]
     return "\n".join(lines)
 
 
@@ -220,11 +237,18 @@ def drawn(record: dict) -> Picture:
 
 # ---- cells
 def shown(found: Ratio) -> str:
-    """A ratio with its interval, and what bounds it."""
+    """A ratio with its interval; of a bound, the end of the interval that holds."""
     if found.bound == "unknown":
         return "unknown: runs of both ended first"
-    interval = "" if found.low is None else f" ({found.low:.2f}–{found.high:.2f})"
-    return f"{found.bound} {found.value:.2f}{interval}".lstrip()
+    if found.low is None:
+        return f"{found.bound} {found.value:.2f}".lstrip()
+    interval = {"": f"{found.low:.2f}–{found.high:.2f}", "at least": f"from {found.low:.2f}",
+                "at most": f"to {found.high:.2f}"}[found.bound]
+    return f"{found.bound} {found.value:.2f} ({interval})".lstrip()
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g} %"
 
 
 def _seconds(one: Reached) -> str:
