@@ -10,10 +10,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
 
+CHEAP = "0.05"  # kl_coef after the rewind; the run begins with 0.2
 PICTURES = {  # file -> notebook, beginning of the cell's first line
     "behaviour.png": ("05_dpo", "# What each stage does"),
     "ppo.png": ("03b_ppo", "# PPO's eight dials"),
@@ -35,12 +38,13 @@ def picture(notebook: Path, caption: str) -> bytes:
 
 
 def app_screenshot(run: Path) -> bytes:
-    """The app's page in the middle of a PPO run: rewound to iteration 10 after 25, and on from there without KL."""
+    """The app's page in the middle of a PPO run: rewound to iteration 10 after 25, and on from there at a lower price
+    of KL. Without any price the run would run away and stop. The app is ended however this ends."""
     from playwright.sync_api import sync_playwright
 
     chromium = os.environ.get("ALIGNKIT_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     command = [sys.executable, "-u", "-m", "alignkit", "app", os.fspath(run)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server, sync_playwright() as driver:
+    with _ended(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) as server, sync_playwright() as driver:
         address = next(line.strip() for line in server.stdout if "http://127.0.0.1" in line)
         page = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page(
             viewport={"width": 1240, "height": 880}, device_scale_factor=1.5)
@@ -53,15 +57,25 @@ def app_screenshot(run: Path) -> bytes:
         page.wait_for_selector(".akc-state[data-state=paused]")
         page.get_by_label("back to iteration").select_option("10")
         page.get_by_role("button", name="Rewind").click()
-        page.locator("input[type=number][data-control=kl_coef]").fill("0")
+        page.locator("input[type=number][data-control=kl_coef]").fill(CHEAP)
         page.locator("input[type=number][data-control=kl_coef]").press("Enter")
         page.get_by_text("from the next iteration on").wait_for()
         page.locator(".akc").get_by_role("button", name="Play").click()
         _at(page, 19)
         taken = page.screenshot()
         page.locator(".akc").get_by_role("button", name="Stop").click()
-        server.terminate()
+        page.get_by_text("it can be compared now").wait_for()
     return taken
+
+
+@contextmanager
+def _ended(server: subprocess.Popen) -> Iterator[subprocess.Popen]:
+    """The server inside the block, and none after it."""
+    try:
+        yield server
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def _at(page, iteration: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import re
@@ -10,21 +11,28 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from alignkit_widgets import TrainingCockpit
+from alignkit_widgets import FrontierExplorer, TrainingCockpit
 from alignkit_widgets.app import server
-from alignkit_widgets.app.playground import make_desk_start, open_playground
+from alignkit_widgets.app.measured import exact_points, measure_policies, measured_points
+from alignkit_widgets.app.playground import make_desk_start, measured_file, open_playground
+from alignkit_widgets.explorers.own_plane import OwnPlane
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
 from tornado.websocket import websocket_connect
 
+from alignkit import exact
 from alignkit.configs import RewardConfig, SFTConfig
 from alignkit.errors import RunError
+from alignkit.exact.prompts import enumerate_world
+from alignkit.formulas.intervals import Estimate
+from alignkit.jobs.cli import main
 from alignkit.models.loading import load_policy
 from alignkit.runs.records import start_run
-from alignkit.storage import branch_files, read_metrics
+from alignkit.storage import branch_files, read_metrics, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -174,6 +182,98 @@ def test_a_run_is_rewound_to_its_start_and_what_it_did_is_kept(playground):
         assert all(torch.equal(a, b) for a, b in zip(start.parameters(), now.parameters(), strict=True))
 
     serving(playground, test)
+
+
+def test_the_page_gets_settings_and_earlier_runs_and_a_run_has_the_settings_that_were_chosen(playground):
+    async def test(dashboard, page):
+        first = (await page.until(lambda m: "status" in m))["status"]
+        assert first["settings"] == {"kl_coef": 0.2, "seed": 0, "iterations": 40} and first["runs"] == []
+        assert first["about"].count(". ") == 1 and "2,560" in first["about"] and first["shown"] == []
+        page.say(do="train", iterations=2, kl_coef=-1)
+        refused = await page.until(lambda m: m.get("status", {}).get("said", {}).get("train"))
+        assert "kl_coef is -1, expected 0 or more" in refused["status"]["said"]["train"]
+        assert not (playground.run / "app").exists(), "nothing is made for settings that cannot be"
+        page.say(do="train", iterations=2, kl_coef=0.35, seed=7)
+        panel = (await page.until(lambda m: "mount" in m))["mount"]
+        inside = lambda m: (m.get("to") == panel and m["content"]["state"]["inside"]) or {}  # noqa: E731
+        within = await page.until(lambda m: inside(m).get("share"))
+        assert re.fullmatch(r"optimiser step \d of 8", inside(within)["words"])
+        after = await page.until(lambda m: m.get("status", {}).get("runs"))
+        (run,) = after["status"]["runs"]
+        assert {name: run[name] for name in ("name", "kl_coef", "seed", "iterations", "done", "unfinished")} == {
+            "name": "ppo-1", "kl_coef": 0.35, "seed": 7, "iterations": 2, "done": 2, "unfinished": False}
+        row = read_metrics(playground.run / "app" / "ppo-1" / "metrics.jsonl")[-1]
+        assert (run["kl"], run["proxy"]) == (row["objective/kl"], row["objective/scores"])
+
+    serving(playground, test)
+
+
+def test_the_runs_own_policies_stand_on_the_frontier_where_enumeration_puts_them(playground):
+    run = playground.start_ppo(1, prompts_per_iteration=16, minibatch_size=16, kl_coef=0.35)
+    run.step({})
+    run.save()
+    world, known = playground.task.world, {}
+    prompts = [world.find(text) for text in playground.prompts(2)]
+    policies = [load_policy(playground.run / name) for name in ("sft", "app/ppo-1")]
+    truth = enumerate_world(*policies[0], playground.scorer, world, prompts)
+    points = exact_points(playground, truth, known)
+    assert [(point.job, point.setting) for point in points] == [("sft", ()), ("app/ppo-1", (("kl_coef", 0.35),))]
+    assert exact_points(playground, truth, known)[1] is points[1], "computed once"
+    logps = exact.response_logps(*policies[1], [prompt.text for prompt in prompts])
+    for figure, table in (("kl", logps - truth.ref_logps), ("proxy", truth.proxy), ("gold", truth.gold)):
+        slowly = sum(float(p.exp() @ values) for p, values in zip(logps, table, strict=True)) / 2
+        assert getattr(points[1], figure).value == pytest.approx(slowly, abs=1e-9)
+    assert points[1].kl.value > 0 == points[0].kl.value
+    explorer = FrontierExplorer(truth=truth, points=points)
+    chart, table = explorer.rows()[1]
+    assert [series["points"] for series in chart["series"] if series["name"] == "PPO, gold"] == [
+        [[pytest.approx(points[1].kl.value, rel=1e-5), pytest.approx(points[1].gold.value, rel=1e-5)]]]
+    assert [row[:2] for row in table["rows"]] == [["best possible", table["rows"][0][1]], ["sft", ""],
+                                                  ["app/ppo-1", "0.35"]]
+
+
+def test_without_a_world_the_frontier_shows_what_was_measured_and_measures_the_rest(playground):
+    run = playground.start_ppo(1, prompts_per_iteration=16, minibatch_size=16)
+    run.step({})
+    run.save()
+    elsewhere = replace(playground, task=replace(playground.task, world=None))
+    assert measured_points(elsewhere) == ([], ["sft", "app/ppo-1"])
+    said = []
+    measure_policies(elsewhere, ["sft", "app/ppo-1"], said.append)
+    points, missing = measured_points(elsewhere)
+    assert missing == [] and len(said) == 2 and "app/ppo-1, 2 of 2: 40 held-out prompts" in said[1]
+    assert points[0].kl.value == 0 and points[1].kl.low < points[1].kl.value < points[1].kl.high
+    stored = {"kl_to_sft": 0.5, "kl_to_sft_ci95": [0.4, 0.7], "proxy_mean": 1.5}
+    write_json(playground.run / "app" / "ppo-1" / "results.json", stored)  # a stage's own figures come first
+    (point,) = [point for point in measured_points(elsewhere)[0] if point.job == "app/ppo-1"]
+    assert (point.kl, point.proxy) == (Estimate(0.5, 0.4, 0.7), Estimate(1.5, None, None))
+    chart, table = OwnPlane(points, missing=["dpo"]).rows()[1]
+    assert "Not measured yet: dpo" in OwnPlane(points, missing=["dpo"]).rows()[0][0]["text"]
+    spans = [series["spans"] for series in chart["series"] if series["name"] == "PPO, proxy"]
+    assert spans[0][0][:2] == [pytest.approx(points[1].kl.low, rel=1e-5), pytest.approx(points[1].kl.high, rel=1e-5)]
+    assert len(table["rows"]) == 2
+    again = playground.start_ppo(1, prompts_per_iteration=16, minibatch_size=16)
+    write_json(measured_file(playground.run, "app/ppo-2"), stored)
+    again.step({})
+    again.save()
+    assert measured_points(elsewhere)[1] == ["app/ppo-2"], "a policy that was trained on has to be measured again"
+
+
+@pytest.mark.parametrize("answers, made", [("n\n", False), ("", False), ("y\n", True)])
+def test_a_path_that_is_not_there_gets_a_world_only_if_that_is_meant(tmp_path, monkeypatch, capsys, answers, made):
+    (tmp_path / "runs" / "course" / "sft").mkdir(parents=True)
+    opened = []
+    monkeypatch.setattr("alignkit_widgets.app._open", lambda run, port, data: opened.append(run))
+    monkeypatch.setattr("sys.stdin", io.StringIO(answers))
+    run = tmp_path / "runs" / "cuorse"
+    assert main(["app", str(run)]) == (0 if made else 1)
+    said = capsys.readouterr()
+    assert "cuorse is not there" in said.out and "Runs in" in said.out and "course." in said.out
+    assert run.exists() == made and opened == [run] * made
+    if not made:
+        assert "nothing was made" in said.err and "--new" in said.err
+        assert main(["app", str(run), "--new"]) == 0 and opened == [run]
+    assert main(["app", str(tmp_path / "runs" / "course")]) == 0, "a run is opened without a question"
 
 
 def test_the_frontier_starts_a_run_at_its_price(playground):

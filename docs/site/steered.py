@@ -24,8 +24,8 @@ class _Nobody:
 
 def steered_run(run: str | Path, iterations: int = ITERATIONS, left_after: int = LEFT_AFTER,
                 back_to: int = BACK_TO) -> Path:
-    """Train PPO from RUN/sft with kl_coef 0.02, rewind it to iteration `back_to` after iteration `left_after`, and
-    go on with kl_coef 0.2. Returns the folder of the record, RUN/app/ppo-N."""
+    """Train PPO from RUN/sft with kl_coef 0.02, rewind it to iteration `back_to` after iteration `left_after`, or where
+    it runs away, and go on with kl_coef 0.2. Returns the folder of the record, RUN/app/ppo-N."""
     live = open_playground(run).start_ppo(iterations, kl_coef=CHEAP)
     cockpit = TrainingCockpit("PPO", PPO_CHARTS, iterations, controls=live.controls, log=live.folder / "metrics.jsonl")
     remote = cockpit.open("control")
@@ -35,8 +35,8 @@ def steered_run(run: str | Path, iterations: int = ITERATIONS, left_after: int =
 
     def step(controls: dict) -> dict:
         row = live.step(controls)
-        if live.state.iteration == left_after and not rewound:
-            rewound.append(True)
+        if not rewound and (row["stop"] or live.state.iteration >= left_after):
+            rewound.append(row.pop("stop"))  # where it would run away, it is rewound instead of stopped
             remote.receive({"type": "rewind", "iteration": back_to})
             remote.receive({"type": "set", "name": "kl_coef", "value": DEAR})
         return row

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from access import serious_faults
 from alignkit_widgets.app.playground import make_desk_start
 from lab_page import ARTIFACTS, PATIENCE
 
@@ -105,7 +106,7 @@ def test_ppo_is_trained_paused_steered_and_stopped_and_a_reload_finds_it_again(o
     page.reload()
     page.locator(".akc-state[data-state=paused]").wait_for()
     page.locator(".akc-plot .marktext", has_text="kl_coef 0.2 →").first.wait_for()
-    assert page.get_by_role("button", name="Start a run").is_disabled()
+    assert page.locator("button", has_text="Start a run").is_disabled()  # in a fold while a run is in progress
     page.locator(".akc").get_by_role("button", name="Play").click()
     until(page, lambda: len(rows_of(run, 1)) > paused + 2, "the run to go on")
     picture(page, "train_light")
@@ -157,6 +158,73 @@ def test_the_frontier_answers_the_keyboard_and_trains_at_its_price(open_app, app
     picture(page, "train_dark")
     page.locator(".akc").get_by_role("button", name="Stop").click()
     page.get_by_text("it can be compared now").wait_for()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_it_opens_on_what_there_is_to_do_and_all_can_read_it(open_app, theme):
+    page = open_app(theme)
+    for name in ("Start", "Continue", "Compare", "Explore", "Earlier runs"):
+        page.get_by_role("heading", name=name, exact=True).wait_for()
+    about = page.locator("#panel-train > form p").inner_text()
+    assert about.startswith("The desk world") and about.count(". ") == 1
+    page.get_by_role("button", name="Use the settings of ppo-1").click()
+    assert page.get_by_label("Iterations").input_value() == "400"
+    page.get_by_label("Seed").fill("3")
+    page.get_by_label("Seed").press("Tab")
+    picture(page, f"home_{theme}")
+    assert serious_faults(page) == []
+    page.get_by_role("tab", name="Compare").click()
+    page.reload()
+    page.get_by_role("tab", name="Compare", selected=True).wait_for()
+    assert serious_faults(page) == []
+    page.get_by_role("tab", name="Train").click()
+    assert page.get_by_label("Seed").input_value() == "3", "the settings are kept over a reload"
+
+
+def test_a_stopped_run_with_its_own_settings_is_continued_in_a_cockpit_that_fits_the_screen(open_app, app):
+    page, run = open_app(), app[1]
+    page.set_viewport_size({"width": 1366, "height": 768})
+    page.locator("#panel-train form").last.wait_for()
+    page.get_by_label("kl_coef").first.fill("0.35")
+    page.get_by_label("Seed").fill("5")
+    page.get_by_label("Iterations").fill("300")
+    page.get_by_role("button", name="Start a run").click()
+    until(page, lambda: (run / "app" / "ppo-3").exists() and len(rows_of(run, 3)) >= 2, "two iterations")
+    page.locator(".akc-plot .series").first.wait_for(state="attached")
+    config = json.loads((run / "app" / "ppo-3" / "config-of-run.json").read_text())
+    assert (config["kl_coef"], config["seed"], config["iterations"]) == (0.35, 5, 300)
+    box = page.locator(".akc").bounding_box()
+    assert box["height"] <= 600 and box["y"] >= 0 and box["y"] + box["height"] <= 768, box
+    page.get_by_role("button", name="Pause").click()
+    page.wait_for_selector(".akc-state[data-state=paused]")
+    for theme in ("light", "dark"):
+        page.emulate_media(color_scheme=theme)
+        assert serious_faults(page) == [], theme
+    page.locator(".akc").get_by_role("button", name="Stop").click()
+    page.get_by_text("it can be compared now").wait_for()
+    done = len(rows_of(run, 3))
+    page.get_by_label("Unfinished").select_option("ppo-3")
+    page.get_by_role("button", name="Continue it").click()
+    until(page, lambda: len(rows_of(run, 3)) > done, "the run to go on")
+    page.locator(".akc").get_by_role("button", name="Stop").click()
+    page.get_by_text("it can be compared now").wait_for()
+    assert [row["step"] for row in rows_of(run, 3)] == list(range(1, len(rows_of(run, 3)) + 1))
+
+
+def test_the_runs_own_policies_stand_on_the_frontier_which_keeps_its_place(open_app):
+    page = open_app()
+    page.get_by_role("button", name="Explore the frontier").click()
+    page.get_by_role("cell", name="app/ppo-1").wait_for()
+    page.locator(".ake-legend", has_text="PPO, gold").first.wait_for()
+    said = page.locator(".ake p").first.inner_text()
+    page.locator(".ake input[type=range]").first.focus()
+    page.keyboard.press("Home")
+    page.wait_for_function("(said) => document.querySelector('.ake p').innerText !== said", arg=said)
+    moved = page.locator(".ake p").first.inner_text()
+    page.reload()
+    page.get_by_role("tab", name="Frontier", selected=True).wait_for()
+    page.wait_for_function("(moved) => document.querySelector('.ake p')?.innerText === moved", arg=moved)
+    assert serious_faults(page) == []
 
 
 def test_who_has_no_token_sees_nothing(app, chromium):

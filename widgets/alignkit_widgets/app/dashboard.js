@@ -101,7 +101,7 @@ function showRuns({ runs, running }) {
   rows.replaceChildren();
   for (const run of runs) {
     const row = make(rows, "tr");
-    const state = run.name === running ? "running" : run.unfinished ? `${run.done} of ${run.iterations}` : `${run.done}, finished`;
+    const state = run.name === running ? "running" : run.done < run.iterations ? `${run.done} of ${run.iterations}` : `${run.done}, finished`;
     for (const [tag, text] of [["th", run.name], ["td", run.kl_coef], ["td", run.seed], ["td", state], ["td", number(run.proxy)], ["td", number(run.kl)]])
       make(row, tag, tag === "th" ? { scope: "row" } : {}, String(text));
     const cell = make(row, "td");
@@ -169,7 +169,7 @@ const exploring = card("Explore", "How much reward a nat of KL can buy, and wher
 const toExplore = make(make(exploring.box, "form"), "button", { type: "button" }, "Explore the frontier");
 toExplore.addEventListener("click", () => { select("frontier"); tabs.frontier.tab.focus(); });
 
-const earlier = make(home, "div", { class: "earlier", hidden: "" });
+const earlier = make(home, "div", { class: "earlier", role: "region", "aria-label": "Earlier runs", tabindex: 0, hidden: "" });
 make(earlier, "h2", {}, "Earlier runs");
 const table = make(earlier, "table"), heads = make(make(table, "thead"), "tr"), rows = make(table, "tbody");
 for (const head of ["run", "kl_coef", "seed", "iterations", "proxy, SFT-sd", "KL, nats", ""]) make(heads, head ? "th" : "td", head ? { scope: "col" } : {}, head);

@@ -92,7 +92,7 @@ class Session:
         more."""
         if self.state not in OVER and not (self.ran and self.busy < self.ran * LONG):
             self.inside = {"words": words, "share": share}
-            self.feed.update(self.status())
+            self.feed.update(self.status(), force=True)
 
     def record(self, iteration: int, metrics: Mapping[str, object], seconds: float = 0.0) -> None:
         """Add the metrics of one iteration, which took `seconds`. Raises TypeError for a metric that is not a

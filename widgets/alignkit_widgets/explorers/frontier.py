@@ -155,7 +155,8 @@ class FrontierExplorer(Explorer):
         rows += own_rows(self._own(seed), self.curves[seed])
         columns = ["policy", "β", "KL", "proxy", "gold", "of possible gain"]
         whole = runs or self._own(seed)
-        return Table("At this price", columns if whole else columns[:-1], rows if whole else [rows[0][:-1]], hot=[0])
+        title = "At this price" + ", and this run's own policies" * bool(self._own(seed))
+        return Table(title, columns if whole else columns[:-1], rows if whole else [rows[0][:-1]], hot=[0])
 
     def _prompt(self, which: int, beta: float) -> list:
         truth = self.truth
