@@ -145,6 +145,23 @@ def test_a_trial_is_never_recorded(tmp_path):
         lab.main(["--quick", "--record", "--folder", str(tmp_path)])
 
 
+def test_everything_is_made_once_and_a_lab_that_fails_is_not_passed_over(monkeypatch):
+    started = []
+    monkeypatch.setattr(lab.subprocess, "run", lambda command, check: started.append((command[1:], check)))
+    lab.make_others(2)
+    assert sorted(command[1] for command, _ in started) == [
+        f"experiments.{name}" for name in ("advice", "dials", "knowledge", "readings", "unpacking")]
+    assert all(command[0] == "-m" and command[2:] == ["--record"] and check for command, check in started)
+
+    def fail(command, check):
+        if command[2] == "experiments.advice":
+            raise OSError("no")
+
+    monkeypatch.setattr(lab.subprocess, "run", fail)
+    with pytest.raises(OSError):
+        lab.make_others(2)
+
+
 # ---- what is measured
 def test_figures_at_a_kl_are_interpolated_and_never_extrapolated():
     points = [{"kl": 0.2, "gold": 0.0}, {"kl": 0.4, "gold": 1.0}, {"kl": 0.8, "gold": 3.0}]

@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 from alignkit.configs import DPOConfig, PPOConfig, RewardConfig, SFTConfig
@@ -132,12 +132,23 @@ def number_of_epochs(record: Claims, dials: Dials) -> list[str]:
             "of those notebooks.", "", *lines, ""]
 
 
+def make_others(workers: int) -> None:
+    """Make the records of the readings and of the other labs; those that use one process, `workers` at a time."""
+    def record(module: str) -> None:
+        subprocess.run([sys.executable, "-m", f"experiments.{module}", "--record"], check=True)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(record, ("knowledge", "advice", "unpacking")))
+    for module in ("readings", "dials"):
+        record(module)
+
+
 def make(given: argparse.Namespace) -> dict:
     """Run the arms and apply the rules: the record. Raises SystemExit if a trial is to be recorded."""
     if given.quick and given.record:
         raise SystemExit("--quick is a trial and no evidence: give it without --record, or --record without it")
-    for module in ("readings", "advice", *LABS) if given.all else ():
-        subprocess.run([sys.executable, "-m", f"experiments.{module}", "--record"], check=True)
+    if given.all:
+        make_others(given.workers)
     seeds, size = (given.seeds[:2], QUICK) if given.quick else (given.seeds, Size())
     worlds = run(seeds, given.folder / ("quick" if given.quick else "full"), size, given.workers)
     readings = read_json(RECORD)["readings"] if RECORD.exists() else {}
