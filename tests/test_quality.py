@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from alignkit import plots
 from alignkit.desk.tiny import desk_tokenizer, tiny_reward_model
 from alignkit.desk.world import World as DeskWorld
 from alignkit.reward import RewardScorer
@@ -214,13 +213,3 @@ def test_the_quick_setting_runs_alignkit_end_to_end(tmp_path, capsys):
     json.dumps(record)
     with pytest.raises(SystemExit):
         quality.main(["--quick", "--record"])
-
-
-def test_courses_are_drawn_under_their_names_with_the_level():
-    ax = plots.plot_progress({"a": [([0, 1], [0, 0.5]), ([0, 2], [0, 0.9])], "b": [([0, 1], [0, 1])]}, 0.9)
-    assert [line.get_ydata()[-1] for line in ax.lines] == [0.5, 0.9, 1, 0.9]
-    assert ax.lines[0].get_color() == ax.lines[1].get_color() != ax.lines[2].get_color()
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
-    for wrong in ({}, {"a": [([0, 1], [0])]}):
-        with pytest.raises(ValueError):
-            plots.plot_progress(wrong, 0.9)

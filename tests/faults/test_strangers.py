@@ -29,6 +29,7 @@ from alignkit_widgets.explorers.clip import ClipExplorer
 from tornado.httpclient import AsyncHTTPClient
 from tornado.websocket import websocket_connect
 
+from alignkit.configs import PPOConfig
 from alignkit.data import chat, rows
 from alignkit.data.labels import ChoiceLog, choice_items
 from alignkit.data.rows import check, load_rows
@@ -324,8 +325,9 @@ MESSAGES = [
 
 def test_52_no_message_ends_the_line_and_no_log_line_holds_the_token(caplog):
     """A dashboard with a cockpit's controls and an explorer in it, and every message to each."""
-    controls, task = Controls({"lr": (0.0, 1.0, 0.5)}), SimpleNamespace(world=None)
-    playground = SimpleNamespace(run="run", checkpoints=dict, unfinished=list, task=task)
+    controls, task = Controls({"lr": (0.0, 1.0, 0.5)}), SimpleNamespace(world="desk")
+    playground = SimpleNamespace(run="run", about="", checkpoints=dict, runs=list, unfinished=list, task=task,
+                                 config=PPOConfig)
 
     def receive(content: dict) -> None:
         if content.get("type") == "raise":
