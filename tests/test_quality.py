@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from alignkit import plots
 from alignkit.desk.tiny import desk_tokenizer, tiny_reward_model
 from alignkit.desk.world import World as DeskWorld
 from alignkit.reward import RewardScorer
@@ -161,6 +160,11 @@ def test_runs_alternate_and_stop_once_both_levels_are_reached_or_at_their_end():
     assert found["proxy"].cpu == pytest.approx(4.75) and found["gold"].cpu == pytest.approx(5.625)
 
 
+def test_proxy_counts_up_to_two_nats_only_and_gold_at_any_kl():
+    points = course([0.0, 0.96, 0.97], kl=[0.0, 2.1, 2.2])
+    assert race.both(points, 1.0)["proxy"].censored and not race.both(points, 1.0)["gold"].censored
+
+
 def test_a_run_that_is_late_is_ended_and_censored_at_what_it_took():
     order = []
     runs = {"no change": Pretended(4, order), "slow": Pretended(20, order)}
@@ -214,13 +218,3 @@ def test_the_quick_setting_runs_alignkit_end_to_end(tmp_path, capsys):
     json.dumps(record)
     with pytest.raises(SystemExit):
         quality.main(["--quick", "--record"])
-
-
-def test_courses_are_drawn_under_their_names_with_the_level():
-    ax = plots.plot_progress({"a": [([0, 1], [0, 0.5]), ([0, 2], [0, 0.9])], "b": [([0, 1], [0, 1])]}, 0.9)
-    assert [line.get_ydata()[-1] for line in ax.lines] == [0.5, 0.9, 1, 0.9]
-    assert ax.lines[0].get_color() == ax.lines[1].get_color() != ax.lines[2].get_color()
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
-    for wrong in ({}, {"a": [([0, 1], [0])]}):
-        with pytest.raises(ValueError):
-            plots.plot_progress(wrong, 0.9)
