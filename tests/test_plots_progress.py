@@ -1,4 +1,4 @@
-"""The course of a quantity against time, with the level that it has to reach."""
+"""The picture of how soon runs are good: what is drawn is what was given."""
 
 import pytest
 

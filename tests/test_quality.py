@@ -160,6 +160,11 @@ def test_runs_alternate_and_stop_once_both_levels_are_reached_or_at_their_end():
     assert found["proxy"].cpu == pytest.approx(4.75) and found["gold"].cpu == pytest.approx(5.625)
 
 
+def test_proxy_counts_up_to_two_nats_only_and_gold_at_any_kl():
+    points = course([0.0, 0.96, 0.97], kl=[0.0, 2.1, 2.2])
+    assert race.both(points, 1.0)["proxy"].censored and not race.both(points, 1.0)["gold"].censored
+
+
 def test_a_run_that_is_late_is_ended_and_censored_at_what_it_took():
     order = []
     runs = {"no change": Pretended(4, order), "slow": Pretended(20, order)}
