@@ -121,7 +121,8 @@ def _about(explorer, axes: Mapping[str, list], count: int) -> str:
     several = [f"{label[name]}: {len(values)} values" for name, values in axes.items() if len(values) > 1]
     fixed = [f"{label[name]} = {explorer.controls[name].show(values[0])}" for name, values in axes.items()
              if len(values) == 1]
-    text = f"Computed beforehand by alignkit for {count:,} settings ({'; '.join(several)})"
+    settings = f"{count:,} settings ({'; '.join(several)})" if several else "one setting"
+    text = f"Computed beforehand by alignkit for {settings}"
     return (text + (f"; fixed here: {', '.join(fixed)}" if fixed else "")
             + f". In a notebook, {type(explorer).__name__} has all values and takes this state.")
 
