@@ -195,7 +195,7 @@ class Bands extends Plot { // shares of behaviours of one prompt class, stacked
 
 class View {
   constructor(model, el, store) {
-    Object.assign(this, { model, store, config: model.get("config"), cursor: null, dirty: {}, bands: {}, timers: {} });
+    Object.assign(this, { model, store, config: model.get("config"), cursor: null, dirty: {}, bands: {}, timers: {}, unsent: {} });
     const root = this.root = make(el, "section", { class: "akc", "aria-label": `Training: ${this.config.title}` });
     const head = make(root, "div", { class: "akc-head" });
     make(head, "span", { class: "akc-title" }, this.config.title);
@@ -241,7 +241,10 @@ class View {
       const button = this.buttons[name] = make(group, "button", { type: "button", "data-lm-suppress-shortcuts": "true" });
       make(make(button, "svg", { viewBox: "0 0 16 16", "aria-hidden": "true" }), "path", { d: ICONS[name] });
       make(button, "span", {}, name);
-      button.addEventListener("click", () => this.model.send({ type: button.textContent.toLowerCase() }));
+      button.addEventListener("click", () => {
+        for (const send of Object.values(this.unsent)) send(); // what a slider says counts for the step that is asked for now
+        this.model.send({ type: button.textContent.toLowerCase() });
+      });
     }
     this.buttons.Step.title = "one iteration, then pause";
     this.buttons.Stop.title = "end the run here and keep it";
@@ -262,7 +265,8 @@ class View {
     const ask = (v) => {
       this.dirty[name] = v;
       clearTimeout(this.timers[name]); // the last of a burst is sent
-      this.timers[name] = setTimeout(() => this.model.send({ type: "set", name, value: v }), 60);
+      this.unsent[name] = () => { clearTimeout(this.timers[name]); delete this.unsent[name]; this.model.send({ type: "set", name, value: v }); };
+      this.timers[name] = setTimeout(this.unsent[name], 60);
       wait.textContent = `${number(v)} from the next iteration on`;
     };
     slider.addEventListener("input", () => { const v = stops[+slider.value]; slider.setAttribute("aria-valuetext", number(v)); box.value = v; ask(v); });
