@@ -25,6 +25,7 @@ autodoc_typehints = "none"  # the signature has them
 html_theme = "pydata_sphinx_theme"
 html_title = "alignkit"
 html_css_files, html_js_files = ["site.css"], ["frames.js"]
+html_favicon = "static/icon.svg"  # without one a browser asks for /favicon.ico, which is not there
 html_copy_source = html_show_sourcelink = False
 html_theme_options = {
     "logo": {"text": "alignkit"}, "show_prev_next": True, "navigation_with_keys": False, "footer_start": [],

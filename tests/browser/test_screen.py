@@ -3,9 +3,12 @@ server."""
 
 from __future__ import annotations
 
+import functools
+import http.server
 import importlib.util
 import json
 import sys
+import threading
 from pathlib import Path
 
 import alignkit_widgets
@@ -70,22 +73,29 @@ def small_explorer(name: str):
 
 @pytest.fixture
 def open_page(chromium):
-    """open_page(file, theme, width) -> a page read from the disk; fails on errors in its console."""
+    """open_page(file or address, theme, width) -> a page; fails on errors in its console."""
     opened, wrong = [], []
 
-    def open_one(file: Path, theme: str = "light", width: int = 1366):
+    def open_one(file: Path | str, theme: str = "light", width: int = 1366):
         page = chromium.new_page(viewport={"width": width, "height": 768}, color_scheme=theme)
         opened.append(page)
         page.set_default_timeout(PATIENCE)
         page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda e: wrong.append(e.stack or str(e)))
-        page.goto(file.as_uri())
+        page.goto(file if isinstance(file, str) else file.as_uri())
         return page
 
     yield open_one
     for page in opened:
         page.close()
     assert wrong == []
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves files, and says nothing about it."""
+
+    def log_message(self, *_) -> None:
+        """Nothing."""
 
 
 def keep(page, name: str) -> None:
@@ -169,12 +179,18 @@ def test_the_sites_pages_have_no_serious_fault_and_fit_a_telephone(open_page, tm
     spec.loader.exec_module(build)
     monkeypatch.setattr(ClipExplorer, "page_grid", {"ratio": 3, "size": 1, "clip": 1})
     html = build.build_site(tmp_path, None, notebooks=["03a_ppo_by_hand"], explorers=["clip"], api=["alignkit_widgets"])
-    pages = ("index", "notebooks/03a_ppo_by_hand", "docs/teaching", "docs/claims", "try/clip", "api", "search")
-    for name in pages:
-        for theme in ("light", "dark"):
-            page = open_page(html / f"{name}.html", theme)
-            keep(page, f"site_{name.replace('/', '_')}_{theme}")
-            assert serious_faults(page) == [], (name, theme)
-            page.set_viewport_size({"width": 390, "height": 768})
-            assert page.evaluate("() => document.documentElement.scrollWidth") <= 390, name
-            page.close()
+    handler = functools.partial(Quiet, directory=html)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        faults = {}
+        for name in ("index", "notebooks/03a_ppo_by_hand", "docs/teaching", "docs/claims", "try/clip", "api", "search"):
+            for theme in ("light", "dark"):
+                page = open_page(f"http://127.0.0.1:{server.server_port}/{name}.html", theme)
+                keep(page, f"site_{name.replace('/', '_')}_{theme}")
+                faults[name, theme] = serious_faults(page)
+                page.set_viewport_size({"width": 390, "height": 768})
+                if (width := page.evaluate("() => document.documentElement.scrollWidth")) > 390:
+                    faults[name, theme].append(f"the page is {width} px wide on a telephone")
+                page.close()
+        server.shutdown()
+    assert {place: found for place, found in faults.items() if found} == {}

@@ -16,6 +16,7 @@ document.addEventListener("DOMContentLoaded", () => {
     const state = location.hash.includes("=") ? location.hash : frame.dataset.state ? `#${frame.dataset.state}` : "";
     frame.src = frame.dataset.page + state; // the state that a link asks for
   }
+  for (const wide of document.querySelectorAll("div.math, .bd-article table, .bd-article pre")) wide.tabIndex = 0; // scrolled by keyboard too
   new MutationObserver(() => { for (const frame of frames()) frame.contentWindow?.postMessage({ alignkit: { theme: theme() } }, "*"); })
     .observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
 });
