@@ -85,7 +85,7 @@ def until(page, condition, what: str) -> None:
 
 def test_ppo_is_trained_paused_steered_and_stopped_and_a_reload_finds_it_again(open_app, app):
     page, run = open_app(), app[1]
-    page.get_by_label("Iterations").fill("400")
+    page.get_by_label("Iterations", exact=True).fill("400")
     page.get_by_role("button", name="Start a run").press("Enter")
     until(page, lambda: len(rows_of(run, 1)) >= 3, "three iterations")
     page.get_by_role("button", name="Pause").click()
@@ -168,9 +168,9 @@ def test_it_opens_on_what_there_is_to_do_and_all_can_read_it(open_app, theme):
     about = page.locator("#panel-train > form p").inner_text()
     assert about.startswith("The desk world") and about.count(". ") == 1
     page.get_by_role("button", name="Use the settings of ppo-1").click()
-    assert page.get_by_label("Iterations").input_value() == "400"
-    page.get_by_label("Seed").fill("3")
-    page.get_by_label("Seed").press("Tab")
+    assert page.get_by_label("Iterations", exact=True).input_value() == "400"
+    page.get_by_label("Seed", exact=True).fill("3")
+    page.get_by_label("Seed", exact=True).press("Tab")
     picture(page, f"home_{theme}")
     assert serious_faults(page) == []
     page.get_by_role("tab", name="Compare").click()
@@ -178,7 +178,7 @@ def test_it_opens_on_what_there_is_to_do_and_all_can_read_it(open_app, theme):
     page.get_by_role("tab", name="Compare", selected=True).wait_for()
     assert serious_faults(page) == []
     page.get_by_role("tab", name="Train").click()
-    assert page.get_by_label("Seed").input_value() == "3", "the settings are kept over a reload"
+    assert page.get_by_label("Seed", exact=True).input_value() == "3", "the settings are kept over a reload"
 
 
 def test_a_stopped_run_with_its_own_settings_is_continued_in_a_cockpit_that_fits_the_screen(open_app, app):
@@ -186,8 +186,8 @@ def test_a_stopped_run_with_its_own_settings_is_continued_in_a_cockpit_that_fits
     page.set_viewport_size({"width": 1366, "height": 768})
     number = 1 + len(list((run / "app").glob("ppo-*")))
     page.locator(".card").get_by_label("kl_coef").fill("0.35")  # the cockpit of an ended run has one too
-    page.get_by_label("Seed").fill("5")
-    page.get_by_label("Iterations").fill("300")
+    page.get_by_label("Seed", exact=True).fill("5")
+    page.get_by_label("Iterations", exact=True).fill("300")
     page.get_by_role("button", name="Start a run").click()
     until(page, lambda: (run / "app" / f"ppo-{number}").exists() and len(rows_of(run, number)) >= 2, "two iterations")
     page.locator(".akc-plot .series").first.wait_for(state="attached")
