@@ -77,7 +77,7 @@ def patient_ray():
     """Without Ray's limits for the start of a node: 30 seconds for all of it, and 15 for each port that an agent picks,
     after which the node aborts. -1 is what an agent without Ray's dashboard writes too."""
     from ray import _raylet
-    from ray._private import node, services
+    from ray._private import node, ray_constants, services
 
     start = node.Node.start_ray_processes
 
@@ -103,6 +103,7 @@ def patient_ray():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SETTINGS.items():
             patch.setenv(name, value)
+        patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)  # read when Ray was imported
         patch.setattr(services, "get_node", patient)
         patch.setattr(node.Node, "start_ray_processes", with_ports)
         yield
@@ -303,9 +304,13 @@ def test_a_node_with_another_source_is_said(nodes, tmp_path, monkeypatch):
     assert row["status"] == "failed" and "another source of alignkit" in row["error"] and row["attempts"] == 1
 
 
-def test_a_connection_is_closed(nodes):
+def test_a_connection_is_closed_and_one_that_ray_would_seek_elsewhere_is_said(nodes, monkeypatch):
     import ray
 
     with connected(Cluster(nodes.address)):
         assert ray.is_initialized()
     assert not ray.is_initialized()
+    monkeypatch.delenv(ray_engine.LOOPBACK)
+    with pytest.raises(RunError, match=f"listens on this machine alone.*export {ray_engine.LOOPBACK}=0"), connected(
+            Cluster(nodes.address)):
+        pass

@@ -21,7 +21,8 @@ from alignkit.sweeps.plan import Spec
 CONNECT_SECONDS = 5  # for the head's port to accept a connection
 LOOK_SECONDS = 2  # between two looks at the cluster's nodes
 LOST_SECONDS = 60  # without a node that a job fits on
-# Read by Ray when it is imported: no report of usage is sent; `uv run` does not upload the current folder to the nodes.
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # at 0, Ray does not replace 127.0.0.1 by the machine's own address
+# Read by Ray: no report of usage is sent; `uv run` does not upload the current folder to the nodes.
 RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 
 
@@ -217,9 +218,12 @@ def _look(address: str) -> None:
         from ray.exceptions import RayError
 
         try:
-            GcsClient(address=address)  # gives up after 40 seconds
+            nodes = GcsClient(address=address).get_all_node_info().values()  # gives up after 40 seconds
         except (RayError, RuntimeError, OSError) as error:
             raise RunError(f"what answers at {address} is no Ray head ({one_line(error, 300)})") from None
+        if os.environ.get(LOOPBACK) != "0" and any(node.node_manager_address in ("127.0.0.1", "::1") for node in nodes):
+            raise RunError(f"the Ray cluster at {address} listens on this machine alone, and Ray looks for it under "
+                           f"the machine's other address: export {LOOPBACK}=0 first, as before `ray start`")
 
 
 def _amounts(amounts: dict[str, float]) -> str:
