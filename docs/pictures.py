@@ -1,11 +1,12 @@
 """The README's pictures, taken from a finished run: python docs/pictures.py runs/course
 
 Each is the first PNG of the executed notebook's cell whose first line is the given caption's beginning; nothing is
-drawn here. The last one is a screenshot: `alignkit app` trains PPO from that run, is rewound, and goes on with another
-price of KL. It needs Playwright and Chromium.
+drawn here. The last one is a film: `alignkit app` trains PPO from that run, is rewound, and goes on with another price
+of KL. It needs Playwright and Chromium. Give the run's path as others should see it, since the panel shows it.
 """
 
 import base64
+import io
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+from PIL import Image
 
 CHEAP = "0.05"  # kl_coef after the rewind; the run begins with 0.2
 PICTURES = {  # file -> notebook, beginning of the cell's first line
@@ -37,35 +39,56 @@ def picture(notebook: Path, caption: str) -> bytes:
     raise LookupError(f"{notebook} has no picture under {caption!r}; its captions: {tagged}")
 
 
-def app_screenshot(run: Path) -> bytes:
-    """The app's page in the middle of a PPO run: rewound to iteration 10 after 25, and on from there at a lower price
-    of KL. Without any price the run would run away and stop. The app is ended however this ends."""
+def app_film(run: Path) -> bytes:
+    """A GIF of the app's panel, a frame an iteration: PPO with kl_coef 0.2 until iteration 14, rewound to 6, and on to
+    20 at a lower price of KL. Without any price the run would run away and stop. The app is ended however this ends."""
     from playwright.sync_api import sync_playwright
 
     chromium = os.environ.get("ALIGNKIT_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     command = [sys.executable, "-u", "-m", "alignkit", "app", os.fspath(run)]
+    frames = []
     with _ended(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) as server, sync_playwright() as driver:
         address = next(line.strip() for line in server.stdout if "http://127.0.0.1" in line)
         page = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page(
-            viewport={"width": 1240, "height": 880}, device_scale_factor=1.5)
+            viewport={"width": 1180, "height": 800})
         page.set_default_timeout(300_000)
         page.goto(address)
-        page.get_by_label("Iterations").fill("40")
+        panel = page.locator(".akc")
+
+        def frame(seconds: float) -> None:
+            frames.append((Image.open(io.BytesIO(panel.screenshot())).convert("RGB"), seconds))
+
+        def until(first: int, last: int) -> None:
+            for iteration in range(first, last + 1):
+                _at(page, iteration)
+                frame(0.35)
+
+        page.get_by_label("Iterations", exact=True).fill("60")
         page.get_by_role("button", name="Start a run").click()
-        _at(page, 25)
-        page.get_by_role("button", name="Pause").click()
+        until(1, 14)
+        panel.get_by_role("button", name="Pause").click()
         page.wait_for_selector(".akc-state[data-state=paused]")
-        page.get_by_label("back to iteration").select_option("10")
-        page.get_by_role("button", name="Rewind").click()
-        page.locator("input[type=number][data-control=kl_coef]").fill(CHEAP)
-        page.locator("input[type=number][data-control=kl_coef]").press("Enter")
+        frame(1)
+        page.get_by_label("back to iteration").select_option("6")
+        frame(1)
+        panel.get_by_role("button", name="Rewind").click()
+        page.locator(".akc-place", has_text="iteration 6 ").wait_for()
+        frame(1)
+        price = page.locator("input[type=number][data-control=kl_coef]")
+        price.fill(CHEAP)
+        price.press("Enter")
         page.get_by_text("from the next iteration on").wait_for()
-        page.locator(".akc").get_by_role("button", name="Play").click()
-        _at(page, 19)
-        taken = page.screenshot()
-        page.locator(".akc").get_by_role("button", name="Stop").click()
+        frame(1.5)
+        panel.get_by_role("button", name="Play").click()
+        until(7, 20)
+        frame(4)
+        panel.get_by_role("button", name="Stop").click()
         page.get_by_text("it can be compared now").wait_for()
-    return taken
+    film = io.BytesIO()
+    images, seconds = zip(*((image.quantize(64), each) for image, each in frames), strict=True)
+    images[0].save(film, "GIF", save_all=True, append_images=images[1:], loop=0,
+                   duration=[round(1000 * each) for each in seconds])
+    return film.getvalue()
 
 
 @contextmanager
@@ -93,8 +116,8 @@ def main(run: str) -> None:
     for name, (notebook, caption) in PICTURES.items():
         (folder / name).write_bytes(picture(Path(run) / f"{notebook}.ipynb", caption))
         print(folder / name)
-    (folder / "app.png").write_bytes(app_screenshot(Path(run)))
-    print(folder / "app.png")
+    (folder / "app.gif").write_bytes(app_film(Path(run)))
+    print(folder / "app.gif")
 
 
 if __name__ == "__main__":
