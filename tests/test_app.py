@@ -276,6 +276,15 @@ def test_a_path_that_is_not_there_gets_a_world_only_if_that_is_meant(tmp_path, m
     assert main(["app", str(tmp_path / "runs" / "course")]) == 0, "a run is opened without a question"
 
 
+def test_the_folder_of_a_sweep_is_no_run_and_gets_none(tmp_path, monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr("alignkit_widgets.app._open", lambda run, port, data: opened.append(run))
+    (tmp_path / "sweep.json").write_text("{}")
+    assert main(["app", str(tmp_path), "--new"]) == 1 and opened == []
+    assert "folder of a sweep" in (said := capsys.readouterr().err) and str(tmp_path / "jobs" / "ID") in said
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
+
+
 def test_the_frontier_starts_a_run_at_its_price(playground):
     async def test(dashboard, page):
         page.say(do="frontier")

@@ -28,6 +28,7 @@ from alignkit.configs import DPOConfig, PPOConfig, preset
 from alignkit.dpo import DPOState, dpo_iteration
 from alignkit.errors import AlignkitError, ParameterError
 from alignkit.followers import check_facts, together
+from alignkit.jobs.arguments import assignment, folder, given_parameters
 from alignkit.models.adapters import add_lora
 from alignkit.models.loading import load_policy, save_model
 from alignkit.ppo import PPOState, ppo_iteration, ran_away
@@ -103,8 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="alignkit.jobs.worker", description=__doc__.split("\n")[0])
     parser.add_argument("--follow", action="store_true", help="take commands from standard input, as process 1 or more")
     parser.add_argument("notebook", nargs="?", help="03b_ppo or 05_dpo")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="the run directory, which every process can read")
-    parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
+    parser.add_argument("--out", type=folder, metavar="DIR", help="the run directory, which every process can read")
+    parser.add_argument("-p", dest="parameters", action="append", default=[], type=assignment, metavar="NAME=VALUE",
                         help="a parameter of the notebook; may be repeated")
     given = parser.parse_args(arguments)
     try:
@@ -113,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif not (given.notebook and given.out):
             parser.error("expected a notebook and --out DIR")
         else:
-            train(given.notebook, given.out, dict(each.split("=", 1) for each in given.parameters))
+            train(given.notebook, given.out, given_parameters(given))
     except AlignkitError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1

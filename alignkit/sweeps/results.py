@@ -25,7 +25,7 @@ from alignkit.sweeps.table import FACTS
 if TYPE_CHECKING:
     from alignkit.exact.sweep import Sweep
 
-TABLE, RECORD, FRONTIERS = "table.jsonl", "sweep.json", "frontiers.json"
+TABLE, RECORD = "table.jsonl", "sweep.json"
 METHODS = ("ppo", "dpo")  # stages whose policies are points; the frozen checkpoint is PPO's
 FIGURES = {"kl": "kl_to_sft", "proxy": "proxy_mean", "gold": "gold_mean"}  # of the plane: names in results.json
 RECORDED = "recorded"  # the notebook of a sweep that is recorded
@@ -171,11 +171,10 @@ def load_results(source: "str | Path | Sweep | None" = None) -> SweepResults:
         raise RunError(f"{path} holds no sweep: there is no {TABLE}; `alignkit sweep … --out {path}` makes one")
     rows = _rows(table)
     record = _record(root)
-    frontiers = _frontiers(root)
     jobs = record.get("jobs", {})
     names = dict.fromkeys(name for row in rows for name in (*jobs.get(row["job"], ()), *_before_status(row)))
     return SweepResults(record.get("notebook") or "NOTEBOOK", tuple(rows), tuple(names), root.absolute(),
-                        tuple(grid["command"] for grid in record.get("grids", ()) if "command" in grid), **frontiers)
+                        tuple(grid["command"] for grid in record.get("grids", ()) if "command" in grid))
 
 
 def is_sweep(place: str | Path) -> bool:
@@ -334,16 +333,6 @@ def _record(root: Path) -> dict:
     try:
         return read_json(root / RECORD)
     except (OSError, RunError):
-        return {}
-
-
-def _frontiers(root: Path) -> dict:
-    """The exact curves in frontiers.json by seed, if they are there."""
-    try:
-        stored = read_json(root / FRONTIERS)
-        return {kind: {int(seed): curve for seed, curve in stored.get(kind, {}).items()}
-                for kind in ("frontiers", "gold_frontiers", "best_of_n")}
-    except (OSError, RunError, ValueError, AttributeError):
         return {}
 
 

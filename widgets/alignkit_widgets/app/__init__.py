@@ -25,6 +25,11 @@ def add_app(add) -> None:
 
 
 def _app(options: argparse.Namespace) -> None:
+    from alignkit.sweeps.results import is_sweep
+
+    if is_sweep(options.run):
+        raise AlignkitError(f"{options.run} is the folder of a sweep: `alignkit app {options.run / 'jobs' / 'ID'}` "
+                            f"opens one of its runs, and `alignkit report {options.run}` shows them all")
     if not (options.new or options.data or options.run == DEFAULT or _has_run(options.run)):
         _agree(options.run)
     with run_lock(options.run):  # before the imports, which take seconds

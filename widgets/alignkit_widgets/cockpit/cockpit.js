@@ -277,7 +277,7 @@ class View {
     show(control.start);
   }
   addRewind(parent) { // invisible until the run says what it can go back to; its place is kept
-    const row = make(parent, "div", { class: "akc-control", style: "visibility:hidden" }), id = `akc-${Math.random().toString(36).slice(2)}`;
+    const row = make(parent, "div", { class: "akc-control akc-rewind", style: "visibility:hidden" }), id = `akc-${Math.random().toString(36).slice(2)}`;
     make(row, "label", { for: id }, `back to ${this.config.unit}`);
     const select = make(row, "select", { id, "data-lm-suppress-shortcuts": "true" });
     const button = make(row, "button", { type: "button", "data-lm-suppress-shortcuts": "true" }, "Rewind");
