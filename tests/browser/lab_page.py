@@ -36,6 +36,19 @@ class Lab:
         urllib.request.urlopen(request, timeout=60).close()
 
 
+def until(page, condition, what: str, seconds: float = PATIENCE / 1000):
+    """Wait until `condition` is true, and return its value: a function of this process, or JavaScript for the page.
+
+    Playwright's own ``wait_for_function`` evaluates a string inside the page, which the pages' policy of content
+    forbids: it works there only where the condition is true at its first look.
+    """
+    end = time.monotonic() + seconds
+    while not (value := page.evaluate(condition) if isinstance(condition, str) else condition()):
+        assert time.monotonic() < end, f"waited {seconds:.0f} s in vain for {what}"
+        page.wait_for_timeout(50)  # lets the page's own events through meanwhile
+    return value
+
+
 class NotebookPage:
     """One notebook in one page. `notebook` is a file to copy, or a list of code cells."""
 
@@ -116,11 +129,7 @@ class NotebookPage:
 
     def until(self, condition, what: str, seconds: float = PATIENCE / 1000):
         """Wait until `condition()` is true, a condition outside the page, and return its value."""
-        end = time.monotonic() + seconds
-        while not (value := condition()):
-            assert time.monotonic() < end, f"waited {seconds:.0f} s in vain for {what}"
-            self.page.wait_for_timeout(50)  # lets the page's own events through meanwhile
-        return value
+        return until(self.page, condition, what, seconds)
 
     def close(self) -> None:
         """Close the page, and shut the kernel down."""

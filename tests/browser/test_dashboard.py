@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from access import serious_faults
 from alignkit_widgets.app.playground import make_desk_start
-from lab_page import ARTIFACTS, PATIENCE
+from lab_page import ARTIFACTS, PATIENCE, until
 
 from alignkit.configs import RewardConfig, SFTConfig
 from alignkit.runs.records import start_run
@@ -72,15 +72,6 @@ def picture(page, name: str) -> None:
 def rows_of(run: Path, number: int) -> list[dict]:
     """The log of a run that was started in the dashboard."""
     return read_metrics(run / "app" / f"ppo-{number}" / "metrics.jsonl")
-
-
-def until(page, condition, what: str) -> None:
-    """Wait for something outside the page."""
-    for _ in range(PATIENCE // 100):
-        if condition():
-            return
-        page.wait_for_timeout(100)
-    raise AssertionError(f"waited in vain for {what}")
 
 
 def test_ppo_is_trained_paused_steered_and_stopped_and_a_reload_finds_it_again(open_app, app):
@@ -146,7 +137,7 @@ def test_the_frontier_answers_the_keyboard_and_trains_at_its_price(open_app, app
     page.locator(".ake input[type=range]").first.focus()
     for _ in range(8):
         page.keyboard.press("ArrowRight")
-    page.wait_for_function("(said) => document.querySelector('.ake p').innerText !== said", arg=said)
+    until(page, lambda: page.locator(".ake p").first.inner_text() != said, "another sentence")
     picture(page, "frontier_dark")
     page.get_by_role("button", name="Recorded runs").click()
     page.locator(".ake-legend", has_text="DPO").first.wait_for()
@@ -219,11 +210,12 @@ def test_the_runs_own_policies_stand_on_the_frontier_which_keeps_its_place(open_
     said = page.locator(".ake p").first.inner_text()
     page.locator(".ake input[type=range]").first.focus()
     page.keyboard.press("Home")
-    page.wait_for_function("(said) => document.querySelector('.ake p').innerText !== said", arg=said)
+    until(page, lambda: page.locator(".ake p").first.inner_text() != said, "another sentence")
     moved = page.locator(".ake p").first.inner_text()
     page.reload()
     page.get_by_role("tab", name="Frontier", selected=True).wait_for()
-    page.wait_for_function("(moved) => document.querySelector('.ake p')?.innerText === moved", arg=moved)
+    page.locator(".ake p").first.wait_for()
+    until(page, lambda: page.locator(".ake p").first.inner_text() == moved, "the place before the reload")
     assert serious_faults(page) == []
 
 

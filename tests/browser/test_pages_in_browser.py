@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from alignkit_widgets.cockpit.player import save_run
-from lab_page import ARTIFACTS, PATIENCE
+from lab_page import ARTIFACTS, PATIENCE, until
 from small_pages import HOSTILE, record_run, small
 
 pytestmark = pytest.mark.browser
@@ -84,7 +84,7 @@ def test_an_explorers_page_is_moved_by_keyboard_and_mouse_and_its_state_is_in_th
     page.get_by_label("way").select_option("down")
     page.get_by_role("button", name="again").press("Enter")
     page.get_by_text("a is 0, down, False, seed 4.").wait_for()
-    page.wait_for_function("location.hash === '#a=0&way=down&grid=0&seed=4'")
+    until(page, "location.hash === '#a=0&way=down&grid=0&seed=4'", "the state in the address")
     page.get_by_role("button", name="reset").click()
     page.get_by_text("a is 0.5, up, True, seed 4.").wait_for()  # reset keeps a seed
     assert page.get_by_role("button", name="train").count() == 0
@@ -120,7 +120,7 @@ def test_a_recorded_run_plays_pauses_and_scrubs_and_shows_its_other_ways(open_pa
     assert page.get_by_label("one iteration on").is_disabled()
     page.get_by_label("one iteration back").click()
     page.get_by_role("cell", name=f"way 2 {HOSTILE}").wait_for()
-    page.wait_for_function("location.hash === '#step=9&way=2'")
+    until(page, "location.hash === '#step=9&way=2'", "the state in the address")
     page.get_by_label("way").select_option("0")
     page.get_by_text("iteration 6 of 6").wait_for()
     page.get_by_role("cell", name=f"way 0 {HOSTILE}").wait_for()
@@ -128,7 +128,7 @@ def test_a_recorded_run_plays_pauses_and_scrubs_and_shows_its_other_ways(open_pa
     page.evaluate(WATCH)
     page.get_by_label("speed").select_option("fast")
     page.get_by_role("button", name="Play").press("Enter")  # from the start, since it stood at the end
-    page.wait_for_function("window.seen.includes('playing: iteration 1 of 6')")
+    until(page, "window.seen.includes('playing: iteration 1 of 6')", "the first iteration")
     page.locator(".akc-state[data-state=finished]").wait_for()
     page.get_by_label("speed").select_option("slow")
     page.evaluate(PLAY_AND_PAUSE)

@@ -17,7 +17,7 @@ from access import serious_faults
 from alignkit_widgets import ClipExplorer, FrontierExplorer, ShiftViewer
 from alignkit_widgets.cockpit.player import save_run
 from alignkit_widgets.explorers.own_plane import OwnPlane
-from lab_page import ARTIFACTS, PATIENCE
+from lab_page import ARTIFACTS, PATIENCE, until
 from small_pages import record_run
 from small_sweep import small_sweep, small_truth
 
@@ -117,7 +117,7 @@ def test_an_explorer_fits_the_screen_and_breaks_and_overprints_no_word_and_all_c
         keep(page, f"{name}_{theme}")
         assert serious_faults(page) == [], theme
     page.set_viewport_size({"width": 390, "height": 768})
-    page.wait_for_function("() => document.documentElement.scrollWidth <= 390")
+    until(page, "document.documentElement.scrollWidth <= 390", "a page as wide as the screen")
 
 
 def test_a_recorded_runs_controls_reward_and_kl_fit_the_screen_and_all_can_read_it(open_page, tmp_path):

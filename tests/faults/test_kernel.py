@@ -415,7 +415,7 @@ def test_16_the_app_and_a_job_hold_the_same_lock(tmp_path, capfd, app, number):
     run, refused = tmp_path / "run", []
     for folder in (run, link(run, tmp_path / "link")):
         with run_lock(run):
-            assert main(["app", str(folder)]) == 1
+            assert main(["app", str(folder), "--new"]) == 1
         printed = "".join(capfd.readouterr())
         assert f"in use by pid {os.getpid()} since 20" in printed and "Traceback" not in printed, printed
     source = notebook(tmp_path / "x.ipynb", "pass")
@@ -428,7 +428,7 @@ def test_16_the_app_and_a_job_hold_the_same_lock(tmp_path, capfd, app, number):
             refused.append(True)
         return bool(app)
 
-    assert signalled(["app", run], (is_refused, number)) == 0 and refused
+    assert signalled(["app", run, "--new"], (is_refused, number)) == 0 and refused
     printed = "".join(capfd.readouterr())
     assert f"http://127.0.0.1:{app[0]}/?token=" in printed and "Traceback" not in printed, printed
     assert is_free(run)
@@ -450,7 +450,8 @@ def test_03_the_app_waits_for_what_it_saves_and_a_second_ctrl_c_ends_that(tmp_pa
     monkeypatch.setattr(server.Dashboard, "close", close)
     monkeypatch.setattr(server.os, "_exit", leave)
     with pytest.raises(AtOnce, match="130"):
-        signalled(["app", tmp_path / "run"], (lambda: app, "SIGTERM"), (lambda: saving, "SIGHUP", "SIGTERM", "SIGINT"))
+        signalled(["app", tmp_path / "run", "--new"], (lambda: app, "SIGTERM"),
+                  (lambda: saving, "SIGHUP", "SIGTERM", "SIGINT"))
     assert "ended at once; training since the last checkpoint is lost" in capfd.readouterr().out
     assert is_free(tmp_path / "run")
 
@@ -481,7 +482,7 @@ def test_16_a_lock_file_of_any_bytes_is_told(tmp_path):
 def test_52_a_port_in_use_is_named_and_the_default_is_one_that_is_free(tmp_path, capfd, app):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        assert main(["app", str(tmp_path / "run"), "--port", str(port)]) == 1 and not app
+        assert main(["app", str(tmp_path / "run"), "--new", "--port", str(port)]) == 1 and not app
         printed = "".join(capfd.readouterr())
         assert f"port {port} of 127.0.0.1" in printed and "choose another --port" in printed
         assert "Traceback" not in printed and is_free(tmp_path / "run")
@@ -489,7 +490,7 @@ def test_52_a_port_in_use_is_named_and_the_default_is_one_that_is_free(tmp_path,
         def reached() -> bool:
             return bool(app) and not socket.create_connection(("127.0.0.1", app[-1]), 5).close()
 
-        assert signalled(["app", tmp_path / "run"], (reached, "SIGINT")) == 0 and app[-1] != port
+        assert signalled(["app", tmp_path / "run", "--new"], (reached, "SIGINT")) == 0 and app[-1] != port
     assert f"http://127.0.0.1:{app[-1]}/?token=" in "".join(capfd.readouterr())
 
 
