@@ -10,7 +10,7 @@ import contextlib
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from alignkit.errors import NotebookFailed, is_out_of_memory
 from alignkit.jobs.memory import memory_advice
-from alignkit.jobs.spare_kernel import JobKernel, Spare, start_options
+from alignkit.jobs.spare_kernel import JobKernel, Spare, interrupts_given_to, start_options
 
 ENGINE = "alignkit"
 SAVE_SECONDS = 10  # time for an interrupted cell to save its state
@@ -219,34 +219,21 @@ class _Client(PapermillNotebookClient):
             self.task.cancel()
 
 
-@contextlib.contextmanager
-def _interrupts_set(event: asyncio.Event) -> Iterator[None]:
+def _interrupts_set(event: asyncio.Event) -> contextlib.AbstractContextManager:
     """Signals that raise KeyboardInterrupt set `event` instead.
 
     An exception raised by a signal handler ends whichever task of the loop is running at that moment, sometimes the one
     that collects a cell's outputs.
     """
-    loop, before = asyncio.get_running_loop(), {}
+    loop = asyncio.get_running_loop()
 
-    def handle(number, frame) -> None:
+    def handle(handler: Callable, number: int, frame: object) -> None:
         try:
-            before[number](number, frame)
+            handler(number, frame)
         except KeyboardInterrupt:
             loop.call_soon_threadsafe(event.set)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and callable(handler := signal.getsignal(number)):
-            before[number] = handler
-            try:
-                signal.signal(number, handle)
-            except ValueError:  # not in the main thread
-                del before[number]
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return interrupts_given_to(handle)
 
 
 class _Engine(NBClientEngine):

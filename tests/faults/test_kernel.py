@@ -20,6 +20,7 @@ import psutil
 import pytest
 from alignkit_widgets.app import playground, server
 from jupyter_client.connect import LocalPortCache
+from jupyter_client.provisioning import local_provisioner
 
 from alignkit.errors import NotebookFailed, RunError, RunInUse, is_out_of_memory
 from alignkit.folders import replacing
@@ -225,6 +226,22 @@ def test_03_an_interrupt_while_the_kernel_starts_leaves_none(tmp_path):
     assert status(out)["status"] == "interrupted" and not kernels()
     with run_lock(out):
         pass
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_03_an_interrupt_between_a_kernels_start_and_its_record_leaves_none(tmp_path, monkeypatch, name):
+    out, source = tmp_path / "run", notebook(tmp_path / "x.ipynb", START)
+    launch, launched = local_provisioner.launch_kernel, []
+
+    def interrupted(*arguments, **options) -> subprocess.Popen:
+        launched.append(launch(*arguments, **options))
+        os.kill(os.getpid(), getattr(signal, name))
+        time.sleep(0.05)  # the handler runs here, before anybody has the process
+        return launched[-1]
+
+    monkeypatch.setattr(local_provisioner, "launch_kernel", interrupted)
+    assert main(["run", str(source), "--out", str(out)]) == 130
+    assert status(out)["status"] == "interrupted" and launched[0].poll() is not None and is_free(out)
 
 
 @pytest.fixture(scope="module")
@@ -504,6 +521,46 @@ def test_54_a_secret_of_the_environment_stands_in_no_file_of_the_run(tmp_path, m
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(files) >= 4 and secret not in str(caught.value)
     assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+# --- a kernel that is asked whether it is ready
+
+
+def asked_when_ready(tmp_path: Path, harm=lambda pid: None, seconds: float = 60) -> tuple[list, list[str]]:
+    """Start a kernel, harm it, and wait until it is ready; returns the messages that are left of that, and what a cell
+    then prints."""
+    async def ask() -> tuple[list, list[str]]:
+        spare = spare_kernel.Spare(dict(os.environ), tmp_path, needed=())
+        client = spare.manager.client()
+        try:
+            harm(spare.manager.provisioner.process.pid)
+            client.start_channels()
+            await client.wait_for_ready(timeout=seconds)
+            left, printed = [], []
+            for channel in (client.shell_channel, client.iopub_channel):
+                while await channel.msg_ready():
+                    left.append(await channel.get_msg())
+            await client.execute_interactive("print('first'); print('last')", timeout=60,
+                                             output_hook=lambda message: printed.append(message["content"].get("text")))
+            return left, printed
+        finally:
+            client.stop_channels()
+            spare.manager.kill()
+            spare.log.close()
+    return asyncio.run(ask())
+
+
+def test_a_kernel_is_ready_as_soon_as_it_answers_and_no_output_is_lost(tmp_path):
+    for _ in range(3):
+        left, printed = asked_when_ready(tmp_path)
+        assert left == [] and "".join(text for text in printed if text) == "first\nlast\n"
+
+
+def test_a_kernel_that_has_ended_or_does_not_answer_is_told(tmp_path):
+    with pytest.raises(RuntimeError, match="Kernel died before replying"):
+        asked_when_ready(tmp_path, lambda pid: os.kill(pid, signal.SIGKILL))
+    with pytest.raises(RuntimeError, match="Kernel didn't respond in 1 seconds"):
+        asked_when_ready(tmp_path, lambda pid: os.kill(pid, signal.SIGSTOP), seconds=1)
 
 
 # --- what a kernel imports -------------------------------------------------------------------------------------------
