@@ -171,7 +171,8 @@ def _enumerated(run: Path, seed: int, say: Callable[[str], object]) -> dict:
     disable_progress_bar()
     policy, tokenizer = load_policy(run / "sft", device="cpu")
     scorer = load_reward(run / "reward", device="cpu")
-    say(f"exact frontier of seed {seed}: enumerating {len(space):,} responses to each of {len(prompts)} prompts …")
+    many = f"each of {len(prompts)} prompts" if len(prompts) > 1 else "1 prompt"
+    say(f"exact frontier of seed {seed}: enumerating {len(space):,} responses to {many} …")
     parts, threads, begun = [], torch.get_num_threads(), time.monotonic()
     torch.set_num_threads(1)  # a second thread only slows down matrices this small
     try:

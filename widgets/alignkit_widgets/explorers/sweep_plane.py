@@ -57,7 +57,7 @@ def sweep_rows(results: SweepResults, state: Mapping) -> list:
     figure = figure_of(own)
     copies = [[Copy("copy the command that runs it", results.command_of(chosen.job))]]
     if chosen.run:
-        copies.append([Copy("its run", str(chosen.run))])
+        copies.append([Copy("copy the path of its run", str(chosen.run))])
     curves = sweep_curves(results, next((seed for seed in results.seeds if str(seed) == state["seed"]), None))
     return [[Text(f"{chosen.method.upper()}: {ranking_words(ranking(own, figure), figure)}", lead=True)],
             [_plane(results, points, chosen, state, curves), _table(results, chosen)],
