@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -27,6 +28,7 @@ from alignkit.sweeps.curves import sweep_curves
 from alignkit.sweeps.exact import BETAS, DRAWS, FILE, known_curves, write_curves
 from alignkit.sweeps.page import plane_of
 from alignkit.sweeps.results import load_results
+from alignkit.sweeps.sweep import sweep
 
 SCALE = (0.3, 1.7)  # mean and sd of raw gold: the units of the jobs
 
@@ -138,6 +140,24 @@ def test_the_curves_are_what_plain_sums_over_every_response_give(folder, capsys)
     assert draws["proxy"][two] == pytest.approx((np.diff(below**2, prepend=0) * proxy[order]).sum(), abs=1e-3)
     assert draws["kl"][0] == pytest.approx(0, abs=1e-9) and draws["gold"][0] == pytest.approx((chance * gold).sum(),
                                                                                             abs=1e-4)
+
+
+def test_a_sweep_enumerates_at_its_end_and_only_once(tmp_path, folder, monkeypatch, capsys):
+    """A notebook that takes a finished run for its own: nothing is trained."""
+    asked, ready = enumerate_nothing(monkeypatch), next((folder / "jobs").iterdir())
+    cell = ("import json, shutil\nfrom pathlib import Path\nshutil.copytree(SOURCE, run, dirs_exist_ok=True)\n"
+            "Path(run, 'ppo').mkdir(exist_ok=True)\nresults = {'kl_to_sft': 1.0, 'proxy_mean': 0.5}\n"
+            "Path(run, 'ppo', 'results.json').write_text(json.dumps(results))").replace("SOURCE", repr(str(ready)))
+    nb = nbformat.v4.new_notebook(cells=[
+        nbformat.v4.new_code_cell("run = ''\nrate: float = 1.0", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(cell)])
+    nbformat.write(nb, tmp_path / "toy.ipynb")
+    out = tmp_path / "out"
+    for _ in range(2):
+        assert sweep(tmp_path / "toy.ipynb", out, {"rate": "1,2"}, workers=1) == 0
+    assert len(asked) == 1 and capsys.readouterr().out.count("exact frontier of seed 0: enumerated in") == 1
+    assert load_results(out).frontiers[0] == made_up()["frontier"], "its jobs have the seed of their run, 0"
+    assert "exact for world 0" in (out / "sweep.html").read_text(encoding="utf-8")
 
 
 def test_prompts_are_enumerated_in_groups_and_weighed_by_their_number(tmp_path, start, monkeypatch):
