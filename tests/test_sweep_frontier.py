@@ -1,4 +1,4 @@
-"""The exact frontier of a sweep of the desk world: right, never stale, and absent, with the reason, where there is none."""
+"""The exact frontier of a sweep of the desk world: right, never stale, and where there is none, the reason."""
 
 import json
 import shutil
@@ -125,7 +125,8 @@ def test_the_curves_are_what_plain_sums_over_every_response_give(folder, capsys)
     assert chance.sum() == pytest.approx(1, abs=1e-4)
     for at in (1, 17, 30):
         beta = curve["beta"][at]
-        for reward, found, names in ((proxy, curve, {"proxy": proxy, "gold": gold}), (gold, gold_curve, {"gold": gold})):
+        for reward, found, names in ((proxy, curve, {"proxy": proxy, "gold": gold}),
+                                     (gold, gold_curve, {"gold": gold})):
             weights = chance * np.exp((reward - reward.max()) / beta)
             best = weights / weights.sum()
             kept = best > 0
@@ -245,8 +246,8 @@ def test_a_reward_of_ones_own_and_an_enumeration_that_fails_are_named(tmp_path, 
 
 
 @pytest.mark.parametrize("content", [
-    "{", "[]", '{"worlds": 3}', '{"worlds": {"0": 3}}', '{"worlds": {"0": {"made_from": "KEY"}}}', "NAN", "LONG", "HUGE",
-    "TEXT", "NEGATIVE", "BETAS",
+    "{", "[]", '{"worlds": 3}', '{"worlds": {"0": 3}}', '{"worlds": {"0": {"made_from": "KEY"}}}', "NAN", "LONG",
+    "HUGE", "TEXT", "NEGATIVE", "BETAS",
 ])
 def test_a_damaged_or_hostile_file_is_not_used_and_is_made_anew(folder, monkeypatch, content):
     asked = enumerate_nothing(monkeypatch)
@@ -264,6 +265,16 @@ def test_a_damaged_or_hostile_file_is_not_used_and_is_made_anew(folder, monkeypa
     renew(folder)
     assert len(asked) == 2
     assert load_results(folder).frontiers[0] == made_up()["frontier"]
+
+
+def test_a_hostile_reason_is_spelled_out(folder, monkeypatch):
+    enumerate_nothing(monkeypatch)
+    renew(folder)
+    stored = json.loads((folder / FILE).read_text())
+    stored["worlds"]["0"] = {"made_from": stored["worlds"]["0"]["made_from"], "error": "\x1b[31m\u202e<script>\n"}
+    (folder / FILE).write_text(json.dumps(stored))
+    words = sweep_curves(load_results(folder)).words
+    assert "<script>" in words and not set("\x1b\u202e\n") & set(words)
 
 
 def test_a_real_models_sweep_keeps_its_estimate(folder, monkeypatch):
@@ -288,6 +299,8 @@ def test_one_seeds_own_curve_comes_before_the_exact_one_of_another_world(folder,
     monkeypatch.setattr("alignkit.sweeps.curves.sampled_frontier",
                         lambda results, seed: {"samples": 8} if seed in (4, 6) else None)
     found = {seed: sweep_curves(results, seed) for seed in (None, 3, 4, 5, 9)}
+    object.__setattr__(results, "no_curve", {7: "this", 8: "that", 9: "this"})
+    assert sweep_curves(results).words.endswith(" No exact curve of seeds 7, 9: this. No exact curve of seed 8: that.")
     assert {seed: curves.world for seed, curves in found.items()} == {None: 3, 3: 3, 4: None, 5: 5, 9: 3}
     assert found[4].sampled == {"samples": 8} and found[9].sampled is None
 

@@ -41,7 +41,7 @@ def sweep_curves(results: SweepResults, seed: int | None = None) -> Curves:
 
     Of one seed if it has any, otherwise of the first seed that has.
     """
-    missing = "".join(f" No exact curve of seed {each}: {why}." for each, why in results.no_curve.items())
+    missing = _missing_words(results.no_curve)
     own = None if seed is None or seed in results.frontiers else sampled_frontier(results, seed)
     if own is None and results.frontiers:
         world = seed if seed in results.frontiers else min(results.frontiers)
@@ -60,7 +60,15 @@ def _exact_words(results: SweepResults, world: int) -> str:
         return words + " Points of other worlds may lie a little above them." * others
     return (f"The curves are exact for world {world}, that of seed {world}: on the {prompts} held-out prompts on which "
             "its jobs were evaluated no policy has more proxy at that KL. The points were sampled on these prompts, so "
-            "one may lie above a curve by chance" + ("; those of other seeds belong to other worlds." if others else "."))
+            f"one may lie above a curve by chance{'; those of other seeds belong to other worlds' * others}.")
+
+
+def _missing_words(no_curve: Mapping[int, str]) -> str:
+    seeds: dict[str, list[str]] = {}
+    for seed, why in no_curve.items():
+        seeds.setdefault(why, []).append(str(seed))
+    return "".join(f" No exact curve of seed{'s' * (len(own) > 1)} {', '.join(own)}: {why}."
+                   for why, own in seeds.items())
 
 
 def _sampled_words(sampled: Mapping) -> str:

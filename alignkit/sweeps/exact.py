@@ -53,7 +53,7 @@ def known_curves(root: Path, runs: Sequence[Path], own_reward: bool) -> dict[str
         elif entry.get("made_from") not in own:
             found["no_curve"][seed] = "not enumerated yet; `alignkit report DIR` does it"
         elif "error" in entry:
-            found["no_curve"][seed] = entry["error"]
+            found["no_curve"][seed] = one_line(entry["error"], 300)
         else:
             for name, curve in zip(("frontiers", "gold_frontiers", "best_of_n"), CURVES, strict=True):
                 found[name][seed] = entry[curve]

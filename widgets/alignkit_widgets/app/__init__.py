@@ -15,8 +15,8 @@ def add_app(add) -> None:
     """Add `alignkit app` to the command; add(name, function, about) returns its parser."""
     app = add("app", _app, "a page to train, compare and explore without code, on this machine only",
               epilog="examples: alignkit app runs/course --port 8888     alignkit app runs/kl")
-    about = ("a run directory, or the folder of a sweep, whose jobs are shown; one without a run gets a new desk world, "
-             f"after a question (default: {DEFAULT})")
+    about = ("a run directory, or the folder of a sweep, whose jobs it shows; one without a run gets a new desk "
+             f"world, after a question (default: {DEFAULT})")
     app.add_argument("run", nargs="?", default=DEFAULT, type=folder, metavar="RUN", help=about)
     app.add_argument("--new", action="store_true", help="make a new desk world in RUN without the question")
     about = "what the run was made from (default: what its run.json says, if that is `desk` or here)"

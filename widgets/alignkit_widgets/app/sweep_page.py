@@ -1,4 +1,4 @@
-"""The page of `alignkit app` for the folder of a sweep: the explorer of its finished jobs. It trains and writes nothing.
+"""The page of `alignkit app` for the folder of a sweep: the explorer of its finished jobs. It writes nothing.
 
 The folder is read when the page opens and when the reader asks for it, without the sweep's lock, so a sweep that is
 still running can be watched: alignkit replaces its tables as a whole.
@@ -15,8 +15,8 @@ from alignkit_widgets.app.server import PageServer
 from alignkit_widgets.explorers.frontier import FrontierExplorer
 from alignkit_widgets.explorers.view import view_config
 
-ABOUT = ("Each job that has finished is a point. Choose a seed and a job; copy the command that runs it, or the path of "
-         "its run, which alignkit app and alignkit report open too. Nothing is trained here.")
+ABOUT = ("Each job that has finished is a point. Choose a seed and a job; copy the command that runs it, or the path "
+         "of its run, which alignkit app and alignkit report open too. Nothing is trained here.")
 
 
 class SweepPage(PageServer):
