@@ -1,6 +1,7 @@
 """The exact frontier of a sweep of the desk world: right, never stale, and where there is none, the reason."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -305,15 +306,18 @@ def test_one_seeds_own_curve_comes_before_the_exact_one_of_another_world(folder,
     assert found[4].sampled == {"samples": 8} and found[9].sampled is None
 
 
-def test_links_devices_and_large_files_are_no_models(folder, monkeypatch):
-    enumerate_nothing(monkeypatch)
-    runs = sorted((folder / "jobs").iterdir())
+@pytest.mark.parametrize("what", ["device", "large"])
+def test_devices_and_large_files_are_no_models(folder, monkeypatch, what):
+    asked, runs = enumerate_nothing(monkeypatch), sorted((folder / "jobs").iterdir())
     for path in (run / "sft" / "model.safetensors" for run in runs):
-        path.unlink()
-        path.symlink_to("/dev/zero")
+        if what == "device":
+            path.unlink()
+            path.symlink_to("/dev/zero")  # has no end
+        else:
+            os.truncate(path, sweeps_exact.MOST_BYTES + 1)
     assert known_curves(folder, runs, False)["no_curve"] == {}
     write_curves(folder, runs, False, print)
-    assert not (folder / FILE).exists()
+    assert asked == [] and not (folder / FILE).exists()
 
 
 def test_reading_a_sweep_with_exact_curves_loads_no_torch(folder, monkeypatch):
