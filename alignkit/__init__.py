@@ -88,6 +88,7 @@ _MODULES = {
     "safe_text": ["visible"],
     "sft": ["train_sft"],
     "storage": ["data_hash", "settings", "write_json"],
+    "sweeps.curves": ["sweep_curves"],
     "sweeps.results": ["SweepResults", "by_setting", "load_results", "ranking", "ranking_words"],
     "sweeps.sampled": ["sampled_frontier"],
     "task": ["Task", "desk_task", "file_task", "load_task"],

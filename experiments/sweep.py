@@ -39,11 +39,10 @@ from alignkit.reward import RewardScorer, train_reward_model
 from alignkit.runs.records import versions
 from alignkit.sft import train_sft
 from alignkit.storage import config_hash, content_hash, settings, write_atomically, write_json
+from alignkit.sweeps.exact import BETAS, curves
 from alignkit.task import DeskTask, desk_task
 
 VALUES = {"dpo": (0.1, 0.3, 0.5, 1.0, 2.0, 4.0), "ppo": (0.1, 0.15, 0.2, 0.35, 0.7, 1.5)}
-CURVE = tuple(float(f"{beta:.4g}") for beta in np.geomspace(40, 0.02, 40))  # β of the frontiers
-DRAWS = tuple(2.0**power for power in range(0, 13))  # n of best-of-n
 EVERY = {"ppo": 5, "dpo": 24}  # iterations, steps between two points of a trajectory
 KEYS = 2  # questions of each class, with all their paraphrases: 32 prompts
 
@@ -127,7 +126,7 @@ class Truth:
         texts = [texts[i] for i in first]
         names = [task.world.behaviours([prompt.text] * len(texts), texts) for prompt in prompts]
         self.behaviour = torch.tensor([[BEHAVIOURS.index(name) for name in row] for row in names])[:, place.reshape(-1)]
-        self.frontier = exact.frontier(self.ref_logps, self.proxy, CURVE, self.gold)
+        self.frontier = exact.frontier(self.ref_logps, self.proxy, BETAS, self.gold)
 
     def measure(self, logps: Tensor) -> dict[str, float]:
         """Means over the prompts."""
@@ -212,20 +211,13 @@ class Cell:
     def known(self) -> dict:
         """What is exact about this world's SFT and reward model: the curves that runs are compared with."""
         truth = self.truth
-        gold = exact.frontier(truth.ref_logps, truth.gold, CURVE)
-        best = [truth.measure(exact.best_of_n(truth.ref_logps, truth.proxy, n)) for n in DRAWS]
         pairs = self.task.preference_pairs(self.policy, self.tokenizer, 2000, seed=self.seed, split="heldout")
         report = reward_report(self.scorer, pairs, world=self.task.world)
         judged = ("accuracy_labels", "bayes_accuracy", "accuracy_gold", "politeness_bias", "length_bias")
         return {
             "seed": self.seed, "prompts": [p.text for p in truth.prompts], "kinds": [p.kind for p in truth.prompts],
             "keys": [p.key for p in truth.prompts],
-            "frontier": {"beta": [None, *truth.frontier.beta[1:].tolist()], "kl": truth.frontier.kl.tolist(),
-                         "proxy": truth.frontier.reward.tolist(), "gold": truth.frontier.other.tolist()},
-            "gold_frontier": {"beta": [None, *gold.beta[1:].tolist()], "kl": gold.kl.tolist(),
-                              "gold": gold.reward.tolist()},
-            "best_of_n": {"n": list(DRAWS),
-                          **{name: [point[name] for point in best] for name in ("kl", "proxy", "gold")}},
+            **curves(truth.ref_logps, truth.proxy, truth.gold),
             "sft": {**truth.measure(truth.ref_logps), "shares": truth.shares(truth.ref_logps)},
             "by_prompt": {"variance": exact.variance(truth.ref_logps, truth.proxy).tolist(),
                           "entropy": exact.response_entropy(truth.ref_logps).tolist()},

@@ -20,6 +20,7 @@ from alignkit_widgets import FrontierExplorer, TrainingCockpit
 from alignkit_widgets.app import server
 from alignkit_widgets.app.measured import exact_points, measure_policies, measured_points
 from alignkit_widgets.app.playground import make_desk_start, measured_file, open_playground
+from alignkit_widgets.app.sweep_page import SweepPage
 from alignkit_widgets.explorers.own_plane import OwnPlane
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
 from tornado.websocket import websocket_connect
@@ -31,6 +32,7 @@ from alignkit.exact.prompts import enumerate_world
 from alignkit.formulas.intervals import Estimate
 from alignkit.jobs.cli import main
 from alignkit.models.loading import load_policy
+from alignkit.runs.lock import run_lock
 from alignkit.runs.records import start_run
 from alignkit.storage import branch_files, read_metrics, write_json
 
@@ -75,11 +77,11 @@ class Page:
         self.connection.write_message(json.dumps(message))
 
 
-def serving(playground, test) -> None:
-    """Run `await test(dashboard, page)` beside a dashboard."""
+def serving(served, test) -> None:
+    """Run `await test(dashboard, page)` beside the dashboard of a playground, or beside another page."""
 
     async def run() -> None:
-        dashboard = server.Dashboard(playground)
+        dashboard = served if isinstance(served, server.PageServer) else server.Dashboard(served)
         dashboard.listen()
         try:
             page = Page(await websocket_connect(f"ws://127.0.0.1:{dashboard.port}/socket?token={dashboard.token}"))
@@ -276,13 +278,53 @@ def test_a_path_that_is_not_there_gets_a_world_only_if_that_is_meant(tmp_path, m
     assert main(["app", str(tmp_path / "runs" / "course")]) == 0, "a run is opened without a question"
 
 
-def test_the_folder_of_a_sweep_is_no_run_and_gets_none(tmp_path, monkeypatch, capsys):
+def test_the_folder_of_a_sweep_is_opened_without_its_lock_and_gets_no_run(tmp_path, monkeypatch, capsys):
     opened = []
-    monkeypatch.setattr("alignkit_widgets.app._open", lambda run, port, data: opened.append(run))
+    monkeypatch.setattr("alignkit_widgets.app._open", lambda run, port, data: opened.append("run"))
+    monkeypatch.setattr("alignkit_widgets.app._open_sweep", lambda folder, port: opened.append(folder))
     (tmp_path / "sweep.json").write_text("{}")
-    assert main(["app", str(tmp_path), "--new"]) == 1 and opened == []
-    assert "folder of a sweep" in (said := capsys.readouterr().err) and str(tmp_path / "jobs" / "ID") in said
-    assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
+    for option in (["--new"], ["--data", "desk"]):
+        assert main(["app", str(tmp_path), *option]) == 1 and opened == []
+        assert "folder of a sweep" in (said := capsys.readouterr().err) and "leave out --new and --data" in said
+    with run_lock(tmp_path):  # a sweep that is running
+        assert main(["app", str(tmp_path)]) == 0 and opened == [tmp_path]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "sweep.json"]
+
+
+def test_a_sweeps_page_shows_what_has_finished_and_reads_the_folder_again(tmp_path):
+    def write(*finished: float) -> None:
+        rows = [{"job": f"j{coef}", "kl_coef": coef, "seed": 0, "status": "finished" if coef in finished else "not run",
+                 "host": "", "seconds": 1.0, "attempts": 1, "error": None,
+                 **({"ppo.kl_to_sft": 1 / coef, "ppo.proxy_mean": 0.5} if coef in finished else {})}
+                for coef in (0.5, 1.0, 2.0)]
+        (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    async def test(page, reader):
+        first = await reader.until(lambda m: "status" in m)
+        assert first["status"]["tabs"] == ["frontier"] and first["status"]["sweep"].startswith("Each job that")
+        reader.say(do="frontier")
+        await reader.until(lambda m: "No job has finished yet" in m["status"]["said"]["frontier"])
+        for finished, says in (((), "0 of 3 jobs of 03b_ppo have finished."), ((1.0,), "1 of 3 jobs"),
+                               ((0.5, 1.0), "2 of 3 jobs")):
+            write(*finished)
+            reader.say(do="frontier")
+            if finished:
+                mounted = await reader.until(lambda m: m.get("kind") == "explorer")
+                job = next(c for c in mounted["config"]["controls"] if c["name"] == "point")
+                assert [words for _, words in job["options"]] == [f"PPO, kl_coef {c:g}, seed 0" for c in finished]
+            await reader.until(lambda m: says in m.get("status", {}).get("said", {}).get("frontier", ""))
+        (tmp_path / "table.jsonl").write_text("{\n")
+        reader.say(do="frontier")
+        await reader.until(lambda m: "line 1 is no row" in m.get("status", {}).get("said", {}).get("frontier", ""))
+        for message in ({"do": "train", "kl_coef": 1}, {"do": "compare", "names": ["sft"]}, {"do": 3}):
+            reader.say(**message)
+        reader.say(to="x", content={"type": "set"})
+        reader.say(do="frontier")
+        await reader.until(lambda m: m.get("status", {}).get("busy") == [])
+
+    (tmp_path / "sweep.json").write_text('{"notebook": "03b_ppo", "grids": [], "jobs": {}}')
+    serving(SweepPage(tmp_path), test)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.json", "table.jsonl"], "nothing is written"
 
 
 def test_the_frontier_starts_a_run_at_its_price(playground):

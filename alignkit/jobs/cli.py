@@ -272,10 +272,14 @@ def _report(options: argparse.Namespace) -> None:
     from alignkit.sweeps.results import is_sweep
 
     if is_sweep(options.run):
-        from alignkit.sweeps.page import build_page as build_report
+        from alignkit.sweeps.page import report_sweep
+
+        page = report_sweep(options.run, lambda words: print(words, file=sys.stderr, flush=True))
     else:
         from alignkit.jobs.report import build_report
-    print(_shown(build_report(options.run)))
+
+        page = build_report(options.run)
+    print(_shown(page))
 
 
 def _prune(options: argparse.Namespace) -> None:

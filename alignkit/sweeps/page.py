@@ -4,7 +4,7 @@ The page has no script. A point of the plane links to the job's run directory be
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -14,6 +14,8 @@ from alignkit.metrics import duration, is_number
 from alignkit.pages.render import Picture, picture, render
 from alignkit.safe_text import one_line
 from alignkit.storage import write_atomically
+from alignkit.sweeps.curves import sweep_curves
+from alignkit.sweeps.exact import write_curves
 from alignkit.sweeps.results import (
     FIGURES,
     Point,
@@ -27,7 +29,6 @@ from alignkit.sweeps.results import (
     setting_words,
     title_of,
 )
-from alignkit.sweeps.sampled import sampled_frontier
 
 PAGE = "sweep.html"
 MOST_ROWS, MOST_PLACES, MOST_SPOTS, MOST_LABELS = 400, 15, 400, 24
@@ -52,10 +53,17 @@ def build_page(root: str | Path) -> Path:
         or _numbers(results),
         jobs=[_row(results, row, methods) for row in results.rows[:MOST_ROWS]], columns=_columns(methods),
         left_out=max(0, len(results.rows) - MOST_ROWS), commands=list(results.commands),
-        frontier=bool(results.frontiers),
     )
     write_atomically(root / PAGE, page)
     return root / PAGE
+
+
+def report_sweep(root: str | Path, say: Callable[[str], object]) -> Path:
+    """Enumerate the exact frontiers that the sweep of the tiny desk model lacks, and write DIR/sweep.html; returns its
+    path. say: is told what takes time. Raises RunError if DIR holds no sweep."""
+    results = load_results(root)
+    write_curves(results.root, results.policy_runs, results.own_reward, say)
+    return build_page(root)
 
 
 def compared(results: SweepResults) -> str:
@@ -88,24 +96,14 @@ def compared(results: SweepResults) -> str:
 
 
 def plane_of(results: SweepResults, points: Sequence[Point], seed: int | None = None):
-    """The reward–KL plane of a sweep's points as Axes, with the exact curves of one seed if they are known, otherwise
-    with the frontier that its first seed's stored responses let one estimate."""
-    known = [seed] if seed in results.frontiers else sorted(results.frontiers)
-    curves = {}
-    if known:
-        curve, gold = results.frontiers[known[0]], results.gold_frontiers.get(known[0])
-        curves = {"proxy": (curve["kl"], curve["proxy"]), "gold_along": (curve["kl"], curve["gold"]),
-                  "gold_frontier": (gold["kl"], gold["gold"]) if gold else None,
-                  "best_of_n": results.best_of_n.get(known[0])}
-    else:
-        worlds = results.seeds if seed is None else [seed]
-        estimates = (sampled_frontier(results, world) for world in worlds or [None])
-        curves = {"sampled": next(filter(None, estimates), None)}
+    """The reward–KL plane of a sweep's points as Axes, with the curves of one seed (`curves.sweep_curves`)."""
+    curves = sweep_curves(results, seed)
     groups = by_setting(points)
     if len(groups) > MOST_LABELS:
         groups = [{**group, "label": ""} for group in groups]
-    title = "Every job on the reward–KL plane" + (f"; exact curves of world {known[0]}" if known else "")
-    return plots.plot_sweep_plane(groups, **curves, title=title)
+    title = "Every job on the reward–KL plane"
+    title += "" if curves.world is None else f"; exact curves of world {curves.world}"
+    return plots.plot_sweep_plane(groups, **curves.drawn, title=title)
 
 
 def effects_of(results: SweepResults, method: str):
@@ -178,7 +176,7 @@ def _plane(results: SweepResults, points: Sequence[Point]) -> dict:
                               "link": f"{quote(f'jobs/{point.job}')}/",
                               "words": f"{point.method.upper()}, {point.label or 'default'}, seed {point.seed}: KL "
                                        f"{point.kl:.2f}, {name} {reward:+.2f}"})
-    return {"picture": shown, "spots": spots}
+    return {"picture": shown, "spots": spots, "words": sweep_curves(results).words}
 
 
 def point_links(results: SweepResults) -> bool:

@@ -8,7 +8,7 @@ none, and means over seeds have Student's.
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from alignkit.formulas.intervals import Estimate, mean_estimate
 from alignkit.metrics import METRICS, is_number
 from alignkit.stages import STAGES
 from alignkit.storage import read_json
+from alignkit.sweeps.exact import known_curves
 from alignkit.sweeps.grid import is_id
 from alignkit.sweeps.table import FACTS
 
@@ -80,7 +81,8 @@ class SweepResults:
 
     notebook: its name, or "course"; root: the sweep's folder, None if only a table is at hand. frontiers: seed -> the
     exact optimum "beta", "kl", "proxy", "gold" (lists), where it is known; gold_frontiers: the same for gold ("beta",
-    "kl", "gold"); best_of_n: "n", "kl", "proxy", "gold". exact: every point was enumerated.
+    "kl", "gold"); best_of_n: "n", "kl", "proxy", "gold"; curve_prompts: on how many prompts these are exact; no_curve:
+    seed -> why it has none, where one could be expected. exact: every point was enumerated, and not only the curves.
     """
 
     notebook: str
@@ -91,6 +93,8 @@ class SweepResults:
     frontiers: Mapping[int, Mapping] = field(default_factory=dict)
     gold_frontiers: Mapping[int, Mapping] = field(default_factory=dict)
     best_of_n: Mapping[int, Mapping] = field(default_factory=dict)
+    curve_prompts: Mapping[int, int] = field(default_factory=dict)
+    no_curve: Mapping[int, str] = field(default_factory=dict)
     exact: bool = False
 
     @property
@@ -137,6 +141,17 @@ class SweepResults:
         place = self.root / ("jobs" if row["status"] == "finished" else "failed") / row["job"]
         return place if place.is_dir() else None
 
+    @property
+    def policy_runs(self) -> list[Path]:
+        """The run directories of the jobs that are points, as far as they are at hand."""
+        return list(dict.fromkeys(point.run for point in self.points() if point.run is not None))
+
+    @property
+    def own_reward(self) -> bool:
+        """Whether a job was given a reward instead of the reward model of its run."""
+        names = [name for name in self.parameters if name.rpartition(".")[2] == "reward"]
+        return any(row.get(name) is not None for row in self.finished for name in names)
+
     def command_of(self, job: str, out: str | None = None) -> str:
         """The command that runs one job again, with what it begins with, in the folder `out` (default: the sweep's); of
         a recorded sweep, the command that made all of it."""
@@ -173,8 +188,9 @@ def load_results(source: "str | Path | Sweep | None" = None) -> SweepResults:
     record = _record(root)
     jobs = record.get("jobs", {})
     names = dict.fromkeys(name for row in rows for name in (*jobs.get(row["job"], ()), *_before_status(row)))
-    return SweepResults(record.get("notebook") or "NOTEBOOK", tuple(rows), tuple(names), root.absolute(),
-                        tuple(grid["command"] for grid in record.get("grids", ()) if "command" in grid))
+    results = SweepResults(record.get("notebook") or "NOTEBOOK", tuple(rows), tuple(names), root.absolute(),
+                           tuple(grid["command"] for grid in record.get("grids", ()) if "command" in grid))
+    return replace(results, **known_curves(results.root, results.policy_runs, results.own_reward))
 
 
 def is_sweep(place: str | Path) -> bool:
@@ -194,7 +210,8 @@ def recorded_results(sweep: "Sweep") -> SweepResults:
     return SweepResults(RECORDED, tuple(rows), ("kl_coef", "beta", "seed"), None, (sweep.command,),
                         {seed: world.frontier for seed, world in worlds.items()},
                         {seed: world.gold_frontier for seed, world in worlds.items()},
-                        {seed: world.best_of_n for seed, world in worlds.items()}, exact=True)
+                        {seed: world.best_of_n for seed, world in worlds.items()},
+                        {seed: len(world.prompts) for seed, world in worlds.items()}, exact=True)
 
 
 def ranking(points: Sequence[Point], figure: str = "gold") -> list[Place]:

@@ -127,9 +127,9 @@ def _run(root: Path, planned: Plan, record: dict, workers: int, engine: Engine) 
     finally:
         progress.end()
         _write(root, record)
-    from alignkit.sweeps.page import build_page  # which loads matplotlib
+    from alignkit.sweeps.page import report_sweep  # which loads matplotlib
 
-    build_page(root)
+    report_sweep(root, progress.say)
     failed = len(planned.jobs) - progress.finished
     print(f"{progress.finished} of {len(planned.jobs)} jobs finished"
           + (f", {failed} failed (in {_shown(root)}/failed)" if failed else "")

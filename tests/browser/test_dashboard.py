@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +16,31 @@ from alignkit_widgets.app.playground import make_desk_start
 from lab_page import ARTIFACTS, PATIENCE, until
 
 from alignkit.configs import RewardConfig, SFTConfig
+from alignkit.evaluate.evaluation import evaluation_set
+from alignkit.jobs import cli
 from alignkit.runs.records import start_run
 from alignkit.storage import read_metrics
+from alignkit.task import desk_task
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parents[2]
+
+
+@contextlib.contextmanager
+def serving(folder: Path):
+    """`alignkit app` on a folder, in a process of its own: its URL."""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'widgets'}", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "alignkit", "app", str(folder)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as server:
+        said = []
+        while not said or "http://127.0.0.1" not in said[-1]:
+            said.append(server.stdout.readline())
+            assert said[-1], "".join(said)
+        yield said[-1].strip()
+        server.terminate()
+        rest = server.stdout.read()
+    assert server.returncode == 0 and "Traceback" not in rest, rest
 
 
 @pytest.fixture(scope="module")
@@ -26,41 +48,41 @@ def app(tmp_path_factory):
     """`alignkit app` on a run with a hastily trained start: (its URL, the run directory)."""
     run = start_run(tmp_path_factory.mktemp("app") / "run", "tiny", "desk", 0)
     make_desk_start(run, pairs=256, sft=SFTConfig(epochs=1), reward=RewardConfig(epochs=2))
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'widgets'}", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "alignkit", "app", str(run)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as server:
-        said = []
-        while not said or "http://127.0.0.1" not in said[-1]:
-            said.append(server.stdout.readline())
-            assert said[-1], "".join(said)
-        yield said[-1].strip(), run
-        server.terminate()
-        rest = server.stdout.read()
-    assert server.returncode == 0 and "Traceback" not in rest, rest
+    with serving(run) as url:
+        yield url, run
 
 
 @pytest.fixture
-def open_app(app, chromium):
-    """open_app(theme) -> a page of the dashboard that may speak to nobody else; fails on errors in its console."""
+def open_page(chromium):
+    """open_page(url, theme) -> a page that may speak to nobody else; fails on errors in its console."""
     contexts, wrong = [], []
 
-    def open_one(theme: str = "light"):
+    def open_one(url: str, theme: str = "light"):
         contexts.append(chromium.new_context(viewport={"width": 1240, "height": 1000}, color_scheme=theme))
         page = contexts[-1].new_page()
         page.set_default_timeout(PATIENCE)
         page.on("console", lambda m: wrong.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda e: wrong.append(e.stack or str(e)))
-        here = app[0].split("/?")[0]
+        here = url.split("/?")[0]
         page.on("request", lambda r: None if r.url.startswith((here, "data:")) else wrong.append(f"asked for {r.url}"))
-        page.goto(app[0])
-        page.get_by_role("tab", name="Train").wait_for()
+        page.goto(url)
         return page
 
     yield open_one
     for context in contexts:
         context.close()
     assert wrong == []
+
+
+@pytest.fixture
+def open_app(app, open_page):
+    """open_app(theme) -> a page of the dashboard."""
+    def open_one(theme: str = "light"):
+        page = open_page(app[0], theme)
+        page.get_by_role("tab", name="Train").wait_for()
+        return page
+
+    return open_one
 
 
 def picture(page, name: str) -> None:
@@ -224,3 +246,57 @@ def test_who_has_no_token_sees_nothing(app, chromium):
     answer = page.goto(app[0].split("?")[0])
     assert answer.status == 403 and "token" in page.inner_text("body") and "alignkit app" in page.inner_text("body")
     page.close()
+
+
+@pytest.fixture(scope="module")
+def sweep_app(app, tmp_path_factory):
+    """`alignkit app` on the folder of a sweep of two jobs, one of which has finished: (its URL, the folder)."""
+    folder, evalset = tmp_path_factory.mktemp("sweep"), evaluation_set(desk_task(0), prompts=4, samples=2)
+    rows = [{"job": f"j{coef}", "kl_coef": coef, "seed": 0, "status": "finished", "host": "", "seconds": 1.0,
+             "attempts": 1, "error": None, "ppo.kl_to_sft": 0.3 / coef, "ppo.kl_to_sft_ci95.0": 0.2 / coef,
+             "ppo.kl_to_sft_ci95.1": 0.4 / coef, "ppo.proxy_mean": 0.4, "ppo.gold_mean": 0.2} for coef in (0.1, 0.4)]
+    for row in rows:
+        run = folder / "jobs" / row["job"]
+        for name in ("sft", "reward"):
+            shutil.copytree(app[1] / name, run / name)
+        shutil.copy(app[1] / "run.json", run)
+        evalset.save(run / "evaluation_set.json")
+        (run / "sft" / "results.json").write_text('{"gold_scale": [0.0, 1.0]}')
+    (folder / "sweep.json").write_text('{"notebook": "03b_ppo", "grids": [], "jobs": {}}')
+    write_rows(folder, rows)
+    assert cli.main(["report", str(folder)]) == 0  # enumerates
+    write_rows(folder, [rows[0], {**rows[1], "status": "not run"}])
+    with serving(folder) as url:
+        yield url, folder, rows
+
+
+def write_rows(folder: Path, rows: list[dict]) -> None:
+    (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_a_sweep_opens_as_one_tab_with_its_frontier_and_the_command_of_each_job(open_page, sweep_app, theme):
+    url, folder, rows = sweep_app
+    write_rows(folder, [rows[0], {**rows[1], "status": "not run"}])
+    page = open_page(url, theme)
+    page.get_by_role("tab", name="Sweep", selected=True).wait_for()
+    assert page.get_by_role("tab").count() == 1 and page.get_by_role("button", name="Recorded runs").count() == 0
+    page.get_by_role("button", name="Read it again").click()
+    page.get_by_text("1 of 2 jobs of 03b_ppo have finished.").wait_for()
+    page.locator(".ake-legend", has_text="most proxy possible, world 0").wait_for()
+    page.get_by_text("on the 4 held-out prompts on which its jobs were evaluated").wait_for()
+    write_rows(folder, rows)  # the other job finishes
+    page.get_by_role("button", name="Read it again").press("Enter")
+    page.get_by_text("2 of 2 jobs").wait_for()
+    page.get_by_label("job", exact=True).select_option("PPO, kl_coef 0.4, seed 0")
+    command = page.get_by_role("textbox", name="copy the command that runs it")
+    until(page, lambda: "-p kl_coef=0.4 -p seed=0" in command.input_value(), "the command of the other job")
+    assert page.get_by_role("textbox", name="copy the path of its run").input_value() == str(folder / "jobs" / "j0.4")
+    assert serious_faults(page) == []
+    page.set_viewport_size({"width": 390, "height": 844})
+    until(page, lambda: page.locator("html").evaluate("e => e.scrollWidth") <= 390, "a page that fits a phone")
+    picture(page, f"sweep_{theme}")
+    assert serious_faults(page) == []
+    page.reload()
+    page.get_by_role("tab", name="Sweep", selected=True).wait_for()
+    until(page, lambda: "kl_coef=0.4" in command.input_value(), "the place before the reload")

@@ -14,8 +14,9 @@ DEFAULT = Path("runs/app")
 def add_app(add) -> None:
     """Add `alignkit app` to the command; add(name, function, about) returns its parser."""
     app = add("app", _app, "a page to train, compare and explore without code, on this machine only",
-              epilog="example: alignkit app runs/course --port 8888")
-    about = f"a run directory; one without a run gets a new desk world, after a question (default: {DEFAULT})"
+              epilog="examples: alignkit app runs/course --port 8888     alignkit app runs/kl")
+    about = ("a run directory, or the folder of a sweep, whose jobs it shows; one without a run gets a new desk "
+             f"world, after a question (default: {DEFAULT})")
     app.add_argument("run", nargs="?", default=DEFAULT, type=folder, metavar="RUN", help=about)
     app.add_argument("--new", action="store_true", help="make a new desk world in RUN without the question")
     about = "what the run was made from (default: what its run.json says, if that is `desk` or here)"
@@ -28,8 +29,11 @@ def _app(options: argparse.Namespace) -> None:
     from alignkit.sweeps.results import is_sweep
 
     if is_sweep(options.run):
-        raise AlignkitError(f"{options.run} is the folder of a sweep: `alignkit app {options.run / 'jobs' / 'ID'}` "
-                            f"opens one of its runs, and `alignkit report {options.run}` shows them all")
+        if options.new or options.data:
+            raise AlignkitError(f"{options.run} is the folder of a sweep, in which the app makes and trains nothing: "
+                                "leave out --new and --data")
+        _open_sweep(options.run, options.port)  # without its lock: it may still be running
+        return
     if not (options.new or options.data or options.run == DEFAULT or _has_run(options.run)):
         _agree(options.run)
     with run_lock(options.run):  # before the imports, which take seconds
@@ -64,16 +68,31 @@ def _open(run: Path, port: int, data: str | None) -> None:
     disable_progress_bar()
     disable_progress_bars()
 
-    try:
-        from alignkit_widgets.app.server import serve
-    except ModuleNotFoundError as error:
-        raise AlignkitError(
-            f"the dashboard needs {error.name}, which is not installed (pip install alignkit)"
-        ) from error
+    server = _server()
     try:
         playground = open_playground(run, data=data and absolute("data", data))
     except ValueError as error:
         raise AlignkitError(str(error)) from error
     if playground.model == "tiny":
         torch.set_num_threads(1)  # a second thread only slows down matrices this small
-    asyncio.run(serve(playground, port))
+    asyncio.run(server.serve(server.Dashboard(playground), port))
+
+
+def _open_sweep(folder: Path, port: int) -> None:
+    import asyncio
+
+    server = _server()
+    from alignkit_widgets.app.sweep_page import SweepPage
+
+    asyncio.run(server.serve(SweepPage(folder), port))
+
+
+def _server():
+    """The module that serves pages. Raises AlignkitError if what it needs is not installed."""
+    try:
+        from alignkit_widgets.app import server
+    except ModuleNotFoundError as error:
+        raise AlignkitError(
+            f"the dashboard needs {error.name}, which is not installed (pip install alignkit)"
+        ) from error
+    return server

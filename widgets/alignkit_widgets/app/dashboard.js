@@ -1,11 +1,11 @@
-// The page of `alignkit app`: three tabs, the widgets' own modules in them, one websocket for all. Text through textContent only.
+// The page of `alignkit app`: three tabs (of a sweep, one), the widgets' own modules in them, one websocket for all. Text through textContent only.
 
 const token = new URLSearchParams(location.search).get("token");
 const file = (name) => `/file/${name}?token=${encodeURIComponent(token)}`;
 const socket = new WebSocket(`ws://${location.host}/socket?token=${encodeURIComponent(token)}`);
 const send = (message) => { if (socket.readyState === WebSocket.OPEN) socket.send(JSON.stringify(message)); };
 const tabs = {}, models = {};
-let known = "", shown = null; // shown: tabs that have a widget
+let known = "", shown = null, saved = " Checkpoints and votes are saved."; // shown: tabs that have a widget
 const kept = (name, value) => value === undefined ? sessionStorage.getItem(name) : sessionStorage.setItem(name, value); // over a reload
 
 function make(parent, tag, attributes = {}, text) {
@@ -25,8 +25,8 @@ class Model { // what a widget of anywidget expects of its model, as far as ours
 }
 
 function addTab(name, label, about) {
-  const tab = make(document.querySelector("[role=tablist]"), "button", { role: "tab", id: `tab-${name}`, "aria-controls": `panel-${name}` }, label);
-  const panel = make(document.querySelector("main"), "section", { role: "tabpanel", id: `panel-${name}`, "aria-labelledby": tab.id });
+  const tab = make(document.querySelector("[role=tablist]"), "button", { role: "tab", id: `tab-${name}`, "aria-controls": `panel-${name}`, hidden: "" }, label);
+  const panel = make(document.querySelector("main"), "section", { role: "tabpanel", id: `panel-${name}`, "aria-labelledby": tab.id, hidden: "" });
   const form = make(panel, "form");
   make(form, "p", {}, about);
   tabs[name] = { tab, label, panel, form, said: make(panel, "p", { class: "said", role: "status" }), host: make(panel, "div"), leave: [] };
@@ -60,15 +60,33 @@ async function mount({ mount: id, tab, kind, config }) {
 }
 
 function show(status) {
-  const first = shown === null, busy = status.busy.includes("train");
+  const first = shown === null;
   document.getElementById("run").textContent = status.run;
-  about.textContent = status.about;
+  if (status.sweep) showSweep(status);
   for (const [name, tab] of Object.entries(tabs)) {
     const working = status.busy.includes(name);
+    tab.tab.hidden = !status.tabs.includes(name);
     tab.tab.textContent = tab.label + (working ? (name === "train" ? " · running" : " · busy") : "");
     tab.said.textContent = status.said[name] || (working && name !== "train" ? "One moment …" : "");
     for (const button of tab.form.querySelectorAll("button")) button.disabled = working;
   }
+  if (!status.sweep) showRun(status, first);
+  shown = status.shown;
+  const asked = location.hash.slice(1);
+  if (first) select(status.tabs.includes(asked) ? asked : status.tabs[0]);
+}
+
+function showSweep(status) {
+  tabs.frontier.label = "Sweep";
+  explore.querySelector("p").textContent = status.sweep;
+  own.textContent = "Read it again";
+  recorded.hidden = true;
+  saved = "";
+}
+
+function showRun(status, first) {
+  const busy = status.busy.includes("train");
+  about.textContent = status.about;
   for (const button of home.querySelectorAll("[data-starts]")) button.disabled = busy;
   if (first || busy !== (home.dataset.busy === "true")) home.open = !busy;
   home.dataset.busy = busy;
@@ -79,8 +97,6 @@ function show(status) {
   showCheckpoints(status);
   measure.hidden = !status.unmeasured.length;
   measure.textContent = `Measure ${status.unmeasured.join(", ")}`;
-  shown = status.shown;
-  if (first) select(tabs[location.hash.slice(1)] ? location.hash.slice(1) : "train");
 }
 
 function showUnfinished({ unfinished }) {
@@ -200,4 +216,4 @@ socket.addEventListener("message", ({ data }) => {
   else if (message.mount) mount(message);
   else for (const heard of models[message.to]?.heard ?? []) heard(message.content);
 });
-socket.addEventListener("close", () => make(document.body, "p", { class: "ended", role: "alert" }, "The server has ended. Checkpoints and votes are saved."));
+socket.addEventListener("close", () => make(document.body, "p", { class: "ended", role: "alert" }, `The server has ended.${saved}`));

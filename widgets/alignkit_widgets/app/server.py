@@ -72,14 +72,14 @@ class Channel:
     """The replacement for a widget's Jupyter comm: sends its messages to every page, and receives theirs."""
 
     def __init__(
-        self, dashboard: Dashboard, tab: str, kind: str, config: dict, receive: Callable[[dict], None]
+        self, page: PageServer, tab: str, kind: str, config: dict, receive: Callable[[dict], None]
     ) -> None:
-        self.dashboard, self.receive = dashboard, receive
+        self.page, self.receive = page, receive
         self.mount = {"mount": f"{tab}-{secrets.token_hex(4)}", "tab": tab, "kind": kind, "config": config}
 
     def send(self, message: dict) -> None:
         """Send one message of the widget to every page."""
-        self.dashboard.tell({"to": self.mount["mount"], "content": message})
+        self.page.tell({"to": self.mount["mount"], "content": message})
 
 
 class Cockpit(TrainingCockpit):
@@ -96,17 +96,17 @@ class Cockpit(TrainingCockpit):
         return remote
 
 
-class Dashboard:
-    """The page for one run directory. `url` contains the token."""
+class PageServer:
+    """A page of tabs with widgets, for those who have its token. `url` contains the token."""
 
-    def __init__(self, playground: Playground, token: str | None = None) -> None:
-        self.playground, self.token = playground, token or secrets.token_urlsafe(24)
+    tabs: tuple[str, ...] = ()
+
+    def __init__(self, token: str | None = None) -> None:
+        self.token = token or secrets.token_urlsafe(24)
         self.pages: set[Socket] = set()
         self.widgets: dict[str, Channel] = {}  # tab -> the widget in it
-        self.notes = {"train": "", "compare": "", "frontier": ""}
+        self.notes = dict.fromkeys(self.tabs, "")
         self.busy: dict[str, asyncio.Task] = {}  # tab -> the task that runs in it
-        self.running = ""  # the name of the PPO run in progress
-        self.known: dict[tuple, Point] = {}  # exact measurements of the run's policies
         self.server = self.port = None
 
     @property
@@ -152,26 +152,9 @@ class Dashboard:
             page.post(text)
 
     def status(self) -> dict:
-        """The text of the page around the widgets."""
-        playground, desk = self.playground, self.playground.task.world is not None
-        preset = playground.config()
-        return {
-            "status": {
-                "run": visible(playground.run, 200),
-                "about": visible(playground.about),
-                "checkpoints": list(playground.checkpoints()),
-                "runs": playground.runs(),
-                "running": self.running,
-                "unfinished": playground.unfinished(),
-                "settings": {"kl_coef": preset.kl_coef, "seed": preset.seed, "iterations": preset.iterations},
-                "unmeasured": [] if desk else measured_points(playground)[1],
-                "said": {tab: visible(note) for tab, note in self.notes.items()},
-                "busy": list(self.busy),
-                "shown": list(self.widgets),
-                "most": MOST,
-                "desk": desk,
-            }
-        }
+        """The text of the page around the widgets, with the tabs that it has."""
+        return {"status": {"tabs": list(self.tabs), "said": {tab: visible(note) for tab, note in self.notes.items()},
+                           "busy": list(self.busy), "shown": list(self.widgets)}}
 
     def mount(self, tab: str, kind: str, config: dict, receive: Callable[[dict], None]) -> Channel:
         """Put a widget in a tab and replace the previous one."""
@@ -187,17 +170,12 @@ class Dashboard:
             for widget in self.widgets.values():
                 if widget.mount["mount"] == message.get("to"):
                     self._pass_on(widget, message["content"])
-        elif message.get("do") == "train":
-            given = {"kl_coef": message.get("kl_coef"), "seed": _whole(message.get("seed"), 0, 2**31)}
-            chosen = {name: value for name, value in given.items() if is_number(value)}
-            self._begin("train", self._train(_whole(message.get("iterations"), 1, MOST), **chosen))
-        elif message.get("do") == "continue" and message.get("name") in self.playground.unfinished():
-            self._begin("train", self._continue(message["name"]))
-        elif message.get("do") == "compare":
-            named = message.get("names") if isinstance(message.get("names"), list) else []
-            self._begin("compare", self._compare([n for n in self.playground.checkpoints() if n in named]))
-        elif message.get("do") == "frontier":
-            self._begin("frontier", self._frontier(message.get("recorded") is True, message.get("measure") is True))
+        else:
+            self.do(message)
+
+    def do(self, message: dict) -> None:
+        """Do what a page asks for, beside what goes to its widgets."""
+        raise NotImplementedError
 
     def _pass_on(self, widget: Channel, content: dict) -> None:
         """Pass a message to its widget; an error is shown on the page and has no other effect."""
@@ -226,6 +204,50 @@ class Dashboard:
 
         self.busy[tab] = asyncio.get_running_loop().create_task(guarded())
         return True
+
+
+class Dashboard(PageServer):
+    """The page for one run directory."""
+
+    tabs = ("train", "compare", "frontier")
+
+    def __init__(self, playground: Playground, token: str | None = None) -> None:
+        super().__init__(token)
+        self.playground = playground
+        self.running = ""  # the name of the PPO run in progress
+        self.known: dict[tuple, Point] = {}  # exact measurements of the run's policies
+
+    def status(self) -> dict:
+        """As `PageServer.status`, with the run's policies and its PPO runs."""
+        playground, desk = self.playground, self.playground.task.world is not None
+        preset = playground.config()
+        return {
+            "status": super().status()["status"] | {
+                "run": visible(playground.run, 200),
+                "about": visible(playground.about),
+                "checkpoints": list(playground.checkpoints()),
+                "runs": playground.runs(),
+                "running": self.running,
+                "unfinished": playground.unfinished(),
+                "settings": {"kl_coef": preset.kl_coef, "seed": preset.seed, "iterations": preset.iterations},
+                "unmeasured": [] if desk else measured_points(playground)[1],
+                "most": MOST,
+                "desk": desk,
+            }
+        }
+
+    def do(self, message: dict) -> None:
+        if message.get("do") == "train":
+            given = {"kl_coef": message.get("kl_coef"), "seed": _whole(message.get("seed"), 0, 2**31)}
+            chosen = {name: value for name, value in given.items() if is_number(value)}
+            self._begin("train", self._train(_whole(message.get("iterations"), 1, MOST), **chosen))
+        elif message.get("do") == "continue" and message.get("name") in self.playground.unfinished():
+            self._begin("train", self._continue(message["name"]))
+        elif message.get("do") == "compare":
+            named = message.get("names") if isinstance(message.get("names"), list) else []
+            self._begin("compare", self._compare([n for n in self.playground.checkpoints() if n in named]))
+        elif message.get("do") == "frontier":
+            self._begin("frontier", self._frontier(message.get("recorded") is True, message.get("measure") is True))
 
     # the tabs
 
@@ -315,7 +337,7 @@ class Dashboard:
 class Guarded(RequestHandler):
     """A handler that answers only requests with the token, under this server's name, and from its own page."""
 
-    def initialize(self, dashboard: Dashboard) -> None:
+    def initialize(self, dashboard: PageServer) -> None:
         self.dashboard = dashboard
 
     def prepare(self) -> None:
@@ -402,12 +424,12 @@ def _whole(value: object, low: int, high: int) -> int | None:
     return min(max(value, low), high) if good else None
 
 
-async def serve(playground: Playground, port: int = 0, tell: Callable[[str], None] = print) -> None:
-    """Serve a run's dashboard until Ctrl-C (or SIGTERM, SIGHUP), which stops and saves a running training.
+async def serve(page: PageServer, port: int = 0, tell: Callable[[str], None] = print) -> None:
+    """Serve a page until Ctrl-C (or SIGTERM, SIGHUP), which stops and saves a running training.
 
     A second Ctrl-C, or SAVE_SECONDS without completion, ends this process at once. Raises PortTaken.
     """
-    dashboard, ended, at_once = Dashboard(playground), asyncio.Event(), asyncio.Event()
+    ended, at_once = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def end(number: int) -> None:
@@ -418,10 +440,10 @@ async def serve(playground: Playground, port: int = 0, tell: Callable[[str], Non
     restore = [_on_signal(loop, getattr(signal, name), end) for name in ("SIGINT", "SIGTERM", "SIGHUP")
                if hasattr(signal, name)]  # Windows has no SIGHUP
     try:
-        tell(f"\n  {dashboard.listen(port)}\n\nOpen this address in a browser on this machine. Ctrl-C ends it.")
+        tell(f"\n  {page.listen(port)}\n\nOpen this address in a browser on this machine. Ctrl-C ends it.")
         await ended.wait()
         tell("ending …")
-        closing, second = loop.create_task(dashboard.close()), loop.create_task(at_once.wait())
+        closing, second = loop.create_task(page.close()), loop.create_task(at_once.wait())
         await asyncio.wait([closing, second], timeout=SAVE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         if not closing.done():
             tell("ended at once; training since the last checkpoint is lost")

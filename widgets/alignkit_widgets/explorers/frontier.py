@@ -10,13 +10,12 @@ import numpy as np
 
 from alignkit.exact.prompts import Enumerated, at_price
 from alignkit.exact.sweep import RecordedRun, Sweep
+from alignkit.sweeps.exact import BETAS
 from alignkit.sweeps.results import Point, SweepResults, load_results
 from alignkit_widgets.explorers.blocks import Axis, Bars, Chart, Copy, Fold, Series, Table, Text, fixed, number
 from alignkit_widgets.explorers.explorer import Button, Choice, Explorer, Slider, Toggle
 from alignkit_widgets.explorers.own_plane import own_rows, own_series
 from alignkit_widgets.explorers.sweep_plane import sweep_controls, sweep_rows
-
-_BETAS = tuple(float(f"{b:.4g}") for b in np.geomspace(40, 0.02, 40))
 
 
 class FrontierExplorer(Explorer):
@@ -60,7 +59,7 @@ class FrontierExplorer(Explorer):
             return
         self.curves = {seed: world.frontier for seed, world in sweep.worlds.items()} if sweep else {}
         if truth is not None and truth.seed not in self.curves:
-            self.curves[truth.seed] = truth.frontier(_BETAS)
+            self.curves[truth.seed] = truth.frontier(BETAS)
         self.curves = {seed: _without_ends(curve) for seed, curve in self.curves.items()}
         seed = truth.seed if truth is not None else min(self.curves)
         low = max(min(curve["beta"]) for curve in self.curves.values())

@@ -9,6 +9,7 @@ import numpy as np
 
 from alignkit.exact.prompts import at_price
 from alignkit.formulas.intervals import Estimate
+from alignkit.sweeps.curves import Curves, sweep_curves
 from alignkit.sweeps.results import (
     Point,
     SweepResults,
@@ -17,7 +18,6 @@ from alignkit.sweeps.results import (
     ranking_words,
     setting_words,
 )
-from alignkit.sweeps.sampled import sampled_frontier
 from alignkit_widgets.explorers.blocks import Axis, Chart, Copy, Series, Table, Text, number
 from alignkit_widgets.explorers.explorer import Choice, Slider
 
@@ -57,9 +57,11 @@ def sweep_rows(results: SweepResults, state: Mapping) -> list:
     figure = figure_of(own)
     copies = [[Copy("copy the command that runs it", results.command_of(chosen.job))]]
     if chosen.run:
-        copies.append([Copy("its run", str(chosen.run))])
+        copies.append([Copy("copy the path of its run", str(chosen.run))])
+    curves = sweep_curves(results, next((seed for seed in results.seeds if str(seed) == state["seed"]), None))
     return [[Text(f"{chosen.method.upper()}: {ranking_words(ranking(own, figure), figure)}", lead=True)],
-            [_plane(results, points, chosen, state), _table(results, chosen)], *copies]
+            [_plane(results, points, chosen, state, curves), _table(results, chosen)],
+            *[[Text(curves.words)]] * bool(curves.words), *copies]
 
 
 def point_words(point: Point) -> str:
@@ -68,10 +70,8 @@ def point_words(point: Point) -> str:
     return ", ".join(filter(None, (point.method.upper(), point.label, seed)))
 
 
-def _plane(results: SweepResults, points: Sequence[Point], chosen: Point, state: Mapping) -> Chart:
+def _plane(results: SweepResults, points: Sequence[Point], chosen: Point, state: Mapping, found: Curves) -> Chart:
     whole = state["seed"] == ALL
-    worlds = sorted(results.frontiers, key=lambda seed: (str(seed) != state["seed"], seed))
-    world = worlds[0] if worlds else None
     shown = points if whole else [point for point in points if str(point.seed) == state["seed"]]
     runs = [series for method in dict.fromkeys(point.method for point in points) for name in ("proxy", "gold")
             for series in _series([point for point in shown if point.method == method], method, name, whole)]
@@ -81,22 +81,21 @@ def _plane(results: SweepResults, points: Sequence[Point], chosen: Point, state:
             for x, y in ((place[0], place[2]), (place[1], place[3]))]
     far = 1.1 * max((x for x, _ in ends), default=1.0)
     curves, marks = [], []
-    if world is not None:
-        curve = results.frontiers[world]
+    if curve := found.exact:
         here, far = at_price(curve, state["beta"]), 1.4 * far
         order = [i for i in np.argsort(curve["kl"]) if curve["kl"][i] <= far]
         for name, title in (("proxy", "most proxy possible"), ("gold", "gold of that policy")):
-            curves.append(Series(f"{title}, world {world}", [(curve["kl"][i], curve[name][i]) for i in order], name))
-        ends += [point for series in curves for point in series.points]
+            places = [(curve["kl"][i], curve[name][i]) for i in order]
+            curves.append(Series(f"{title}, world {found.world}", places, name))
         if here["kl"] <= far:
             curves += [Series("", [(here["kl"], here[name])], name, line=False, big=True) for name in ("proxy", "gold")]
             marks.append(("x", here["kl"], f"β = {number(state['beta'])}"))
-    elif sampled := _sampled(results, state["seed"]):
+    elif sampled := found.sampled:
         places = [place for place in zip(sampled["kl"], sampled["proxy"], strict=True) if place[0] <= far]
         curves.append(Series(f"proxy possible, estimated from {sampled['samples']} responses", places, "dotted"))
-        ends += places
         if sampled["ceiling"] <= far:
             marks.append(("x", sampled["ceiling"], f"log {sampled['samples']}"))
+    ends += [place for series in curves for place in series.points]
     low, high = min(y for _, y in ends), max(y for _, y in ends)
     margin = 0.06 * (high - low) or 0.1
     crosses = "the range over seeds" if whole else "exact" if results.exact else "95 % intervals of the evaluation"
@@ -131,12 +130,6 @@ def _table(results: SweepResults, chosen: Point) -> Table:
     given = [[name, f"{row[name]:g}" if isinstance(row[name], float) else str(row[name])]
              for name in results.parameters if row.get(name) is not None]
     return Table(point_words(chosen), ["", "exact" if results.exact else "with 95 % interval"], [*rows, *given])
-
-
-def _sampled(results: SweepResults, seed: str) -> dict | None:
-    """The estimated frontier of the chosen seed, or of the first that has one."""
-    seeds = sorted(results.seeds, key=lambda each: (str(each) != seed, each)) or [None]
-    return next(filter(None, (sampled_frontier(results, each) for each in seeds)), None)
 
 
 def _prices(curve: Mapping) -> list[float]:
