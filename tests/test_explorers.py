@@ -642,7 +642,7 @@ def test_a_page_gets_the_picture_to_save():
 def test_the_price_slider_runs_as_the_plane_does_and_a_dragged_point_is_on_the_frontier():
     one = FrontierExplorer(small_sweep())
     slider = one.controls["beta"]
-    assert list(slider.stops) == sorted(slider.stops, reverse=True) and slider.ends == ("KL dear", "KL cheap")
+    assert list(slider.stops) == sorted(slider.stops, reverse=True) and slider.ends == ("KL expensive", "KL cheap")
     control, stops = next(b for row in one.rows() for b in row if b["kind"] == "chart")["drag"]
     assert control == "beta" and [beta for _, beta in stops] == pytest.approx(list(slider.stops), rel=1e-5)
     assert (np.diff([kl for kl, _ in stops]) > 0).all(), "to the right: cheaper, and farther from SFT"

@@ -326,7 +326,7 @@ def train(callback, steps, seconds):
             open("half", "w").close()
     callback.on_log(None, state, None, logs={"train_runtime": 1.0, "train_loss": 1.0})
     callback.on_train_end(None, state, None)
-sft = TrainingCockpit("SFT", charts=[("Loss (nats a token)", ["loss"])], log="sft/metrics.jsonl")
+sft = TrainingCockpit("SFT", charts=[("Loss (nats per token)", ["loss"])], log="sft/metrics.jsonl")
 '''
 
 
