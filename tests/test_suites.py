@@ -226,7 +226,7 @@ def test_without_lm_eval_the_message_says_what_to_install(checkpoint, monkeypatc
     with pytest.raises(MissingExtra, match=r"mmlu is measured by lm-evaluation-harness.*'alignkit\[evaluate\]'"):
         run_suites(checkpoint, ["mmlu"], out=tmp_path)
     assert main(["evaluate", str(checkpoint), "--suite", "mmlu", "--out", str(tmp_path)]) == 1
-    assert "pip install 'alignkit[evaluate]'" in capsys.readouterr().err
+    assert "pip install -e '.[evaluate]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given, says", [

@@ -22,8 +22,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-HOW_TO = ("your_model", "evaluation", "judging", "publishing", "speed", "processes", "sweeps", "widgets", "pages",
-          "teaching", "troubleshooting")
+HOW_TO = ("notebooks", "glossary", "your_model", "evaluation", "judging", "publishing", "speed", "processes", "sweeps",
+          "widgets", "pages", "teaching", "troubleshooting")
 PROJECT = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 LINK = re.compile(r"(!?\[[^\]]*\]\()(?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?(\))")
 EXPLORERS = {  # page -> class; what needs a run is made by `_from_run`
