@@ -26,7 +26,7 @@ PART = """document.querySelectorAll('.akc-grid figure').forEach((figure, i) => i
 document.querySelectorAll('.akc-control').forEach((row) => {
     if (/learning_rate|clip_range/.test(row.textContent)) row.remove();
 });
-document.querySelectorAll('.akc-log, .akc-inside').forEach((node) => node.remove());
+document.querySelectorAll('.akc-log, .akc-inside, .akc-save').forEach((node) => node.remove());
 document.querySelector('.akc-pairs').open = true;
 document.head.append(Object.assign(document.createElement('style'), { textContent: `
     .akc-pairs > div { height: 104px !important; overflow: hidden !important }
@@ -93,11 +93,14 @@ def app_film(run: Path) -> bytes:
         page.get_by_text("from the next iteration on").wait_for()
         frame(1.5)
         panel.get_by_role("button", name="Play").click()
-        until(BACK_TO + 1, LAST)
+        until(BACK_TO + 1, LAST - 1)
+        page.wait_for_selector(".akc-state[data-state=finished]")
         frame(4)
         page.get_by_text("it can be compared now").wait_for()
     film = io.BytesIO()
-    images, seconds = zip(*((image.quantize(64), each) for image, each in frames), strict=True)
+    palette = frames[-1][0].quantize(256, Image.Quantize.FASTOCTREE)  # one for all frames, so that a line keeps its colour
+    images, seconds = zip(*((image.quantize(palette=palette, dither=Image.Dither.NONE), each)
+                            for image, each in frames), strict=True)
     images[0].save(film, "GIF", save_all=True, append_images=images[1:], loop=0,
                    duration=[round(1000 * each) for each in seconds])
     return film.getvalue()
