@@ -101,7 +101,7 @@ GLOSSARY = {
     "proxy": "The reward that is optimised: the reward model's score, learned from labels. Its zero is SFT's mean.",
     "score": "The proxy reward of a whole response: what the reward model says of it.",
     "SFT-sd": "The unit of rewards: the standard deviation of the reward over the SFT policy's own responses.",
-    "reward": "Gold or proxy reward, in standard deviations of the SFT policy's responses (SFT-sd).",
+    "reward": "Gold or proxy reward, in standard deviations over the SFT policy's responses (SFT-sd).",
     "KL": "How far the policy has moved from the reference, in nats: the mean of log π − log π_ref over its responses.",
     "KL to SFT": "How far the policy has moved from SFT, in nats per response: 0 if nothing has changed.",
     "β": "The price of KL, in formulas: reward that one nat of KL costs. PPO's kl_coef and DPO's beta.",

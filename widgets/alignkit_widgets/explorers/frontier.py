@@ -128,7 +128,7 @@ class FrontierExplorer(Explorer):
                 series.append(Series(f"{method.upper()}, {name}", points, method, line=False, marks=True,
                                      open=name == "gold", spans=spans, labels=labels))
         series += own_series(self._own(seed))
-        series.append(Series("best at this price, proxy", [(here["kl"], here["proxy"])], "proxy", line=False, big=True))
+        series.append(Series("best at this price, proxy", [(here["kl"], here["proxy"])], "best", line=False, big=True))
         series.append(Series("its gold", [(here["kl"], here["gold"])], "gold", line=False, big=True))
         points = [point for s in series for point in s.points] + [(s[1], v) for each in series for s in each.spans
                                                                   for v in s[2:]]
