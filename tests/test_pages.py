@@ -197,7 +197,7 @@ def test_the_glossary_page_and_the_tooltips_say_the_same():
 def test_the_readme_is_short_says_its_words_before_it_uses_them_and_its_lines_of_code_fit():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.split()) <= 1500
-    top, _, below = text.partition("![")
+    top, _, below = (" ".join(part.split()) for part in text.partition("!["))
     for word in ("supervised fine-tuning (SFT)", "proximal policy optimisation (PPO)",
                  "direct preference optimisation (DPO)", "**Gold**", "**Proxy**", "**KL**", "**SFT-sd**"):
         assert word in top and word not in below

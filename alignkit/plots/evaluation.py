@@ -131,7 +131,8 @@ def plot_gold_vs_proxy(kl: Sequence, gold: Sequence, proxy: Sequence, ax: Axes |
     ax.axvline(x[peak], color=INK, lw=0.9, ls=DOTTED)
     ax.plot(x[peak], top, "*", color=ORANGE, ms=15, mec=INK, mew=0.8, zorder=5)
     story = f"gold peaks at {_signed(top)},\nthen falls by {_number(fall)}" if fall else "gold is highest at the end"
-    _beside(ax, (x[peak], top), story, (-10 if left else 10, -14), va="top", ha="right" if left else "left")
+    down = -14 if intervals is None else -40  # below the bars
+    _beside(ax, (x[peak], top), story, (-10 if left else 10, down), va="top", ha="right" if left else "left")
     _end_labels(ax, _last_values(means))
     parted = fall > 0 and means["proxy"][-1] > means["proxy"][peak]
     default = "The proxy keeps rising, gold does not" if parted else "Proxy and gold"
