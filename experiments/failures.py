@@ -257,7 +257,7 @@ def another_start(plan: DPOPlan, ground: Ground) -> DPOPlan:
 
 
 def no_beta(plan: DPOPlan, ground: Ground) -> DPOPlan:
-    """The price of KL β is a hundredth of what it should be."""
+    """The price of KL, β, is a hundredth of what it should be."""
     return replace(plan, config=replace(plan.config, beta=plan.config.beta / 100))
 
 
