@@ -167,7 +167,7 @@ def checks(device: torch.device) -> list[dict]:
         note("share of rows whose first token differs from the generic loop's", float(first.float().mean()),
              0.15 if low else 0.0)
         stats = _first_iteration(device)
-        note("first PPO iteration: KL to the reference, nats a response", abs(stats.kl_to_ref), 0.1 if low else 1e-4)
+        note("first PPO iteration: KL to the reference, nats per response", abs(stats.kl_to_ref), 0.1 if low else 1e-4)
         note("first PPO iteration: mean ratio − 1", abs(stats.ratio_first - 1), 0.02 if low else 1e-4)
     for what in ("PPO", "DPO"):
         gradients = [_gradients(what, model, shape, 8) for model in (plain, there)]

@@ -2,7 +2,8 @@
 
 Each is the first PNG of the executed notebook's cell whose first line is the given caption's beginning; nothing is
 drawn here. The last one is a film: `alignkit app` trains PPO from that run, is rewound, and goes on with another price
-of KL. It needs Playwright and Chromium. Give the run's path as others should see it, since the panel shows it.
+of KL. Only a part of the panel is filmed, so that it can be read in 830 pixels: without the charts of entropy and
+critic, the sliders of learning rate and clip range, and what an iteration is doing. It needs Playwright and Chromium.
 """
 
 import base64
@@ -18,12 +19,21 @@ from pathlib import Path
 import nbformat
 from PIL import Image
 
-CHEAP = "0.05"  # kl_coef after the rewind; the run begins with 0.2
+CHEAP = "0.02"  # kl_coef after the rewind; the run begins with 0.2
+LEFT_AFTER, BACK_TO, LAST = 14, 6, 30  # iterations
+WIDTH = 830  # pixels: GitHub's column
+PART = """document.querySelectorAll('.akc-grid figure').forEach((figure, i) => i > 1 && figure.remove());
+document.querySelectorAll('.akc-control').forEach((row) => {
+    if (/learning_rate|clip_range/.test(row.textContent)) row.remove();
+});
+document.querySelectorAll('.akc-log, .akc-inside, .akc-save').forEach((node) => node.remove());
+document.querySelector('.akc-pairs').open = true;
+document.head.append(Object.assign(document.createElement('style'), { textContent: `
+    .akc-pairs > div { height: 104px !important; overflow: hidden !important }
+    .akc-samples td { white-space: nowrap !important; overflow: hidden; text-overflow: ellipsis }` }));"""
 PICTURES = {  # file -> notebook, beginning of the cell's first line
     "behaviour.png": ("05_dpo", "# What each stage does"),
-    "ppo.png": ("03b_ppo", "# PPO's eight dials"),
     "over_optimisation.png": ("03b_ppo", "# Over-optimisation"),
-    "reliability.png": ("02_reward_model", "# Calibration"),
 }
 
 
@@ -40,8 +50,9 @@ def picture(notebook: Path, caption: str) -> bytes:
 
 
 def app_film(run: Path) -> bytes:
-    """A GIF of the app's panel, a frame an iteration: PPO with kl_coef 0.2 until iteration 14, rewound to 6, and on to
-    20 at a lower price of KL. Without any price the run would run away and stop. The app is ended however this ends."""
+    """A GIF of the app's panel, a frame an iteration: PPO with kl_coef 0.2 until LEFT_AFTER, rewound to BACK_TO, and on
+    to LAST at a lower price of KL. Without any price the run would run away and stop. The app is ended however this
+    ends."""
     from playwright.sync_api import sync_playwright
 
     chromium = os.environ.get("ALIGNKIT_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -50,7 +61,7 @@ def app_film(run: Path) -> bytes:
     with _ended(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) as server, sync_playwright() as driver:
         address = next(line.strip() for line in server.stdout if "http://127.0.0.1" in line)
         page = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page(
-            viewport={"width": 1180, "height": 800})
+            viewport={"width": WIDTH + 40, "height": 800})
         page.set_default_timeout(300_000)
         page.goto(address)
         panel = page.locator(".akc")
@@ -63,16 +74,18 @@ def app_film(run: Path) -> bytes:
                 _at(page, iteration)
                 frame(0.35)
 
-        page.get_by_label("Iterations", exact=True).fill("60")
+        page.get_by_label("Iterations", exact=True).fill(str(LAST))
         page.get_by_role("button", name="Start a run").click()
-        until(1, 14)
+        page.locator(".akc-grid figure").nth(3).wait_for()
+        page.evaluate(PART)
+        until(1, LEFT_AFTER)
         panel.get_by_role("button", name="Pause").click()
         page.wait_for_selector(".akc-state[data-state=paused]")
         frame(1)
-        page.get_by_label("back to iteration").select_option("6")
+        page.get_by_label("back to iteration").select_option(str(BACK_TO))
         frame(1)
         panel.get_by_role("button", name="Rewind").click()
-        page.locator(".akc-place", has_text="iteration 6 ").wait_for()
+        page.locator(".akc-place", has_text=f"iteration {BACK_TO} ").wait_for()
         frame(1)
         price = page.locator("input[type=number][data-control=kl_coef]")
         price.fill(CHEAP)
@@ -80,12 +93,14 @@ def app_film(run: Path) -> bytes:
         page.get_by_text("from the next iteration on").wait_for()
         frame(1.5)
         panel.get_by_role("button", name="Play").click()
-        until(7, 20)
+        until(BACK_TO + 1, LAST - 1)
+        page.wait_for_selector(".akc-state[data-state=finished]")
         frame(4)
-        panel.get_by_role("button", name="Stop").click()
         page.get_by_text("it can be compared now").wait_for()
     film = io.BytesIO()
-    images, seconds = zip(*((image.quantize(64), each) for image, each in frames), strict=True)
+    palette = frames[-1][0].quantize(256, Image.Quantize.FASTOCTREE)  # one for all frames, so that a line keeps its colour
+    images, seconds = zip(*((image.quantize(palette=palette, dither=Image.Dither.NONE), each)
+                            for image, each in frames), strict=True)
     images[0].save(film, "GIF", save_all=True, append_images=images[1:], loop=0,
                    duration=[round(1000 * each) for each in seconds])
     return film.getvalue()

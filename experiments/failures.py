@@ -146,12 +146,12 @@ def healthy_dpo(ground: Ground, seed: int = 0) -> DPOPlan:
 
 
 def no_price(plan: PPOPlan, ground: Ground) -> PPOPlan:
-    """The KL price is 0."""
+    """The price of KL is 0."""
     return replace(plan, config=replace(plan.config, kl_coef=0.0))
 
 
 def dear(plan: PPOPlan, ground: Ground) -> PPOPlan:
-    """The KL price is a hundred times what it should be."""
+    """The price of KL is a hundred times what it should be."""
     return replace(plan, config=replace(plan.config, kl_coef=100 * plan.config.kl_coef))
 
 
@@ -236,7 +236,7 @@ def wrong_sign(plan: PPOPlan, ground: Ground) -> PPOPlan:
 
 
 def raw_scale(plan: PPOPlan, ground: Ground) -> PPOPlan:
-    """The scores were not normalised: they are twenty times as large, and the KL price is the same."""
+    """The scores were not normalised: they are twenty times as large, and the price of KL is the same."""
     return replace(plan, reward=RewardScorer(plan.reward.model, plan.reward.tokenizer, plan.reward.mean,
                                              plan.reward.std / 20))
 
@@ -257,7 +257,7 @@ def another_start(plan: DPOPlan, ground: Ground) -> DPOPlan:
 
 
 def no_beta(plan: DPOPlan, ground: Ground) -> DPOPlan:
-    """The KL price β is a hundredth of what it should be."""
+    """The price of KL, β, is a hundredth of what it should be."""
     return replace(plan, config=replace(plan.config, beta=plan.config.beta / 100))
 
 
@@ -282,8 +282,8 @@ class Fault:
 
 
 FAULTS = {
-    "no KL price": Fault("D", no_price, "objective/kl", "above"),
-    "KL price × 100": Fault("M", dear, "objective/kl", "below"),
+    "no price of KL": Fault("D", no_price, "objective/kl", "above"),
+    "price of KL × 100": Fault("M", dear, "objective/kl", "below"),
     "learning rate × 10": Fault("A", fast, "policy/clipfrac_avg", "above"),
     "a critic that does not learn": Fault("H", idle_critic, "val/explained_variance", "below"),
     "50 labels": Fault("J", few_labels, "gold", "below"),

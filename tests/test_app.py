@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from alignkit.configs import RewardConfig, SFTConfig
 from alignkit.errors import RunError
 from alignkit.exact.prompts import enumerate_world
 from alignkit.formulas.intervals import Estimate
+from alignkit.forward.rollout import decode_responses
 from alignkit.jobs.cli import main
 from alignkit.models.loading import load_policy
 from alignkit.runs.lock import run_lock
@@ -205,9 +207,27 @@ def test_the_page_gets_settings_and_earlier_runs_and_a_run_has_the_settings_that
         assert {name: run[name] for name in ("name", "kl_coef", "seed", "iterations", "done", "unfinished")} == {
             "name": "ppo-1", "kl_coef": 0.35, "seed": 7, "iterations": 2, "done": 2, "unfinished": False}
         row = read_metrics(playground.run / "app" / "ppo-1" / "metrics.jsonl")[-1]
-        assert (run["kl"], run["proxy"]) == (row["objective/kl"], row["objective/scores"])
+        assert (run["kl"], run["proxy"]) == (row["objective/kl"], row["objective/scores"]) and "gold" in row
+        shown = next(message["config"] for message in page.told if "mount" in message)
+        assert shown["charts"][0]["keys"] == ["objective/scores", "gold"]
 
     serving(playground, test)
+
+
+def test_a_step_has_the_gold_of_its_responses_in_units_of_sfts(playground, tmp_path):
+    live = playground.start_ppo(1, prompts_per_iteration=128, minibatch_size=64)
+    row, rollout = live.step({}), live.state.last_rollout
+    prompts = [live.state.tokenizer.decode(ids[kept], skip_special_tokens=True)
+               for ids, kept in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
+    responses = decode_responses(live.state.tokenizer, rollout)
+    golds = [float(playground.task.world.gold_scores([prompt], [response])[0])
+             for prompt, response in zip(prompts, responses, strict=True)]
+    mean, sd = playground.gold_scale
+    assert row["gold"] == pytest.approx((sum(golds) / len(golds) - mean) / sd)
+    assert abs(row["gold"]) < 0.35, "the first responses are SFT's, whose mean is 0"
+    shutil.copytree(playground.run, tmp_path / "copy", ignore=shutil.ignore_patterns("app"))
+    write_json(tmp_path / "copy" / "sft" / "results.json", {"gold_scale": [1.5, 2.0]})
+    assert open_playground(tmp_path / "copy").gold_scale == (1.5, 2.0), "as notebook 01 measured it"
 
 
 def test_the_runs_own_policies_stand_on_the_frontier_where_enumeration_puts_them(playground):

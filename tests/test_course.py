@@ -107,7 +107,7 @@ def test_the_examples_of_the_readme_go_through_one_after_another_and_lose_nothin
     }
     commands, made = readme_commands(), {}
     assert [command[0] for command in commands] == [
-        "check", "course", "run", "run", "freeze", "verify", "compare", "advise", "runs"]
+        "check", "course", "run", "freeze", "verify", "compare", "advise", "run", "runs"]
     for command in commands:
         words = command
         for name, place in places.items():

@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,8 +24,8 @@ from alignkit_widgets import (
     StepThroughExplorer,
 )
 from alignkit_widgets.explorers import explorer as explorer_module
-from alignkit_widgets.explorers import explorer_picture, worked_numbers
-from alignkit_widgets.explorers.blocks import Axis, Bars, Chart, Copy, Fold, Series, Table, Text, Tokens, plain
+from alignkit_widgets.explorers import explorer_picture, frontier, worked_numbers
+from alignkit_widgets.explorers.blocks import LOOKS, Axis, Bars, Chart, Copy, Fold, Series, Table, Text, Tokens, plain
 from alignkit_widgets.explorers.clip import objective_and_slope
 from alignkit_widgets.explorers.dpo_beta import loss_and_pull
 from alignkit_widgets.explorers.explorer import Button, Choice, Explorer, Slider, Toggle
@@ -374,6 +375,16 @@ def test_runs_are_the_seeds_own_and_crosses_span_the_seeds():
         assert np.allclose(span[:2], [min(r.kl for r in every), max(r.kl for r in every)], rtol=1e-5)
 
 
+def test_the_best_policy_is_in_the_legend_and_prices_are_written_where_there_is_room():
+    sweep = small_sweep()
+    plane = next(b for row in FrontierExplorer(sweep, state="seed=1").rows() for b in row if b["kind"] == "chart")
+    best = next(s for s in plane["series"] if s["name"] == "best at this price, proxy")
+    assert best["big"] and LOOKS[best["look"]][:2] not in [LOOKS[name][:2] for name in ("ppo", "dpo", "proxy", "gold")]
+    runs = [replace(sweep.runs[0], value=value, kl=kl) for value, kl in ((4, 0.0), (1.5, 0.1), (1, 0.3), (0.5, 0.45))]
+    assert frontier._labels(runs, 0.25) == ["4", "", "1", ""]
+    assert frontier._labels(runs[::-1], 0.05) == ["0.5", "1", "1.5", "4"]
+
+
 def test_the_likeliest_responses_and_behaviours_are_those_of_the_tilted_policy(truth):
     beta, prompt = 0.35, 2
     weights = truth.ref_logps[prompt].exp().numpy() * np.exp(truth.proxy[prompt].numpy() / beta)
@@ -642,7 +653,7 @@ def test_a_page_gets_the_picture_to_save():
 def test_the_price_slider_runs_as_the_plane_does_and_a_dragged_point_is_on_the_frontier():
     one = FrontierExplorer(small_sweep())
     slider = one.controls["beta"]
-    assert list(slider.stops) == sorted(slider.stops, reverse=True) and slider.ends == ("KL dear", "KL cheap")
+    assert list(slider.stops) == sorted(slider.stops, reverse=True) and slider.ends == ("KL expensive", "KL cheap")
     control, stops = next(b for row in one.rows() for b in row if b["kind"] == "chart")["drag"]
     assert control == "beta" and [beta for _, beta in stops] == pytest.approx(list(slider.stops), rel=1e-5)
     assert (np.diff([kl for kl, _ in stops]) > 0).all(), "to the right: cheaper, and farther from SFT"

@@ -102,7 +102,7 @@ def test_an_alarm_is_what_is_not_also_said_of_the_healthy_run():
         return {"checks": [{"name": "advice", "iteration": 20, "says": "\n".join(sentences), "made": True},
                            {"name": "step 0", "iteration": 1, "says": "step 0: off", "made": True}]}
 
-    risky, collapsed = "Risky failures are still 13% in x.", "Entropy fell from 2.00 to 0.10 nats a token."
+    risky, collapsed = "Risky failures are still 13% in x.", "Entropy fell from 2.00 to 0.10 nats per token."
     healthy = advised_of("Risky failures are still 40% in y.")
     advised, invariant = maker.alarms(advised_of(risky, collapsed), healthy)["checks"]
     assert advised["says"] == collapsed and advised["iteration"] == 20

@@ -17,6 +17,7 @@ from alignkit_widgets.pages.live import live_page
 from small_pages import HOSTILE, record_run, small
 
 from alignkit.errors import RunError
+from alignkit.metrics import GLOSSARY
 from alignkit.storage import append_metrics, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -133,7 +134,7 @@ def test_a_recorded_run_has_all_its_ways_with_their_rows_and_samples(recorded):
     kl = data["keys"].index("objective/kl")
     assert [round(row["values"][kl] - 0.1 * row["step"]) for row in ways[2]] == [0, 0, 1, 1, 2, 2, 2, 2, 2, 2]
     assert [round(row["values"][kl] - 0.1 * row["step"]) for row in ways[1]] == [0, 0, 1, 1, 1]
-    assert [way["name"] for way in data["ways"]] == ["left at 6, rewound to 2", "left at 5, rewound to 4",
+    assert [way["name"] for way in data["ways"]] == ["abandoned at 6, rewound to 2", "abandoned at 5, rewound to 4",
                                                      "the run that was kept"]
     assert data["samples"]["2:7"] == [["prompt 7", f"way 2 {HOSTILE}"]] and len(data["samples"]) == 6 + 3 + 6
     assert [chart["keys"] for chart in data["config"]["charts"]][1] == ["objective/kl"]
@@ -169,6 +170,45 @@ def test_a_large_recording_keeps_fewer_samples_and_what_is_no_run_is_refused(rec
     append_metrics(recorded / "sft" / "metrics.jsonl", {"step": 1, "loss": 2.0})
     with pytest.raises(RunError, match="no row with objective/kl"):
         save_run(recorded / "sft", recorded / "p.html")
+
+
+def test_a_recorded_run_with_gold_shows_it_beside_the_proxy(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    row = {"objective/scores": 0.5, "objective/rlhf_reward": 0.4, "objective/kl": 0.5}
+    for step, gold in ((1, 0.1), (2, 0.3)):
+        append_metrics(log, {"step": step, **row, "gold": gold})
+    data = data_of(save_run(tmp_path, tmp_path / "p.html"))
+    assert data["config"]["charts"][0]["keys"] == ["objective/scores", "gold"]
+    assert [row["values"][data["keys"].index("gold")] for row in data["rows"]] == [0.1, 0.3]
+    append_metrics(tmp_path / "none" / "metrics.jsonl", {"step": 1, **row})
+    [first, *_] = data_of(save_run(tmp_path / "none", tmp_path / "q.html"))["config"]["charts"]
+    assert first["keys"] == ["objective/scores", "objective/rlhf_reward"], "where gold is unknown, what PPO maximises"
+
+
+# ---- the words
+
+
+def test_the_glossary_page_and_the_tooltips_say_the_same():
+    lines = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8").splitlines()
+    written = [re.fullmatch(r"\* \*\*(.+?)\*\*: (.+)", line).groups() for line in lines if line.startswith("* ")]
+    assert dict(written) == GLOSSARY and len(written) == len(GLOSSARY)
+
+
+def test_the_readme_is_short_says_its_words_before_it_uses_them_and_its_lines_of_code_fit():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split()) <= 1500
+    top, _, below = (" ".join(part.split()) for part in text.partition("!["))
+    for word in ("supervised fine-tuning (SFT)", "proximal policy optimisation (PPO)",
+                 "direct preference optimisation (DPO)", "**Gold**", "**Proxy**", "**KL**", "**SFT-sd**"):
+        assert word in top and word not in below
+    assert max(len(line) for block in text.split("```")[1::2] for line in block.splitlines()) <= 95
+    assert (ROOT / "docs" / "images" / "app.gif").stat().st_size < 2_000_000
+
+
+def test_every_notebook_has_one_row_in_the_list_of_notebooks():
+    listed = re.findall(r"^\|.*\]\(\.\./notebooks/(\w+)\.ipynb\) \|", (ROOT / "docs" / "notebooks.md").read_text(
+        encoding="utf-8"), re.M)
+    assert sorted(listed) == sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
 # ---- the site

@@ -171,7 +171,7 @@ def test_axes_have_labels_with_units(name):
     assert isinstance(drawn, Figure) == (name.endswith("_panels") or name == "plot_metrics")
     for ax in figure.axes if name not in ("plot_relay", "plot_advantage_tokens") else ():
         assert ax.get_xlabel()
-        assert ax.get_ylabel() or name == "plot_intervals_panels"
+        assert ax.get_ylabel() or name in ("plot_intervals_panels", "plot_behaviour")  # names stand at the bars
     assert plots.describe(figure)
 
 
@@ -311,7 +311,7 @@ def test_metrics_draw_what_was_logged():
     )
     loss, kl, nan, never = figure.axes
     assert (loss.lines[0].get_xdata().tolist(), loss.lines[0].get_ydata().tolist()) == ([0, 2, 3], [2, 0, -1])
-    assert kl.get_title("left") == "KL to the reference" and kl.get_ylabel() == "nats per response"
+    assert kl.get_title("left") == "KL to SFT" and kl.get_ylabel() == "nats per response"
     assert kl.lines[0].get_linestyle() == "-" and kl.lines[1].get_xdata() == [2, 2]
     assert "not logged" in words(nan) and "not logged" in words(never)
     assert figure.texts[0].get_text() == "a: β 0.1 → 0.2 (step 2)"
@@ -341,7 +341,7 @@ def test_what_was_left_by_rewinding_is_drawn_thin_and_dashed_and_goes_when_redra
     line, past = figure.axes[0].lines
     assert past.get_xydata().tolist() == [[2, 0], [3, 5]] and figure.axes[0].get_ylim()[1] > 5
     assert past.get_linewidth() < line.get_linewidth() and past.get_linestyle() == "--"
-    assert "left by rewinding" in figure.texts[0].get_text()
+    assert "before a rewind" in figure.texts[0].get_text()
     plots.plot_metrics(ROWS, ["loss", "objective/kl"], figure)
     assert len(figure.axes[0].lines) == 1 and not figure.texts
     assert len(plots.plot_metrics([], ["loss"], branches=[left]).axes[0].lines) == 2
@@ -415,10 +415,17 @@ def test_gold_peak_is_marked():
     assert (star.get_xdata()[0], star.get_ydata()[0]) == (1, 0.6)
     assert any("falls by 0.40" in text for text in words(ax)) and "keeps rising" in ax.get_title("left")
     assert "proxy +1.80" in words(ax) and "gold +0.20" in words(ax)
+    [bars] = plots.plot_gold_vs_proxy(KL, GOLD, PROXY, intervals=[(y - 0.1, y + 0.2) for y in GOLD]).collections
+    assert [path.vertices.round(6).tolist() for path in bars.get_paths()] == [
+        [[x, round(y - 0.1, 6)], [x, round(y + 0.2, 6)]] for x, y in zip(KL, GOLD, strict=True)]
+    end = plots.plot_gold_vs_proxy([0, 1, 2], [0.0, 0.557, 0.404], [0.0, 1.0, 2.0])
+    assert any("falls by 0.16" in text for text in words(end)) and "gold +0.40" in words(end)
     rising = plots.plot_gold_vs_proxy(KL, PROXY, PROXY)
     assert any("highest at the end" in text for text in words(rising))
     with pytest.raises(ValueError, match="gold has length 3, expected 4"):
         plots.plot_gold_vs_proxy(KL, GOLD[:3], PROXY)
+    with pytest.raises(ValueError, match="intervals has length 3, expected 4"):
+        plots.plot_gold_vs_proxy(KL, GOLD, PROXY, intervals=[(0, 1)] * 3)
 
 
 def test_tradeoff_draws_percentages_with_intervals():

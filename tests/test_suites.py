@@ -223,10 +223,10 @@ def test_without_lm_eval_the_message_says_what_to_install(checkpoint, monkeypatc
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(MissingExtra, match=r"mmlu is measured by lm-evaluation-harness.*'alignkit\[evaluate\]'"):
+    with pytest.raises(MissingExtra, match=r"mmlu is measured by lm-evaluation-harness.*'\.\[evaluate\]'"):
         run_suites(checkpoint, ["mmlu"], out=tmp_path)
     assert main(["evaluate", str(checkpoint), "--suite", "mmlu", "--out", str(tmp_path)]) == 1
-    assert "pip install 'alignkit[evaluate]'" in capsys.readouterr().err
+    assert "pip install -e '.[evaluate]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given, says", [

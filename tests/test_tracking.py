@@ -178,7 +178,7 @@ def test_a_missing_package_is_told_before_a_kernel_starts(tmp_path, monkeypatch,
     monkeypatch.setattr("alignkit.jobs.notebooks._execute", lambda *a: pytest.fail("a kernel was started"))
     for command in (["run", "03"], ["course"]):
         assert main([*command, "--out", str(tmp_path / "run"), "--track", name]) == 1
-        assert f"pip install 'alignkit[{name}]'" in capsys.readouterr().err
+        assert f"pip install -e '.[{name}]'" in capsys.readouterr().err
 
 
 def test_unknown_trackers_and_notebooks_that_train_nothing_are_refused(tmp_path):

@@ -22,7 +22,7 @@ def advice(evaluated) -> list[str]:
     gold.
     4. no gold available and KL above 5 nats → read samples before continuing.
     5. proxy's difference to the first includes 0, and so does gold's or gold is unknown → hardly moved by the proxy:
-    train longer, or with a smaller KL coefficient, if it was trained on the proxy.
+    train longer, or at a lower price of KL, if it was trained on the proxy.
     6. entropy below a fifth of the first checkpoint's → collapsed.
     7. fewer than 80 % of responses end with EOS → use a missing-EOS penalty or a higher limit.
     8. paraphrases agree less than 60 % although risky failures are fine → DPO on pairs sampled from this policy.
@@ -63,14 +63,14 @@ def advice(evaluated) -> list[str]:
         kl = metrics[overdone[0]].get("kl_to_sft")
         where = f" at a KL of {kl.value:.1f} nats" if kl else ""
         asks.append(f"{overdone[0]} is over-optimised{where}: its proxy rose while gold fell. Go back to {best}, or "
-                    "train with a larger KL coefficient (PPO) or beta (DPO).")
+                    "train at a higher price of KL (PPO's kl_coef, DPO's beta).")
     moved, gold = change("proxy_mean"), change("gold_mean")
     if moved and not moved.excludes_zero and not (gold and gold.excludes_zero):
         asks.append(f"The proxy of {last} cannot be told from that of {first} ({moved:+.2f}): if {last} was trained on "
-                    "that proxy, train longer, or with a smaller KL coefficient; if not, the proxy is no judge of it.")
+                    "that proxy, train longer, or at a lower price of KL; if not, the proxy is no judge of it.")
     if now["entropy"].value < before["entropy"].value / 5:
-        asks.append(f"Entropy fell from {before['entropy'].value:.2f} to {now['entropy'].value:.2f} nats a token: "
-                    "the policy has collapsed onto few responses. Use a larger KL coefficient or an entropy bonus.")
+        asks.append(f"Entropy fell from {before['entropy'].value:.2f} to {now['entropy'].value:.2f} nats per token: "
+                    "the policy has collapsed onto few responses. Use a higher price of KL or an entropy bonus.")
     if "gold_mean" not in now and "kl_to_sft" in now and now["kl_to_sft"].value > FAR:
         asks.append(f"{last} is {now['kl_to_sft'].value:.1f} nats from where it started, and there is no gold reward "
                     "to tell whether the proxy still means anything: read samples before the next stage.")

@@ -20,8 +20,8 @@ DECISIONS = ("stay in PPO", "freeze now", "switch to DPO", "roll back", "neither
 MATTERS = 0.05  # SFT-sd: the smallest difference of gold that matters, as in the registry of claims
 HOPEFUL = 0.6  # accuracy on held-out pairs: an interval that ends below it leaves no room for a useful reward model
 WIDE = 0.4  # SFT-sd: half the interval of a change; wider than most whole gains of PPO in the desk world
-TRUSTED = 0.5  # nats a token without gold: about where gold peaks in docs/causes.md (1.2 to 2.0 nats a response of 3)
-STEP_KL = 0.2  # nats a token to the old policy; healthy runs of the failure museum have 0.04 to 0.06, rate × 10 0.57
+TRUSTED = 0.5  # nats per token without gold: about where gold peaks in docs/causes.md (1.2 to 2.0 nats per 3 tokens)
+STEP_KL = 0.2  # nats per token to the old policy; healthy runs of the failure museum have 0.04 to 0.06, rate × 10 0.57
 USELESS = -0.1  # explained variance, below 0 worse than a constant; healthy runs have 0.6, a dead critic −0.9
 IDLE_LOSS = 0.98 * math.log(2)  # a DPO loss that has hardly fallen from ln 2
 MOVED = 0.5  # nats between chosen and rejected: by which a policy has moved all the same
@@ -90,7 +90,7 @@ class Seen:
         return self.change(self.best, self.last, comparison=self.judged)
 
     def kl(self, name: str) -> float | None:
-        """KL to the first checkpoint, nats a token; None if unknown."""
+        """KL to the first checkpoint, nats per token; None if unknown."""
         kl, length = self.value(name, "kl_to_sft"), self.value(name, "length")
         return None if kl is None or length is None else kl / (length + 1)
 
@@ -156,21 +156,21 @@ def score_fell(seen: Seen) -> Answer:
 
 
 def too_far_without_gold(seen: Seen) -> Answer:
-    """Without gold: KL is above 0.5 nats a token, where gold has passed its peak in the desk world: go back to the
+    """Without gold: KL is above 0.5 nats per token, where gold has passed its peak in the desk world: go back to the
     checkpoint nearest to that."""
     kl = seen.kl(seen.last)
     if seen.gold or kl is None or kl <= TRUSTED:
         return None
     near = min((name for name in seen.names if seen.kl(name) is not None),
                key=lambda name: abs(seen.kl(name) - TRUSTED))
-    words = (f"{seen.last} is {kl:.2f} nats a token from {seen.first}, further than {TRUSTED:g}, up to where a proxy "
+    words = (f"{seen.last} is {kl:.2f} nats per token from {seen.first}, further than {TRUSTED:g}, up to where a proxy "
              "was still worth something in the desk world, and there is no gold to show that it still is.")
     return ("freeze now" if near == seen.last else "roll back"), near, words
 
 
 def still_gaining(seen: Seen) -> Answer:
     """The last stage is the start or PPO, and the score rose since the checkpoint before: by 0.05 SFT-sd of gold or
-    more; without gold, the proxy's interval excludes 0 and another such step would not pass 0.5 nats a token."""
+    more; without gold, the proxy's interval excludes 0 and another such step would not pass 0.5 nats per token."""
     if seen.last == seen.first:
         return "stay in PPO", seen.last, f"{seen.first} is the start, and nothing here speaks against training it."
     change = seen.change(seen.before, seen.last)
@@ -309,13 +309,13 @@ def _quarter(rows: Sequence[Mapping], name: str, number: int) -> list[float]:
 def warnings_of(history: Mapping[str, Sequence[Mapping]]) -> list[str]:
     """What the logs of PPO and DPO give away: sentences, [] if nothing.
 
-    history: "ppo" and "dpo" -> rows of metrics.jsonl. Of PPO: KL to the old policy above 0.2 nats a token in the first
-    quarter; explained variance below −0.1 in the last; whether the score still rises, last quarter against the one
-    before. Of DPO: a loss that stays near ln 2 while the policy moves by half a nat.
+    history: "ppo" and "dpo" -> rows of metrics.jsonl. Of PPO: KL to the old policy above 0.2 nats per token in the
+    first quarter; explained variance below −0.1 in the last; whether the score still rises, last quarter against the
+    one before. Of DPO: a loss that stays near ln 2 while the policy moves by half a nat.
     """
     said, ppo, dpo = [], history.get("ppo", ()), history.get("dpo", ())
     if (early := _quarter(ppo, "policy/approxkl_avg", 1)) and np.mean(early) > STEP_KL:
-        said.append(f"Early iterations move the policy by {np.mean(early):.2f} nats a token, above {STEP_KL:g}: the "
+        said.append(f"Early iterations move the policy by {np.mean(early):.2f} nats per token, above {STEP_KL:g}: the "
                     "learning rate is too high, or the batch too small.")
     if (late := _quarter(ppo, "val/explained_variance", 4)) and np.mean(late) < USELESS:
         said.append(f"The critic explains {np.mean(late):.2f} of the variance of returns, less than a constant: is it "
@@ -342,7 +342,7 @@ def _unknown(seen: Seen, history: Mapping) -> list[str]:
                     "checkpoint labelled.")
         far = seen.value(seen.last, "kl_to_sft")
         if far is not None and far > FAR:
-            said.append(f"whether the proxy still means anything at {far:.1f} nats a response.")
+            said.append(f"whether the proxy still means anything at {far:.1f} nats per response.")
     if not is_number(seen.reward.get("accuracy_labels")):
         said.append("how good the reward model is: there is no report on held-out pairs.")
     if "risky_failure_rate" not in seen.comparison.evaluations[seen.last].metrics:

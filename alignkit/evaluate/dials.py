@@ -2,7 +2,7 @@
 term change, in several worlds.
 
 `python -m experiments.dials` makes `dials.json`; `docs/dials.md` and notebook `dials` show it. All figures are exact on
-held-out prompts: KL to SFT in nats a response, gold and proxy in SFT-sd.
+held-out prompts: KL to SFT in nats per response, gold and proxy in SFT-sd.
 """
 
 from dataclasses import dataclass

@@ -50,7 +50,7 @@ class StoredRun:
     "" for a healthy run. method: "ppo" or "dpo". statistic, side: the logged number that the fault shows in ("gold"
     where no logged number tells what is wrong), and on which side of the healthy run; "" for a healthy run. logs: the
     statistics of `PPOStats.log()` or `DPOStats.log()`, a list with one number an iteration each. exact: "step", "kl"
-    (to SFT, nats a response), "proxy" (score of the healthy run's reward model), "gold" and "entropy" at some
+    (to SFT, nats per response), "proxy" (score of the healthy run's reward model), "gold" and "entropy" at some
     iterations, by enumeration; gold in SFT-sd.
     """
 

@@ -33,7 +33,7 @@ def prepare(options) -> None:
             manager = _manager(options)
     except ImportError as error:
         raise MissingExtra(f"{suite.name} is measured by lm-evaluation-harness, which is not installed ({error}): "
-                           "pip install 'alignkit[evaluate]'") from error
+                           "in alignkit's folder, pip install -e '.[evaluate]'") from error
     if suite.task not in manager.task_index:
         raise ParameterError(f"{suite.name}: there is no such suite, nor such a task of lm-eval{_nearest(options)}")
     configs = _configs(manager, suite.task)
@@ -46,7 +46,7 @@ def prepare(options) -> None:
         with _quiet(), _code_allowed(options.run_model_code), _generators_kept():
             options.prepared[suite.name] = manager.load([suite.task])
     except ModuleNotFoundError as error:
-        raise MissingExtra(f"{suite.name} needs {error.name}: pip install 'alignkit[evaluate]'") from error
+        raise MissingExtra(f"{suite.name} needs {error.name}: in alignkit's folder, pip install -e '.[evaluate]'") from error
     except Exception as error:
         data = dict.fromkeys(_data_of(config) for config in configs if config.get("dataset_path"))
         raise DataError(

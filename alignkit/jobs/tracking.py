@@ -52,7 +52,7 @@ def check_tracker(name: str) -> None:
         raise ParameterError(f"--track is {one_line(name, 80)!r}, expected one of {', '.join(PACKAGES)}")
     if importlib.util.find_spec(PACKAGES[name]) is None:
         raise ParameterError(f"--track {name} needs the package {PACKAGES[name]}, which is not installed: "
-                             f"pip install 'alignkit[{name}]'")
+                             f"in alignkit's folder, pip install -e '.[{name}]'")
 
 
 def flat(row: Mapping) -> dict[str, float]:

@@ -101,12 +101,13 @@ def plot_margin_accuracy(bins: Bins, ax: Axes | None = None, *, title: str | Non
 
 # ---------------------------------------------------------------- better, or merely different?
 def plot_gold_vs_proxy(kl: Sequence, gold: Sequence, proxy: Sequence, ax: Axes | None = None, *,
-                       xlabel: str = "KL to SFT, nats per response", unit: str = "SFT-sd",
-                       title: str | None = None) -> Axes:
+                       intervals: Sequence | None = None, xlabel: str = "KL to SFT, nats per response",
+                       unit: str = "SFT-sd", title: str | None = None) -> Axes:
     """Over-optimisation: the proxy that is optimised and the gold that is meant, against KL or iteration; peak marked.
 
     kl, gold, proxy: (N,), or (S, N) for S seeds: then the mean is drawn, with a band from the lowest to the highest
-    seed. Raises ValueError if lengths differ.
+    seed. intervals: (N, 2), the 95 % interval (low, high) of gold at each point, as bars; None: none. Raises ValueError
+    if lengths differ.
     """
     x = np.atleast_2d(_array("kl", kl, ndim=(1, 2))).mean(0)
     ax, means = _axes(ax, 7.5, 3.6), {}
@@ -119,14 +120,19 @@ def plot_gold_vs_proxy(kl: Sequence, gold: Sequence, proxy: Sequence, ax: Axes |
             ax.fill_between(x, rows.min(0), rows.max(0), color=colour, alpha=0.18, lw=0)
         ax.plot(x, means[name], color=colour, ls=line, lw=2, marker=marker if name == "proxy" else "", ms=5,
                 markevery=max(1, len(x) // 10))
+    if intervals is not None:
+        low, high = np.array(intervals, dtype=float).reshape(-1, 2).T
+        _same_length("kl", x, "intervals", low)
+        ax.vlines(x, low, high, color=KNOWN["gold"][0], lw=1.3, alpha=0.8)
     peak = int(means["gold"].argmax())
     top = means["gold"][peak]
-    fall = top - means["gold"][-1]
+    fall = round(top, 2) - round(means["gold"][-1], 2)  # of the figures that stand in the picture
     left = x[peak] > (x.min() + x.max()) / 2
     ax.axvline(x[peak], color=INK, lw=0.9, ls=DOTTED)
     ax.plot(x[peak], top, "*", color=ORANGE, ms=15, mec=INK, mew=0.8, zorder=5)
     story = f"gold peaks at {_signed(top)},\nthen falls by {_number(fall)}" if fall else "gold is highest at the end"
-    _beside(ax, (x[peak], top), story, (-10 if left else 10, -14), va="top", ha="right" if left else "left")
+    down = -14 if intervals is None else -40  # below the bars
+    _beside(ax, (x[peak], top), story, (-10 if left else 10, down), va="top", ha="right" if left else "left")
     _end_labels(ax, _last_values(means))
     parted = fall > 0 and means["proxy"][-1] > means["proxy"][peak]
     default = "The proxy keeps rising, gold does not" if parted else "Proxy and gold"

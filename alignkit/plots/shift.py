@@ -74,7 +74,7 @@ def plot_behaviour(shares: Mapping[str, Mapping[str, Mapping[str, float]]], ax: 
         y += 1.3
     ax.set_yticks(ticks, names, parse_math=False)
     ax.set(xlim=(0, 100), ylim=(y - 0.7, -0.45))
-    _finish(ax, "What the policy does with each class of prompt", "share of responses, %", "stage", title, grid="")
+    _finish(ax, "What the policy does with each class of prompt", "share of responses, %", "", title, grid="")
     handles = [Rectangle((0, 0), 1, 1, facecolor=faces[b][0], hatch=faces[b][1], edgecolor="white") for b in behaviours]
     _legend(ax, handles, behaviours, loc="upper center", bbox_to_anchor=(0.5, -0.42 / inches),
             ncols=min(7, len(behaviours)), handlelength=1.4, columnspacing=1.2)

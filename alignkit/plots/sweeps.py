@@ -82,7 +82,7 @@ def plot_sweep_plane(points: Sequence[Mapping], ax: Axes | None = None, *, proxy
             _text(ax, sampled["ceiling"], 0.35, f"log {sampled['samples']:g}: its ceiling", MUTED, 7.5, where="top",
                   rotation=90, ha="right", va="bottom", bbox=_backing())
     if title is None:
-        _finish(ax, "Every job on the reward–KL plane", "KL to SFT, nats a response", f"reward, {unit}")
+        _finish(ax, "Every job on the reward–KL plane", "KL to SFT, nats per response", f"reward, {unit}")
     return ax
 
 

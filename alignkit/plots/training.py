@@ -33,7 +33,7 @@ from alignkit.plots.style import (
 )
 
 PPO_PANELS = {
-    "reward": ("objective/scores", "objective/rlhf_reward"), "KL to the reference": "objective/kl",
+    "reward": ("objective/scores", "objective/rlhf_reward"), "KL to SFT": "objective/kl",
     "entropy": "objective/entropy", "clip fraction": "policy/clipfrac_avg",
     "critic: explained variance": "val/explained_variance", "ended with EOS": "val/eos_rate",
     "response length": "objective/length", "losses": ("loss/policy_avg", "loss/value_avg")}
@@ -43,14 +43,14 @@ PPO_PANELS = {
 def plot_metrics(rows: Sequence[Mapping[str, float]], names: Sequence[str] | Mapping[str, str | Sequence[str]],
                  figure: Figure | None = None, *, columns: int = 4, xlabel: str = "step",
                  marks: Iterable[tuple[float, str]] = (), branches: Iterable[Sequence[Mapping[str, float]]] = (),
-                 branch: str = "left by rewinding", title: str = "") -> Figure:
+                 branch: str = "before a rewind", title: str = "") -> Figure:
     """Small panels of logged numbers against `step`, the live chart of every stage. Returns a Figure.
 
     rows: dicts as in metrics.jsonl, each with "step"; one that is missing, None or NaN is left out. names: the
     metrics, a panel each; or panel title -> a metric, or several that share the panel. figure: what an earlier call
     with the same names returned, to redraw in place, which halves the time. marks: (step, what was changed there), as
-    lettered lines. branches: rows of other runs, as thin dashed lines; branch: what they are, by default what was left
-    by rewinding. Raises ValueError if rows or names are empty, a row has no step, none of the names was logged, or
+    lettered lines. branches: rows of other runs, as thin dashed lines; branch: what they are, by default what a
+    rewind abandoned. Raises ValueError if rows or names are empty, a row has no step, none of the names was logged, or
     `figure` has other panels.
     """
     # what is drawn: panels, the series of each, and the lines that cross them

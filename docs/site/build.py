@@ -22,8 +22,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-HOW_TO = ("your_model", "evaluation", "judging", "publishing", "speed", "processes", "sweeps", "widgets", "pages",
-          "teaching", "troubleshooting")
+HOW_TO = ("notebooks", "glossary", "your_model", "evaluation", "judging", "publishing", "speed", "processes", "sweeps",
+          "widgets", "pages", "teaching", "troubleshooting")
 PROJECT = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 LINK = re.compile(r"(!?\[[^\]]*\]\()(?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?(\))")
 EXPLORERS = {  # page -> class; what needs a run is made by `_from_run`
@@ -194,10 +194,10 @@ def _from_run(source: Path, run: Path) -> list[str]:
     return made
 
 
-WELCOME = """**Here without installing anything**: a recorded PPO run, to play and to scrub. It was rewound once; what
-the rewind left is dashed."""
+WELCOME = """**Here without installing anything**: a recorded PPO run, to play and to scrub. It was rewound once;
+the dotted lines show how it had gone on before."""
 PLAYER = """PPO in the desk world, recorded as the cockpit showed it: first with `kl_coef` 0.02, then rewound to
-iteration 6 and continued with `kl_coef` 0.2. The dashed lines are the way that was left; choose it under *way*. Press
+iteration 6 and continued with `kl_coef` 0.2. The dotted lines are the abandoned branch; choose it under *branch*. Press
 *Play*, or move the slider with the mouse or the arrow keys. `alignkit play RUN --out FILE.html` makes such a page from
 a run of yours."""
 

@@ -9,7 +9,7 @@ from alignkit_widgets import PPO_CHARTS, TrainingCockpit
 from alignkit_widgets.app.playground import open_playground
 
 ITERATIONS, LEFT_AFTER, BACK_TO = 40, 12, 6
-CHEAP, DEAR = 0.02, 0.2  # prices of KL, kl_coef
+CHEAP, EXPENSIVE = 0.02, 0.2  # prices of KL, kl_coef
 
 
 class _Nobody:
@@ -38,7 +38,7 @@ def steered_run(run: str | Path, iterations: int = ITERATIONS, left_after: int =
         if not rewound and (row["stop"] or live.state.iteration >= left_after):
             rewound.append(row.pop("stop"))  # where it would run away, it is rewound instead of stopped
             remote.receive({"type": "rewind", "iteration": back_to})
-            remote.receive({"type": "set", "name": "kl_coef", "value": DEAR})
+            remote.receive({"type": "set", "name": "kl_coef", "value": EXPENSIVE})
         return row
 
     asyncio.run(cockpit.run(step, state=live.state))

@@ -147,6 +147,7 @@ def test_paused_rewound_by_keyboard_and_on_as_a_branch_with_both_curves_shown(op
     assert notebook.page.locator(".akc-state[data-state=paused]").count() == 1, "it was paused, and is"
     notebook.page.locator(".akc-plot .marktext", has_text=f"rewind {paused_at} → 30").first.wait_for()
     notebook.page.get_by_text("before the rewind").first.wait_for()
+    assert notebook.page.locator(".akc-pairs summary span").inner_text() == "", "samples of an iteration that is gone"
 
     def ends() -> list[float]:
         """Where the lines of the chart of KL end on its x axis: the branch that was left, and the current one."""
@@ -326,7 +327,7 @@ def train(callback, steps, seconds):
             open("half", "w").close()
     callback.on_log(None, state, None, logs={"train_runtime": 1.0, "train_loss": 1.0})
     callback.on_train_end(None, state, None)
-sft = TrainingCockpit("SFT", charts=[("Loss (nats a token)", ["loss"])], log="sft/metrics.jsonl")
+sft = TrainingCockpit("SFT", charts=[("Loss (nats per token)", ["loss"])], log="sft/metrics.jsonl")
 '''
 
 

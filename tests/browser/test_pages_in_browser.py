@@ -136,7 +136,7 @@ def test_a_recorded_run_plays_pauses_and_scrubs_and_shows_its_other_ways(open_pa
     stopped = place.inner_text()
     page.wait_for_timeout(1500)  # two beats in which nothing may move
     assert place.inner_text() == stopped and not stopped.startswith("iteration 6")
-    assert page.locator("path.past").count() >= 2, "the ways that are not shown are dashed"
+    assert page.locator("path.past").count() >= 2, "the branches that are not shown are dotted"
     assert page.evaluate("window.hacked") is None and page.locator(".akc script, .akc img").count() == 0
 
 

@@ -44,6 +44,7 @@ class Playground:
     seed: int
     task: Task = field(repr=False)
     scorer: Callable = field(repr=False)
+    gold_scale: tuple[float, float] | None = None  # mean and sd of the raw gold of SFT's responses, where it is known
 
     def checkpoints(self) -> dict[str, Path]:
         """The policies in the directory, by name, in the order of training, then the app's own policies."""
@@ -155,7 +156,7 @@ class LivePPO:
             config = replace(self.config, **controls)
             with _told(self.state, config, tell):
                 stats = ppo_iteration(self.state, config)
-            return ppo_row(self.state, stats, self.playground.task, config)
+            return ppo_row(self.state, stats, self.playground.task, config, self.playground.gold_scale)
 
     def save(self) -> Path | None:
         """Write the current policy to the run's folder; returns None, and makes no folder, if no iteration was done.
@@ -200,9 +201,22 @@ def open_playground(run: str | Path, tell: Callable[[str], None] = print, data: 
         lacking = next(stage for stage, present in has.items() if not present)
         raise RunError(f"{run} has no {lacking}/ with a model; run its notebook first (alignkit course), or choose an "
                        "empty directory for the desk world's defaults")
-    _, tokenizer = load_policy(run / "sft")
+    policy, tokenizer = load_policy(run / "sft")
     task = load_task(facts["data"], tokenizer, seed=facts["seed"], **{name: facts.get(name) for name in READING})
-    return Playground(run, facts["model"], facts["seed"], task, load_reward(run / "reward"))
+    scale = None if task.world is None else _gold_scale(run, task, policy, tokenizer)
+    return Playground(run, facts["model"], facts["seed"], task, load_reward(run / "reward"), scale)
+
+
+def _gold_scale(run: Path, task: Task, policy: object, tokenizer: object) -> tuple[float, float]:
+    """Mean and sd of the raw gold of SFT's responses: as notebook 01 measured them, else of a response to each fifth
+    prompt."""
+    results = run / "sft" / "results.json"
+    if results.exists() and (scale := read_json(results).get("gold_scale")):
+        return tuple(scale)
+    asked = task.train_prompts[::5]
+    responses = generate_texts(policy, tokenizer, asked, max_new_tokens=task.max_new_tokens, seed=2)
+    gold = task.world.gold_scores(asked, [texts[0] for texts in responses])
+    return float(gold.mean()), float(gold.std()) or 1.0
 
 
 def make_desk_start(run: Path, seed: int = 0, pairs: int = 1500, sft: SFTConfig | None = None,

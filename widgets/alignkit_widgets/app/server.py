@@ -37,7 +37,7 @@ from alignkit_widgets.app.measured import exact_points, measure_policies, measur
 from alignkit_widgets.app.playground import LivePPO, Playground
 from alignkit_widgets.boards.comparer import CheckpointComparer
 from alignkit_widgets.cockpit.cockpit import TrainingCockpit
-from alignkit_widgets.cockpit.ppo_run import PPO_CHARTS
+from alignkit_widgets.cockpit.ppo_run import GOLD_CHARTS, PPO_CHARTS
 from alignkit_widgets.explorers.frontier import FrontierExplorer
 from alignkit_widgets.explorers.own_plane import OwnPlane
 from alignkit_widgets.explorers.view import view_config
@@ -259,7 +259,8 @@ class Dashboard(PageServer):
 
     async def _run(self, live: LivePPO) -> None:
         title = f"PPO · {live.folder.relative_to(self.playground.run)}"
-        cockpit = Cockpit(self, title, PPO_CHARTS, live.config.iterations, controls=live.controls,
+        charts = PPO_CHARTS if self.playground.gold_scale is None else GOLD_CHARTS
+        cockpit = Cockpit(self, title, charts, live.config.iterations, controls=live.controls,
                           log=live.folder / "metrics.jsonl")
 
         loop = asyncio.get_running_loop()

@@ -122,7 +122,7 @@ class CheckpointComparer(Board):
         kinds = [row["choice"] for row in self.log.choices.values()]
         more = [f"{kinds.count(kind)} {word}" for kind, word in (("tie", "tied"), ("skip", "skipped")) if kind in kinds]
         votes = sum(kind != "skip" for kind in kinds)
-        same = f"; {self.same} more prompts, to which all give the same response, are left out" if self.same else ""
+        same = f"; {self.same} prompt{'s' * (self.same != 1)} with identical responses skipped" if self.same else ""
         end = "; every prompt has a vote" if self.at is None else ""
         return f"{', '.join([f'{votes} vote' + 's' * (votes != 1), *more])}{end}{same} · {self.log.path}"
 

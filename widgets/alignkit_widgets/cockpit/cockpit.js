@@ -135,12 +135,12 @@ class Chart extends Plot {
     const over = (heads.at(-1)?.ly ?? 0) - (this.height - this.bottom - 4);
     for (const h of heads) {
       make(this.svg, "circle", { cx: h.x, cy: h.y, r: 3, fill: h.colour });
-      if (h.x + 8 + h.text.length * 6.4 < this.width) make(this.svg, "text", { class: "halo", x: h.x + 8, y: h.ly - Math.max(over, 0) }, h.text);
+      if (h.text && this.right > 14) make(this.svg, "text", { class: "halo", x: this.width - this.right + 8, y: h.ly - Math.max(over, 0) }, h.text); // beside the plot: no line runs there
     }
     if (!values.length) make(this.svg, "text", { x: this.width / 2, y: this.height / 2, "text-anchor": "middle" }, "no values yet");
     this.past.hidden = !branches.length;
     const said = this.keys.map((key, i) => `${this.view.label(key)} ${this.values[i].textContent}`).join(", ");
-    this.svg.setAttribute("aria-label", `${this.title}. ${said}${branches.length ? "; dashed: before the rewind" : ""}`);
+    this.svg.setAttribute("aria-label", `${this.title}. ${said}${branches.length ? "; dotted: before the rewind" : ""}`);
   }
   path(points) {
     let d = "", pen = "M";
@@ -281,7 +281,7 @@ class View {
     make(row, "label", { for: id }, `back to ${this.config.unit}`);
     const select = make(row, "select", { id, "data-lm-suppress-shortcuts": "true" });
     const button = make(row, "button", { type: "button", "data-lm-suppress-shortcuts": "true" }, "Rewind");
-    button.title = "go back to this iteration and train on with the present controls; the curves since then stay as dashed lines";
+    button.title = "go back to this iteration and train on with the present controls; the curves since then stay as dotted lines";
     const wait = make(row, "span", { class: "akc-wait", role: "status" });
     button.addEventListener("click", () => {
       this.model.send({ type: "rewind", iteration: +select.value });
@@ -312,11 +312,13 @@ class View {
     for (const chart of this.charts) chart.draw();
     this.behaviours();
     const { samples } = this.store;
-    if (!samples || samples === this.shown) return;
+    if (samples === (this.shown ?? null)) return;
     this.shown = samples;
+    this.table.replaceChildren();
+    this.sampled.words.textContent = "";
+    if (!samples) return;
     const [prompt, response] = samples.pairs[0] ?? ["", ""];
     this.sampled.words.textContent = ` at ${this.config.unit} ${samples.step}: ${prompt.trim()} → ${response.trim()}`;
-    this.table.replaceChildren();
     for (const [tag, cells] of [["th", ["prompt", "response"]], ...samples.pairs.map((p) => ["td", p])]) {
       const row = make(this.table, "tr");
       for (const text of cells) make(row, tag, {}, text);
@@ -384,7 +386,7 @@ export default () => {
       for (const [, kinds] of [message, ...message.branches].flatMap(({ shares }) => shares)) for (const part of Object.values(kinds))
         for (const name of Object.keys(part)) if (!store.behaviours.includes(name)) store.behaviours.push(name);
     } else model.send({ type: "sync" }); // something was missed
-    store.samples = message.samples ?? store.samples;
+    store.samples = message.samples ?? (message.whole ? null : store.samples); // a rewind takes them back
     store.state = message.state;
     for (const view of store.views) view.draw();
   };

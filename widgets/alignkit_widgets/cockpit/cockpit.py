@@ -81,7 +81,7 @@ class TrainingCockpit:
         `replay(log)` returns them, instead of the sliders. `state`: the object that `step` changes, a PPOState or any
         object with PyTorch's `state_dict()` and `load_state_dict(saved)`; with it the panel can rewind the run. The
         rows after the rewind point move to metrics.branch-1.jsonl (-2, …) beside the log; their lines stay on the
-        charts, dashed. Snapshots of the state (see `cockpit/snapshots.py`) are taken only if there is a panel.
+        charts, dotted. Snapshots of the state (see `cockpit/snapshots.py`) are taken only if there is a panel.
         `checkpoints`: the run's `Checkpoints`; the run continues from the newest instead of `start`, writes checkpoints
         while it runs, and writes one at its end or when it is interrupted.
 

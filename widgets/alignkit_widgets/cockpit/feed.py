@@ -16,7 +16,7 @@ class Feed:
     """Sends rows, marks and samples to a live panel, or as a line of text if there is no front end.
 
     Nothing is copied: a message contains the new entries of `rows` and `marks` since the last one. `branches`, the rows
-    left by rewinds, are sent only with the whole run.
+    that rewinds abandoned, are sent only with the whole run.
     """
 
     def __init__(self, config: dict, on_message: Callable[[dict], None], every: float) -> None:

@@ -1,4 +1,4 @@
-"""A recorded PPO run as one HTML file that plays, pauses and scrubs, with the ways that were left."""
+"""A recorded PPO run as one HTML file that plays, pauses and scrubs, with the branches that rewinds abandoned."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from alignkit_widgets.looks import looks
 from alignkit_widgets.pages.live import live_page
 
 MOST_BYTES = 3_000_000
-CHARTS = [  # as PPO_CHARTS, which would load torch
-    ("score and score − β·KL, SFT-sd", ["objective/scores", "objective/rlhf_reward"]),
-    ("KL to SFT, nats a response", ["objective/kl"]),
-    ("entropy, nats a response", ["objective/entropy"]),
+CHARTS = [  # as PPO_CHARTS and GOLD_CHARTS, which would load torch
+    ("reward, SFT-sd", ["objective/scores", "gold", "objective/rlhf_reward"]),
+    ("KL to SFT, nats per response", ["objective/kl"]),
+    ("entropy, nats per response", ["objective/entropy"]),
     ("critic: explained variance", ["val/explained_variance"]),
 ]
 HERE = Path(__file__).parent
@@ -27,8 +27,8 @@ def save_run(run: str | Path, path: str | Path) -> Path:
 
     run: a run directory (its ppo/metrics.jsonl is read), or a folder with a metrics.jsonl. The page contains the charts
     of the cockpit, the shares of behaviours where they are known, the samples of each iteration if the run recorded
-    them, and the rows that rewinds left. If the page would have more than 3 MB, only the samples of every second
-    (fourth, …) iteration are kept. Its state is in the URL: page.html#step=12&way=1.
+    them, and the branches that rewinds abandoned. If the page would have more than 3 MB, only the samples of every
+    second (fourth, …) iteration are kept. Its state is in the URL: page.html#step=12&way=1.
 
     Raises RunError if there is no log of a PPO run, or if the page would have more than 3 MB without samples.
     """
@@ -61,6 +61,7 @@ def _data(run: Path, log: Path, rows: list[dict]) -> dict:
     """What the page's script reads: each way as its rows, marks and name; rows that several ways share stand once."""
     ways, known, table = ways_of(log, rows), {}, []
     found = {key for row in rows for key in row}
+    found -= {"objective/rlhf_reward"} if "gold" in found else set()  # two lines are read, three are not
     charts = [{"title": title, "keys": kept} for title, every in CHARTS
               if (kept := [key for key in every if key in found])]
     keys = [key for chart in charts for key in chart["keys"]]
@@ -77,7 +78,7 @@ def _data(run: Path, log: Path, rows: list[dict]) -> dict:
             after = {id(row) for row in ways[number + 1]}
             at = max((row["step"] for row in way if id(row) in after), default=0)
             rewinds = [*rewinds, {"step": at, "name": "rewind", "old": last, "new": at}]
-            name = f"left at {last}, rewound to {at}"
+            name = f"abandoned at {last}, rewound to {at}"
         described[-1]["name"] = name
     facts = next(filter(None, map(_facts, (run, *log.resolve().parents[1:3]))), "")
     config = {"title": "PPO, recorded" + f": {facts}" * bool(facts), "charts": charts, "mode": "recorded",
@@ -114,7 +115,7 @@ def _facts(run: Path) -> str:
 
 
 def _page(data: dict) -> str:
-    about = "Recorded by alignkit. Dashed: what a rewind left." if len(data["ways"]) > 1 else "Recorded by alignkit."
+    about = "Recorded by alignkit. Dotted: before a rewind." if len(data["ways"]) > 1 else "Recorded by alignkit."
     if not data["samples"]:
         about += " This run recorded no samples."
     return live_page(data["config"]["title"], about, HERE / "cockpit.js", HERE / "cockpit.css", "player.js",

@@ -17,6 +17,8 @@ PPO_CHARTS = [
     ("entropy, nats per response", ["objective/entropy"]),
     ("critic: explained variance", ["val/explained_variance"]),
 ]
+# where gold is known and its scale too: what the score stands for, instead of what PPO maximises
+GOLD_CHARTS = [("reward, SFT-sd", ["objective/scores", "gold"]), *PPO_CHARTS[1:]]
 
 
 def ppo_controls(config: PPOConfig) -> dict[str, tuple]:
@@ -28,12 +30,14 @@ def ppo_controls(config: PPOConfig) -> dict[str, tuple]:
     }
 
 
-def ppo_row(state: PPOState, stats: PPOStats, task: Task, config: PPOConfig) -> dict:
+def ppo_row(state: PPOState, stats: PPOStats, task: Task, config: PPOConfig,
+            gold_scale: tuple[float, float] | None = None) -> dict:
     """The return value of a cockpit's `step` after an iteration: its metrics, samples, and in the desk world the
-    shares.
+    shares, and with a `gold_scale` the gold of the sampled responses.
 
     state: as `ppo_iteration` left it; stats: its return value; config: its config. shares: prompt class -> behaviour ->
-    share. stop: the reason to end the run if KL ran away.
+    share. stop: the reason to end the run if KL ran away. gold_scale: (mean, sd) of the raw gold of SFT's responses;
+    the row then has "gold", in SFT-sd, which training never sees.
     """
     row, rollout = stats.log(), state.last_rollout
     del row["step"]  # the cockpit counts the steps
@@ -48,4 +52,7 @@ def ppo_row(state: PPOState, stats: PPOStats, task: Task, config: PPOConfig) -> 
             counts[task.world.find(prompt).kind][behaviour] += 1
         row["shares"] = {kind: {behaviour: n / seen.total() for behaviour, n in seen.items()}
                          for kind, seen in counts.items() if seen}
+        if gold_scale is not None:
+            mean, sd = gold_scale
+            row["gold"] = (task.world.gold_scores(prompts, responses).mean() - mean) / sd
     return row

@@ -20,6 +20,7 @@ LOOKS = {  # name -> colour, marker, line style
     **{name: look[:3] for name, look in plots.KNOWN.items()},
     "muted": (plots.MUTED, "o", "-"),
     "dotted": (plots.MUTED, "o", plots.DOTTED),
+    "best": (plots.BLUE, "D", "-"),  # the optimum: no method has a diamond of this colour
 }
 
 

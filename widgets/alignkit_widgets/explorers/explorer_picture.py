@@ -126,7 +126,7 @@ def _chart(ax: Axes, block: dict, width: float) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=8, colors=plots.MUTED)
     if sum(bool(s["name"] and s["points"]) for s in block["series"]) > 1:
-        for text in ax.legend(frameon=False, fontsize=7.5, loc="best", handlelength=2.6).get_texts():
+        for text in ax.legend(edgecolor="none", framealpha=0.9, fontsize=7.5, loc="best", handlelength=2.6).get_texts():
             text.set_parse_math(False)
     _title(ax, block["title"], width - 0.6, 16 if block["marks"] or block["zones"] else 5)
 

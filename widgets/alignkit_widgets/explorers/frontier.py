@@ -1,4 +1,4 @@
-"""FrontierExplorer: the reward–KL plane; a KL coefficient selects the optimal policy, with recorded runs beside it."""
+"""FrontierExplorer: the reward–KL plane; a price of KL selects the optimal policy, with recorded runs beside it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from alignkit_widgets.explorers.sweep_plane import sweep_controls, sweep_rows
 
 
 class FrontierExplorer(Explorer):
-    """The highest proxy at each KL coefficient β, its gold, and the results of PPO and DPO runs.
+    """The highest proxy at each price of KL, β, its gold, and the results of PPO and DPO runs.
 
     Args:
         sweep: recorded runs and exact curves (`alignkit.load_sweep()`); or any sweep's results
@@ -69,7 +69,7 @@ class FrontierExplorer(Explorer):
         stops = sorted(b for b in stops if low <= b <= high)
         start = min(stops, key=lambda b: abs(math.log(b / 0.35)))
         controls = [Slider("beta", stops[::-1], start, "β, price of KL",
-                           ends=("KL dear", "KL cheap")),  # the point moves the way the slider does
+                           ends=("KL expensive", "KL cheap")),  # the point moves the way the slider does
                     Choice("seed", {str(s): f"world {s}" for s in sorted(self.curves)}, str(seed), "seed", kept=True)]
         if truth is not None:
             names = {str(i): f"{prompt.text} ({prompt.kind})" for i, prompt in enumerate(truth.prompts)}
@@ -123,12 +123,12 @@ class FrontierExplorer(Explorer):
             for name in ("proxy", "gold"):
                 spans = [(*_span(every[run.value], "kl"), *_span(every[run.value], name)) for run in method_runs]
                 points = [(run.kl, getattr(run, name)) for run in method_runs]
-                labels = [f"{run.value:g}" for run in method_runs] if name == "proxy" else ()
+                labels = _labels(method_runs, 0.05 * max(curve["kl"])) if name == "proxy" else ()
                 series.append(Series(f"{method.upper()}, {name}", points, method, line=False, marks=True,
                                      open=name == "gold", spans=spans, labels=labels))
         series += own_series(self._own(seed))
-        series.append(Series("", [(here["kl"], here["proxy"])], "proxy", line=False, big=True))
-        series.append(Series("", [(here["kl"], here["gold"])], "gold", line=False, big=True))
+        series.append(Series("best at this price, proxy", [(here["kl"], here["proxy"])], "best", line=False, big=True))
+        series.append(Series("its gold", [(here["kl"], here["gold"])], "gold", line=False, big=True))
         points = [point for s in series for point in s.points] + [(s[1], v) for each in series for s in each.spans
                                                                   for v in s[2:]]
         low, high = min(y for _, y in points), max(y for _, y in points)
@@ -179,6 +179,15 @@ def _without_ends(curve: Mapping) -> dict[str, list[float]]:
     """The points of a frontier whose β can be set by a slider."""
     kept = [i for i, beta in enumerate(curve["beta"]) if beta and math.isfinite(beta)]
     return {name: [values[i] for i in kept] for name, values in curve.items()}
+
+
+def _labels(runs: Sequence[RecordedRun], room: float) -> list[str]:
+    """The price at each run, where it is at least `room` nats from the last that was written."""
+    words, last = [""] * len(runs), -math.inf
+    for i in sorted(range(len(runs)), key=lambda i: runs[i].kl):
+        if runs[i].kl - last >= room:
+            words[i], last = f"{runs[i].value:g}", runs[i].kl
+    return words
 
 
 def _span(runs: Sequence[RecordedRun], name: str) -> tuple[float, float]:

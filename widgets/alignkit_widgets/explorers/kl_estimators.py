@@ -52,7 +52,8 @@ def _rows(state: Mapping) -> list:
         rows.append([name, fixed(running[-1], 4), fixed(mean, 4), fixed(mean - exact, 4, sign=True),
                      number(sd / n**0.5, 2)])
     reach = 2.2 * max(*sizes, exact)
-    chart = Chart("Mean of the samples so far", Axis("samples", 1, n, log=True),
+    leaves = any(not -0.5 * reach <= y <= reach for each in series for _, y in each.points)
+    chart = Chart("Mean of the samples so far" + " (arrow: beyond the axis)" * leaves, Axis("samples", 1, n, log=True),
                   Axis("estimate, nats", -0.5 * reach, reach), [
         *series], [("y", exact, f"exact KL {fixed(exact, 3)}"), ("y", 0.0, "")], height=200, weight=1.3)
     bars = Bars("A distribution over five tokens", {"π_ref": "muted", "π": "blue"},

@@ -58,7 +58,7 @@ class ShiftViewer(Explorer):
         lines = [Series(other, _points(row), "dotted") for other,
                  row in zip(shift.names, every, strict=True) if other not in (name, first)]
         lines = [Series("" if i else "other checkpoints", s.points, s.look) for i, s in enumerate(lines)]
-        chart = Chart(f"KL from {first}, by position",
+        chart = Chart(f"KL to {first}, by position",
                       Axis("position in the response, tokens", 0.8, len(every[0]) + 0.2, whole=True),
                       Axis("KL, nats per token", 0, 1.1 * max([*known, 0.1])),
                       [*lines, Series(name, _points(every[at]), "blue", marks=True)])

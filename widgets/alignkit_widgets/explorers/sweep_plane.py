@@ -100,7 +100,7 @@ def _plane(results: SweepResults, points: Sequence[Point], chosen: Point, state:
     margin = 0.06 * (high - low) or 0.1
     crosses = "the range over seeds" if whole else "exact" if results.exact else "95 % intervals of the evaluation"
     return Chart("Reward against KL" + ("" if crosses == "exact" else f" · crosses: {crosses}"),
-                 Axis("KL to SFT, nats a response", 0, far), Axis("reward, SFT-sd", low - margin, high + margin),
+                 Axis("KL to SFT, nats per response", 0, far), Axis("reward, SFT-sd", low - margin, high + margin),
                  [*curves, *runs], marks=marks, height=360, weight=1.55)
 
 

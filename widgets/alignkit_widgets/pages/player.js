@@ -1,4 +1,4 @@
-// Plays a recorded run: what the cockpit showed after each iteration, on any way that the run took.
+// Plays a recorded run: what the cockpit showed after each iteration, on any of the run's branches.
 
 const { ways, keys, rows, samples } = page, last = (way) => ways[way].rows.length;
 const now = { way: ways.length - 1, at: 0, playing: false, seconds: 0.25 };
@@ -81,8 +81,8 @@ for (const [text, seconds] of [["slow", 0.6], ["normal", 0.25], ["fast", 0.08]])
 speed.value = now.seconds;
 speed.addEventListener("change", () => { now.seconds = Number(speed.value); if (now.playing) play(true); });
 let select = null;
-if (ways.length > 1) { // the run's rewinds: the ways that it left, and the one that was kept
-  select = put("select", put("label", bar, {}, "way "), {});
+if (ways.length > 1) { // the run's rewinds: the branches that it abandoned, and the one that was kept
+  select = put("select", put("label", bar, {}, "branch "), {});
   ways.forEach(({ name }, way) => put("option", select, { value: way }, name));
   select.addEventListener("change", () => { now.way = Number(select.value); go(Math.min(now.at, last(now.way))); });
 }
