@@ -64,7 +64,8 @@ class Job:
 def job_key(job: Job, records: Mapping[str, dict]) -> dict[str, object]:
     """Everything that determines the result of a job, part by part, so that a message can name a difference."""
     after = job.after
-    made = {name: finished(record).get("made") for name, record in records.items() if name < job.name or name in after}
+    made = {name: finished(record).get("made") for name, record in records.items()
+            if name in after or (name in CHAIN and name < job.name)}
     earlier = {name: files for name, files in made.items() if files}
     named = {name: Path(value) for name, value in job.values.items() if name != "run" and isinstance(value, str)
              and os.path.isabs(value)}
