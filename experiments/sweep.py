@@ -294,10 +294,10 @@ def collected(seeds: Sequence[int], folder: Path) -> dict[str, list[dict]]:
     """The worlds and runs in the folder of a sweep, in the order of seeds, methods and values."""
     results = load_results(folder)
     places = {(row["method"], row["value"], row["seed"]): results.run_of(row) for row in results.finished}
-    order = [(method, value, seed) for seed in seeds for method, values in VALUES.items() for value in values]
-    firsts = [places[order[at]] for at in range(0, len(order), len(order) // len(seeds))]
-    return {"worlds": [read_json(place / "world" / "curves.json") for place in firsts],
-            "runs": [read_json(places[run] / run[0] / "exact.json") for run in order]}
+    of_seed = {seed: place for (_, _, seed), place in places.items()}
+    return {"worlds": [read_json(of_seed[seed] / "world" / "curves.json") for seed in seeds],
+            "runs": [read_json(places[method, value, seed] / method / "exact.json")
+                     for seed in seeds for method, values in VALUES.items() for value in values]}
 
 
 def closeness_table(path: Path) -> str:

@@ -575,7 +575,8 @@ def test_a_notebook_that_comes_after_another_needs_what_that_made(own_series, tm
 
 @pytest.mark.parametrize("says, error", [
     ({"after": "01_sft"}, "`after` of alignkit in its metadata is '01_sft', expected a list"),
-    ({"after": [1]}, r"is \[1\], expected a list"), ({"makes": "../up"}, "`makes` of alignkit in its metadata is '../up'"),
+    ({"after": [1]}, r"is \[1\], expected a list"),
+    ({"makes": "../up"}, "`makes` of alignkit in its metadata is '../up'"),
     ({"after": ["toy.ipynb"]}, "comes after itself"), ({"after": ["toy"]}, "no notebook 'toy'"),
 ])
 def test_what_a_notebook_cannot_say_of_itself_is_refused(tmp_path, says, error):
