@@ -3,21 +3,20 @@
     python -m experiments.sweep --seeds 0 1 2                 # makes alignkit/exact/sweep.json and docs/closeness.md
     python -m experiments.sweep --confirm                     # after a change that should not matter: see below
 
-SFT and reward model are made as in notebooks 01 and 02. A cell (one run) that is in runs/sweep/ and was made with the
-same settings is not run again, as long as the code is the same or a small probe (SFT, reward model, PPO and DPO in
-seconds) gives the same figures with the present code. `--confirm` repeats that probe for the file: if all its figures
-come out the same, it records the hashes of the present code; if not, it says which figure changed and leaves the file
-alone.
+The runs are made by `alignkit sweep experiments/closeness.ipynb`, once over PPO's values and once over DPO's, in
+runs/sweep/. Each begins with the SFT policy and the reward model of notebooks 01 and 02 and with the tables of
+closeness_world.ipynb, which the runs of a seed share. What is finished is not run again.
+
+The file is part of alignkit's code, so once it has been written, every run counts as made by other code. `--confirm`
+repeats a small probe (SFT, reward model, PPO and DPO in seconds): if all its figures come out the same, it records the
+hashes of the present code; if not, it says which figure changed and leaves the file alone.
 """
 
 import argparse
-import functools
 import json
-import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -38,10 +37,13 @@ from alignkit.ppo import PPOState, ppo
 from alignkit.reward import RewardScorer, train_reward_model
 from alignkit.runs.records import versions
 from alignkit.sft import train_sft
-from alignkit.storage import config_hash, content_hash, settings, write_atomically, write_json
+from alignkit.storage import config_hash, read_json, settings, write_atomically, write_json
 from alignkit.sweeps.exact import BETAS, curves
+from alignkit.sweeps.results import load_results
+from alignkit.sweeps.sweep import sweep
 from alignkit.task import DeskTask, desk_task
 
+NOTEBOOK = Path(__file__).with_name("closeness.ipynb")
 VALUES = {"dpo": (0.1, 0.3, 0.5, 1.0, 2.0, 4.0), "ppo": (0.1, 0.15, 0.2, 0.35, 0.7, 1.5)}
 EVERY = {"ppo": 5, "dpo": 24}  # iterations, steps between two points of a trajectory
 KEYS = 2  # questions of each class, with all their paraphrases: 32 prompts
@@ -155,33 +157,34 @@ def some_prompts(prompts: tuple[Prompt, ...], keys: int, seed: int) -> list[Prom
 
 
 class Cell:
-    """One seed's world, ready to run things in."""
+    """One seed's world, ready to run things in. folder: holds the models in sft/ and reward/; the tables of world/ are
+    read there, or made."""
 
     def __init__(self, seed: int, folder: Path, size: Size = COURSE):
         self.seed, self.folder, self.size = seed, folder, size
         self.task = desk_task(seed)
         self.policy, self.tokenizer = load_policy(folder / "sft")
         self.scorer = RewardScorer.load(folder / "reward")
-        self.pairs = self.task.preference_pairs(self.policy, self.tokenizer, size.pairs, seed=seed)
         prompts = some_prompts(self.task.world.heldout_prompts, size.keys, seed)
-        known = (self.policy, self.tokenizer, self.scorer, folder / "cache")
+        known = (self.policy, self.tokenizer, self.scorer, folder / "world")
         self.truth = Truth(self.task, prompts, *known)
         self.trained = Truth(self.task, some_prompts(self.task.world.train_prompts, size.keys, seed), *known)
 
     def steps(self, policy, config: PPOConfig | DPOConfig) -> Iterator[int]:
-        """Train `policy` in place, yielding the number of iterations (PPO) or optimiser steps (DPO) made."""
+        """Ready to train `policy` in place: yields the number of iterations (PPO) or optimiser steps (DPO) made."""
         if isinstance(config, PPOConfig):
             state = PPOState.start(policy, self.tokenizer, self.scorer, strata(self.task), config)
-            yield from (stats.iteration for stats in ppo(state, config))
-        else:
-            yield from (stats.step for stats in dpo(policy, self.tokenizer, self.pairs, config))
+            return (stats.iteration for stats in ppo(state, config))
+        pairs = self.task.preference_pairs(self.policy, self.tokenizer, self.size.pairs, seed=self.seed)
+        return (stats.step for stats in dpo(policy, self.tokenizer, pairs, config))
 
     def run(self, method: str, value: float) -> dict:
         """One run from SFT, with its trajectory."""
         config, truth, seconds = self.size.config(method, value, self.seed), self.truth, 0.0
         policy, _ = load_policy(self.folder / "sft")
+        training = self.steps(policy, config)
         steps, points, begun = [0], [truth.measure(truth.ref_logps)], time.process_time()
-        for step in self.steps(policy, config):
+        for step in training:
             if step % EVERY[method] == 0:
                 seconds += time.process_time() - begun
                 steps.append(step)
@@ -259,67 +262,34 @@ def kept(path: Path, key: dict, make: Callable[[], dict | None]) -> dict:
     return value
 
 
-def generation(folder: Path) -> dict:
-    """Which code the cells in `folder` belong to: {"id", "sources", "probe"}, in generation.json.
-
-    Other code that gives the same probe is the same generation; code that does not begins a new one.
-    """
-    path, sources = folder / "generation.json", source_hashes()
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if known.get("sources") != sources:
-        figures = probe(folder / "probe")
-        same = bool(known) and not differing(known["probe"], figures)
-        known = {"id": known["id"] if same else content_hash(sources), "sources": sources, "probe": figures}
-        write_json(path, known)
-    return known
+def grids(seeds: Sequence[int]) -> list[dict[str, str]]:
+    """The parameters of `alignkit sweep`, a mapping for each of its two calls."""
+    return [{"method": method, "value": ",".join(f"{value:g}" for value in values), "seed": ",".join(map(str, seeds))}
+            for method, values in VALUES.items()]
 
 
-def base(code: str) -> dict:
-    """What a world's models and figures were made by; any change makes them again."""
-    return {"code": code, "configs": [config_hash(COURSE.sft), config_hash(COURSE.reward)], "keys": COURSE.keys}
-
-
-@functools.lru_cache(maxsize=1)
-def cell_of(seed: int, folder: Path) -> Cell:
-    torch.set_num_threads(1)
-    return Cell(seed, folder / f"seed-{seed}")
-
-
-def world_cell(seed: int, folder: Path, code: str) -> dict:
-    """Models and curves of a world."""
-    torch.set_num_threads(1)
-    here = folder / f"seed-{seed}"
-    kept(here / "models.json", base(code), lambda: make_world(seed, here))
-    return kept(here / "world.json", base(code), lambda: cell_of(seed, folder).known())
-
-
-def run_cell(seed: int, method: str, value: float, folder: Path, code: str) -> dict:
-    """One run, and a line about it."""
-    config = COURSE.config(method, value, seed)
-    key = {**base(code), "config": config_hash(config)}
-    path = folder / f"seed-{seed}" / f"{method}-{value:g}.json"
-    run = kept(path, key, lambda: cell_of(seed, folder).run(method, value))
-    figures = "  ".join(f"{name} {run[name]:6.3f}" for name in ("kl", "proxy", "gold", "share"))
-    print(f"seed {seed} {method} {value:<5g} {figures}  {run['seconds']:.0f} s", flush=True)
-    return run
-
-
-def sweep(seeds: list[int], folder: Path, workers: int = 1) -> dict:
-    """Run what is not there yet; returns what goes into the file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    made_by = generation(folder)
-    code = made_by["id"]
-    todo = [(seed, method, value, folder, code) for seed in seeds for method in VALUES for value in VALUES[method]]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        worlds = list(pool.map(world_cell, seeds, [folder] * len(seeds), [code] * len(seeds)))
-        runs = list(pool.map(run_cell, *zip(*todo, strict=True)))
+def record(seeds: Sequence[int], folder: Path, workers: int | None = None) -> dict:
+    """Make the runs by `alignkit sweep`, which repeats none that is there; returns what goes into the file. Raises
+    SystemExit if one fails."""
+    if any([sweep(NOTEBOOK, folder, grid, workers=workers) for grid in grids(seeds)]):
+        raise SystemExit(f"not all runs finished; {folder}/sweep.html names those that failed")
     configs = {name: settings(getattr(COURSE, name)) for name in ("sft", "reward", "ppo", "dpo")}
     return {
         "command": f"python -m experiments.sweep --seeds {' '.join(map(str, seeds))}", "versions": versions(),
-        "sources": made_by["sources"], "probe": made_by["probe"],
+        "sources": source_hashes(), "probe": probe(folder / "probe"),
         "configs": {**configs, "data": {"demonstrations": COURSE.demonstrations, "pairs": COURSE.pairs}},
-        "worlds": worlds, "runs": runs,
+        **collected(seeds, folder),
     }
+
+
+def collected(seeds: Sequence[int], folder: Path) -> dict[str, list[dict]]:
+    """The worlds and runs in the folder of a sweep, in the order of seeds, methods and values."""
+    results = load_results(folder)
+    places = {(row["method"], row["value"], row["seed"]): results.run_of(row) for row in results.finished}
+    of_seed = {seed: place for (_, _, seed), place in places.items()}
+    return {"worlds": [read_json(of_seed[seed] / "world" / "curves.json") for seed in seeds],
+            "runs": [read_json(places[method, value, seed] / method / "exact.json")
+                     for seed in seeds for method, values in VALUES.items() for value in values]}
 
 
 def closeness_table(path: Path) -> str:
@@ -388,17 +358,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.sweep", description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=FILE)
-    parser.add_argument("--cells", type=Path, default=Path("runs/sweep"), help="where finished runs are kept")
+    parser.add_argument("--folder", type=Path, default=Path("runs/sweep"), help="of the sweep: finished runs are kept")
     parser.add_argument("--table", type=Path, default=Path("docs/closeness.md"))
-    parser.add_argument("--workers", type=int, default=1, help="processes, one thread each")
+    parser.add_argument("--workers", type=int, help="runs at a time (default: the cores)")
     parser.add_argument("--confirm", action="store_true", help="repeat the probe only, and record the present code")
     given = parser.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
     if given.confirm:
-        confirm(given.out, given.cells)
+        confirm(given.out, given.folder)
     else:
-        write_compact(given.out, sweep(given.seeds, given.cells, given.workers))
+        write_compact(given.out, record(given.seeds, given.folder, given.workers))
     given.table.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(given.table, closeness_table(given.out))
     print(given.table.read_text(encoding="utf-8"))

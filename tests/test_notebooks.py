@@ -17,6 +17,7 @@ NOTEBOOKS = sorted(FOLDER.glob("[0-9]*.ipynb"))
 RECORDED = [FOLDER / f"{name}.ipynb"  # they train nothing: seconds each
             for name in ("advice", "claims", "dials", "failures", "relay_or_sum", "sweep", "unpacking",
                          "what_it_cannot_learn", "without_a_critic")]
+MEASURING = sorted((FOLDER.parent / "experiments").glob("*.ipynb"))  # jobs of experiments, no lessons
 SMALL = {  # notebook -> parameters with which its solutions are run, in this order, in one run directory
     "00_the_world": {},
     "01_sft": {"demonstrations": 2400, "epochs": 2.0, "eval_prompts": 64, "eval_samples": 4},
@@ -29,7 +30,7 @@ def tags(cell) -> list[str]:
     return cell.metadata.get("tags", [])
 
 
-@pytest.mark.parametrize("path", [*NOTEBOOKS, *RECORDED], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *RECORDED, *MEASURING], ids=lambda path: path.stem)
 def test_a_notebook_is_committed_clean_and_has_the_course_shape(path):
     notebook = nbformat.read(path, 4)
     nbformat.validate(notebook)

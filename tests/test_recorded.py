@@ -1,13 +1,21 @@
 """The recorded sweep: made by the code that is here, possible at all, and the same when a part of it is made again."""
 
+import functools
 import json
 import textwrap
+from dataclasses import fields
+from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 
 from alignkit.exact import sweep as sweep_module
-from alignkit.exact.sweep import load_sweep, source_hashes
+from alignkit.exact.sweep import RecordedRun, RecordedWorld, load_sweep, source_hashes
+from alignkit.storage import read_json
+from alignkit.sweeps.plan import plan
+from alignkit.sweeps.results import FIGURES
+from alignkit.sweeps.table import numbers
 from experiments import sweep as maker
 
 
@@ -118,3 +126,72 @@ def test_a_finished_cell_is_not_run_again_unless_its_key_changed(tmp_path):
     assert [maker.kept(path, {"k": 1}, make)["value"] for _ in range(2)] == [1, 1]
     assert maker.kept(path, {"k": 2}, make) == {"value": 2}
     assert json.loads(path.read_text())["key"] == {"k": 2}
+
+
+# --- how it is made: `alignkit sweep experiments/closeness.ipynb` ----------------------------------------------------
+def test_the_sweep_is_two_grids_whose_runs_share_the_models_and_curves_of_their_seed(sweep, tmp_path):
+    planned = [plan(str(maker.NOTEBOOK), tmp_path, grid) for grid in maker.grids(sweep.seeds)]
+    jobs = [(job.shown["method"], job.shown["value"], job.shown["seed"]) for each in planned for job in each.jobs]
+    assert sorted(jobs) == sorted((run.method, run.value, run.seed) for run in sweep.runs)
+    assert planned[0].shared == planned[1].shared and len(planned[0].shared) == len(sweep.seeds)
+    for shared in planned[0].shared.values():
+        assert [Path(path).stem for path in shared.notebooks] == ["01_sft", "02_reward_model", "closeness_world"]
+        assert {stem: {**values} for stem, values in shared.values.items()} == {
+            stem: {"seed": shared.shown["seed"]} for stem in shared.values}  # everything else as in the course
+
+
+TOY = """\
+import json, os
+from pathlib import Path
+if value == 1.5 and os.path.exists(STOP):
+    raise RuntimeError("stopped")
+for name, content in ((f"{method}/exact.json", [method, value, seed]), ("world/curves.json", seed)):
+    Path(run, name).parent.mkdir(exist_ok=True)
+    Path(run, name).write_text(json.dumps({"is": content}))"""
+
+
+def test_the_record_goes_on_where_it_stopped_and_has_every_run_in_order(tmp_path, monkeypatch):
+    stop, toy = tmp_path / "stop", tmp_path / "toy.ipynb"
+    parameters = nbformat.v4.new_code_cell("run = ''\nseed = 0\nmethod = 'ppo'\nvalue = 0.2",
+                                           metadata={"tags": ["parameters"]})
+    cells = [parameters, nbformat.v4.new_code_cell(TOY.replace("STOP", repr(str(stop))))]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), toy)
+    monkeypatch.setattr(maker, "NOTEBOOK", toy)
+    monkeypatch.setattr(maker, "VALUES", {"dpo": (0.5,), "ppo": (1.5, 0.2)})
+    monkeypatch.setattr(maker, "probe", lambda folder: {"ppo kl": 0.5})
+    stop.touch()
+    with pytest.raises(SystemExit, match="not all runs finished"):
+        maker.record([1, 0], tmp_path / "s", workers=2)
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "s" / "jobs").rglob("exact.json")}
+    assert len(finished) == 4
+    stop.unlink()
+    made = maker.record([1, 0], tmp_path / "s", workers=2)
+    assert finished.items() <= {path: path.stat().st_mtime_ns for path in finished}.items()
+    assert [run["is"] for run in made["runs"]] == [
+        [method, value, seed] for seed in (1, 0) for method, value in (("dpo", 0.5), ("ppo", 1.5), ("ppo", 0.2))]
+    assert [world["is"] for world in made["worlds"]] == [1, 0]
+    assert made["command"] == "python -m experiments.sweep --seeds 1 0" and made["sources"] == source_hashes()
+
+
+@pytest.mark.slow
+def test_the_two_notebooks_write_what_the_record_and_the_plane_read(tmp_path, monkeypatch):
+    """Their cells in order, in a world of the probe's size: every field of the record, and the plane's figures."""
+    monkeypatch.chdir(maker.NOTEBOOK.parents[1])
+    small = functools.partial(maker.Cell, size=maker.PROBE)
+    maker.make_world(0, tmp_path, maker.PROBE)
+    monkeypatch.setattr(maker, "Cell", small)
+    for name, given in (("closeness_world", {}), ("closeness", {"method": "dpo", "value": 1.0})):
+        space: dict[str, object] = {}
+        for cell in nbformat.read(maker.NOTEBOOK.with_name(f"{name}.ipynb"), 4).cells:
+            if cell.cell_type == "code":
+                exec(cell.source, space)
+                if "parameters" in cell.metadata.get("tags", []):
+                    space |= {"run": str(tmp_path), **given}
+    curves, run = read_json(tmp_path / "world" / "curves.json"), read_json(tmp_path / "dpo" / "exact.json")
+    assert curves.keys() == {field.name for field in fields(RecordedWorld)}
+    assert run.keys() == {field.name for field in fields(RecordedRun)}
+    assert (run["method"], run["value"], run["seed"]) == ("dpo", 1.0, 0)
+    assert run["kl"] == pytest.approx(load_sweep().probe["dpo kl"], abs=0.02)
+    found = numbers(tmp_path)
+    assert {axis: found[f"dpo.{name}"] for axis, name in FIGURES.items()} == {axis: run[axis] for axis in FIGURES}
+    assert len(list((tmp_path / "world").glob("*.npy"))) == 4

@@ -47,8 +47,8 @@ if mark.exists():
     time.sleep(3600)"""
 
 
-def notebook(path: Path, *cells: str, parameters: str = PARAMETERS) -> Path:
-    nb = nbformat.v4.new_notebook()
+def notebook(path: Path, *cells: str, parameters: str = PARAMETERS, **says) -> Path:
+    nb = nbformat.v4.new_notebook(metadata={"alignkit": says} if says else {})
     nb.cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
                 *map(nbformat.v4.new_code_cell, cells)]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -520,6 +520,70 @@ def test_what_begins_with_a_shared_job_that_failed_fails_and_says_so(tmp_path):
     assert [row["status"] for row in rows(out)] == ["finished", "failed", "finished", "failed"]
     failed = rows(out)[1]["error"]
     assert failed.startswith("what it begins with failed (01_sft_seed=1_") and "no demonstrations" in failed
+
+
+@pytest.fixture
+def own_series(tmp_path):
+    """A notebook of a user's, after another of his, after notebook 01, which stands for the course: that, and its
+    path."""
+    sft = notebook(tmp_path / "course" / "01_sft.ipynb", stage("sft", "seed * 10"), parameters=WHOLE)
+    notebook(tmp_path / "tables.ipynb", reads("sft"), stage("world", "before + 1"), parameters="run = ''\nseed = 0",
+             after=["01_sft"], makes="world")
+    mine = notebook(tmp_path / "a mine.ipynb", reads("world"), stage("mine", "before + rate"), after=["tables.ipynb"],
+                    makes="mine")
+    return [sft], mine
+
+
+def test_a_users_notebook_begins_with_the_notebooks_that_its_metadata_name(own_series, tmp_path, capsys):
+    series, mine = own_series
+    out, given = tmp_path / "s", {"rate": "0.25,0.5", "seed": "0..1"}
+    planned = plan(str(mine), out, given, series=series)
+    assert [Path(path).name for path in planned.jobs[0].notebooks] == ["01_sft.ipynb", "tables.ipynb", "a mine.ipynb"]
+    assert len(planned.shared) == 2 and all(job.alone for job in planned.jobs)
+    assert sweep(mine, out, given, workers=2, series=series) == 0
+    assert {(row["seed"], row["rate"]): row["mine.value"] for row in rows(out)} == {
+        (0, 0.25): 1.25, (0, 0.5): 1.5, (1, 0.25): 11.25, (1, 0.5): 11.5}
+    made = list(out.rglob("world/weights.bin"))
+    assert len(made) == 6 and len({path.stat().st_ino for path in made}) == 2  # `makes`: linked, with its hash
+    capsys.readouterr()
+    assert sweep(mine, out, given, workers=2, series=series) == 0
+    assert "4 of them done already" in capsys.readouterr().out
+    notebook(tmp_path / "tables.ipynb", reads("sft"), stage("world", "before + 2"), parameters="run = ''\nseed = 0",
+             after=["01_sft"], makes="world")
+    assert sweep(mine, out, given, workers=2, series=series) == 0
+    assert sorted(row["mine.value"] for row in rows(out)) == [2.25, 2.5, 12.25, 12.5]
+
+
+def test_a_notebook_that_comes_after_another_needs_what_that_made(own_series, tmp_path):
+    series, mine = own_series
+    run = tmp_path / "run"
+    with pytest.raises(RunError, match="holds no finished tables, which a mine comes after"):
+        run_notebook(mine, run, progress=False)
+    for each in (*series, tmp_path / "tables.ipynb", mine):
+        run_notebook(each, run, progress=False)
+    before = json.loads((run / "jobs.json").read_text())["a mine"]["key"]
+    notebook(tmp_path / "tables.ipynb", reads("sft"), stage("world", "before + 2"), parameters="run = ''\nseed = 0",
+             after=["01_sft"], makes="world")
+    run_notebook(tmp_path / "tables.ipynb", run, progress=False)  # its name comes after that of `a mine`
+    run_notebook(mine, run, progress=False, force=True)
+    after = json.loads((run / "jobs.json").read_text())["a mine"]["key"]
+    assert {part for part in before if before[part] != after[part]} == {"earlier"}
+    (run / "world" / "weights.bin").write_text("7")
+    with pytest.raises(RunError, match="weights.bin is not what notebook tables wrote"):
+        run_notebook(mine, run, progress=False, force=True)
+
+
+@pytest.mark.parametrize("says, error", [
+    ({"after": "01_sft"}, "`after` of alignkit in its metadata is '01_sft', expected a list"),
+    ({"after": [1]}, r"is \[1\], expected a list"),
+    ({"makes": "../up"}, "`makes` of alignkit in its metadata is '../up'"),
+    ({"after": ["toy.ipynb"]}, "comes after itself"), ({"after": ["toy"]}, "no notebook 'toy'"),
+])
+def test_what_a_notebook_cannot_say_of_itself_is_refused(tmp_path, says, error):
+    source = notebook(tmp_path / "toy.ipynb", RESULT, **says)
+    with pytest.raises((ParameterError, FileNotFoundError), match=error):
+        sweep(source, tmp_path / "s", {"seed": "0,1"})
+    assert not (tmp_path / "s").exists()
 
 
 def test_a_job_that_writes_into_its_records_does_not_change_those_of_others(tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignkit.jobs.parameters import Parameter
+from alignkit.jobs.parameters import Parameter, declared
 from alignkit.runs.records import code_hash
 from alignkit.runs.stage_folders import CHECKPOINTS
 from alignkit.stages import CHAIN, RUN_FILES
@@ -51,13 +51,21 @@ class Job:
 
     @property
     def folder(self) -> Path | None:
-        """The notebook's own folder in RUN."""
-        return self.out / CHAIN[self.name] if CHAIN.get(self.name) else None
+        """The notebook's own folder in RUN: that of its stage, or the one that its metadata names."""
+        makes = CHAIN.get(self.name) or declared(self.notebook)[1]
+        return self.out / makes if makes else None
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """The names of the notebooks that this one comes after, as its metadata names them."""
+        return tuple(Path(each).stem for each in declared(self.notebook)[0])
 
 
 def job_key(job: Job, records: Mapping[str, dict]) -> dict[str, object]:
     """Everything that determines the result of a job, part by part, so that a message can name a difference."""
-    made = {name: finished(record).get("made") for name, record in records.items() if name < job.name}
+    after = job.after
+    made = {name: finished(record).get("made") for name, record in records.items()
+            if name in after or (name in CHAIN and name < job.name)}
     earlier = {name: files for name, files in made.items() if files}
     named = {name: Path(value) for name, value in job.values.items() if name != "run" and isinstance(value, str)
              and os.path.isabs(value)}

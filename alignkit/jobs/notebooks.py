@@ -441,16 +441,22 @@ def _check_stages(job: Job) -> None:
 
 
 def _check_facts(job: Job) -> None:
-    """Raise RunError if a job cannot run in its directory: it belongs to another run, or a stage that the job reads is
-    missing or was changed after it was made."""
+    """Raise RunError if a job cannot run in its directory: it belongs to another run, or a stage that the job reads, or
+    a notebook that it comes after, is missing, or what it made was changed after it was made."""
     settings, records = job.settings, read_jobs(job.out)
     if {"model", "data", "seed"} <= settings.keys():
         reading = {name: settings[name] for name in READING} if _reads_data(settings) else None
         check_run(job.out, settings["model"], settings["data"], settings["seed"], reading)
     _check_stages(job)
-    for stage, maker in _needs(job):
-        made = finished(records.get(maker, {})).get("made", {})
-        present = files_made(job.out / stage)
+    before = {maker: finished(records.get(maker, {})) for maker in (*(maker for _, maker in _needs(job)), *job.after)}
+    for maker in job.after:
+        if not before[maker]:
+            raise RunError(f"{job.out} holds no finished {maker}, which {job.name} comes after: run it in the same run "
+                           "directory first (`alignkit sweep` does that by itself)")
+    for maker, record in before.items():
+        made = record.get("made", {})
+        present = {name: digest for folder in {name.partition("/")[0] for name in made}
+                   for name, digest in files_made(job.out / folder).items()}
         differing = sorted(name for name in made if made[name] != present.get(name))
         if differing:
             raise RunError(f"{job.out / differing[0]} is not what notebook {maker} wrote (its SHA-256 differs from the "

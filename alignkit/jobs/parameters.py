@@ -10,6 +10,7 @@ import difflib
 import json
 import keyword
 import math
+import re
 import tokenize
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,10 +52,7 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
     assignments of literals to names.
     """
     notebook = Path(notebook)
-    try:
-        content = read_json(notebook, error=ParameterError)
-    except ParameterError as error:
-        raise ParameterError(f"{notebook} is not a notebook: {error}") from None
+    content = _content(notebook)
     try:
         cells = content["cells"]
         tagged = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
@@ -74,6 +72,33 @@ def notebook_parameters(notebook: str | Path) -> dict[str, Parameter]:
         raise ParameterError(f"{notebook}: the cell tagged `parameters` is not valid Python: {error}") from None
     parameters = (_parameter(statement, comments, notebook) for statement in body if not _is_text(statement))
     return {parameter.name: parameter for parameter in parameters}
+
+
+def declared(notebook: str | Path) -> tuple[tuple[str, ...], str | None]:
+    """The notebooks that a notebook comes after, by name or path, and the folder in RUN that it makes, None if it names
+    none: "after" and "makes" of "alignkit" in its metadata.
+
+    Raises ParameterError if the file is not a notebook or these are not a list of texts and the name of a folder.
+    """
+    try:
+        said = _content(Path(notebook))["metadata"].get("alignkit", {})
+        after, makes = said.get("after", []), said.get("makes")
+    except (KeyError, TypeError, AttributeError):
+        raise ParameterError(f"{notebook} is not a notebook (nbformat 4)") from None
+    if not isinstance(after, list) or not all(isinstance(each, str) and each for each in after):
+        raise ParameterError(f"{notebook}: `after` of alignkit in its metadata is {after!r}, expected a list of "
+                             'notebooks, such as ["02_reward_model"]')
+    if makes is not None and not (isinstance(makes, str) and re.fullmatch(r"[a-z][a-z0-9_-]*", makes)):
+        raise ParameterError(f"{notebook}: `makes` of alignkit in its metadata is {makes!r}, expected the name of a "
+                             "folder in lower case, such as 'world'")
+    return tuple(after), makes
+
+
+def _content(notebook: Path) -> dict:
+    try:
+        return read_json(notebook, error=ParameterError)
+    except ParameterError as error:
+        raise ParameterError(f"{notebook} is not a notebook: {error}") from None
 
 
 def check_parameters(notebook: str | Path, given: Mapping[str, object]) -> dict[str, object]:

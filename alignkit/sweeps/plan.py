@@ -1,8 +1,9 @@
 """What a sweep will run: the jobs of a grid, checked, and the stages that they share.
 
 A job is a series of notebooks with the values of each. For `course` it is the course; for a notebook that reads stages
-(03b_ppo), the notebooks that make those, and itself last; for every other notebook, that notebook. Jobs whose first
-notebooks get the same values share them: they are run once, as a job of their own, and each job begins with its files.
+(03b_ppo), or whose metadata name notebooks that it comes after, those, and itself last; for any other, that notebook.
+Jobs whose first notebooks get the same values share them: they are run once, as a job of their own, and each job begins
+with its files.
 """
 
 import functools
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from alignkit.errors import DataError, ParameterError, RunError
 from alignkit.jobs.notebooks import find_notebook, notebook_job
-from alignkit.jobs.parameters import Parameter, notebook_parameters
+from alignkit.jobs.parameters import Parameter, declared, notebook_parameters
 from alignkit.jobs.preconditions import check_before, check_values
 from alignkit.jobs.stage_parameters import OF_THE_RUN, READING, addressed, values_by_notebook
 from alignkit.stages import CHAIN, NEEDS
@@ -113,20 +114,28 @@ def as_jobs(spec: Spec, folder: Path) -> list:
 
 
 def _series(notebook: str, series: Sequence[str | Path]) -> list[str]:
-    """The paths of the notebooks that a job of `notebook` consists of."""
+    """The paths of the notebooks that a job of `notebook` consists of, each after those that it reads."""
     if notebook == COURSE:
         return [str(find_notebook(each)) for each in series]
-    target = find_notebook(notebook)
-    needed: set[str] = set()
-    ahead = [target.stem]
-    makers = {stage: name for name, stage in CHAIN.items() if stage}
-    while ahead:
-        for stage in NEEDS.get(ahead.pop(), ()):
-            if makers[stage] not in needed:
-                needed.add(makers[stage])
-                ahead.append(makers[stage])
     of_course = {find_notebook(each).stem: each for each in series}
-    return [*(str(find_notebook(of_course.get(name, name))) for name in CHAIN if name in needed), str(target)]
+    makers = {stage: name for name, stage in CHAIN.items() if stage}
+    paths: dict[str, str] = {}
+
+    def add(path: Path, later: tuple[str, ...] = ()) -> None:
+        if path.stem in later:
+            raise ParameterError(f"{path} comes after itself: see `after` in the metadata of {' and '.join(later)}")
+        if path.stem in paths:
+            return
+        later = (*later, path.stem)
+        for stage in NEEDS.get(path.stem, ()):
+            add(find_notebook(of_course.get(makers[stage], makers[stage])), later)
+        for name in declared(path)[0]:
+            beside = path.parent / name
+            add(beside.resolve() if beside.is_file() else find_notebook(of_course.get(Path(name).stem, name)), later)
+        paths[path.stem] = str(path)
+
+    add(find_notebook(notebook))
+    return list(paths.values())
 
 
 def _distributed(given: Mapping[str, object], known: Mapping[str, Mapping[str, Parameter]], alone: bool) -> dict:

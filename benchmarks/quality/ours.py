@@ -10,6 +10,7 @@ from alignkit import exact
 from alignkit.models.loading import load_policy
 from alignkit.ppo import PPOState, ppo_iteration
 from alignkit.reward import RewardScorer
+from alignkit.storage import config_hash
 from alignkit.task import desk_task
 from benchmarks.quality.rules import PRICE, Setting
 from experiments import sweep
@@ -24,8 +25,9 @@ class World:
     def __init__(self, seed: int, folder: Path, size: sweep.Size = sweep.COURSE):
         self.seed, self.folder = seed, folder
         folder.mkdir(parents=True, exist_ok=True)
-        sweep.kept(folder / "models.json", sweep.base("quality") | {"pairs": size.pairs},
-                   lambda: sweep.make_world(seed, folder, size))
+        key = {"code": "quality", "configs": [config_hash(sweep.COURSE.sft), config_hash(sweep.COURSE.reward)],
+               "keys": sweep.COURSE.keys, "pairs": size.pairs}
+        sweep.kept(folder / "models.json", key, lambda: sweep.make_world(seed, folder, size))
         self.task, self.scorer = desk_task(seed), RewardScorer.load(folder / "reward")
         policy, self.tokenizer = self.policy()
         prompts = sweep.some_prompts(self.task.world.heldout_prompts, size.keys, seed)
