@@ -35,6 +35,7 @@ from alignkit.optim import (
     within_memory,
 )
 from alignkit.processes import in_shares, own_rows, sum_gradients, summed
+from alignkit.shards import take_step
 from alignkit.storage import data_hash
 
 
@@ -140,7 +141,7 @@ def dpo_step(
             f"DPO step {step} has loss {float(loss):.3g} and gradient norm {float(norm):.3g}; the weights were left "
             "as they were", step, {"chosen": token_ids(pairs.chosen), "rejected": token_ids(pairs.rejected)}
         )
-    optimizer.step()
+    take_step(optimizer)
     with torch.no_grad():
         chosen, rejected = (implicit_reward(own, ref, config.beta) for own, ref in zip(logps, refs, strict=True))
         shifts = [float((own - ref).mean()) for own, ref in zip(logps, refs, strict=True)]
@@ -190,7 +191,7 @@ class DPOState:
     from_reference: bool = True
     reference: str = "the policy"  # or a hash of the reference's weights
     done: int = 0  # steps made so far
-    whole: bool = field(default=True, repr=False)  # False while a step is being made
+    whole: bool = field(default=True, repr=False)  # False while a step is being made, or if optimiser states are lost
     pass_limit: int | None = field(default=None, repr=False)  # tokens a pass that fit, once memory ran out
 
     @classmethod
@@ -223,7 +224,7 @@ class DPOState:
 
     @property
     def step(self) -> int:
-        """Number of completed steps, as Checkpoints counts them; -1 during a step."""
+        """Number of completed steps, as Checkpoints counts them; -1 if the state is not whole."""
         return self.done if self.whole else -1
 
     def steps(self, config: DPOConfig) -> int:
@@ -235,6 +236,10 @@ class DPOState:
         sides = (self.pairs.chosen, self.pairs.rejected)
         return {"policy": weights_hash(self.policy), "reference": self.reference,
                 "pairs": data_hash([row.tolist() for side in sides for row in full_ids(side)[0]])}
+
+    def trained(self) -> dict[str, tuple[nn.Module, torch.optim.Optimizer]]:
+        """The model that training changes, with its optimiser: "policy"."""
+        return {"policy": (self.policy, self.optimizer)}
 
     def state_dict(self) -> dict:
         """Everything that training changes: trained weights, optimizer, steps. The tensors are not copied."""

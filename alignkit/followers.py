@@ -3,6 +3,7 @@
 `alignkit run NOTEBOOK --processes N` sets PROCESSES for the notebook's kernel, which becomes process 0: it keeps the
 charts, the checkpoints and all files. The others (`python -m alignkit.jobs.worker --follow`) load the same run by
 themselves. They read one command a line from a pipe. When the pipe ends, however this process ended, they end too.
+torchrun's processes get the same commands from process 0 by `told`.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,8 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alignkit.errors import AlignkitError, RunError
-from alignkit.processes import broadcast, join, same_everywhere, sharing, told
+from alignkit.processes import broadcast, join, same_everywhere, sharded, sharing, told
 from alignkit.runs.checkpoints import packed, unpacked
+from alignkit.shards import Shards, gathered, optimizers, share_out, without_states
 from alignkit.stages import PROCESSES
 from alignkit.storage import plain
 
@@ -51,26 +53,49 @@ class Followers:
         self.started: list[subprocess.Popen] = []
         self.logs: list = []
         self.sum: int | None = None  # of the state after the last iteration
+        self.shards = Shards(state, self._gathering) if self.job.get("shard") else None
 
     def __call__(self, state, config):
         """One iteration of the state, by all processes; of any other state, by this process alone."""
         if state is not self.state:
             return self.iterate(state, config)
-        try:
+        if self.shards:
+            self.shards.check()
+        with self._guarded():
             if not self.started:
                 self._start()
-            send = checksum(state) != self.sum  # new, or restored from a checkpoint, or rewound
+            send = self._sum() != self.sum  # new, or restored from a checkpoint, or rewound
             self._say({"config": asdict(config), "send": send})
-            stats = together(self.iterate, state, config, send)
-            self.sum = checksum(state)
+            with self.shards.apart_during() if self.shards else contextlib.nullcontext():
+                stats = together(self.iterate, state, config, send, shard=bool(self.shards))
+            self.sum = self._sum()
             return stats
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """An error in the block ends the other processes; RunError if one of them is the cause."""
+        try:
+            yield
         except BaseException as error:
             cause = self._cause(error)
             self.close()
             if cause:
-                raise RunError(f"{cause}; nothing was changed by this iteration, and the next one starts the "
-                               "processes again") from error
+                then = ("the next one starts the processes again" if self.state.whole else
+                        "optimiser states that it kept are lost: go on from the last checkpoint")
+                raise RunError(f"{cause}; nothing was changed by this iteration, and {then}") from error
             raise
+
+    @contextlib.contextmanager
+    def _gathering(self, number: int) -> Iterator[None]:
+        """The other processes call `gathered` while the block does."""
+        with self._guarded():
+            self._say({"gather": number})
+            yield
+
+    def _sum(self) -> int:
+        """`checksum` of the state as this process has it."""
+        with sharing():
+            return checksum(self.state.state_dict())
 
     def close(self) -> None:
         """End the other processes."""
@@ -138,19 +163,29 @@ class Followers:
         return lines[-1].removeprefix("alignkit.errors.") if lines else f"it ended with exit code {code}"
 
 
-def together(iterate: Callable, state, config, send: bool):
+def together(iterate: Callable, state, config, send: bool, shard: bool = False):
     """One iteration in step with the other processes, each of which calls this; returns what `iterate` does.
 
-    send: whether process 0 gives its state to the others first. Raises RunError if the states differ afterwards.
+    send: whether process 0 gives its state to the others first. shard: whether each keeps a part of the optimiser
+    states only. Raises RunError if the states differ afterwards, in more than the parts.
     """
-    with sharing():
+    with sharing(shard):
         if send:
             _send(state)
         stats = iterate(state, config)
-        if not same_everywhere(checksum(state)):
+        if not same_everywhere(checksum(_common(state))):
             raise RunError("the processes have computed different weights; they need the same libraries, the same kind "
                            "of processor and as many threads")
         return stats
+
+
+def obey(commands: Iterable[Mapping], iterate: Callable, state, kind: type, shard: bool) -> None:
+    """What processes 1 and more do: iterations of `state` with configs of this kind, and the gathering of states."""
+    for command in commands:
+        if "gather" in command:
+            gathered(optimizers(state)[command["gather"]])
+        else:
+            together(iterate, state, kind(**command["config"]), command["send"], shard)
 
 
 def check_facts(facts: Mapping) -> None:
@@ -163,8 +198,8 @@ def check_facts(facts: Mapping) -> None:
                        "the parameters say, and on the same machine")
 
 
-def checksum(state) -> int:
-    """A number that changes if a bit of what training changes does: of weights, optimisers, counters."""
+def checksum(saved: Mapping) -> int:
+    """A number that changes if a bit of a `state_dict()` does: of weights, optimisers, counters."""
     leaves: list[object] = []
 
     def walk(value: object) -> None:
@@ -182,19 +217,26 @@ def checksum(state) -> int:
         else:
             leaves.append(value)
 
-    walk(state.state_dict())
+    walk(saved)
     return int.from_bytes(hashlib.blake2b(repr(leaves).encode(), digest_size=7).digest(), "big")
 
 
+def _common(state) -> Mapping:
+    """The part of `state.state_dict()` that is the same in all processes."""
+    return without_states(state.state_dict()) if sharded() else state.state_dict()
+
+
 def _send(state) -> None:
-    """Give the state of process 0 to all."""
+    """Give the state of process 0 to all; of optimiser states that are shared out, to each its part."""
     tensors: dict[str, Tensor] = {}
-    tree = packed(state.state_dict(), tensors, {})
+    tree = packed(_common(state), tensors, {})
     tree, shapes = told([tree, {name: [list(tensor.shape), str(tensor.dtype)] for name, tensor in tensors.items()}])
     if dist.get_rank() == 0:
         for tensor in tensors.values():
             broadcast(tensor)
-        return
-    state.load_state_dict(unpacked(tree, {
-        name: broadcast(torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch."))))
-        for name, (shape, dtype) in shapes.items()}))
+    else:
+        state.load_state_dict(unpacked(tree, {
+            name: broadcast(torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch."))))
+            for name, (shape, dtype) in shapes.items()}))
+    if sharded():
+        share_out(state)

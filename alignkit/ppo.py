@@ -52,6 +52,7 @@ from alignkit.models.heads import SharedCritic
 from alignkit.optim import all_or_nothing, set_learning_rate, side_by_side, within_memory
 from alignkit.ppo_state import PPOState
 from alignkit.processes import count, in_shares, own_rows, sum_gradients, summed
+from alignkit.shards import take_step
 
 
 @dataclass(frozen=True)
@@ -173,10 +174,10 @@ def ppo_step(state: PPOState, batch: PPOBatch, config: PPOConfig, *, demonstrati
                         state.iteration, token_ids(batch.rollout))
     # Step.
     if train_policy:
-        state.policy_optimizer.step()
+        take_step(state.policy_optimizer)
     reached("ppo.half_step")
     if state.critic is not None:
-        state.critic_optimizer.step()
+        take_step(state.critic_optimizer)
     return dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True))  # read from the device once
 
 

@@ -41,12 +41,13 @@ class PPOState:
     iteration: int = 0
     last_rollout: Rollout | None = field(default=None, repr=False)
     last_scores: Tensor | None = field(default=None, repr=False)
+    whole: bool = field(default=True, repr=False)  # False if optimiser states are lost that other processes kept
     pass_limit: int | None = field(default=None, repr=False)  # tokens a pass that fit, once memory ran out
 
     @property
     def step(self) -> int:
-        """Number of completed iterations, as Checkpoints counts them."""
-        return self.iteration
+        """Number of completed iterations, as Checkpoints counts them; -1 if the state is not whole."""
+        return self.iteration if self.whole else -1
 
     @classmethod
     def start(
@@ -143,7 +144,7 @@ class PPOState:
         for name, (model, optimizer) in models.items():
             copy_weights(trained_weights(model), saved[name])
             optimizer.load_state_dict(saved[f"{name}_optimizer"])
-        self.iteration, self.kl_coef = saved["iteration"], saved["kl_coef"]
+        self.iteration, self.kl_coef, self.whole = saved["iteration"], saved["kl_coef"], True
         self.last_rollout = self.last_scores = None
 
 

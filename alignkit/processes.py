@@ -20,25 +20,30 @@ from torch import Tensor, nn
 
 BUCKET = 2**24  # elements of the gradients that are added up at a time
 TIMEOUT = timedelta(minutes=30)  # for one exchange: the longest that one process waits for another
-_shared = False
+_shared = _sharded = False
 
 
 @contextlib.contextmanager
-def sharing() -> Iterator[None]:
+def sharing(shard: bool = False) -> Iterator[None]:
     """Inside the block, all processes of torch.distributed's group share the work. Each of them must enter it, and
     compute the same. An error in one of them is an error in all, at their next exchange or after the group's
-    timeout."""
-    global _shared
-    before, _shared = _shared, dist.is_initialized()
+    timeout. shard: whether each keeps a part of the optimiser states only (`alignkit.shards`)."""
+    global _shared, _sharded
+    before, _shared, _sharded = (_shared, _sharded), dist.is_initialized(), shard
     try:
         yield
     finally:
-        _shared = before
+        _shared, _sharded = before
 
 
 def count() -> int:
     """The number of processes that share the work now; 1 outside `sharing`."""
     return dist.get_world_size() if _shared else 1
+
+
+def sharded() -> bool:
+    """Whether each process keeps a part of the optimiser states only; False outside `sharing`."""
+    return _sharded and count() > 1
 
 
 def own_rows(rows: int) -> tuple[slice, float]:
@@ -146,6 +151,26 @@ def broadcast(tensor: Tensor) -> Tensor:
     moved = tensor.detach().to(_device(), copy=True).contiguous()
     dist.broadcast(moved, 0)
     return moved.cpu()
+
+
+def broadcast_weights(weights: list[Tensor], source: int) -> None:
+    """Overwrite the weights with those of the process `source`."""
+    for bucket in _buckets(weights):
+        flat = torch.cat([weight.detach().flatten() for weight in bucket])
+        dist.broadcast(flat, source)
+        for weight, new in zip(bucket, flat.split([weight.numel() for weight in bucket]), strict=True):
+            weight.detach().copy_(new.view_as(weight))
+
+
+def moved(tensor: Tensor, source: int, target: int) -> Tensor:
+    """In the process `target` the tensor of the process `source`; in the others what they gave, of the same shape and
+    type."""
+    if source != target and dist.get_rank() == source:
+        dist.send(tensor.detach().to(_device()).contiguous(), target)
+    elif source != target and dist.get_rank() == target:
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device=_device())
+        dist.recv(tensor, source)
+    return tensor
 
 
 def join(meeting: Path, rank: int, number: int) -> None:

@@ -26,7 +26,8 @@ NEEDS = {  # the stages whose models a notebook reads
     "05_dpo": ("sft", "reward", "frozen"),
 }
 TRAINED_TOGETHER = ("ppo", "dpo")  # the stages that several processes can train
-PROCESSES = "ALIGNKIT_PROCESSES"  # environment of their kernel: {"count": N, "notebook": name, "values": parameters}
+SHARDED = ("optimizer",)  # what each of several processes can keep a part of only: the states of the optimisers
+PROCESSES = "ALIGNKIT_PROCESSES"  # environment of their kernel: {"count", "shard", "notebook", "values": parameters}
 CARD = "README.md"  # the model card of a frozen checkpoint, which is written after its evaluation
 # records in a stage's folder, which later stages may add to
 RUN_FILES = ("results.json", "metrics.jsonl", "samples.jsonl", "evaluation.json", "samples.json", "suites.json", CARD)

@@ -20,6 +20,7 @@ from alignkit.models.adapters import add_lora
 from alignkit.models.loading import load_policy
 from alignkit.ppo import PPOState, collect, ppo_iteration, ppo_step
 from alignkit.ppo import _demonstrations as demonstrations
+from alignkit.optim import size
 from alignkit.processes import join, sharing, told
 
 PROMPTS = [prompt.text for prompt in World(0).train_prompts[:40]]
@@ -73,7 +74,7 @@ def _ppo(policy, tokenizer, options: dict) -> dict[str, Tensor]:
     state.iteration = 0
     stats = [ppo_iteration(state, config) for _ in range(2)]
     rollout = state.last_rollout
-    return {"tokens": torch.where(batch.rollout.response_mask, batch.rollout.response_ids, -1),
+    return {"bytes": _bytes(state.policy_optimizer, state.critic_optimizer), "tokens": torch.where(batch.rollout.response_mask, batch.rollout.response_ids, -1),
             "later tokens": torch.where(rollout.response_mask, rollout.response_ids, -1),
             "logprobs": batch.old_logprobs, "advantages": batch.advantages, "returns": batch.returns,
             "scores": state.last_scores, "gradients": gradients,
@@ -89,8 +90,13 @@ def _dpo(policy, tokenizer, options: dict) -> dict[str, Tensor]:
     first = dpo_iteration(state, config)
     gradients = _flat([weight.grad for weight in policy.parameters()])
     stats = [first, *(dpo_iteration(state, config) for _ in range(2))]
-    return {"gradients": gradients, "weights": _flat(policy.parameters()),
+    return {"bytes": _bytes(state.optimizer), "gradients": gradients, "weights": _flat(policy.parameters()),
             "stats": torch.tensor([list(map(float, vars(each).values())) for each in stats])}
+
+
+def _bytes(*optimizers) -> Tensor:
+    """Of the states that this process keeps."""
+    return torch.tensor([size(dict(optimizer.state)) for optimizer in optimizers if optimizer is not None])
 
 
 def _flat(tensors) -> Tensor:
@@ -122,9 +128,17 @@ def compute(rank: int, count: int, folder: Path, case: str) -> None:
         save_file(computed(case), folder / f"{rank}.safetensors")
 
 
-def train(rank: int, count: int, folder: Path, notebook: str, run: Path, values: dict) -> None:
+def shard(rank: int, count: int, folder: Path, case: str) -> None:
+    """Write what a case computes without and with sharded optimiser states to plain- and sharded-RANK.safetensors."""
+    for name, given in (("plain", False), ("sharded", True)):
+        with sharing(given):
+            save_file(computed(case), folder / f"{name}-{rank}.safetensors")
+
+
+def train(rank: int, count: int, folder: Path, notebook: str, run: Path, values: dict, shard: str | None = None
+          ) -> None:
     """What each process of torchrun does."""
-    worker.train_stage(notebook, run, values)
+    worker.train_stage(notebook, run, values, shard)
 
 
 def disagree(rank: int, count: int, folder: Path) -> None:

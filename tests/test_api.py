@@ -31,7 +31,7 @@ LAYERS = (
     ("alignkit.models", "alignkit.data", "alignkit.plots"),
     ("alignkit.folders", "alignkit.sources"),
     ("alignkit.desk", "alignkit.pages", "alignkit.storage"),
-    ("alignkit.formulas", "alignkit.optim"),
+    ("alignkit.formulas", "alignkit.optim", "alignkit.shards"),
     ("alignkit.processes",),
     ("alignkit.configs", "alignkit.metrics", "alignkit.stages", "alignkit.errors", "alignkit.safe_text",
      "alignkit.killpoints"),

@@ -18,6 +18,7 @@ from alignkit.errors import AlignkitError, ParameterError
 from alignkit.jobs.arguments import add_out, assignment, count, folder, given_parameters, given_reading, seconds
 from alignkit.jobs.usage import CommandParser
 from alignkit.safe_text import one_line
+from alignkit.stages import SHARDED
 from alignkit.sweeps.command import add_sweep
 from alignkit.teaching.commands import add_teaching
 
@@ -164,7 +165,7 @@ def _run(options: argparse.Namespace) -> None:
 
     executed = notebooks.run_notebook(
         options.notebook, options.out, given_parameters(options), timeout=options.timeout, force=options.force,
-        restart=options.restart, track=options.track, processes=options.processes,
+        restart=options.restart, track=options.track, processes=options.processes, shard=options.shard,
     )
     print(f"executed notebook: {_shown(executed)}")
 
@@ -322,7 +323,8 @@ def _add_jobs(add) -> None:
     lab.add_argument("arguments", nargs="*", metavar="ARGUMENT", help="after --: arguments of `jupyter lab`")
 
     run = add("run", _run, "run one notebook as a job; `run NOTEBOOK --help` lists its parameters", add_help=False,
-              epilog="example: alignkit run 03b_ppo --out runs/course -p kl_coef=0.1 -p seed=1")
+              epilog="examples: alignkit run 03b_ppo --out runs/course -p kl_coef=0.1 -p seed=1     "
+              "alignkit run 05_dpo --out runs/qwen --processes 2 --shard optimizer")
     run.add_argument("-h", "--help", nargs=0, action=_NotebookHelp,
                      help="show this help (after NOTEBOOK also its parameters) and exit")
     run.add_argument(
@@ -334,6 +336,8 @@ def _add_jobs(add) -> None:
     run.add_argument("--force", action="store_true", help="run the notebook even if it has already finished")
     run.add_argument("--processes", type=count, default=1, metavar="COUNT", help="processes that train together, in "
                      "03b_ppo and 05_dpo; the same numbers, up to rounding (default: 1)")
+    run.add_argument("--shard", choices=SHARDED, help="what each of several processes keeps a part of only: optimizer, "
+                     "the optimiser's states; the same bits as without")
 
 
 class _NotebookHelp(argparse.Action):

@@ -20,7 +20,7 @@ from alignkit.errors import ParameterError, RunError
 from alignkit.jobs.estimate import notebook_seconds
 from alignkit.jobs.job import Job, files_made, finished, job_key, why_run
 from alignkit.jobs.parameters import Parameter, notebook_parameters, typed_values
-from alignkit.jobs.preconditions import check_before, check_model
+from alignkit.jobs.preconditions import check_before, check_model, check_shard
 from alignkit.jobs.progress import Progress
 from alignkit.jobs.stage_parameters import addressed, values_by_notebook, where_they_went
 from alignkit.jobs.usage import nearest
@@ -79,6 +79,7 @@ def run_notebook(
     restart: bool = False,
     track: str | None = None,
     processes: int = 1,
+    shard: str | None = None,
     spare=None,
 ) -> Path:
     """Run one notebook in the run directory `out`, unless it has already finished; returns the executed notebook.
@@ -89,7 +90,8 @@ def run_notebook(
     STAGE. timeout: seconds. progress: print one line about the notebook. force: run even if it has already finished.
     restart: start again instead of continuing. track: a tracker that receives the training's metrics (`jobs.tracking`).
     processes: how many of them train, in a notebook of PPO or DPO (`alignkit.followers`); with the same results, up to
-    rounding. spare: a kernel that already runs (`jobs.spare_kernel.Spare`), to use instead of a new one.
+    rounding. shard: "optimizer", if each of them keeps a part of the optimiser states only; None: all of them keep all.
+    spare: a kernel that already runs (`jobs.spare_kernel.Spare`), to use instead of a new one.
     Raises ParameterError; RunError if the directory belongs to another run, lacks a stage, or holds a stage that was
     changed, or if the model cannot be read; DataError; RunInUse (all of these before a kernel starts); NotebookFailed,
     which names the cell.
@@ -99,6 +101,7 @@ def run_notebook(
     if processes > 1 and CHAIN.get(job.name) not in TRAINED_TOGETHER:
         raise ParameterError(f"processes is {processes}, expected 1 for {job.name}: several processes train in the "
                              f"notebooks of {' and '.join(TRAINED_TOGETHER)} only")
+    check_shard(shard, processes)
     _check_tracker(track, job)
     check_before([job])
     _check_stages(job)
@@ -106,7 +109,7 @@ def run_notebook(
         _check_facts(job)
         expected = _expected([job]).get(job.name) if progress else None
         return _run(job, timeout=timeout, progress=progress, force=force or restart, expected=expected, restart=restart,
-                    track=track, processes=processes, spare=spare)
+                    track=track, processes=processes, shard=shard, spare=spare)
 
 
 def job_of(notebook: Path, out: str | Path, parameters: Mapping[str, object] | None) -> Job:
@@ -290,6 +293,7 @@ def _run(
     restart: bool = False,
     track: str | None = None,
     processes: int = 1,
+    shard: str | None = None,
 ) -> Path:
     records = read_jobs(job.out)
     before, key = records.get(job.name, {}), job_key(job, records)
@@ -324,7 +328,7 @@ def _run(
     note()
     try:
         with _tracked(job, track, key, anew=force):
-            _execute(job, executing, timeout, on_cell, spare, processes)
+            _execute(job, executing, timeout, on_cell, spare, kernel_environment(job, processes, shard))
     except BaseException as error:
         if moved and not job.folder.exists():
             os.rename(moved, job.folder)
@@ -405,13 +409,13 @@ def _spare(job: Job | None):
     return Spare(kernel_environment(job), Path.cwd(), lock_handles(job.out), needed_by(job.notebook))
 
 
-def kernel_environment(job: Job, processes: int = 1) -> dict[str, str]:
+def kernel_environment(job: Job, processes: int = 1, shard: str | None = None) -> dict[str, str]:
     """The environment of the kernel of a job in which several processes train."""
     env = {**os.environ, "ALIGNKIT_HEADLESS": "1", STAGE_OF_JOB: job.folder.name if job.folder else ""}
     env.pop(PROCESSES, None)
     if processes > 1:
         values = {name: job.values.get(name, parameter.default) for name, parameter in job.parameters.items()}
-        env[PROCESSES] = json.dumps({"count": processes, "notebook": job.name, "values": plain(values)})
+        env[PROCESSES] = json.dumps({"count": processes, "shard": shard, "notebook": job.name, "values": plain(values)})
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     for name, value in {
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -463,11 +467,11 @@ def _check_facts(job: Job) -> None:
                            f"one in jobs.json): run {maker} again, or the course, which does that by itself")
 
 
-def _execute(job: Job, executing: Path, timeout: float | None, on_cell, spare, processes: int) -> None:
+def _execute(job: Job, executing: Path, timeout: float | None, on_cell, spare, env: Mapping[str, str]) -> None:
     from alignkit.errors import NotebookFailed
     from alignkit.jobs.kernel import execute
 
-    place = {"env": kernel_environment(job, processes), "cwd": Path.cwd(), "spare": spare,
+    place = {"env": env, "cwd": Path.cwd(), "spare": spare,
              "lock": lock_handles(job.out)}
     try:
         execute(job.notebook, executing, job.values, timeout=timeout, on_cell=on_cell, **place)

@@ -11,7 +11,7 @@ from pathlib import Path
 from alignkit.configs import DPOConfig, PPOConfig, RewardConfig, SFTConfig, preset
 from alignkit.errors import DataError, ParameterError, RunError
 from alignkit.jobs.job import Job
-from alignkit.stages import CHAIN
+from alignkit.stages import CHAIN, SHARDED
 
 CONFIGS = {"01_sft": (SFTConfig,), "02_reward_model": (RewardConfig,), "03a_ppo_by_hand": (PPOConfig,),
            "03b_ppo": (PPOConfig,), "05_dpo": (DPOConfig,), "your_model": (PPOConfig, DPOConfig)}
@@ -20,6 +20,15 @@ LEAST = {"demonstrations": 1, "pairs": 1, "heldout_pairs": 1, "scale_samples": 2
 READ_THE_MODEL = ("00_the_world", "01_sft", "your_model")  # later notebooks take the model from a stage of the run
 NEED_PAIRS = ("02_reward_model", "05_dpo", "your_model")
 ROWS = 2000  # number of rows of the data to check
+
+
+def check_shard(shard: str | None, processes: int) -> None:
+    """Raise ParameterError if `shard` is not None, and unknown or of no use with so many processes."""
+    if shard not in (None, *SHARDED):
+        raise ParameterError(f"shard is {shard!r}, expected {' or '.join(map(repr, SHARDED))}")
+    if shard and processes < 2:
+        raise ParameterError(f"shard is {shard!r}, expected none with {processes} process, which has nobody to share "
+                             "with; several train with --processes, or with torchrun --nproc-per-node")
 
 
 def check_before(jobs: Sequence[Job]) -> None:

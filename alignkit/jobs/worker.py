@@ -5,12 +5,14 @@
 
 The first command trains and leaves its last checkpoint and its log in the stage's folder, as an interrupted notebook
 does. The second one finds them, has nothing left to train, evaluates and finishes the stage. Process 0 alone writes.
+With `--shard optimizer` each process keeps a part of the optimiser states only (`alignkit.shards`).
 
 `alignkit run 03b_ppo --processes 2` needs no torchrun: there the notebook's kernel is process 0, and it starts this
 program with --follow, which takes its commands from a pipe (`alignkit.followers`).
 """
 
 import argparse
+import contextlib
 import json
 import os
 import queue
@@ -18,7 +20,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -27,8 +29,9 @@ import torch.distributed as dist
 from alignkit.configs import DPOConfig, PPOConfig, preset
 from alignkit.dpo import DPOState, dpo_iteration
 from alignkit.errors import AlignkitError, ParameterError
-from alignkit.followers import check_facts, together
+from alignkit.followers import check_facts, obey, together
 from alignkit.jobs.arguments import assignment, folder, given_parameters
+from alignkit.jobs.preconditions import check_shard
 from alignkit.models.adapters import add_lora
 from alignkit.models.loading import load_policy, save_model
 from alignkit.ppo import PPOState, ppo_iteration, ran_away
@@ -37,7 +40,8 @@ from alignkit.reward import load_reward
 from alignkit.runs.checkpoints import Checkpoints
 from alignkit.runs.lock import run_lock
 from alignkit.runs.stage_folders import stage_folder
-from alignkit.stages import CHAIN, TRAINED_TOGETHER
+from alignkit.shards import Shards
+from alignkit.stages import CHAIN, SHARDED, TRAINED_TOGETHER
 from alignkit.storage import append_metrics, plain, trim_metrics
 from alignkit.task import load_task
 
@@ -107,6 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=folder, metavar="DIR", help="the run directory, which every process can read")
     parser.add_argument("-p", dest="parameters", action="append", default=[], type=assignment, metavar="NAME=VALUE",
                         help="a parameter of the notebook; may be repeated")
+    parser.add_argument("--shard", choices=SHARDED, help="what each process keeps a part of only: optimizer, its states")
     given = parser.parse_args(arguments)
     try:
         if given.follow:
@@ -114,17 +119,20 @@ def main(arguments: list[str] | None = None) -> int:
         elif not (given.notebook and given.out):
             parser.error("expected a notebook and --out DIR")
         else:
-            train(given.notebook, given.out, given_parameters(given))
+            train(given.notebook, given.out, given_parameters(given), given.shard)
     except AlignkitError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
 
 
-def train(notebook: str, out: Path, parameters: Mapping[str, str]) -> None:
-    """Train a stage with all processes that torchrun has started, from its newest checkpoint if there is one."""
+def train(notebook: str, out: Path, parameters: Mapping[str, str], shard: str | None = None) -> None:
+    """Train a stage with all processes that torchrun has started, from its newest checkpoint if there is one.
+
+    Raises ParameterError for `shard` with one process."""
     from alignkit.jobs.notebooks import find_notebook, job_of
 
+    check_shard(shard, int(os.environ["WORLD_SIZE"]))
     job = job_of(find_notebook(notebook), out, parameters)
     values = {name: job.values.get(name, parameter.default) for name, parameter in job.parameters.items()}
     if values["model"] == "tiny":
@@ -133,25 +141,26 @@ def train(notebook: str, out: Path, parameters: Mapping[str, str]) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group(backend(int(os.environ["LOCAL_WORLD_SIZE"])))
     try:
-        train_stage(job.name, job.out, values)
+        train_stage(job.name, job.out, values, shard)
     finally:
         dist.destroy_process_group()
 
 
-def train_stage(notebook: str, run: Path, values: Mapping[str, object]) -> None:
+def train_stage(notebook: str, run: Path, values: Mapping[str, object], shard: str | None = None) -> None:
     """Train the stage that `load_stage` loads, in every process of a group; process 0 holds the run's lock and
     writes."""
     stage = load_stage(notebook, run, values)
     if dist.get_rank() == 0:
         told(plain(dict(stage.state.facts()), "facts"))
         with run_lock(run):
-            _lead(stage, stage_folder(run, CHAIN[notebook]), values)
+            _lead(stage, stage_folder(run, CHAIN[notebook]), values, shard)
+            told(None)  # that was all
     else:
         check_facts(stage.state.facts())
-        _iterate(stage, lambda stats: None)
+        obey(iter(told, None), stage.iterate, stage.state, type(stage.config), bool(shard))
 
 
-def _lead(stage: Stage, folder: Path, values: Mapping) -> None:
+def _lead(stage: Stage, folder: Path, values: Mapping, shard: str | None) -> None:
     """Process 0: the log, the checkpoints, and what the others do too."""
     checkpoints = Checkpoints(folder / "checkpoints", stage.state, stage.config, every=values["checkpoint_seconds"])
     trim_metrics(folder / "metrics.jsonl", checkpoints.resume())
@@ -169,18 +178,26 @@ def _lead(stage: Stage, folder: Path, values: Mapping) -> None:
         print(f"{done} of {stage.steps}", flush=True)
 
     try:
-        why = _iterate(stage, record)
+        why = _iterate(stage, record, Shards(stage.state, _gathering) if shard else None)
     finally:
         checkpoints.close(stage.state.step)
     if why:
         checkpoints.end(stage.state.step, why)
 
 
-def _iterate(stage: Stage, record: Callable) -> str:
+@contextlib.contextmanager
+def _gathering(number: int) -> Iterator[None]:
+    told({"gather": number})
+    yield
+
+
+def _iterate(stage: Stage, record: Callable, shards: Shards | None) -> str:
     """All iterations that are left, in step with the other processes; returns why PPO stopped itself, else ""."""
-    begun = told(stage.state.step)  # process 0 may have gone back to a checkpoint, and gives its state to the others
+    begun = stage.state.step  # process 0 may have gone back to a checkpoint, and gives its state to the others
     for step in range(begun, stage.steps):
-        stats = together(stage.iterate, stage.state, stage.config, send=step == begun)
+        told({"config": asdict(stage.config), "send": step == begun})
+        with shards.apart_during() if shards else contextlib.nullcontext():
+            stats = together(stage.iterate, stage.state, stage.config, step == begun, bool(shards))
         record(stats)
         if isinstance(stage.config, PPOConfig) and (why := ran_away(stats, stage.config)):
             return why
@@ -201,8 +218,7 @@ def follow() -> None:
     print("ready", file=answers, flush=True)
     join(Path(first["meeting"]), first["rank"], first["count"])
     check_facts(stage.state.facts())
-    for command in commands:
-        together(stage.iterate, stage.state, type(stage.config)(**command["config"]), command["send"])
+    obey(commands, stage.iterate, stage.state, type(stage.config), bool(first.get("shard")))
 
 
 def _commands() -> Iterator[dict]:
