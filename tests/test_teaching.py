@@ -199,15 +199,28 @@ def test_the_table_has_no_formulas_no_line_breaks_and_no_endless_texts():
 
 
 def test_a_table_that_is_there_is_not_replaced_unasked(tmp_path, capsys):
-    out = tmp_path / "grades.csv"
+    out, bad = tmp_path / "grades.csv", tmp_path / "bad.ipynb"
     out.write_text("mine")
+    bad.write_text("no notebook")
     with pytest.raises(FileExistsError, match="--overwrite"):
-        grade([tmp_path / "none.ipynb"], out)
-    assert main(["grade", str(tmp_path / "none.ipynb"), "--out", str(out)]) == 1 and out.read_text() == "mine"
-    assert main(["grade", str(tmp_path / "none.ipynb"), "--out", str(out), "--overwrite"]) == 0
-    assert "no such file" in out.read_text() and f"0 of {POSSIBLE}" in capsys.readouterr().out
+        grade([bad], out)
+    assert main(["grade", str(bad), "--out", str(out)]) == 1 and out.read_text() == "mine"
+    assert main(["grade", str(bad), "--out", str(out), "--overwrite"]) == 0
+    assert "not valid JSON" in out.read_text() and f"0 of {POSSIBLE}" in capsys.readouterr().out
     with pytest.raises(RunError, match="no folder"):
         grade([], tmp_path / "none" / "grades.csv")
+
+
+def test_a_pattern_is_expanded_and_a_file_that_is_not_there_ends_it_before_a_table_is_written(tmp_path, capsys):
+    out = tmp_path / "grades.csv"
+    for name in ("b.ipynb", "a.ipynb", "[c].ipynb"):
+        (tmp_path / name).write_text("no notebook")
+    for missing in ("non*.ipynb", "non.ipynb"):
+        assert main(["grade", str(tmp_path / "a.ipynb"), str(tmp_path / missing), "--out", str(out)]) == 1
+        said = capsys.readouterr()
+        assert missing in said.err and not said.out and not out.exists()
+    assert main(["grade", str(tmp_path / "?.ipynb"), str(tmp_path / "[c].ipynb"), "--out", str(out)]) == 0
+    assert [row["student"] for row in csv.DictReader(out.open())] == ["a", "b", "[c]"]
 
 
 # --- grading, in kernels ---------------------------------------------------------------------------------------------

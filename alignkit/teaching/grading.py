@@ -51,9 +51,12 @@ def grade(files: Sequence[str | Path], out: str | Path, *, seconds: float = 30.0
 
     seconds: the limit for the cell and the calls of one task. seed: of the hidden inputs, the same for all files; by
     default another one each time. on_grade(grade, points that can be had): called after each file. A file that cannot
-    be graded gets a row that says why. Raises FileExistsError if `out` is there and `overwrite` was not asked for.
+    be graded gets a row that says why. Raises FileNotFoundError if a file is not there, FileExistsError if `out` is
+    there and `overwrite` was not asked for, both before anything is graded.
     """
     out = Path(out)
+    if missing := [str(file) for file in files if not Path(file).exists()]:
+        raise FileNotFoundError(f"{', '.join(missing[:5])}: no such file; nothing was graded")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} is there already; --overwrite replaces it, --out names another file")
     if not out.parent.is_dir():
