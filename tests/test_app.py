@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from alignkit_widgets import FrontierExplorer, TrainingCockpit
 from alignkit_widgets.app import server
 from alignkit_widgets.app.measured import exact_points, measure_policies, measured_points
-from alignkit_widgets.app.playground import make_desk_start, measured_file, open_playground
+from alignkit_widgets.app.playground import LivePPO, Playground, make_desk_start, measured_file, open_playground
 from alignkit_widgets.explorers.own_plane import OwnPlane
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
 from tornado.websocket import websocket_connect
@@ -32,7 +33,7 @@ from alignkit.formulas.intervals import Estimate
 from alignkit.jobs.cli import main
 from alignkit.models.loading import load_policy
 from alignkit.runs.records import start_run
-from alignkit.storage import branch_files, read_metrics, write_json
+from alignkit.storage import append_metrics, branch_files, read_metrics, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -296,6 +297,46 @@ def test_the_frontier_starts_a_run_at_its_price(playground):
         assert {c["name"]: c["start"] for c in cockpit["config"]["controls"]}["kl_coef"] == 0.7
 
     serving(playground, test)  # closing ends the run
+
+
+@pytest.mark.parametrize("slow, steps", [("start_ppo", []), ("step", [1]), ("save", [1])])
+def test_an_app_that_is_ended_logs_exactly_the_iterations_whose_policy_it_saves(playground, monkeypatch, slow, steps):
+    begun, owner = threading.Event(), Playground if slow == "start_ppo" else LivePPO
+
+    def slowly(*arguments, call=getattr(owner, slow), **options):
+        begun.set()
+        time.sleep(0.3)  # the app is ended meanwhile
+        return call(*arguments, **options)
+
+    async def test(dashboard, page):
+        page.say(do="train", iterations=1 if slow == "save" else 200)
+        await asyncio.to_thread(begun.wait, 60)
+
+    monkeypatch.setattr(owner, slow, slowly)
+    serving(playground, test)
+    folder = playground.run / "app" / "ppo-1"
+    assert folder.exists() == bool(steps) == ("app/ppo-1" in playground.checkpoints())
+    assert [row["step"] for row in (read_metrics(folder / "metrics.jsonl") if steps else [])] == steps
+    assert [(run["done"], run["unfinished"]) for run in playground.runs()] == [(1, slow == "step")] * bool(steps)
+    if slow == "step":
+        assert playground.continue_ppo("ppo-1").checkpoints.latest()[0] == 1
+
+
+def test_the_log_of_an_earlier_run_is_read_again_only_after_it_changed(playground, monkeypatch):
+    run = playground.start_ppo(4, prompts_per_iteration=16, minibatch_size=16)
+    log, read = run.folder / "metrics.jsonl", []
+    monkeypatch.setattr("alignkit_widgets.app.playground.read_metrics",
+                        lambda path: read.append(path) or read_metrics(path))
+    assert [each["done"] for each in playground.runs()] == [0]  # it has no log yet
+    append_metrics(log, {"step": 1, "objective/kl": 0.25})
+    assert [(each["done"], each["kl"]) for each in (playground.runs() + playground.runs())] == [(1, 0.25)] * 2
+    append_metrics(log, {"step": 2, "objective/kl": 0.5})
+    assert playground.runs()[0]["done"] == playground.runs()[0]["done"] == 2
+    assert read == [log] * 3
+    (run.folder / "checkpoints").mkdir()
+    assert playground.runs()[0]["unfinished"] and len(read) == 3
+    said = server.Dashboard(playground).status()["status"]
+    assert "unfinished" not in said and said["runs"] == playground.runs()
 
 
 def test_what_makes_no_sense_is_ignored_and_an_error_is_said(playground):

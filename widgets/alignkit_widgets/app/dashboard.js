@@ -83,13 +83,14 @@ function show(status) {
   if (first) select(tabs[location.hash.slice(1)] ? location.hash.slice(1) : "train");
 }
 
-function showUnfinished({ unfinished }) {
+function showUnfinished({ runs }) { // newest first
+  const unfinished = runs.filter((run) => run.unfinished).map((run) => run.name);
   const there = unfinished.join("\n");
   if (there !== goOn.dataset.there) {
     goOn.dataset.there = there;
     goOn.replaceChildren();
     for (const name of unfinished) make(goOn, "option", { value: name }, name);
-    goOn.value = unfinished.at(-1);
+    goOn.value = unfinished[0];
   }
   for (const node of [goOnLabel, goOnButton]) node.hidden = !unfinished.length;
   goOnNone.hidden = unfinished.length > 0;

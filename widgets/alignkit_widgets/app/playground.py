@@ -44,6 +44,7 @@ class Playground:
     seed: int
     task: Task = field(repr=False)
     scorer: Callable = field(repr=False)
+    _runs: dict = field(default_factory=dict, repr=False)  # what `runs` read: folder -> (times of its files, facts)
 
     def checkpoints(self) -> dict[str, Path]:
         """The policies in the directory, by name, in the order of training, then the app's own policies."""
@@ -98,14 +99,12 @@ class Playground:
         """
         found, open_ended = [], self.unfinished()
         for folder in sorted((self.run / "app").glob("ppo-*"), key=_number, reverse=True):
-            try:
-                config, rows = read_json(folder / CONFIG), read_metrics(folder / "metrics.jsonl")
-                chosen = {name: config[name] for name in ("kl_coef", "seed", "iterations")}
-            except (OSError, RunError, KeyError, TypeError):
-                continue
-            last = rows[-1] if rows else {}
-            found.append({"name": folder.name, **chosen, "done": last.get("step", 0), "kl": last.get("objective/kl"),
-                          "proxy": last.get("objective/scores"), "unfinished": folder.name in open_ended})
+            files = (folder / CONFIG, folder / "metrics.jsonl")
+            written = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
+            if self._runs.get(folder, (None,))[0] != written:
+                self._runs[folder] = written, _run_facts(*files)
+            if facts := self._runs[folder][1]:
+                found.append(facts | {"unfinished": folder.name in open_ended})
         return found
 
     def unfinished(self) -> list[str]:
@@ -242,6 +241,18 @@ def _told(state: PPOState, config: PPOConfig, tell: Tell) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def _run_facts(config: Path, log: Path) -> dict | None:
+    """What the app's table says of a run, from its settings and its log; None if they cannot be read."""
+    try:
+        chosen, rows = read_json(config), read_metrics(log)
+        shown = {name: chosen[name] for name in ("kl_coef", "seed", "iterations")}
+    except (OSError, RunError, KeyError, TypeError):
+        return None
+    last = rows[-1] if rows else {}
+    return {"name": log.parent.name, **shown, "done": last.get("step", 0), "kl": last.get("objective/kl"),
+            "proxy": last.get("objective/scores")}
 
 
 def _number(path: Path) -> int:
