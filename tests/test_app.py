@@ -27,7 +27,8 @@ from tornado.websocket import websocket_connect
 
 from alignkit import exact
 from alignkit.configs import RewardConfig, SFTConfig
-from alignkit.errors import RunError
+from alignkit.data.encoding import encode_text
+from alignkit.errors import DataError, RunError
 from alignkit.exact.prompts import enumerate_world
 from alignkit.formulas.intervals import Estimate
 from alignkit.jobs.cli import main
@@ -248,6 +249,8 @@ def test_without_a_world_the_frontier_shows_what_was_measured_and_measures_the_r
     write_json(playground.run / "app" / "ppo-1" / "results.json", stored)  # a stage's own figures come first
     (point,) = [point for point in measured_points(elsewhere)[0] if point.job == "app/ppo-1"]
     assert (point.kl, point.proxy) == (Estimate(0.5, 0.4, 0.7), Estimate(1.5, None, None))
+    alone, both = (OwnPlane(each).rows()[0][0]["text"] for each in (points[:1], points))  # the last one is chosen
+    assert "and that of sft is" in both and "that of" not in alone, "a policy is not compared with itself"
     chart, table = OwnPlane(points, missing=["dpo"]).rows()[1]
     assert "Not measured yet: dpo" in OwnPlane(points, missing=["dpo"]).rows()[0][0]["text"]
     spans = [series["spans"] for series in chart["series"] if series["name"] == "PPO, proxy"]
@@ -356,6 +359,22 @@ def test_half_a_run_is_refused_with_a_reason(desk_start, tmp_path):
     os.symlink(desk_start / "sft", tmp_path / "half" / "sft")
     with pytest.raises(RunError, match="has no reward/"):
         open_playground(tmp_path / "half")
+
+
+def test_the_data_is_fitted_as_the_run_s_notebooks_fitted_it(playground, tmp_path):
+    data, parameters = tmp_path / "pairs.jsonl", {"max_length": 9, "max_new_tokens": 3, "skip_bad": True}
+    rows = [{"prompt": f"How do I open the {i} door ?", "chosen": "a", "rejected": "b"} for i in range(30)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{}\n")
+    (playground.run / "run.json").unlink()
+    start_run(playground.run, "tiny", str(data), 0)
+    with pytest.raises(DataError, match="1 of 31 rows cannot be used"):
+        open_playground(playground.run)
+    record = {"status": "finished", "seconds": 1, "made": {}, "key": {"parameters": parameters}}
+    write_json(playground.run / "jobs.json", {"01_sft": record, "later": {"key": {"parameters": {"max_length": "9"}}}})
+    opened = open_playground(playground.run)
+    assert opened.task.max_new_tokens == 3 and "unfiltered" in opened.about
+    lengths = [len(encode_text(load_policy(playground.run / "sft")[1], prompt)) for prompt in opened.task.train_prompts]
+    assert max(lengths) == 9 - 3 - 1  # its end and a whole response fit too
 
 
 def test_a_stopped_run_is_continued_to_what_an_unstopped_one_is(playground):

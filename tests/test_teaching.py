@@ -5,17 +5,20 @@ import json
 import math
 import os
 import re
+import socket
 import tempfile
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
+from jupyter_client.connect import LocalPortCache
 from lab_answers import RIGHT, WRONG
 
 from alignkit.errors import RunError
 from alignkit.jobs.cli import main
 from alignkit.jobs.notebooks import find_notebooks
+from alignkit.jobs.spare_kernel import STARTS
 from alignkit.teaching import probe, submission
 from alignkit.teaching.grading import Grade, grade, grade_file, judge, packed, table, task_calls
 from alignkit.teaching.student import student_version, student_versions
@@ -286,6 +289,24 @@ def test_alignkit_cannot_be_imported_and_printed_claims_count_for_nothing(graded
     assert row["interval"] == "2" and row["total"] == "5"
 
 
+@pytest.mark.parametrize("taken, total", [(1, 2), (STARTS, None)])
+def test_a_kernel_whose_port_was_taken_meanwhile_is_started_again(tmp_path, monkeypatch, taken, total):
+    ports = LocalPortCache.instance()
+    free, starts = ports.find_available_port, []
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+
+        def port(ip: str) -> int:  # five a start; another process has taken the last one
+            starts.append(ip)
+            return other.getsockname()[1] if len(starts) % 5 == 0 and len(starts) <= 5 * taken else free(ip)
+
+        monkeypatch.setattr(ports, "find_available_port", port)
+        file = handed_in(tmp_path / "one.ipynb", {"interval": RIGHT["interval"]})
+        (graded,) = grade([file], tmp_path / "grades.csv", seconds=120)
+    assert graded.total == total and len(starts) == 5 * min(taken + 1, STARTS), graded.error
+
+
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory) -> tuple[Grade, Grade]:
     """A submission in which nearly every answer attacks its kernel, and the file graded after it."""
@@ -301,7 +322,7 @@ def hostile(tmp_path_factory) -> tuple[Grade, Grade]:
         "interval": RIGHT["interval"],
     }
     files = [handed_in(folder / "=hostile.ipynb", answers), handed_in(folder / "none" / "last.ipynb", {}),
-             folder / "not there.ipynb"]
+             folder / "none"]
     files[1].write_text("{")
     first, second, _ = grade(files, folder / "grades.csv", seconds=8)
     assert len((folder / "grades.csv").read_text().splitlines()) == 4

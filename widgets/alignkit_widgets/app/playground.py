@@ -19,6 +19,8 @@ from alignkit.configs import PPOConfig, RewardConfig, SFTConfig, preset
 from alignkit.desk.world import PHRASES
 from alignkit.errors import RunError
 from alignkit.forward.sampling import generate_texts
+from alignkit.jobs.job import finished
+from alignkit.jobs.notebooks import read_jobs
 from alignkit.models.heads import reward_model_from
 from alignkit.models.loading import load_policy, save_model
 from alignkit.ppo import PPOState, ppo_iteration
@@ -32,6 +34,7 @@ from alignkit.task import Task, load_task
 from alignkit_widgets.cockpit.ppo_run import ppo_controls, ppo_row
 
 CONFIG = "config-of-run.json"  # of a PPO run in RUN/app
+FITTED = {"max_length": int, "max_new_tokens": int, "skip_bad": bool}  # options of `load_task` that run.json lacks
 Tell = Callable[[str, float], None]  # what an iteration is doing, and the share of it that is done
 
 
@@ -63,7 +66,7 @@ class Playground:
 
     @property
     def about(self) -> str:
-        """Two sentences for the page: what the world is, and what PPO does in it."""
+        """For the page: what the world or the data is, what PPO does with it, and whether its texts are fit to be seen."""
         if self.task.world is not None:
             what = (f"The desk world is a help desk with {len(self.task.world.prompts):,} questions and "
                     f"{len(PHRASES)} answer sentences, so small that every response can be enumerated, with a true "
@@ -73,7 +76,8 @@ class Playground:
         train, held = len(self.task.train_prompts), len(self.task.heldout_prompts)
         return (f"This run trains {Path(self.model).name} on {train:,} prompts of {Path(self.task.name).name}, and "
                 f"{held:,} more are held out; the true reward is unknown. PPO trains the SFT policy on the reward "
-                "model (proxy), which learned from preference pairs; each nat of KL to SFT costs kl_coef.")
+                "model (proxy), which learned from preference pairs; each nat of KL to SFT costs kl_coef. The data's "
+                "prompts and the model's responses are shown unfiltered, in the fold Samples and in Compare.")
 
     def config(self, **chosen) -> PPOConfig:
         """The settings of a new PPO run: the preset with the chosen options. Raises ValueError if one is impossible."""
@@ -200,8 +204,18 @@ def open_playground(run: str | Path, tell: Callable[[str], None] = print, data: 
         raise RunError(f"{run} has no {lacking}/ with a model; run its notebook first (alignkit course), or choose an "
                        "empty directory for the desk world's defaults")
     _, tokenizer = load_policy(run / "sft")
-    task = load_task(facts["data"], tokenizer, seed=facts["seed"], **{name: facts.get(name) for name in READING})
+    task = load_task(facts["data"], tokenizer, seed=facts["seed"], **{name: facts.get(name) for name in READING},
+                     **_as_in_jobs(run))
     return Playground(run, facts["model"], facts["seed"], task, load_reward(run / "reward"))
+
+
+def _as_in_jobs(run: Path) -> dict:
+    """How the run's notebooks fitted the data, as far as RUN/jobs.json says so: max_length, max_new_tokens, skip_bad."""
+    fitted = {}
+    for record in read_jobs(run).values():
+        known = finished(record).get("key", {}).get("parameters", {})
+        fitted |= {name: known[name] for name, kind in FITTED.items() if type(known.get(name)) is kind}
+    return fitted
 
 
 def make_desk_start(run: Path, seed: int = 0, pairs: int = 1500, sft: SFTConfig | None = None,
