@@ -170,7 +170,7 @@ def file_task(source: str | os.PathLike, tokenizer, seed: int = 0, *, kind: str 
     """Rows of a source, truncated to the model's context and divided into two parts by prompt.
 
     max_length: the context in tokens (or the tokenizer's own limit, if lower). A prompt longer than max_length −
-    max_new_tokens loses its beginning; a response that does not fit after its prompt loses its end; both are cut
+    max_new_tokens − 1 loses its beginning; a response that does not fit after its prompt loses its end; both are cut
     between tokens and counted in `notes`. The truncated prompts, as the model sees them, are then divided.
     kind, split, columns: how to read the source, as in `load_rows`. Raises DataError as `load_rows` does, and if there
     are fewer than two different prompts.

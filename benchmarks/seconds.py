@@ -7,10 +7,9 @@ The run must be one of the default settings, made on this machine while nothing 
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 
-from alignkit.jobs.estimate import RECORDED, probe_seconds
+from alignkit.jobs.estimate import RECORDED
 from alignkit.runs.records import versions
 from alignkit.storage import write_json
 
@@ -20,10 +19,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.seconds", description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="the run directory")
     given = parser.parse_args(arguments)
-    probe = statistics.median(probe_seconds() for _ in range(9))  # a machine's clock changes within minutes
     taken = json.loads((given.run / "seconds.json").read_text(encoding="utf-8"))
-    write_json(RECORDED, {"command": "python -m benchmarks.seconds", "versions": versions(), "probe": probe,
-                          "notebooks": taken})
+    write_json(RECORDED, {"command": "python -m benchmarks.seconds", "versions": versions(), "notebooks": taken})
     print(f"{RECORDED.name}: {len(taken)} notebooks, {sum(taken.values()):.0f} s")
 
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from alignkit_widgets import FrontierExplorer, TrainingCockpit
 from alignkit_widgets.app import server
 from alignkit_widgets.app.measured import exact_points, measure_policies, measured_points
-from alignkit_widgets.app.playground import make_desk_start, measured_file, open_playground
+from alignkit_widgets.app.playground import LivePPO, Playground, make_desk_start, measured_file, open_playground
 from alignkit_widgets.app.sweep_page import SweepPage
 from alignkit_widgets.explorers.own_plane import OwnPlane
 from tornado.httpclient import AsyncHTTPClient, HTTPClientError, HTTPRequest
@@ -28,7 +29,8 @@ from tornado.websocket import websocket_connect
 
 from alignkit import exact
 from alignkit.configs import RewardConfig, SFTConfig
-from alignkit.errors import RunError
+from alignkit.data.encoding import encode_text
+from alignkit.errors import DataError, RunError
 from alignkit.exact.prompts import enumerate_world
 from alignkit.formulas.intervals import Estimate
 from alignkit.forward.rollout import decode_responses
@@ -36,7 +38,7 @@ from alignkit.jobs.cli import main
 from alignkit.models.loading import load_policy
 from alignkit.runs.lock import run_lock
 from alignkit.runs.records import start_run
-from alignkit.storage import branch_files, read_metrics, write_json
+from alignkit.storage import append_metrics, branch_files, read_metrics, write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -269,6 +271,8 @@ def test_without_a_world_the_frontier_shows_what_was_measured_and_measures_the_r
     write_json(playground.run / "app" / "ppo-1" / "results.json", stored)  # a stage's own figures come first
     (point,) = [point for point in measured_points(elsewhere)[0] if point.job == "app/ppo-1"]
     assert (point.kl, point.proxy) == (Estimate(0.5, 0.4, 0.7), Estimate(1.5, None, None))
+    alone, both = (OwnPlane(each).rows()[0][0]["text"] for each in (points[:1], points))  # the last one is chosen
+    assert "and that of sft is" in both and "that of" not in alone, "a policy is not compared with itself"
     chart, table = OwnPlane(points, missing=["dpo"]).rows()[1]
     assert "Not measured yet: dpo" in OwnPlane(points, missing=["dpo"]).rows()[0][0]["text"]
     spans = [series["spans"] for series in chart["series"] if series["name"] == "PPO, proxy"]
@@ -360,6 +364,46 @@ def test_the_frontier_starts_a_run_at_its_price(playground):
     serving(playground, test)  # closing ends the run
 
 
+@pytest.mark.parametrize("slow, steps", [("start_ppo", []), ("step", [1]), ("save", [1])])
+def test_an_app_that_is_ended_logs_exactly_the_iterations_whose_policy_it_saves(playground, monkeypatch, slow, steps):
+    begun, owner = threading.Event(), Playground if slow == "start_ppo" else LivePPO
+
+    def slowly(*arguments, call=getattr(owner, slow), **options):
+        begun.set()
+        time.sleep(0.3)  # the app is ended meanwhile
+        return call(*arguments, **options)
+
+    async def test(dashboard, page):
+        page.say(do="train", iterations=1 if slow == "save" else 200)
+        await asyncio.to_thread(begun.wait, 60)
+
+    monkeypatch.setattr(owner, slow, slowly)
+    serving(playground, test)
+    folder = playground.run / "app" / "ppo-1"
+    assert folder.exists() == bool(steps) == ("app/ppo-1" in playground.checkpoints())
+    assert [row["step"] for row in (read_metrics(folder / "metrics.jsonl") if steps else [])] == steps
+    assert [(run["done"], run["unfinished"]) for run in playground.runs()] == [(1, slow == "step")] * bool(steps)
+    if slow == "step":
+        assert playground.continue_ppo("ppo-1").checkpoints.latest()[0] == 1
+
+
+def test_the_log_of_an_earlier_run_is_read_again_only_after_it_changed(playground, monkeypatch):
+    run = playground.start_ppo(4, prompts_per_iteration=16, minibatch_size=16)
+    log, read = run.folder / "metrics.jsonl", []
+    monkeypatch.setattr("alignkit_widgets.app.playground.read_metrics",
+                        lambda path: read.append(path) or read_metrics(path))
+    assert [each["done"] for each in playground.runs()] == [0]  # it has no log yet
+    append_metrics(log, {"step": 1, "objective/kl": 0.25})
+    assert [(each["done"], each["kl"]) for each in (playground.runs() + playground.runs())] == [(1, 0.25)] * 2
+    append_metrics(log, {"step": 2, "objective/kl": 0.5})
+    assert playground.runs()[0]["done"] == playground.runs()[0]["done"] == 2
+    assert read == [log] * 3
+    (run.folder / "checkpoints").mkdir()
+    assert playground.runs()[0]["unfinished"] and len(read) == 3
+    said = server.Dashboard(playground).status()["status"]
+    assert "unfinished" not in said and said["runs"] == playground.runs()
+
+
 def test_what_makes_no_sense_is_ignored_and_an_error_is_said(playground):
     async def test(dashboard, page):
         for text in ("", "[", "3", "null", '{"do": "drop"}', '{"to": [], "content": {}}', '{"to": "x", "content": {}}'):
@@ -377,6 +421,22 @@ def test_half_a_run_is_refused_with_a_reason(desk_start, tmp_path):
     os.symlink(desk_start / "sft", tmp_path / "half" / "sft")
     with pytest.raises(RunError, match="has no reward/"):
         open_playground(tmp_path / "half")
+
+
+def test_the_data_is_fitted_as_the_run_s_notebooks_fitted_it(playground, tmp_path):
+    data, parameters = tmp_path / "pairs.jsonl", {"max_length": 9, "max_new_tokens": 3, "skip_bad": True}
+    rows = [{"prompt": f"How do I open the {i} door ?", "chosen": "a", "rejected": "b"} for i in range(30)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{}\n")
+    (playground.run / "run.json").unlink()
+    start_run(playground.run, "tiny", str(data), 0)
+    with pytest.raises(DataError, match="1 of 31 rows cannot be used"):
+        open_playground(playground.run)
+    record = {"status": "finished", "seconds": 1, "made": {}, "key": {"parameters": parameters}}
+    write_json(playground.run / "jobs.json", {"01_sft": record, "later": {"key": {"parameters": {"max_length": "9"}}}})
+    opened = open_playground(playground.run)
+    assert opened.task.max_new_tokens == 3 and "unfiltered" in opened.about
+    lengths = [len(encode_text(load_policy(playground.run / "sft")[1], prompt)) for prompt in opened.task.train_prompts]
+    assert max(lengths) == 9 - 3 - 1  # its end and a whole response fit too
 
 
 def test_a_stopped_run_is_continued_to_what_an_unstopped_one_is(playground):

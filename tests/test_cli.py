@@ -48,7 +48,6 @@ def cpu_seconds() -> float:
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        ([], "required: COMMAND"),
         (["dance"], "unknown command 'dance'"),
         (["course"], "required: --out"),
         (["run", "x.ipynb", "--out", "r", "-p", "seed"], "'seed' is not NAME=VALUE"),
@@ -73,6 +72,9 @@ def test_expected_errors_are_one_message_and_exit_code_1(toy, tmp_path, capsys, 
     monkeypatch.setattr(notebooks, "_execute", lambda *_: pytest.fail("a kernel was started"))
     run = ["run", toy, "--out", tmp_path / "out"]
     for arguments, says in (
+        *(([command, "03b_ppo", "--out", tmp_path / "o", "-p", f"kl_coef={text}"],
+           "lists (0.1,0.2) and ranges (LOW..HIGH, two numbers)")
+          for command, text in (("run", "0.1,0.2"), ("run", "0.1..0.3"), ("sweep", "0.1..x"))),
         ([*run, "-p", "sed=1"], "alignkit: sed: toy has no such parameter; did you mean seed?"),
         ([*run, "-p", "seed=x"], "alignkit: seed is 'x', expected an int"),
         ([*run, "-p", "seed=1", "-p", "seed=2"], "seed is given twice, as '1' and as '2'"),
@@ -135,6 +137,11 @@ def test_compare_hands_its_folders_on_and_says_where_the_page_is(tmp_path, capsy
     assert seen == [([Path("a"), Path("b")], str(tmp_path / "pairs.jsonl"), Path("compared"))]
     said = capsys.readouterr().out
     assert "the table" in said and "compared/compare.html" in said
+    for name in ("r2", "r1"):
+        Path(name).mkdir()
+    assert alignkit("compare", "r*", "--out", "compared") == 0 and seen[1][0] == [Path("r1"), Path("r2")]
+    assert alignkit("compare", "s*", "--out", "compared") == 1
+    assert "s*: nothing matches this pattern" in capsys.readouterr().err and len(seen) == 2
 
 
 def test_errors_are_red_on_a_terminal_alone(capsys, monkeypatch):

@@ -10,6 +10,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -20,6 +21,7 @@ from alignkit.data.rows import check, load_rows
 from alignkit.desk.tiny import desk_tokenizer
 from alignkit.errors import DataError
 from alignkit.forward.rollout import encode_prompts
+from alignkit.reward import RewardScorer
 from alignkit.task import DeskTask, desk_task, file_task, is_heldout, load_task
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
@@ -704,9 +706,9 @@ def test_hh_rlhf_as_a_task_fits_the_context_and_keeps_its_parts_apart(write):
     for row in held:
         for name in ("chosen", "rejected"):
             head, tail = encode_pair(tok, row["prompt"], row[name])
-            assert len(head) <= 240 and len(head) + len(tail) + 1 <= 256
+            assert len(head) <= 239 and len(head) + len(tail) + 1 <= 256
         assert row["prompt"].endswith("\n\nAssistant:")
-    assert any("longer than 240 tokens and lost its beginning" in note for note in task.notes)
+    assert any("longer than 239 tokens and lost its beginning" in note for note in task.notes)
     assert all(row["completion"].strip() for row in task.demonstrations())
     assert len(task.demonstrations(7)) == 7 and task.demonstrations(7, seed=1) != task.demonstrations(
         7
@@ -746,8 +748,15 @@ def test_prompts_that_are_equal_after_shortening_stay_together(write, tokenizer)
     rows = [{**PAIR, "prompt": f"{i:02d}" * 20 + f" the same end {i % 3}" + "." * 30} for i in range(60)]
     task = file_task(write("a.jsonl", rows), tokenizer, heldout_share=0.5, max_length=60, max_new_tokens=20)
     assert len(task.train_prompts) + len(task.heldout_prompts) == 3
-    assert all(prompt.endswith("." * 30) and len(encode_text(tokenizer, prompt)) == 40 for prompt in task.train_prompts)
-    assert "60 of 60 rows: the prompt was longer than 40 tokens and lost its beginning" in task.notes
+    assert all(prompt.endswith("." * 30) and len(encode_text(tokenizer, prompt)) == 39 for prompt in task.train_prompts)
+    assert "60 of 60 rows: the prompt was longer than 39 tokens and lost its beginning" in task.notes
+
+
+def test_a_prompt_leaves_room_for_a_whole_response_and_its_end(write, tokenizer):
+    rows = [{**PAIR, "prompt": f"{i}" * 60} for i in range(9)]
+    task = file_task(write("a.jsonl", rows), tokenizer, max_length=60, max_new_tokens=20)
+    scored = RewardScorer(torch.nn.Identity(), tokenizer).ids(task.train_prompts, ["x" * 20] * len(task.train_prompts))
+    assert {len(ids) for ids in scored} == {60}  # a reward model with a context of 60 tokens can score it
 
 
 def test_responses_are_cut_to_the_context_and_pairs_that_become_equal_are_left_out(write, tokenizer):

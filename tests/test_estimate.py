@@ -8,15 +8,17 @@ from alignkit import trainer
 from alignkit.configs import SFTConfig
 from alignkit.desk.world import World
 from alignkit.jobs import estimate
-from alignkit.jobs.notebooks import course
+from alignkit.jobs.notebooks import course, run_notebook
+from alignkit.metrics import duration
 from alignkit.models.loading import load_policy
 from alignkit.sft import train_sft
 from alignkit.stages import CHAIN
+from alignkit.sweeps.sweep import sweep
 
 
 def test_the_time_of_a_step_is_what_further_batches_add(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(estimate.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
     seen = []
 
     def train(rows: list) -> None:
@@ -36,7 +38,7 @@ def test_a_trial_at_learning_rate_0_moves_no_weight(monkeypatch):
     rows = World(0).demonstrations(40, messiness=0.7, seed=0)
     still = SFTConfig(epochs=1, batch_size=64, learning_rate=0.0)
     now = [0.0]
-    monkeypatch.setattr(estimate.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
     policy.register_forward_hook(lambda *_: now.__setitem__(0, now[0] + 0.5))  # a batch takes half a second
 
     def train(some: list) -> None:
@@ -47,11 +49,35 @@ def test_a_trial_at_learning_rate_0_moves_no_weight(monkeypatch):
     assert all((weight == before[name]).all() for name, weight in policy.state_dict().items())
 
 
-def test_recorded_times_are_scaled_by_the_speed_of_the_machine():
-    recorded = json.loads(estimate.RECORDED.read_text(encoding="utf-8"))
-    assert set(CHAIN) <= set(recorded["notebooks"]), "a notebook of the course has no recorded time"
-    same, twice = estimate.notebook_seconds(1.0), estimate.notebook_seconds(2.0)
-    assert same == recorded["notebooks"] and all(twice[name] == same[name] / 2 for name in same)
+def test_what_is_said_is_what_was_recorded_and_where(tmp_path, monkeypatch, capsys):
+    known = estimate.notebook_seconds()
+    assert set(CHAIN) <= set(known), "a notebook of the course has no recorded time"
+    monkeypatch.setattr("alignkit.jobs.notebooks._run", lambda job, **options: options["expected"])
+    assert run_notebook("00_the_world", tmp_path) == known["00_the_world"]
+    says = f"00_the_world: about {duration(known['00_the_world'])}, as recorded on two CPU cores where nothing else ran"
+    assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("workers", "cores", "expected"), [
+    (1, 2, "3*b + s"), (2, 2, "2*b + s"), (8, 2, "2*b + s"), (8, 4, "b + s"),
+])
+def test_the_time_of_a_sweep_counts_rounds_on_the_cores_that_there_are(tmp_path, monkeypatch, capsys, workers, cores,
+                                                                       expected):
+    known = estimate.notebook_seconds()
+    names = {"b": known["03b_ppo"], "s": known["01_sft"] + known["02_reward_model"]}
+    monkeypatch.setattr("alignkit.sweeps.sweep.cores", lambda: cores)
+    sweep("03b_ppo", tmp_path / "s", {"kl_coef": "0.1,0.2,0.3"}, workers=workers, dry_run=True)
+    says = f"about {duration(eval(expected, names))} with the defaults, as recorded on two CPU cores"
+    assert says in capsys.readouterr().out.splitlines()[0]
+
+
+def test_once_jobs_of_a_sweep_have_ended_their_own_time_is_said(tmp_path, monkeypatch, capsys):
+    for seed, seconds in ((7, 100.0), (8, 140.0)):  # of another grid in the same folder
+        (tmp_path / "jobs" / f"seed={seed}").mkdir(parents=True)
+        (tmp_path / "jobs" / f"seed={seed}" / "job.json").write_text(json.dumps({"seconds": seconds}))
+    monkeypatch.setattr("alignkit.sweeps.sweep.read_record", lambda folder: json.loads((folder / "job.json").read_text()))
+    sweep("00_the_world", tmp_path, {"seed": "0..2"}, workers=2, dry_run=True)
+    assert "2 at a time, about 4:00 min, as the first took" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("parameters", "says"), [(None, "about "), ({"pairs": 5}, "each notebook prints")])

@@ -160,7 +160,13 @@ def test_every_parameter_of_every_notebook_says_what_it_is(name):
         assert len(parameter.help.split()) >= 2, f"{name}: {parameter.name} has no comment that says what it is"
         assert not parameter.help.startswith(("None:", "of ")), f"{name}: {parameter.name}: {parameter.help}"
         if parameter.name != "run":
-            assert f"{parameter.name} {' '.join(parameter.help.split())} [{parameter.type}" in joined or "list" in text
+            meaning = " ".join(parameter.help.split()).partition("; None: the preset")[0]
+            assert f"{parameter.name} {meaning} [{parameter.type}" in joined or "list" in text
+    assert "the preset" not in joined
+    for shown in {"03b_ppo": ("units of the score [float or none, default 0.2 for tiny, 0.05 for other models]",
+                              "around 1 [float or none, default 0.2]"),
+                  "05_dpo": ("kl_coef [float or none, default 0.5 for tiny, 0.1 for other models]",)}.get(name, ()):
+        assert shown in joined
 
 
 def test_the_help_of_a_notebook_of_ones_own_is_aligned_and_escaped(tmp_path):

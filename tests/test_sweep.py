@@ -191,6 +191,15 @@ def test_a_dry_run_lists_the_jobs_and_writes_nothing(tmp_path, monkeypatch, caps
     assert os.listdir(tmp_path) == ["toy.ipynb"]
 
 
+def test_windows_is_refused_before_anything_is_listed(tmp_path, monkeypatch, capsys):
+    for dry_run in (True, False):
+        with monkeypatch.context() as windows:
+            windows.setattr("alignkit.sweeps.sweep.os.name", "nt")
+            with pytest.raises(RunError, match="Linux, macOS, WSL"):
+                sweep("03b_ppo", str(tmp_path / "s"), {"seed": "0,1"}, dry_run=dry_run)
+    assert not capsys.readouterr().out and not (tmp_path / "s").exists()
+
+
 def test_a_default_that_is_given_is_the_same_job(tmp_path):
     source = str(notebook(tmp_path / "toy.ipynb"))
     one, same, other = (plan(source, tmp_path / "s", given).jobs[0].id

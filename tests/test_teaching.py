@@ -5,17 +5,20 @@ import json
 import math
 import os
 import re
+import socket
 import tempfile
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
+from jupyter_client.connect import LocalPortCache
 from lab_answers import RIGHT, WRONG
 
 from alignkit.errors import RunError
 from alignkit.jobs.cli import main
 from alignkit.jobs.notebooks import find_notebooks
+from alignkit.jobs.spare_kernel import STARTS
 from alignkit.teaching import probe, submission
 from alignkit.teaching.grading import Grade, grade, grade_file, judge, packed, table, task_calls
 from alignkit.teaching.student import student_version, student_versions
@@ -199,15 +202,28 @@ def test_the_table_has_no_formulas_no_line_breaks_and_no_endless_texts():
 
 
 def test_a_table_that_is_there_is_not_replaced_unasked(tmp_path, capsys):
-    out = tmp_path / "grades.csv"
+    out, bad = tmp_path / "grades.csv", tmp_path / "bad.ipynb"
     out.write_text("mine")
+    bad.write_text("no notebook")
     with pytest.raises(FileExistsError, match="--overwrite"):
-        grade([tmp_path / "none.ipynb"], out)
-    assert main(["grade", str(tmp_path / "none.ipynb"), "--out", str(out)]) == 1 and out.read_text() == "mine"
-    assert main(["grade", str(tmp_path / "none.ipynb"), "--out", str(out), "--overwrite"]) == 0
-    assert "no such file" in out.read_text() and f"0 of {POSSIBLE}" in capsys.readouterr().out
+        grade([bad], out)
+    assert main(["grade", str(bad), "--out", str(out)]) == 1 and out.read_text() == "mine"
+    assert main(["grade", str(bad), "--out", str(out), "--overwrite"]) == 0
+    assert "not valid JSON" in out.read_text() and f"0 of {POSSIBLE}" in capsys.readouterr().out
     with pytest.raises(RunError, match="no folder"):
         grade([], tmp_path / "none" / "grades.csv")
+
+
+def test_a_pattern_is_expanded_and_a_file_that_is_not_there_ends_it_before_a_table_is_written(tmp_path, capsys):
+    out = tmp_path / "grades.csv"
+    for name in ("b.ipynb", "a.ipynb", "[c].ipynb"):
+        (tmp_path / name).write_text("no notebook")
+    for missing in ("non*.ipynb", "non.ipynb"):
+        assert main(["grade", str(tmp_path / "a.ipynb"), str(tmp_path / missing), "--out", str(out)]) == 1
+        said = capsys.readouterr()
+        assert missing in said.err and not said.out and not out.exists()
+    assert main(["grade", str(tmp_path / "?.ipynb"), str(tmp_path / "[c].ipynb"), "--out", str(out)]) == 0
+    assert [row["student"] for row in csv.DictReader(out.open())] == ["a", "b", "[c]"]
 
 
 # --- grading, in kernels ---------------------------------------------------------------------------------------------
@@ -273,6 +289,24 @@ def test_alignkit_cannot_be_imported_and_printed_claims_count_for_nothing(graded
     assert row["interval"] == "2" and row["total"] == "5"
 
 
+@pytest.mark.parametrize("taken, total", [(1, 2), (STARTS, None)])
+def test_a_kernel_whose_port_was_taken_meanwhile_is_started_again(tmp_path, monkeypatch, taken, total):
+    ports = LocalPortCache.instance()
+    free, starts = ports.find_available_port, []
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+
+        def port(ip: str) -> int:  # five a start; another process has taken the last one
+            starts.append(ip)
+            return other.getsockname()[1] if len(starts) % 5 == 0 and len(starts) <= 5 * taken else free(ip)
+
+        monkeypatch.setattr(ports, "find_available_port", port)
+        file = handed_in(tmp_path / "one.ipynb", {"interval": RIGHT["interval"]})
+        (graded,) = grade([file], tmp_path / "grades.csv", seconds=120)
+    assert graded.total == total and len(starts) == 5 * min(taken + 1, STARTS), graded.error
+
+
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory) -> tuple[Grade, Grade]:
     """A submission in which nearly every answer attacks its kernel, and the file graded after it."""
@@ -288,7 +322,7 @@ def hostile(tmp_path_factory) -> tuple[Grade, Grade]:
         "interval": RIGHT["interval"],
     }
     files = [handed_in(folder / "=hostile.ipynb", answers), handed_in(folder / "none" / "last.ipynb", {}),
-             folder / "not there.ipynb"]
+             folder / "none"]
     files[1].write_text("{")
     first, second, _ = grade(files, folder / "grades.csv", seconds=8)
     assert len((folder / "grades.csv").read_text().splitlines()) == 4

@@ -8,12 +8,12 @@ from alignkit.errors import DataError
 
 def fit_rows(rows: Rows, tokenizer, limit: int, max_new_tokens: int) -> tuple[list[dict], tuple[str, ...]]:
     """The rows, truncated so that prompt, response and EOS fit in `limit` tokens, and notes on the truncations."""
-    shortened, tokens, unknown = {}, 0, 0
+    shortened, tokens, unknown, room_for_prompt = {}, 0, 0, prompt_room(limit, max_new_tokens)
     unique = list(dict.fromkeys(row["prompt"] for row in rows))
     for prompt, ids in zip(unique, encode_texts(tokenizer, unique), strict=True):
         tokens, unknown = tokens + len(ids), unknown + ids.count(tokenizer.unk_token_id)
-        fits = len(ids) <= limit - max_new_tokens
-        shortened[prompt] = prompt if fits else _end_of(tokenizer, prompt, limit - max_new_tokens)
+        fits = len(ids) <= room_for_prompt
+        shortened[prompt] = prompt if fits else _end_of(tokenizer, prompt, room_for_prompt)
     prompts = [shortened[row["prompt"]] for row in rows]
     columns = {"prompt": prompts}
     replies = [name for name in rows[0] if name in REPLIES]
@@ -34,12 +34,18 @@ def fit_rows(rows: Rows, tokenizer, limit: int, max_new_tokens: int) -> tuple[li
     dropped = len(rows) - len(fitted)
     notes = [*([f"{rows.skipped:,} bad rows left out"] if rows.skipped else []), *rows.warnings]
     notes += [f"{count:,} of {len(rows):,} rows: {what}" for count, what in (
-        (cut_prompts, f"the prompt was longer than {limit - max_new_tokens:,} tokens and lost its beginning"),
+        (cut_prompts, f"the prompt was longer than {room_for_prompt:,} tokens and lost its beginning"),
         (cut_responses, f"prompt and response were longer than {limit:,} tokens and the response lost its end"),
         (dropped, "left out, chosen and rejected are equal in what is left of them")) if count]
     if unknown > 0.1 * tokens:
         notes.append(f"the tokenizer does not know {unknown / tokens:.0%} of the prompts' tokens: is the model right?")
     return fitted, tuple(notes)
+
+
+def prompt_room(limit: int, max_new_tokens: int) -> int:
+    """The tokens of a prompt that leave room for a response of max_new_tokens and for its end, which is scored with
+    it."""
+    return limit - max_new_tokens - 1
 
 
 def fit_prompt(tokenizer, prompt: str, limit: int) -> str:

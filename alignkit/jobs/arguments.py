@@ -1,6 +1,8 @@
 """Arguments that several commands have, and how the text given for them is read."""
 
 import argparse
+import glob
+from collections.abc import Iterable
 from pathlib import Path
 
 from alignkit.errors import ParameterError
@@ -25,6 +27,22 @@ def folder(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("expected a folder, got an empty name")
     return Path(text).expanduser()
+
+
+def expanded(paths: Iterable[Path]) -> list[Path]:
+    """Paths with patterns (hand-ins/*.ipynb) replaced by what they match, as the shells of Windows do not.
+
+    Raises FileNotFoundError for a pattern that matches nothing. A path that is there is never read as a pattern.
+    """
+    found = []
+    for path in paths:
+        matched = [path]
+        if glob.has_magic(str(path)) and not path.exists():
+            matched = [Path(each) for each in sorted(glob.glob(str(path)))]
+            if not matched:
+                raise FileNotFoundError(f"{path}: nothing matches this pattern")
+        found += matched
+    return found
 
 
 def seconds(text: str) -> float:

@@ -15,7 +15,16 @@ from pathlib import Path
 
 from alignkit import __version__
 from alignkit.errors import AlignkitError, ParameterError
-from alignkit.jobs.arguments import add_out, assignment, count, folder, given_parameters, given_reading, seconds
+from alignkit.jobs.arguments import (
+    add_out,
+    assignment,
+    count,
+    expanded,
+    folder,
+    given_parameters,
+    given_reading,
+    seconds,
+)
 from alignkit.jobs.usage import CommandParser
 from alignkit.safe_text import one_line
 from alignkit.stages import SHARDED
@@ -230,10 +239,11 @@ def _export(options: argparse.Namespace) -> None:
 def _compare(options: argparse.Namespace) -> None:
     from alignkit.sweeps.results import is_sweep, load_results
 
-    if sweeps := [place for place in options.checkpoints if is_sweep(place)]:
+    checkpoints = expanded(options.checkpoints)
+    if sweeps := [place for place in checkpoints if is_sweep(place)]:
         from alignkit.sweeps.page import compared
 
-        if len(options.checkpoints) > 1:
+        if len(checkpoints) > 1:
             raise ParameterError(f"{sweeps[0]} is a sweep: compare its settings alone, without other folders")
         print(compared(load_results(sweeps[0])))
         return
@@ -243,7 +253,7 @@ def _compare(options: argparse.Namespace) -> None:
 
     if options.out is None:
         raise ParameterError("--out DIR is missing: the folder for the table and the page")
-    comparison = compare_directories(options.checkpoints, absolute("data", options.data), options.out,
+    comparison = compare_directories(checkpoints, absolute("data", options.data), options.out,
                                      **given_reading(options))
     for line in visible(comparison, limit=10**6).splitlines():
         print(in_red(line) if line and line == comparison.warning else line)

@@ -23,12 +23,11 @@ from papermill.exceptions import PapermillExecutionError
 
 from alignkit.errors import NotebookFailed, is_out_of_memory
 from alignkit.jobs.memory import memory_advice
-from alignkit.jobs.spare_kernel import JobKernel, Spare, interrupts_given_to, start_options
+from alignkit.jobs.spare_kernel import STARTS, JobKernel, Spare, interrupts_given_to, start_options
 
 ENGINE = "alignkit"
 SAVE_SECONDS = 10  # time for an interrupted cell to save its state
 START_SECONDS = 600  # for a kernel to answer, which imports torch first; one that died is noticed at once
-STARTS = 3  # of a kernel; between the choice of its ports and its start another process may take one of them
 PORT_TAKEN = "zmq.error.ZMQError: Address already in use"
 STOP_SECONDS = 2  # from SIGTERM to SIGKILL, for a kernel that has not stopped by then
 

@@ -7,7 +7,9 @@ import shutil
 import textwrap
 from pathlib import Path
 
+from alignkit import configs
 from alignkit.errors import ParameterError
+from alignkit.jobs.estimate import WHERE, notebook_seconds
 from alignkit.jobs.notebooks import find_notebook, find_notebooks
 from alignkit.jobs.parameters import Parameter, notebook_parameters
 from alignkit.metrics import duration
@@ -15,7 +17,6 @@ from alignkit.safe_text import one_line
 from alignkit.stages import CHAIN, NEEDS
 from alignkit.storage import read_json
 
-RECORDED = Path(__file__).with_name("seconds.json")
 NAMES = 24  # columns for the names of parameters
 
 
@@ -27,6 +28,7 @@ def parameter_help(notebook: str | Path, columns: int | None = None) -> str:
     """
     path, columns = find_notebook(notebook), columns or _columns()
     parameters = [each for each in notebook_parameters(path).values() if each.name != "run"]  # which is --out
+    presets = _presets(path)
     title, question = _head(path)
     stage = CHAIN.get(path.stem) or path.stem
     head = [f"{one_line(path.stem, 100)}: {title}" if title else one_line(path.stem, 100)]
@@ -34,18 +36,18 @@ def parameter_help(notebook: str | Path, columns: int | None = None) -> str:
     if not parameters:
         return "\n".join([*head, "", "It has no parameters."])
     return "\n".join([*head, "", "parameters, given as -p NAME=VALUE", "in a course, to this notebook alone, as "
-                      f"-p {one_line(stage, 100)}.NAME=VALUE:", *(_entry(each, columns) for each in parameters)])
+                      f"-p {one_line(stage, 100)}.NAME=VALUE:", *(_entry(each, columns, presets) for each in parameters)])
 
 
 def notebook_list(columns: int | None = None) -> str:
     """The notebooks: name, title, the question of each, the stages that it needs, and its duration with default
     settings."""
-    columns, seconds = columns or _columns(), json.loads(RECORDED.read_text(encoding="utf-8"))["notebooks"]
+    columns, seconds = columns or _columns(), notebook_seconds()
     entries = []
     for name, path in find_notebooks().items():
         title, question = _head(path)
         needs = ", ".join(NEEDS.get(name, ())) or "no other stage"
-        time = f"; {duration(seconds[name])} with its defaults, on two CPU cores" if name in seconds else ""
+        time = f"; {duration(seconds[name])} with its defaults, on {WHERE}" if name in seconds else ""
         entries.append("\n".join([
             f"{one_line(name, 100):<{NAMES}}{title}",
             *textwrap.wrap(question, columns, initial_indent="    ", subsequent_indent="    "),
@@ -54,11 +56,26 @@ def notebook_list(columns: int | None = None) -> str:
     return "\n\n".join([*entries, ending])
 
 
-def _entry(parameter: Parameter, columns: int) -> str:
+def _presets(notebook: Path) -> dict[str, str]:
+    """The defaults, in words, of the parameters that a notebook hands to `preset`, for which None is the preset."""
+    cells = read_json(notebook, error=ParameterError)["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    words = {}
+    for config, options in re.findall(r"\bpreset\((\w+), model,([^()]*)\)", code):
+        for name in re.findall(r"\b(\w+)=\1\b", options):
+            tiny, other = (_literal(getattr(configs.preset(getattr(configs, config), model), name))
+                           for model in ("tiny", "another"))
+            words[name] = tiny if tiny == other else f"{tiny} for tiny, {other} for other models"
+    return words
+
+
+def _entry(parameter: Parameter, columns: int, presets: dict[str, str]) -> str:
     kind = f"list of {parameter.element}" if parameter.element else parameter.type or "any literal"
     kind += " or none" if parameter.optional else ""
     default = "none" if parameter.default is None else _literal(parameter.default)
     meaning = one_line(parameter.help.strip(), 1000)
+    if (found := re.fullmatch(r"(.*); None: the preset( for the model)?", meaning)) and parameter.name in presets:
+        meaning, default = found[1], presets[parameter.name]
     text = f"{meaning + ' ' if meaning else ''}[{kind}, default {default}]"
     name = f"  {parameter.name:<{NAMES}}"
     lines = textwrap.wrap(text, max(columns, NAMES + 32), initial_indent=name, subsequent_indent=" " * len(name),

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from alignkit.errors import ParameterError, RunError
-from alignkit.jobs.estimate import notebook_seconds
+from alignkit.jobs.estimate import WHERE, notebook_seconds
 from alignkit.jobs.job import Job, files_made, finished, job_key, why_run
 from alignkit.jobs.parameters import Parameter, notebook_parameters, typed_values
 from alignkit.jobs.preconditions import check_before, check_model, check_shard
@@ -267,7 +267,7 @@ def run_directory(out: Path) -> Path:
 
 
 def _expected(jobs: Sequence[Job]) -> dict[str, float]:
-    """Print the expected duration of the notebooks to run; returns their seconds by name, if known in advance."""
+    """Print the recorded duration of the notebooks to run; returns their seconds by name, if known in advance."""
     done, usual = read_jobs(jobs[0].out), {"model": "tiny", "data": "desk"}
     ahead = [job for job in jobs if done.get(job.name, {}).get("status") != "finished"]
     changed = any(set(job.values) - {"run", "seed", *usual} for job in ahead)
@@ -275,8 +275,8 @@ def _expected(jobs: Sequence[Job]) -> dict[str, float]:
     known = notebook_seconds() if ahead and not changed else {}
     if ahead and {job.name for job in ahead} <= known.keys():
         what = ahead[0].name if len(ahead) == 1 else f"{len(ahead)} notebooks"
-        print(f"{what}: about {duration(sum(known[job.name] for job in ahead))} on this machine if nothing else runs, "
-              "less than 2 GB of memory", flush=True)
+        print(f"{what}: about {duration(sum(known[job.name] for job in ahead))}, as recorded on {WHERE} where nothing "
+              "else ran; less than 2 GB of memory", flush=True)
     elif ahead:
         print("each notebook prints its time and memory before it trains", flush=True)
     return known

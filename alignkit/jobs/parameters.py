@@ -6,7 +6,6 @@ warns about an unknown name, accepts a value of any type, and runs a "name" that
 """
 
 import ast
-import difflib
 import json
 import keyword
 import math
@@ -18,6 +17,7 @@ from io import StringIO
 from pathlib import Path
 
 from alignkit.errors import ParameterError
+from alignkit.jobs.usage import alike
 from alignkit.storage import read_json
 
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict}
@@ -136,7 +136,7 @@ def check_name(name: object) -> None:
 
 def unknown_name(name: str, known: Mapping[str, Parameter], what: str) -> str:
     """The message for a name that is not in `known`, with close matches if there are any, otherwise with all names."""
-    close = difflib.get_close_matches(name, known, n=3)
+    close = alike(name, known)
     hint = f"did you mean {' or '.join(close)}?" if close else f"it has: {', '.join(known) or 'none'}"
     return f"{name}: {what}; {hint}"
 
@@ -246,7 +246,9 @@ def _one(value: object, kind: str, where: str, parameter: Parameter) -> object:
         shown = value if not isinstance(value, str) or len(value) < 80 else value[:80] + "…"
         article = "an" if kind == "int" else "a"
         finite = "a finite number" if kind == "float" else "true or false" if kind == "bool" else f"{article} {kind}"
-        raise ParameterError(f"{where} is {shown!r}, expected {finite}; the parameter is {parameter}") from None
+        more = ("; `alignkit sweep` takes lists (0.1,0.2) and ranges (LOW..HIGH, two numbers)"
+                if kind in ("int", "float") and text and ("," in text or ".." in text) else "")
+        raise ParameterError(f"{where} is {shown!r}, expected {finite}; the parameter is {parameter}{more}") from None
     return converted
 
 

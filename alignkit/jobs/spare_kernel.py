@@ -24,6 +24,7 @@ NEEDED = ("alignkit.models.loading", "matplotlib.figure", "pandas", "datasets", 
 HEAVY = re.compile(rb"\b(alignkit|torch|transformers|datasets|trl)\b")  # what a notebook that needs them names
 # at exit Python searches all objects for cycles, which takes two seconds with these modules; files are closed anyway
 QUICK_END = "__import__('atexit').register(__import__('gc').freeze);"
+STARTS = 3  # of a kernel; between the choice of its ports and its start another process may take one of them
 LAUNCHER = Path(__file__).with_name("ipykernel_launcher.py")
 
 

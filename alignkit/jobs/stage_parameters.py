@@ -1,12 +1,12 @@
 """Distribute parameters to notebooks: `learning_rate` goes to all notebooks that know it, `ppo.learning_rate` to
 one."""
 
-import difflib
 import re
 from collections.abc import Mapping
 
 from alignkit.errors import ParameterError
 from alignkit.jobs.parameters import Parameter, check_name, unknown_name
+from alignkit.jobs.usage import alike
 from alignkit.safe_text import one_line
 from alignkit.stages import CHAIN, has_number
 
@@ -94,7 +94,7 @@ def _notebook(stage: str, address: str, known: Mapping[str, object]) -> str:
     stages = [CHAIN.get(notebook) or notebook for notebook in known]
     if elsewhere := next(filter(meant, CHAIN), None):
         raise ParameterError(f"{address} is for {elsewhere}, which is not what runs here ({', '.join(known)})")
-    close = difflib.get_close_matches(stage, stages, n=1)
+    close = alike(stage, stages, 1)
     raise ParameterError(f"{address}: no stage is called {stage!r}; " + (
         f"did you mean {close[0]}.{address.partition('.')[2]}?" if close else
         f"expected {', '.join(stages)}, or a notebook's number or name"))
@@ -104,7 +104,7 @@ def _known_by_none(name: str, known: Mapping[str, Mapping[str, Parameter]]) -> s
     """The message for a name that no notebook knows: the nearest names, each with the notebooks that have it."""
     anywhere = {other: None for parameters in known.values() for other in parameters}
     what = "no notebook of the course has such a parameter"
-    if not (close := difflib.get_close_matches(name, anywhere, n=3)):
+    if not (close := alike(name, anywhere)):
         return unknown_name(name, anywhere, what)
     knowing = [[notebook for notebook, parameters in known.items() if other in parameters] for other in close]
     hints = [f"{other}? ({'every notebook' if len(there) == len(known) > 1 else ', '.join(there)} has it)"

@@ -134,7 +134,7 @@ def _as_asked(run: Path, facts: Mapping, choices: Mapping, prompts: list) -> lis
     from alignkit.data.chat import chat_template_of
     from alignkit.data.encoding import ChatText
     from alignkit.data.files import Fault
-    from alignkit.data.fitting import fit_prompt
+    from alignkit.data.fitting import fit_prompt, prompt_room
     from alignkit.models.gate import check_model_folder
 
     chats = [place for place, prompt in enumerate(prompts) if isinstance(prompt, list)]
@@ -152,7 +152,8 @@ def _as_asked(run: Path, facts: Mapping, choices: Mapping, prompts: list) -> lis
         texts = chat_template_of(tokenizer).render([(prompts[each], []) for each in batch])
         for each, text in zip(batch, texts, strict=True):
             asked[each] = None if isinstance(text, Fault) else ChatText(text[0])
-    room = min(choices.get("max_length") or 512, tokenizer.model_max_length) - (choices.get("max_new_tokens") or 32)
+    limit = min(choices.get("max_length") or 512, tokenizer.model_max_length)
+    room = prompt_room(limit, choices.get("max_new_tokens") or 32)
     return [prompt and fit_prompt(tokenizer, prompt, room) for prompt in asked]
 
 

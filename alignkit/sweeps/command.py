@@ -8,7 +8,8 @@ from alignkit.jobs.arguments import add_out, assignment, count, given_parameters
 
 def add_sweep(add) -> None:
     """Add the verb that runs a notebook, or the course, many times. add(name, function, about, …) makes one."""
-    about = "run a notebook, or the course, for each point of a grid of parameters; repeat the command to resume"
+    about = ("run a notebook, or the course, for each point of a grid of parameters; repeat the command to resume "
+             "(Linux, macOS, WSL)")
     sweep = add("sweep", _sweep, about,
                 epilog="example: alignkit sweep 03b_ppo -p kl_coef=0.05,0.1,0.2 -p seed=0..4 --out runs/kl --workers 2")
     sweep.add_argument("notebook", metavar="NOTEBOOK", help="a notebook (path, name or number), or `course`")
@@ -18,19 +19,20 @@ def add_sweep(add) -> None:
                        help=about)
     sweep.add_argument("--workers", type=count, metavar="COUNT", help="jobs at a time (default: the cores, 1 unless "
                        "the model is `tiny`; with --address as many as the cluster has room for)")
-    about = "draw COUNT points from the ranges LOW..HIGH and log:LOW..HIGH; lists are crossed with them"
+    about = "draw COUNT points, such as 20, from the ranges LOW..HIGH and log:LOW..HIGH; lists are crossed with them"
     sweep.add_argument("--random", type=count, metavar="COUNT", help=about)
     sweep.add_argument("--random-seed", type=int, default=0, metavar="SEED", help="seed of these draws (default: 0)")
     sweep.add_argument("--retries", type=int, default=1, metavar="COUNT", help="how often to repeat a job whose "
-                       "kernel, worker or node died (default: 1); one that failed with an error is not repeated")
-    sweep.add_argument("--timeout", type=seconds, metavar="SECONDS", help="stop a notebook after this time")
+                       "kernel, worker or node died, such as 3 (default: 1); one that failed with an error is not repeated")
+    sweep.add_argument("--timeout", type=seconds, metavar="SECONDS", help="stop a notebook after SECONDS, such as "
+                       "600")
     sweep.add_argument("--address", metavar="HOST:PORT", help="run the jobs on the Ray cluster whose head is there; "
                        "needs alignkit[ray] (default: on this machine)")
-    sweep.add_argument("--cpus", type=_amount, metavar="NUMBER", help="CPUs that a job asks the Ray cluster for "
-                       "(default: 1)")
+    sweep.add_argument("--cpus", type=_amount, metavar="NUMBER", help="CPUs that a job asks the Ray cluster for, "
+                       "such as 2 (default: 1)")
     sweep.add_argument("--gpus", type=_amount, metavar="NUMBER", help="GPUs that a job asks the Ray cluster for, or a "
                        "part of one, such as 0.5 (default: 0)")
-    about = ("run only job NUMBER, counted from 0 as --dry-run lists them, for the array jobs of a cluster; the same "
+    about = ("run only job NUMBER, such as 3, counted from 0 as --dry-run lists them, for the array jobs of a cluster; the same "
              "command without --job then writes the tables")
     sweep.add_argument("--job", type=number, metavar="NUMBER", help=about)
     sweep.add_argument("--dry-run", action="store_true", help="check the grid and list its jobs; start and write "

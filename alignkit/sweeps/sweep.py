@@ -5,6 +5,7 @@ else is read from the jobs' folders, so that a sweep goes on wherever it was sto
 """
 
 import contextlib
+import math
 import os
 import shlex
 import time
@@ -14,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from alignkit.errors import ParameterError, RunError
-from alignkit.jobs.estimate import notebook_seconds
+from alignkit.jobs.estimate import WHERE, notebook_seconds
 from alignkit.jobs.notebooks import find_notebooks, run_directory, run_place
 from alignkit.metrics import duration, is_number
 from alignkit.runs.lock import lock_handles, run_lock
@@ -60,6 +61,8 @@ def sweep(
     Raises ParameterError, RunError and DataError before anything starts; RunInUse if another sweep uses `out`;
     KeyboardInterrupt after running jobs have saved their state.
     """
+    if os.name != "posix":
+        raise RunError("sweeps need a POSIX system (Linux, macOS, WSL)")
     if retries < 0:
         raise ParameterError(f"retries is {retries}, expected 0 or more")
     if cluster and job is not None:
@@ -75,12 +78,11 @@ def sweep(
             stack.enter_context(connected(cluster))
             workers = min(workers or MOST_JOBS, cluster.room())
         workers = min(workers or _usual_workers(planned), max(1, len(planned.jobs)))
-        _say(root, planned, done, None if cluster and dry_run else workers, draws, seed)
+        at_once = workers if cluster else min(workers, cores())
+        _say(root, planned, done, None if cluster and dry_run else workers, at_once, draws, seed)
         if dry_run:
             _list(planned, done)
             return 0
-        if os.name != "posix":
-            raise RunError("sweeps need a POSIX system (Linux, macOS, WSL)")
         if job is not None:
             return run_one(run_directory(root), planned, job, retries=retries, timeout=timeout)
         stack.enter_context(run_lock(run_directory(root)))
@@ -205,14 +207,18 @@ def _with_known_ids(root: Path, planned: Plan, record: Mapping) -> Plan:
 
 
 def _usual_workers(planned: Plan) -> int:
-    if any(spec.model != "tiny" for spec in planned.jobs):
-        return 1  # each may need all of the memory, or the GPU
+    return 1 if any(spec.model != "tiny" for spec in planned.jobs) else cores()  # 1: all of the memory, or the GPU
+
+
+def cores() -> int:
+    """The cores of this machine that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _say(root: Path, planned: Plan, done: set[str], workers: int | None, draws: int | None, seed: int) -> None:
+def _say(root: Path, planned: Plan, done: set[str], workers: int | None, at_once: int, draws: int | None,
+         seed: int) -> None:
     """Print how many jobs there are, how they share stages, and how long they will take, as far as that is known.
-    workers: jobs at a time, None if a cluster will say so."""
+    workers: jobs at a time, None if a cluster will say so; at_once: those of them that have a core of their own."""
     ahead = [spec for spec in planned.jobs if spec.id not in done]
     shared = _needed(root, ahead, planned.shared)
     name = "the course" if planned.name == COURSE else planned.name
@@ -220,33 +226,39 @@ def _say(root: Path, planned: Plan, done: set[str], workers: int | None, draws: 
     words += f", {len(done)} of them done already" if done else ""
     if shared:
         words += f"; {len(shared)} series of earlier notebooks, made once and shared"
-    seconds = _estimate(root, ahead, shared)
     if ahead and workers:
-        words += f"; {workers} at a time, " + (f"about {duration(seconds / min(workers, len(ahead)))}" if seconds else
-                                               "for how long is known after the first")
+        words += f"; {workers} at a time, {_estimate(root, ahead, shared, workers, at_once)}"
     if draws is not None:
         words += f"; drawn with seed {seed}"
     print(words, flush=True)
 
 
-def _estimate(root: Path, ahead: Sequence[Spec], shared: Sequence[Spec]) -> float | None:
-    """Seconds of work: from the jobs in DIR that have finished, or from what alignkit's notebooks take by default; None
-    if neither is known."""
+def _estimate(root: Path, ahead: Sequence[Spec], shared: Sequence[Spec], workers: int, at_once: int) -> str:
+    """How long the jobs will take together, in words: from the jobs in DIR that have finished, or from what alignkit's
+    notebooks took by default where they were recorded."""
     took = [record["seconds"] for path in sorted((root / "jobs").glob("*")) if path.is_dir()
             and is_number((record := read_record(path)).get("seconds"))]
     paths = {path for spec in ahead for path in spec.notebooks}
     ours = paths <= {str(path) for path in find_notebooks().values()} and all(spec.model == "tiny" for spec in ahead)
-    usual = notebook_seconds() if ours and ahead else {}
-    if not ahead or not (took or (usual and {Path(path).stem for path in paths} <= usual.keys())):
-        return None
+    usual = notebook_seconds() if ours else {}
+    if not (took or (usual and {Path(path).stem for path in paths} <= usual.keys())):
+        return "for how long is known after the first"
 
     def usually(spec: Spec) -> float:
         base = next((each for each in shared if each.id == spec.base), None)
         own = spec.notebooks[-1:] if spec.alone else spec.notebooks[len(base.notebooks) if base else 0:]
         return sum(usual.get(Path(path).stem, 0) for path in own)
 
-    of_job = sum(took) / len(took) if took else None
-    return sum(usually(spec) for spec in shared) + sum(of_job or usually(spec) for spec in ahead)
+    begun = in_rounds([usually(spec) for spec in shared], at_once)
+    if took:  # while as many others ran
+        return f"about {duration(begun + in_rounds([sum(took) / len(took)] * len(ahead), workers))}, as the first took"
+    own = in_rounds([usually(spec) for spec in ahead], at_once)
+    return f"about {duration(begun + own)} with the defaults, as recorded on {WHERE}"
+
+
+def in_rounds(seconds: Sequence[float], width: int) -> float:
+    """Seconds until jobs that take these are done, `width` at a time, if each takes their mean."""
+    return math.ceil(len(seconds) / width) * sum(seconds) / max(1, len(seconds))
 
 
 def _words(spec: Spec) -> str:

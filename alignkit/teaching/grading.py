@@ -15,6 +15,7 @@ from pathlib import Path
 from jupyter_core.utils import run_sync
 
 from alignkit.errors import RunError
+from alignkit.jobs.spare_kernel import STARTS
 from alignkit.safe_text import csv_cell, one_line
 from alignkit.storage import write_atomically
 from alignkit.teaching import probe
@@ -51,9 +52,12 @@ def grade(files: Sequence[str | Path], out: str | Path, *, seconds: float = 30.0
 
     seconds: the limit for the cell and the calls of one task. seed: of the hidden inputs, the same for all files; by
     default another one each time. on_grade(grade, points that can be had): called after each file. A file that cannot
-    be graded gets a row that says why. Raises FileExistsError if `out` is there and `overwrite` was not asked for.
+    be graded gets a row that says why. Raises FileNotFoundError if a file is not there, FileExistsError if `out` is
+    there and `overwrite` was not asked for, both before anything is graded.
     """
     out = Path(out)
+    if missing := [str(file) for file in files if not Path(file).exists()]:
+        raise FileNotFoundError(f"{', '.join(missing[:5])}: no such file; nothing was graded")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} is there already; --overwrite replaces it, --out names another file")
     if not out.parent.is_dir():
@@ -120,19 +124,22 @@ async def _grade_answers(answers: dict[str, str], tasks: Sequence[Task], seconds
 
 
 async def _ready_kernel(cpu_seconds: float) -> SubmissionKernel:
-    """A kernel in which the lab's own set-up has run. Raises AnswerFailed if even that fails."""
-    kernel = await SubmissionKernel().__aenter__()
+    """A kernel in which the lab's own set-up has run; one that died before that is started again, STARTS times in all,
+    because a port of it may have been taken. Raises RuntimeError if even that fails."""
     limits = {"memory": MEMORY, "file_bytes": FILE_BYTES, "seconds": int(cpu_seconds) + 60, "hidden": HIDDEN}
-    try:
-        await kernel.run(f"{set_up_code()}\n{_loaded('_limits')}\n_limits['start'](**{limits!r})\ndel _limits",
-                         START_SECONDS)
-    except AnswerFailed as failure:
-        await kernel.stop()
-        raise RuntimeError(str(failure)) from None
-    except BaseException:
-        await kernel.stop()
-        raise
-    return kernel
+    code = f"{set_up_code()}\n{_loaded('_limits')}\n_limits['start'](**{limits!r})\ndel _limits"
+    for starts_left in reversed(range(STARTS)):
+        kernel = await SubmissionKernel().__aenter__()
+        try:
+            await kernel.run(code, START_SECONDS)
+            return kernel
+        except AnswerFailed as failure:
+            await kernel.stop()
+            if not (starts_left and failure.died):
+                raise RuntimeError(str(failure)) from None
+        except BaseException:
+            await kernel.stop()
+            raise
 
 
 async def _grade_task(kernel: SubmissionKernel, task: Task, answer: str, seconds: float) -> tuple[int, str]:

@@ -23,11 +23,12 @@ KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "SYSTEMROOT", "WI
 
 
 class AnswerFailed(AlignkitError, RuntimeError):
-    """What was sent to a kernel did not come to its end. alive: whether the kernel can be used further."""
+    """What was sent to a kernel did not come to its end. alive: whether the kernel can be used further; died: whether
+    its process has ended."""
 
-    def __init__(self, message: str, alive: bool):
+    def __init__(self, message: str, alive: bool, died: bool = False):
         super().__init__(message)
-        self.alive = alive
+        self.alive, self.died = alive, died
 
 
 class SubmissionKernel:
@@ -82,7 +83,7 @@ class SubmissionKernel:
         try:
             await asyncio.wait({request, end}, return_when=asyncio.FIRST_COMPLETED)
             if not request.done():
-                raise AnswerFailed(f"the kernel died: {end.result()}", alive=False)
+                raise AnswerFailed(f"the kernel died: {end.result()}", alive=False, died=True)
             try:
                 content = request.result()["content"]
                 shown = content.get("user_expressions", {}).get("answer", {})

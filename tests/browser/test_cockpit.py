@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 
 import pytest
+from access import serious_faults
+from lab_page import until
 
 pytestmark = pytest.mark.browser
 
@@ -224,12 +227,19 @@ def test_two_cockpits_one_after_another(open_notebook, lab, theme):
 
 def test_model_text_is_text(open_notebook, lab):
     hostile = SETUP + f"\nHOSTILE = list({HOSTILE!r}.items()) + [('one line of 1 MB', 'x' * 1_000_000)]"
-    hostile = hostile.replace('[("How do I restart the router?", RESPONSE)]', "HOSTILE")
+    hostile = hostile.replace('[("How do I restart the router?", RESPONSE)], "shares": shares', "HOSTILE")
+    hostile = hostile.replace('"clip_range": (0.05, 0.5, 0.2)', '"rate": (1e-7, 1e-3, 3e-6, "log")')
     notebook = open_notebook([hostile, RUN.format(title="hostile", total=100_000)])
     notebook.start()
-    notebook.page.locator(".akc-pairs summary").click()
+    fold = notebook.page.locator(".akc-pairs summary")
+    until(notebook.page, lambda: re.fullmatch(r"Samples at iteration \d+", fold.inner_text()),
+          "the line of the samples, without texts that may not be fit for a screen")
+    assert notebook.page.locator(".akc-bands").is_hidden(), "there are no shares to show"
+    assert notebook.page.locator("input[type=number][data-control=rate]").input_value() == "3e-6"
+    fold.click()
     table = notebook.page.locator(".akc-samples")
     table.get_by_text("press me").wait_for()
+    assert serious_faults(notebook.page, ".akc") == []
     assert table.locator("script, img, button, a, b, strong").count() == 0
     text = table.inner_text()
     for shown in (HOSTILE["script"], HOSTILE["image"], HOSTILE["button"], HOSTILE["markdown"]):

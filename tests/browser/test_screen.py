@@ -118,6 +118,7 @@ def test_an_explorer_fits_the_screen_and_breaks_and_overprints_no_word_and_all_c
         assert serious_faults(page) == [], theme
     page.set_viewport_size({"width": 390, "height": 768})
     until(page, "document.documentElement.scrollWidth <= 390", "a page as wide as the screen")
+    assert serious_faults(page) == [], "a table that is scrolled there is scrolled by keys too"
 
 
 def test_a_recorded_runs_controls_reward_and_kl_fit_the_screen_and_all_can_read_it(open_page, tmp_path):
@@ -125,6 +126,8 @@ def test_a_recorded_runs_controls_reward_and_kl_fit_the_screen_and_all_can_read_
     page.locator(".akc-plot .series").first.wait_for(state="attached")
     seen = page.evaluate(CHARTS)
     assert seen["whole"] <= 600 and seen["charts"] <= 600, seen
+    for fold in page.locator(".akc-fold summary").all():
+        fold.click()
     for theme in ("light", "dark"):
         page.emulate_media(color_scheme=theme)
         assert serious_faults(page) == [], theme

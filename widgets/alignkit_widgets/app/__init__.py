@@ -15,11 +15,12 @@ def add_app(add) -> None:
     """Add `alignkit app` to the command; add(name, function, about) returns its parser."""
     app = add("app", _app, "a page to train, compare and explore without code, on this machine only",
               epilog="examples: alignkit app runs/course --port 8888     alignkit app runs/kl")
-    about = ("a run directory, or the folder of a sweep, whose jobs it shows; one without a run gets a new desk "
-             f"world, after a question (default: {DEFAULT})")
+    about = ("a run directory; if it has no run, the app asks and makes a desk world; or the folder of a sweep, whose "
+             f"jobs it shows (default: {DEFAULT})")
     app.add_argument("run", nargs="?", default=DEFAULT, type=folder, metavar="RUN", help=about)
     app.add_argument("--new", action="store_true", help="make a new desk world in RUN without the question")
-    about = "what the run was made from (default: what its run.json says, if that is `desk` or here)"
+    about = ("the data that the run was made from: `desk`, a file, a folder or a Hub id (default: what its run.json "
+             "names; a Hub id in it is not fetched unasked)")
     app.add_argument("--data", metavar="DATA", help=about)
     about = "where to listen on 127.0.0.1; one in use is refused (default: a port that is free)"
     app.add_argument("--port", default=0, type=port, help=about)

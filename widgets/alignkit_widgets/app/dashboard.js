@@ -99,13 +99,14 @@ function showRun(status, first) {
   measure.textContent = `Measure ${status.unmeasured.join(", ")}`;
 }
 
-function showUnfinished({ unfinished }) {
+function showUnfinished({ runs }) { // newest first
+  const unfinished = runs.filter((run) => run.unfinished).map((run) => run.name);
   const there = unfinished.join("\n");
   if (there !== goOn.dataset.there) {
     goOn.dataset.there = there;
     goOn.replaceChildren();
     for (const name of unfinished) make(goOn, "option", { value: name }, name);
-    goOn.value = unfinished.at(-1);
+    goOn.value = unfinished[0];
   }
   for (const node of [goOnLabel, goOnButton]) node.hidden = !unfinished.length;
   goOnNone.hidden = unfinished.length > 0;

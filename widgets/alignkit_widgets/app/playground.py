@@ -19,6 +19,8 @@ from alignkit.configs import PPOConfig, RewardConfig, SFTConfig, preset
 from alignkit.desk.world import PHRASES
 from alignkit.errors import RunError
 from alignkit.forward.sampling import generate_texts
+from alignkit.jobs.job import finished
+from alignkit.jobs.notebooks import read_jobs
 from alignkit.models.heads import reward_model_from
 from alignkit.models.loading import load_policy, save_model
 from alignkit.ppo import PPOState, ppo_iteration
@@ -32,6 +34,7 @@ from alignkit.task import Task, load_task
 from alignkit_widgets.cockpit.ppo_run import ppo_controls, ppo_row
 
 CONFIG = "config-of-run.json"  # of a PPO run in RUN/app
+FITTED = {"max_length": int, "max_new_tokens": int, "skip_bad": bool}  # options of `load_task` that run.json lacks
 Tell = Callable[[str, float], None]  # what an iteration is doing, and the share of it that is done
 
 
@@ -45,6 +48,7 @@ class Playground:
     task: Task = field(repr=False)
     scorer: Callable = field(repr=False)
     gold_scale: tuple[float, float] | None = None  # mean and sd of the raw gold of SFT's responses, where it is known
+    _runs: dict = field(default_factory=dict, repr=False)  # what `runs` read: folder -> (times of its files, facts)
 
     def checkpoints(self) -> dict[str, Path]:
         """The policies in the directory, by name, in the order of training, then the app's own policies."""
@@ -63,7 +67,7 @@ class Playground:
 
     @property
     def about(self) -> str:
-        """Two sentences for the page: what the world is, and what PPO does in it."""
+        """For the page: what the world or the data is, what PPO does with it, and whether its texts are fit to be seen."""
         if self.task.world is not None:
             what = (f"The desk world is a help desk with {len(self.task.world.prompts):,} questions and "
                     f"{len(PHRASES)} answer sentences, so small that every response can be enumerated, with a true "
@@ -73,7 +77,8 @@ class Playground:
         train, held = len(self.task.train_prompts), len(self.task.heldout_prompts)
         return (f"This run trains {Path(self.model).name} on {train:,} prompts of {Path(self.task.name).name}, and "
                 f"{held:,} more are held out; the true reward is unknown. PPO trains the SFT policy on the reward "
-                "model (proxy), which learned from preference pairs; each nat of KL to SFT costs kl_coef.")
+                "model (proxy), which learned from preference pairs; each nat of KL to SFT costs kl_coef. The data's "
+                "prompts and the model's responses are shown unfiltered, in the fold Samples and in Compare.")
 
     def config(self, **chosen) -> PPOConfig:
         """The settings of a new PPO run: the preset with the chosen options. Raises ValueError if one is impossible."""
@@ -99,14 +104,12 @@ class Playground:
         """
         found, open_ended = [], self.unfinished()
         for folder in sorted((self.run / "app").glob("ppo-*"), key=_number, reverse=True):
-            try:
-                config, rows = read_json(folder / CONFIG), read_metrics(folder / "metrics.jsonl")
-                chosen = {name: config[name] for name in ("kl_coef", "seed", "iterations")}
-            except (OSError, RunError, KeyError, TypeError):
-                continue
-            last = rows[-1] if rows else {}
-            found.append({"name": folder.name, **chosen, "done": last.get("step", 0), "kl": last.get("objective/kl"),
-                          "proxy": last.get("objective/scores"), "unfinished": folder.name in open_ended})
+            files = (folder / CONFIG, folder / "metrics.jsonl")
+            written = [(file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()]
+            if self._runs.get(folder, (None,))[0] != written:
+                self._runs[folder] = written, _run_facts(*files)
+            if facts := self._runs[folder][1]:
+                found.append(facts | {"unfinished": folder.name in open_ended})
         return found
 
     def unfinished(self) -> list[str]:
@@ -202,7 +205,8 @@ def open_playground(run: str | Path, tell: Callable[[str], None] = print, data: 
         raise RunError(f"{run} has no {lacking}/ with a model; run its notebook first (alignkit course), or choose an "
                        "empty directory for the desk world's defaults")
     policy, tokenizer = load_policy(run / "sft")
-    task = load_task(facts["data"], tokenizer, seed=facts["seed"], **{name: facts.get(name) for name in READING})
+    task = load_task(facts["data"], tokenizer, seed=facts["seed"], **{name: facts.get(name) for name in READING},
+                     **_as_in_jobs(run))
     scale = None if task.world is None else _gold_scale(run, task, policy, tokenizer)
     return Playground(run, facts["model"], facts["seed"], task, load_reward(run / "reward"), scale)
 
@@ -217,6 +221,15 @@ def _gold_scale(run: Path, task: Task, policy: object, tokenizer: object) -> tup
     responses = generate_texts(policy, tokenizer, asked, max_new_tokens=task.max_new_tokens, seed=2)
     gold = task.world.gold_scores(asked, [texts[0] for texts in responses])
     return float(gold.mean()), float(gold.std()) or 1.0
+
+
+def _as_in_jobs(run: Path) -> dict:
+    """How the run's notebooks fitted the data, as far as RUN/jobs.json says so: max_length, max_new_tokens, skip_bad."""
+    fitted = {}
+    for record in read_jobs(run).values():
+        known = finished(record).get("key", {}).get("parameters", {})
+        fitted |= {name: known[name] for name, kind in FITTED.items() if type(known.get(name)) is kind}
+    return fitted
 
 
 def make_desk_start(run: Path, seed: int = 0, pairs: int = 1500, sft: SFTConfig | None = None,
@@ -256,6 +269,18 @@ def _told(state: PPOState, config: PPOConfig, tell: Tell) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def _run_facts(config: Path, log: Path) -> dict | None:
+    """What the app's table says of a run, from its settings and its log; None if they cannot be read."""
+    try:
+        chosen, rows = read_json(config), read_metrics(log)
+        shown = {name: chosen[name] for name in ("kl_coef", "seed", "iterations")}
+    except (OSError, RunError, KeyError, TypeError):
+        return None
+    last = rows[-1] if rows else {}
+    return {"name": log.parent.name, **shown, "done": last.get("step", 0), "kl": last.get("objective/kl"),
+            "proxy": last.get("objective/scores")}
 
 
 def _number(path: Path) -> int:

@@ -228,7 +228,6 @@ class Dashboard(PageServer):
                 "checkpoints": list(playground.checkpoints()),
                 "runs": playground.runs(),
                 "running": self.running,
-                "unfinished": playground.unfinished(),
                 "settings": {"kl_coef": preset.kl_coef, "seed": preset.seed, "iterations": preset.iterations},
                 "unmeasured": [] if desk else measured_points(playground)[1],
                 "most": MOST,
@@ -252,10 +251,10 @@ class Dashboard(PageServer):
     # the tabs
 
     async def _train(self, iterations: int | None, **chosen) -> None:
-        await self._run(await asyncio.to_thread(self.playground.start_ppo, iterations, **chosen))
+        await self._run(await _to_its_end(self.playground.start_ppo, iterations, **chosen))
 
     async def _continue(self, name: str) -> None:
-        await self._run(await asyncio.to_thread(self.playground.continue_ppo, name))
+        await self._run(await _to_its_end(self.playground.continue_ppo, name))
 
     async def _run(self, live: LivePPO) -> None:
         title = f"PPO · {live.folder.relative_to(self.playground.run)}"
@@ -269,14 +268,14 @@ class Dashboard(PageServer):
             loop.call_soon_threadsafe(cockpit.session.tell_inside, words, share)
 
         async def step(controls: dict) -> dict:
-            return await asyncio.to_thread(live.step, controls, tell)
+            return await _to_its_end(live.step, controls, tell)
 
         self.running = live.folder.name
         try:
             await cockpit.run(step, state=live.state, checkpoints=live.checkpoints)
         finally:
             self.running = ""
-            where = await asyncio.shield(asyncio.to_thread(live.save))
+            where = await _to_its_end(live.save)
             saved = f"Saved in {where}, with the log; it can be compared now."
             self.notes["train"] = saved if where else "Nothing was trained."
 
@@ -418,6 +417,18 @@ class Socket(WebSocketHandler, Guarded):
             sent.add_done_callback(lambda done: done.cancelled() or done.exception())
         except WebSocketClosedError:
             self.dashboard.pages.discard(self)
+
+
+async def _to_its_end(call: Callable, *arguments, **options):
+    """Call in a thread. A cancellation waits until the call has ended, and comes at the next await: what an iteration
+    did to the policy is then in the log too."""
+    going = asyncio.ensure_future(asyncio.to_thread(call, *arguments, **options))
+    try:
+        return await asyncio.shield(going)
+    except asyncio.CancelledError:
+        result = await going
+        asyncio.current_task().cancel()
+        return result
 
 
 def _whole(value: object, low: int, high: int) -> int | None:

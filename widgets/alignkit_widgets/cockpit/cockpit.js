@@ -5,6 +5,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const ICONS = { Play: "M3 2 13 8 3 14Z", Pause: "M3 2h4v12H3ZM9 2h4v12H9Z", Step: "M2 2 9 8 2 14ZM10 2h3v12h-3Z", Stop: "M3 3h10v10H3Z" };
 
 const short = (key) => key.split("/").pop();
+const typeable = (v) => v && Math.abs(v) < 1e-3 ? v.toExponential() : v; // 3e-6, which is as exact as 0.000003 and fits its box
 const number = (v) => v == null ? "–" : v === 0 ? "0" : Math.abs(v) >= 1e4 || Math.abs(v) < 1e-3 ? v.toExponential(1) : String(+v.toPrecision(3));
 
 function make(parent, tag, attributes = {}, text) {
@@ -229,7 +230,8 @@ class View {
     const fold = make(parent, "details", { class: `akc-fold ${kind}` }), line = make(fold, "summary", { "data-lm-suppress-shortcuts": "true" });
     make(line, "b", {}, name);
     fold.addEventListener("toggle", () => this.draw());
-    return { fold, words: make(line, "span"), box: make(fold, "div") };
+    const scrolled = { tabindex: 0, role: "region", "aria-label": name, "data-lm-suppress-shortcuts": "true" }; // by keys too
+    return { fold, words: make(line, "span"), box: make(fold, "div", scrolled) };
   }
   savePicture(head) {
     const button = make(head, "button", { type: "button", class: "akc-save", "data-lm-suppress-shortcuts": "true" }, "save picture");
@@ -260,7 +262,7 @@ class View {
     const show = (v) => {
       slider.value = stops.reduce((best, s, i) => Math.abs(s - v) < Math.abs(stops[best] - v) ? i : best, 0);
       slider.setAttribute("aria-valuetext", number(v));
-      box.value = v;
+      box.value = typeable(v);
     };
     const ask = (v) => {
       this.dirty[name] = v;
@@ -269,7 +271,7 @@ class View {
       this.timers[name] = setTimeout(this.unsent[name], 60);
       wait.textContent = `${number(v)} from the next iteration on`;
     };
-    slider.addEventListener("input", () => { const v = stops[+slider.value]; slider.setAttribute("aria-valuetext", number(v)); box.value = v; ask(v); });
+    slider.addEventListener("input", () => { const v = stops[+slider.value]; slider.setAttribute("aria-valuetext", number(v)); box.value = typeable(v); ask(v); });
     const typed = () => { const v = Math.min(Math.max(+box.value, stops[0]), stops.at(-1)); show(v); ask(v); };
     box.addEventListener("change", typed);
     box.addEventListener("keydown", (e) => { if (e.key === "Enter") typed(); }); // JupyterLab keeps Enter from making a change
@@ -317,8 +319,8 @@ class View {
     this.table.replaceChildren();
     this.sampled.words.textContent = "";
     if (!samples) return;
-    const [prompt, response] = samples.pairs[0] ?? ["", ""];
-    this.sampled.words.textContent = ` at ${this.config.unit} ${samples.step}: ${prompt.trim()} → ${response.trim()}`;
+    const [prompt, response] = samples.pairs[0] ?? ["", ""], fit = this.store.shares.length; // other data may not be fit for a screen: its
+    this.sampled.words.textContent = ` at ${this.config.unit} ${samples.step}` + (fit ? `: ${prompt.trim()} → ${response.trim()}` : ""); // texts stay folded
     for (const [tag, cells] of [["th", ["prompt", "response"]], ...samples.pairs.map((p) => ["td", p])]) {
       const row = make(this.table, "tr");
       for (const text of cells) make(row, tag, {}, text);
@@ -328,6 +330,7 @@ class View {
     const last = this.store.shares.at(-1)?.[1] ?? {}, kinds = new Set(this.store.shares.flatMap(([, s]) => Object.keys(s)));
     const most = (part) => Object.entries(part).sort((a, b) => b[1] - a[1])[0] ?? ["", 0];
     this.shares.words.textContent = Object.entries(last).map(([kind, part]) => ` · ${kind}: ${most(part)[0]} ${Math.round(100 * most(part)[1])} %`).join("");
+    this.shares.fold.hidden = this.store.rows > 0 && ![this.store, ...this.store.branches].some(({ shares }) => shares.length);
     if (!this.shares.fold.open) return;
     for (const kind of kinds) (this.bands[kind] ??= new Bands(this, this.bandGrid, kind)).draw();
   }

@@ -334,6 +334,10 @@ class View {
     row.style.gridTemplateColumns = narrow ? "minmax(0,1fr)" : blocks.map((b) => `minmax(0,${b.weight ?? 1}fr)`).join(" ");
     const total = blocks.reduce((sum, b) => sum + (b.weight ?? 1), 0), free = room - 28 * (blocks.length - 1); // 28: the gap in explorer.css
     for (const block of blocks) this.drawing[block.kind]?.(make(row, "div"), block, narrow ? room : free * (block.weight ?? 1) / total);
+    for (const table of row.querySelectorAll(":scope > div > table")) { // one that is too wide is scrolled, by keys too
+      const box = table.parentElement, keys = { tabindex: 0, role: "region", "aria-label": table.caption?.textContent ?? "table", "data-lm-suppress-shortcuts": "true" };
+      if (box.scrollWidth > box.clientWidth) for (const [name, value] of Object.entries(keys)) box.setAttribute(name, value);
+    }
   }
   draw() {
     const { shown, flying, wanted } = this.store;
