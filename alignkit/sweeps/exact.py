@@ -116,7 +116,7 @@ def _origins(runs: Sequence[Path]) -> dict[int, dict[str, Path]]:
             facts = run_facts(run)
             if (facts.get("model"), facts.get("data")) != ("tiny", "desk") or "seed" not in facts:
                 continue
-            own = content_hash([VERSION, [_hash(run / name, hashes) for name in MADE_FROM], _gold_scale(run)])
+            own = content_hash([VERSION, [_hash(run / name, hashes) for name in MADE_FROM], gold_scale(run)])
         except (OSError, RunError):
             continue
         found.setdefault(facts["seed"], {}).setdefault(own, run)
@@ -142,8 +142,9 @@ def _hash(path: Path, known: dict[tuple, str]) -> str:
     return known[name]
 
 
-def _gold_scale(run: Path) -> tuple[float, float]:
-    """Mean and sd of raw gold under SFT, in whose units the run reports gold."""
+def gold_scale(run: Path) -> tuple[float, float]:
+    """Mean and sd of raw gold under SFT, in whose units the run reports gold. Raises RunError, or OSError, if notebook
+    01 has not stored them in the run."""
     scale = read_json(run / "sft" / "results.json").get("gold_scale")
     if not (isinstance(scale, list) and len(scale) == 2 and all(map(_is_moderate, scale)) and scale[1] > 0):
         raise RunError(f"{run / 'sft' / 'results.json'} has no gold_scale, a mean and a standard deviation")
@@ -166,7 +167,7 @@ def _enumerated(run: Path, seed: int, say: Callable[[str], object]) -> dict:
         raise RunError(f"the jobs were evaluated on {len(evalset.prompts)} prompts with responses of at most "
                        f"{evalset.max_new_tokens} tokens, expected {MOST_PROMPTS} prompts at most and {MAX_PHRASES} "
                        "tokens")
-    world, space, (mean, sd) = World(seed), exact.response_space(), _gold_scale(run)
+    world, space, (mean, sd) = World(seed), exact.response_space(), gold_scale(run)
     prompts = [world.find(text) for text in evalset.prompts]
     disable_progress_bar()
     policy, tokenizer = load_policy(run / "sft", device="cpu")

@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
@@ -30,6 +30,7 @@ from alignkit.runs.records import READING, run_facts, start_run
 from alignkit.runs.stage_folders import CHECKPOINTS, delete_checkpoints
 from alignkit.sft import train_sft
 from alignkit.storage import branch_files, read_json, read_metrics, settings, write_json
+from alignkit.sweeps.exact import gold_scale
 from alignkit.task import Task, load_task
 from alignkit_widgets.cockpit.ppo_run import ppo_controls, ppo_row
 
@@ -214,9 +215,8 @@ def open_playground(run: str | Path, tell: Callable[[str], None] = print, data: 
 def _gold_scale(run: Path, task: Task, policy: object, tokenizer: object) -> tuple[float, float]:
     """Mean and sd of the raw gold of SFT's responses: as notebook 01 measured them, else of a response to each fifth
     prompt."""
-    results = run / "sft" / "results.json"
-    if results.exists() and (scale := read_json(results).get("gold_scale")):
-        return tuple(scale)
+    with suppress(OSError, RunError):
+        return gold_scale(run)
     asked = task.train_prompts[::5]
     responses = generate_texts(policy, tokenizer, asked, max_new_tokens=task.max_new_tokens, seed=2)
     gold = task.world.gold_scores(asked, [texts[0] for texts in responses])
