@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -162,13 +162,14 @@ def broadcast_weights(weights: list[Tensor], source: int) -> None:
             weight.detach().copy_(new.view_as(weight))
 
 
-def moved(tensor: Tensor, source: int, target: int) -> Tensor:
-    """In the process `target` the tensor of the process `source`; in the others what they gave, of the same shape and
-    type."""
-    if source != target and dist.get_rank() == source:
+def moved(tensor: Tensor | None, shape: Sequence[int], kind: torch.dtype, source: int, target: int) -> Tensor | None:
+    """In the process `target` the tensor that `source` gives, of this shape and type; None in all others."""
+    if dist.get_rank() == source != target:
         dist.send(tensor.detach().to(_device()).contiguous(), target)
-    elif source != target and dist.get_rank() == target:
-        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device=_device())
+    if dist.get_rank() != target:
+        return None
+    if source != target:
+        tensor = torch.empty(shape, dtype=kind, device=_device())
         dist.recv(tensor, source)
     return tensor
 

@@ -71,19 +71,18 @@ def share_out(state) -> None:
     for optimizer in optimizers(state):
         for _, weight, keeper in _with_states(optimizer):
             for name in STATES:
-                tensor = moved(optimizer.state[weight][name] if dist.get_rank() == 0 else _like(weight, name), 0, keeper)
-                if dist.get_rank() == keeper:
+                tensor = _moved(optimizer, weight, name, 0, keeper)
+                if tensor is not None:
                     optimizer.state[weight][name] = tensor.to(weight.device)
             if dist.get_rank() != keeper:
                 optimizer.state.pop(weight, None)
 
 
-def gathered(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
-    """The states of all weights by their numbers in the optimiser, in process 0; in the others a part of no use.
+def gathered(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor | None]]:
+    """The states of all weights by their numbers in the optimiser, in process 0; None instead of them in the others.
 
     All processes call this. What came from others is on the CPU if they exchange through it."""
-    return {number: {name: moved(optimizer.state[weight][name] if dist.get_rank() == keeper else _like(weight, name),
-                                 keeper, 0) for name in STATES}
+    return {number: {name: _moved(optimizer, weight, name, keeper, 0) for name in STATES}
             for number, weight, keeper in _with_states(optimizer)}
 
 
@@ -100,9 +99,10 @@ def _with_states(optimizer: torch.optim.Optimizer) -> list[tuple[int, Tensor, in
     return [(number, weight, kept[number]) for number, weight in enumerate(weights) if known[number]]
 
 
-def _like(weight: Tensor, name: str) -> Tensor:
-    """A tensor like a weight's state of this name, to be filled."""
-    return torch.zeros((), device=weight.device) if name == "step" else torch.empty_like(weight)
+def _moved(optimizer: torch.optim.Optimizer, weight: Tensor, name: str, source: int, target: int) -> Tensor | None:
+    """A weight's state of this name in the process `target`, from `source`; None in the others."""
+    shape, kind = ((), torch.float32) if name == "step" else (weight.shape, weight.dtype)
+    return moved(optimizer.state[weight][name] if dist.get_rank() == source else None, shape, kind, source, target)
 
 
 class Shards:

@@ -55,7 +55,8 @@ def main(arguments: list[str] | None = None) -> dict:
             raise SystemExit("a process failed")
         rounds, kept = answers.get()
     first, second = ("whole", "sharded") if given.shard else ("alone", "together")
-    results = {"processes": given.processes, "shard": given.shard, "bytes": kept, "cores": os.cpu_count(), "load": os.getloadavg()[0], "rounds": rounds}
+    results = {"processes": given.processes, "shard": given.shard, "bytes": kept,
+               "cores": os.cpu_count(), "load": os.getloadavg()[0], "rounds": rounds}
     for name, seconds in rounds.items():
         print(f"{name}: " + "; ".join(
             f"{kind} seconds {first} {median(one):.3f}, {second} {median(other):.3f}, ratio {_ratio(one, other)}"

@@ -74,7 +74,8 @@ def _ppo(policy, tokenizer, options: dict) -> dict[str, Tensor]:
     state.iteration = 0
     stats = [ppo_iteration(state, config) for _ in range(2)]
     rollout = state.last_rollout
-    return {"bytes": _bytes(state.policy_optimizer, state.critic_optimizer), "tokens": torch.where(batch.rollout.response_mask, batch.rollout.response_ids, -1),
+    return {"bytes": _bytes(state.policy_optimizer, state.critic_optimizer),
+            "tokens": torch.where(batch.rollout.response_mask, batch.rollout.response_ids, -1),
             "later tokens": torch.where(rollout.response_mask, rollout.response_ids, -1),
             "logprobs": batch.old_logprobs, "advantages": batch.advantages, "returns": batch.returns,
             "scores": state.last_scores, "gradients": gradients,

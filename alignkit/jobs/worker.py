@@ -111,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=folder, metavar="DIR", help="the run directory, which every process can read")
     parser.add_argument("-p", dest="parameters", action="append", default=[], type=assignment, metavar="NAME=VALUE",
                         help="a parameter of the notebook; may be repeated")
-    parser.add_argument("--shard", choices=SHARDED, help="what each process keeps a part of only: optimizer, its states")
+    parser.add_argument("--shard", choices=SHARDED, help="what each keeps a part of only: optimizer, its states")
     given = parser.parse_args(arguments)
     try:
         if given.follow:
