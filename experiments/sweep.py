@@ -271,7 +271,8 @@ def grids(seeds: Sequence[int]) -> list[dict[str, str]]:
 def record(seeds: Sequence[int], folder: Path, workers: int | None = None) -> dict:
     """Make the runs by `alignkit sweep`, which repeats none that is there; returns what goes into the file. Raises
     SystemExit if one fails."""
-    if any([sweep(NOTEBOOK, folder, grid, workers=workers) for grid in grids(seeds)]):
+    notebook = os.path.relpath(NOTEBOOK)  # so that the folder records the commands as one would type them
+    if any([sweep(notebook, folder, grid, workers=workers) for grid in grids(seeds)]):
         raise SystemExit(f"not all runs finished; {folder}/sweep.html names those that failed")
     configs = {name: settings(getattr(COURSE, name)) for name in ("sft", "reward", "ppo", "dpo")}
     return {

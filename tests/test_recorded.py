@@ -14,7 +14,7 @@ from alignkit.exact import sweep as sweep_module
 from alignkit.exact.sweep import RecordedRun, RecordedWorld, load_sweep, source_hashes
 from alignkit.storage import read_json
 from alignkit.sweeps.plan import plan
-from alignkit.sweeps.results import FIGURES
+from alignkit.sweeps.results import FIGURES, load_results
 from alignkit.sweeps.table import numbers
 from experiments import sweep as maker
 
@@ -156,6 +156,7 @@ def test_the_record_goes_on_where_it_stopped_and_has_every_run_in_order(tmp_path
                                            metadata={"tags": ["parameters"]})
     cells = [parameters, nbformat.v4.new_code_cell(TOY.replace("STOP", repr(str(stop))))]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), toy)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(maker, "NOTEBOOK", toy)
     monkeypatch.setattr(maker, "VALUES", {"dpo": (0.5,), "ppo": (1.5, 0.2)})
     monkeypatch.setattr(maker, "probe", lambda folder: {"ppo kl": 0.5})
@@ -171,6 +172,7 @@ def test_the_record_goes_on_where_it_stopped_and_has_every_run_in_order(tmp_path
         [method, value, seed] for seed in (1, 0) for method, value in (("dpo", 0.5), ("ppo", 1.5), ("ppo", 0.2))]
     assert [world["is"] for world in made["worlds"]] == [1, 0]
     assert made["command"] == "python -m experiments.sweep --seeds 1 0" and made["sources"] == source_hashes()
+    assert load_results(tmp_path / "s").commands[0].startswith("alignkit sweep toy.ipynb -p method=dpo -p value=0.5 ")
 
 
 @pytest.mark.slow
