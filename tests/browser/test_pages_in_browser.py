@@ -121,7 +121,7 @@ def test_a_recorded_run_plays_pauses_and_scrubs_and_shows_its_other_ways(open_pa
     page.get_by_label("one iteration back").click()
     page.get_by_role("cell", name=f"way 2 {HOSTILE}").wait_for()
     until(page, "location.hash === '#step=9&way=2'", "the state in the address")
-    page.get_by_label("way").select_option("0")
+    page.get_by_label("branch").select_option("0")
     page.get_by_text("iteration 6 of 6").wait_for()
     page.get_by_role("cell", name=f"way 0 {HOSTILE}").wait_for()
     assert "rewind" not in page.locator(".akc-grid").first.inner_text().replace("before the rewind", "")
@@ -147,7 +147,7 @@ def test_a_link_restores_a_recorded_run_on_its_way(open_page, player_page, theme
     open_folds(page)
     page.get_by_text("risky prompts: % of responses").wait_for()
     page.locator(".marktext", has_text="rewind 6 → 2").first.wait_for()
-    assert page.get_by_label("way").input_value() == "1"
+    assert page.get_by_label("branch").input_value() == "1"
     page.evaluate("location.hash = 'step=99&way=7'")  # what is not there: the end of the way that is shown
     page.get_by_text("iteration 5 of 5").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
