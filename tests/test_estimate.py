@@ -75,7 +75,8 @@ def test_once_jobs_of_a_sweep_have_ended_their_own_time_is_said(tmp_path, monkey
     for seed, seconds in ((7, 100.0), (8, 140.0)):  # of another grid in the same folder
         (tmp_path / "jobs" / f"seed={seed}").mkdir(parents=True)
         (tmp_path / "jobs" / f"seed={seed}" / "job.json").write_text(json.dumps({"seconds": seconds}))
-    monkeypatch.setattr("alignkit.sweeps.sweep.read_record", lambda folder: json.loads((folder / "job.json").read_text()))
+    monkeypatch.setattr("alignkit.sweeps.sweep.read_record",
+                        lambda folder: json.loads((folder / "job.json").read_text()))
     sweep("00_the_world", tmp_path, {"seed": "0..2"}, workers=2, dry_run=True)
     assert "2 at a time, about 4:00 min, as the first took" in capsys.readouterr().out
 

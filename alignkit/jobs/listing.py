@@ -36,7 +36,8 @@ def parameter_help(notebook: str | Path, columns: int | None = None) -> str:
     if not parameters:
         return "\n".join([*head, "", "It has no parameters."])
     return "\n".join([*head, "", "parameters, given as -p NAME=VALUE", "in a course, to this notebook alone, as "
-                      f"-p {one_line(stage, 100)}.NAME=VALUE:", *(_entry(each, columns, presets) for each in parameters)])
+                      f"-p {one_line(stage, 100)}.NAME=VALUE:",
+                      *(_entry(each, columns, presets) for each in parameters)])
 
 
 def notebook_list(columns: int | None = None) -> str:

@@ -23,7 +23,8 @@ def add_sweep(add) -> None:
     sweep.add_argument("--random", type=count, metavar="COUNT", help=about)
     sweep.add_argument("--random-seed", type=int, default=0, metavar="SEED", help="seed of these draws (default: 0)")
     sweep.add_argument("--retries", type=int, default=1, metavar="COUNT", help="how often to repeat a job whose "
-                       "kernel, worker or node died, such as 3 (default: 1); one that failed with an error is not repeated")
+                       "kernel, worker or node died, such as 3 (default: 1); one that failed with an error is not "
+                       "repeated")
     sweep.add_argument("--timeout", type=seconds, metavar="SECONDS", help="stop a notebook after SECONDS, such as "
                        "600")
     sweep.add_argument("--address", metavar="HOST:PORT", help="run the jobs on the Ray cluster whose head is there; "
@@ -32,8 +33,8 @@ def add_sweep(add) -> None:
                        "such as 2 (default: 1)")
     sweep.add_argument("--gpus", type=_amount, metavar="NUMBER", help="GPUs that a job asks the Ray cluster for, or a "
                        "part of one, such as 0.5 (default: 0)")
-    about = ("run only job NUMBER, such as 3, counted from 0 as --dry-run lists them, for the array jobs of a cluster; the same "
-             "command without --job then writes the tables")
+    about = ("run only job NUMBER, such as 3, counted from 0 as --dry-run lists them, for the array jobs of a cluster; "
+             "the same command without --job then writes the tables")
     sweep.add_argument("--job", type=number, metavar="NUMBER", help=about)
     sweep.add_argument("--dry-run", action="store_true", help="check the grid and list its jobs; start and write "
                        "nothing")

@@ -18,8 +18,8 @@ def add_teaching(add) -> None:
 
     grade = add("grade", _grade, "grade submissions of the lab, each in a kernel of its own, and write a CSV file; a "
                 "kernel is no sandbox: docs/teaching.md", epilog="example: alignkit grade hand-ins/*.ipynb")
-    grade.add_argument("files", nargs="+", type=Path, metavar="FILE", help="students' copies of lab.ipynb, or a pattern "
-                       "such as hand-ins/*.ipynb")
+    grade.add_argument("files", nargs="+", type=Path, metavar="FILE", help="students' copies of lab.ipynb, or a "
+                       "pattern such as hand-ins/*.ipynb")
     grade.add_argument("--out", type=Path, default=Path("grades.csv"), metavar="FILE",
                        help="the table to write (default: grades.csv)")
     grade.add_argument("--timeout", type=_seconds, default=30.0, metavar="SECONDS",
@@ -43,7 +43,8 @@ def _grade(options: argparse.Namespace) -> int:
         result = f"{each.total} of {possible}" if each.total is not None else "not graded"
         print(f"{one_line(each.file, 200)}: {result}" + f"; {visible(each.error, 300)}" * bool(each.error), flush=True)
 
-    grades = grade(expanded(options.files), options.out, seconds=options.timeout, overwrite=options.overwrite, on_grade=show)
+    grades = grade(expanded(options.files), options.out, seconds=options.timeout, overwrite=options.overwrite,
+                   on_grade=show)
     print(f"table: {one_line(options.out, 1000)}")
     return 1 if any(each.total is None for each in grades) else 0
 

@@ -68,7 +68,7 @@ class Playground:
 
     @property
     def about(self) -> str:
-        """For the page: what the world or the data is, what PPO does with it, and whether its texts are fit to be seen."""
+        """For the page: what the world or the data is, what PPO does with it, and that other data is not filtered."""
         if self.task.world is not None:
             what = (f"The desk world is a help desk with {len(self.task.world.prompts):,} questions and "
                     f"{len(PHRASES)} answer sentences, so small that every response can be enumerated, with a true "
@@ -224,7 +224,7 @@ def _gold_scale(run: Path, task: Task, policy: object, tokenizer: object) -> tup
 
 
 def _as_in_jobs(run: Path) -> dict:
-    """How the run's notebooks fitted the data, as far as RUN/jobs.json says so: max_length, max_new_tokens, skip_bad."""
+    """How the run's notebooks fitted the data: the options FITTED, as far as RUN/jobs.json has them."""
     fitted = {}
     for record in read_jobs(run).values():
         known = finished(record).get("key", {}).get("parameters", {})

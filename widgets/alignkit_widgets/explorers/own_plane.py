@@ -35,8 +35,8 @@ class OwnPlane(Explorer):
     def _rows(self, state: Mapping) -> list:
         chosen, start = self.points[int(state["policy"])], self.points[0]
         other = "" if chosen is start else f", and that of {start.job} is {start.proxy:+.2f}"
-        says = (f"{chosen.job} is {chosen.kl:.2f} nats from SFT; its proxy reward is {chosen.proxy:+.2f} SFT-sd{other}, "
-                "with 95 % intervals over held-out prompts. "
+        says = (f"{chosen.job} is {chosen.kl:.2f} nats from SFT; its proxy reward is {chosen.proxy:+.2f} SFT-sd{other}"
+                ", with 95 % intervals over held-out prompts. "
                 "The proxy is what PPO was trained on, so a higher one does not show that the responses are better.")
         if self.missing:
             says += f" Not measured yet: {', '.join(self.missing)}."
