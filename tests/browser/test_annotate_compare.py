@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from access import serious_faults
 
 from alignkit.data.rows import load_rows
 
@@ -87,7 +86,6 @@ def test_labels_are_made_by_keyboard_and_mouse_and_are_in_the_file(open_notebook
     assert [row["prompt"] for row in load_rows(lab.root / f"{name}.jsonl")] == ["How do I sharpen the kitchen knife?"]
     assert load_rows(lab.root / f"{name}.jsonl")[0]["chosen"].strip() == left.strip(), "left is what stood left"
     notebook.screenshot(f"annotator_{app}_{theme}")
-    assert serious_faults(page, ".akb") == []
     page.keyboard.press("t")
     caption(notebook, "3 of 4")
     page.keyboard.press("ArrowRight")
@@ -195,13 +193,11 @@ def test_votes_are_blind_until_the_names_are_shown(open_notebook, lab, theme):
     page.keyboard.press("p")
     caption(notebook, "3 of ")
     notebook.screenshot(f"comparer_blind_{theme}")
-    assert serious_faults(page, ".akb") == []
     page.keyboard.press("v")
     board.locator(".akb-results", has_text="direct").wait_for()
     names = set(board.locator(".akb-name").all_inner_texts())
     assert names == {"cautious", "direct"} and board.get_by_role("button", name="Show names").count() == 0
     notebook.screenshot(f"comparer_named_{theme}")
-    assert serious_faults(page, ".akb") == []
     page.keyboard.press("b")  # a vote with names is written down as one
     caption(notebook, "4 of ")
     board.get_by_role("button", name="Done").click()
