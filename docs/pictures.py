@@ -98,7 +98,7 @@ def app_film(run: Path) -> bytes:
         frame(4)
         page.get_by_text("it can be compared now").wait_for()
     film = io.BytesIO()
-    palette = frames[-1][0].quantize(256, Image.Quantize.FASTOCTREE)  # one for all frames, so that a line keeps its colour
+    palette = frames[-1][0].quantize(256, Image.Quantize.FASTOCTREE)  # one for all: a line keeps its colour
     images, seconds = zip(*((image.quantize(palette=palette, dither=Image.Dither.NONE), each)
                             for image, each in frames), strict=True)
     images[0].save(film, "GIF", save_all=True, append_images=images[1:], loop=0,

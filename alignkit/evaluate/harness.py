@@ -46,7 +46,8 @@ def prepare(options) -> None:
         with _quiet(), _code_allowed(options.run_model_code), _generators_kept():
             options.prepared[suite.name] = manager.load([suite.task])
     except ModuleNotFoundError as error:
-        raise MissingExtra(f"{suite.name} needs {error.name}: in alignkit's folder, pip install -e '.[evaluate]'") from error
+        raise MissingExtra(
+            f"{suite.name} needs {error.name}: in alignkit's folder, pip install -e '.[evaluate]'") from error
     except Exception as error:
         data = dict.fromkeys(_data_of(config) for config in configs if config.get("dataset_path"))
         raise DataError(

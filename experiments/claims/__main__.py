@@ -36,8 +36,8 @@ SEEDS = (31, 32, 33, 39, 40, 34, 35, 36, 37, 38)
 FEW = 5  # worlds in which all arms are run; in the others only those that claims on order, sum and alternation compare
 EVERYWHERE = ("PPO", "DPO", "PPO, then DPO", "DPO, then PPO", "PPO + DPO", "alternating, four blocks",
               LONGER["DPO"])
-ARTICLES = ("S0 is *Can PPO and DPO be used together?*, S1 *PPO or DPO?*, S2 a summary of *Unpacking DPO and PPO* (Ivison "
-            "and others 2024), S3 *What PPO fine-tuning is*, S4 *PPO and DPO in LLM training*.")
+ARTICLES = ("S0 is *Can PPO and DPO be used together?*, S1 *PPO or DPO?*, S2 a summary of *Unpacking DPO and PPO* "
+            "(Ivison and others 2024), S3 *What PPO fine-tuning is*, S4 *PPO and DPO in LLM training*.")
 LABS = {"dials": dials.FILE, "knowledge": knowledge.FILE, "unpacking": unpacking.FILE}  # lab -> its record
 QUICK = Size(demonstrations=1600, labels=800, fresh=200, normalise=128, keys=1, blocks=8, first=0.5, last=0.8,
              sft=SFTConfig(epochs=2), reward=RewardConfig(epochs=2),
