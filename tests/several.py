@@ -18,9 +18,9 @@ from alignkit.followers import check_facts
 from alignkit.jobs import worker
 from alignkit.models.adapters import add_lora
 from alignkit.models.loading import load_policy
+from alignkit.optim import size
 from alignkit.ppo import PPOState, collect, ppo_iteration, ppo_step
 from alignkit.ppo import _demonstrations as demonstrations
-from alignkit.optim import size
 from alignkit.processes import join, sharing, told
 
 PROMPTS = [prompt.text for prompt in World(0).train_prompts[:40]]

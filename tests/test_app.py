@@ -336,7 +336,7 @@ def test_a_sweeps_page_shows_what_has_finished_and_reads_the_folder_again(tmp_pa
                 mounted = await reader.until(lambda m: m.get("kind") == "explorer")
                 job = next(c for c in mounted["config"]["controls"] if c["name"] == "point")
                 assert [words for _, words in job["options"]] == [f"PPO, kl_coef {c:g}, seed 0" for c in finished]
-            await reader.until(lambda m: says in m.get("status", {}).get("said", {}).get("frontier", ""))
+            await reader.until(lambda m, says=says: says in m.get("status", {}).get("said", {}).get("frontier", ""))
         (tmp_path / "table.jsonl").write_text("{\n")
         reader.say(do="frontier")
         await reader.until(lambda m: "line 1 is no row" in m.get("status", {}).get("said", {}).get("frontier", ""))
@@ -367,8 +367,9 @@ def test_the_frontier_starts_a_run_at_its_price(playground):
 @pytest.mark.parametrize("slow, steps", [("start_ppo", []), ("step", [1]), ("save", [1])])
 def test_an_app_that_is_ended_logs_exactly_the_iterations_whose_policy_it_saves(playground, monkeypatch, slow, steps):
     begun, owner = threading.Event(), Playground if slow == "start_ppo" else LivePPO
+    call = getattr(owner, slow)
 
-    def slowly(*arguments, call=getattr(owner, slow), **options):
+    def slowly(*arguments, **options):
         begun.set()
         time.sleep(0.3)  # the app is ended meanwhile
         return call(*arguments, **options)

@@ -140,8 +140,8 @@ def test_each_weight_has_one_keeper_and_the_shares_are_even():
     assert keepers(weights, 2) == [1, 0, 1, 1, 0, 0, 1, 0]
     for number in (1, 2, 3, 5, 20):
         held = [0] * number
-        for size, keeper in zip(sizes, keepers(weights, number), strict=True):
-            held[keeper] += size
+        for elements, keeper in zip(sizes, keepers(weights, number), strict=True):
+            held[keeper] += elements
         assert max(held) - min(held) <= max(sizes) and sum(held) == sum(sizes)
 
 

@@ -166,7 +166,7 @@ def course(
         try:
             expected = _expected(jobs) if progress else {}
             if spare:
-                import alignkit.jobs.kernel  # noqa: F401 (papermill takes seconds; two kernels and this would be too many)
+                import alignkit.jobs.kernel  # noqa: F401 (papermill takes seconds: not beside two kernels)
             for job, following in itertools.zip_longest(jobs, jobs[1:]):
                 present, spare = spare, _spare(following)
                 with contextlib.closing(present) if present else contextlib.nullcontext():

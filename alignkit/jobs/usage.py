@@ -3,13 +3,13 @@
 import argparse
 import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class CommandParser(argparse.ArgumentParser):
     """argparse's parser; a wrong command, choice or option is answered with the nearest right one."""
 
-    given: list[str] = []  # the words that this parser reads
+    given: Sequence[str] = ()  # the words that this parser reads
 
     def parse_args(self, args=None, namespace=None):
         """As argparse does; `help COMMAND` means `COMMAND --help`. An option that the command does not have is an error
