@@ -328,3 +328,17 @@ def test_reading_a_sweep_with_exact_curves_loads_no_torch(folder, monkeypatch):
             "assert 'torch' not in sys.modules")
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_points_that_were_measured_on_other_prompts_than_sft_have_no_curve(folder, monkeypatch):
+    asked, runs = enumerate_nothing(monkeypatch), sorted((folder / "jobs").iterdir())
+    for run in runs:
+        (run / "sft" / "results.json").write_text(json.dumps({"gold_scale": SCALE, "evaluation_set": "a"}))
+        (run / "ppo").mkdir()
+        (run / "ppo" / "results.json").write_text(json.dumps({"evaluation_set": "b"}))
+    renew(folder)
+    assert asked == [] and load_results(folder).frontiers == {}
+    for run in runs:
+        (run / "ppo" / "results.json").write_text(json.dumps({"evaluation_set": "a"}))
+    renew(folder)
+    assert len(asked) == 1 and 0 in load_results(folder).frontiers

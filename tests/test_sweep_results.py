@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -174,6 +175,16 @@ def test_compare_prints_the_settings_of_a_sweep(folder, tmp_path, capsys):
                             ([str(tmp_path)], "--out DIR is missing")):
         assert cli.main(["compare", *arguments]) == 1
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given, copied", [("my notes/03b_ppo.ipynb", "'my notes/03b_ppo.ipynb'"),
+                                           ("03b_ppo", "03b_ppo"), ("3b", "03b_ppo"), ("other.ipynb", "03b_ppo"), ("'", "03b_ppo")])
+def test_a_copied_command_names_the_notebook_by_the_path_that_was_given(folder, given, copied):
+    record = json.loads((folder / "sweep.json").read_text())
+    command = "alignkit sweep '" if given == "'" else shlex.join(["alignkit", "sweep", given, "--out", "runs/x"])
+    (folder / "sweep.json").write_text(json.dumps({**record, "grids": [7, {"command": None}, {"command": command}]}))
+    results = load_results(folder)
+    assert results.command_of(results.points()[0].job).startswith(f"alignkit sweep {copied} -p ")
 
 
 def test_the_explorer_shows_any_sweep_and_its_copy_is_the_command_of_the_point(folder):

@@ -31,6 +31,7 @@ CURVES = {"frontier": ("beta", "kl", "proxy", "gold"), "gold_frontier": ("beta",
           "best_of_n": ("n", "kl", "proxy", "gold")}
 MADE_FROM = ("evaluation_set.json", *(f"{stage}/{name}" for stage in ("sft", "reward")
                                       for name in ("config.json", "model.safetensors", "tokenizer.json")))
+EVALUATED = ("sft", "ppo", "dpo")  # stages whose results.json names the evaluation set on which they were measured
 MOST_BYTES, MOST_PROMPTS = 2**26, 1024  # of a file of the tiny model, and of an evaluation set
 AT_ONCE = 16  # prompts, which bounds the memory of the tables
 
@@ -107,7 +108,8 @@ def curves(ref_logps: "Tensor", proxy: "Tensor", gold: "Tensor") -> dict[str, di
 def _origins(runs: Sequence[Path]) -> dict[int, dict[str, Path]]:
     """World seed -> hash of what a policy of that seed is measured with -> the first run of such a policy.
 
-    Only runs of the tiny desk model with an SFT policy, a reward model and an evaluation set.
+    Only runs of the tiny desk model with an SFT policy and a reward model, whose policies were evaluated on the run's
+    evaluation set, as SFT was.
     """
     found: dict[int, dict[str, Path]] = {}
     hashes: dict[tuple, str] = {}  # of files, which jobs share by hard links
@@ -115,6 +117,10 @@ def _origins(runs: Sequence[Path]) -> dict[int, dict[str, Path]]:
         try:
             facts = run_facts(run)
             if (facts.get("model"), facts.get("data")) != ("tiny", "desk") or "seed" not in facts:
+                continue
+            sets = [read_json(path).get("evaluation_set") for stage in EVALUATED
+                    if (path := run / stage / "results.json").exists()]
+            if len(set(map(str, sets))) > 1:
                 continue
             own = content_hash([VERSION, [_hash(run / name, hashes) for name in MADE_FROM], gold_scale(run)])
         except (OSError, RunError):

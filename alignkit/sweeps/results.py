@@ -5,6 +5,7 @@ loaded, and no interval is made up: points that were sampled keep the intervals 
 none, and means over seeds have Student's.
 """
 
+import contextlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -161,7 +162,17 @@ class SweepResults:
         given = [(name, row[name]) for name in self.parameters if row.get(name) is not None]
         words = [word for name, value in given for word in ("-p", f"{name}={as_axis(value)}")]
         place = out or (str(self.root) if self.root else "runs/sweep")
-        return shlex.join(["alignkit", "sweep", self.notebook, *words, "--out", place])
+        return shlex.join(["alignkit", "sweep", self._given_notebook, *words, "--out", place])
+
+    @property
+    def _given_notebook(self) -> str:
+        """The notebook as the sweep's command named it: by its path, if it is not one of alignkit's."""
+        for command in self.commands:
+            with contextlib.suppress(ValueError):  # a quote that is not closed
+                given = shlex.split(command)[2:3]
+                if given and Path(given[0]).stem == self.notebook:
+                    return given[0]
+        return self.notebook
 
     def numbers(self, most: int = 6) -> list[str]:
         """Names of results to look at if no policy was measured: those that are no ends of intervals, in order."""
@@ -188,8 +199,9 @@ def load_results(source: "str | Path | Sweep | None" = None) -> SweepResults:
     record = _record(root)
     jobs = record.get("jobs", {})
     names = dict.fromkeys(name for row in rows for name in (*jobs.get(row["job"], ()), *_before_status(row)))
+    commands = [grid.get("command") for grid in record.get("grids", ()) if isinstance(grid, Mapping)]
     results = SweepResults(record.get("notebook") or "NOTEBOOK", tuple(rows), tuple(names), root.absolute(),
-                           tuple(grid["command"] for grid in record.get("grids", ()) if "command" in grid))
+                           tuple(command for command in commands if isinstance(command, str)))
     return replace(results, **known_curves(results.root, results.policy_runs, results.own_reward))
 
 
