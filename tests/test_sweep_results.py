@@ -178,7 +178,8 @@ def test_compare_prints_the_settings_of_a_sweep(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("given, copied", [("my notes/03b_ppo.ipynb", "'my notes/03b_ppo.ipynb'"),
-                                           ("03b_ppo", "03b_ppo"), ("3b", "03b_ppo"), ("other.ipynb", "03b_ppo"), ("'", "03b_ppo")])
+                                           ("03b_ppo", "03b_ppo"), ("3b", "03b_ppo"), ("other.ipynb", "03b_ppo"),
+                                           ("'", "03b_ppo")])
 def test_a_copied_command_names_the_notebook_by_the_path_that_was_given(folder, given, copied):
     record = json.loads((folder / "sweep.json").read_text())
     command = "alignkit sweep '" if given == "'" else shlex.join(["alignkit", "sweep", given, "--out", "runs/x"])
