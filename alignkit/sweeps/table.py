@@ -1,4 +1,4 @@
-"""The results of a sweep as tables: a row a job in table.csv, table.jsonl and table.parquet, and junit.xml for CI.
+"""The results of a sweep as tables: one row per job in table.csv, table.jsonl and table.parquet, and junit.xml for CI.
 
 A row has the job's ID, its parameters, how it ended, and every number of its results: those of each
 RUN/STAGE/results.json, as STAGE.NAME, with a dot for each level below. A list's numbers are NAME.0, NAME.1, …, up to
