@@ -133,8 +133,8 @@ MUTANTS = [
     Mutant("ppo_state.py", 'optimizer.load_state_dict(saved[f"{name}_optimizer"])', "pass",
            "a rewound run keeps the moments of the branch that it left",
            "test_ppo.py::test_a_saved_state_goes_on_as_the_run_did_also_in_a_fresh_run"),
-    Mutant("ppo_state.py", 'self.iteration, self.kl_coef = saved["iteration"], saved["kl_coef"]',
-           'self.iteration = saved["iteration"]', "a rewound run keeps the adapted price of KL",
+    Mutant("ppo_state.py", 'self.iteration, self.kl_coef, self.whole = saved["iteration"], saved["kl_coef"], True',
+           'self.iteration, self.whole = saved["iteration"], True', "a rewound run keeps the adapted price of KL",
            "test_ppo.py::test_a_saved_state_goes_on_as_the_run_did_also_in_a_fresh_run"),
     Mutant("formulas/losses.py", "return advantages, advantages + values", "return advantages, advantages",
            "returns without the values", "test_ppo.py::test_gae_equals_its_definition_on_ragged_responses"),
@@ -573,9 +573,15 @@ MUTANTS = [
            "dtype=torch.float64)[:len(prompt_ids)].to(device)",
            "every process samples with the numbers of the first rows",
            "test_processes.py::test_several_processes_compute_the_numbers_of_one[2-ppo]"),
-    Mutant("followers.py", "send = checksum(state) != self.sum", "send = self.sum is None",
+    Mutant("followers.py", "send = self._sum() != self.sum", "send = self.sum is None",
            "a run that was rewound goes on from other weights in the other processes",
            "test_processes.py::test_a_kernel_leads_processes_that_follow_it_and_end_with_it"),
+    Mutant("shards.py", "weight.grad = None  # the optimiser passes over it", "pass",
+           "with states in parts every process keeps the states of all weights",
+           "test_processes.py::test_sharded_optimiser_states_change_no_bit_and_take_a_share_of_the_memory"),
+    Mutant("shards.py", "for keeper in range(count()):", "for keeper in ():",
+           "with states in parts no process gets the weights that others have stepped",
+           "test_processes.py::test_sharded_optimiser_states_change_no_bit_and_take_a_share_of_the_memory"),
 ]
 
 
