@@ -214,6 +214,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.of_records:
         record, records = json.loads(RECORD.read_text(encoding="utf-8")), readings_of_run(given.of_records)
+        if not records:
+            parser.error(f"{given.of_records} holds no executed notebook with readings")
         record |= {"readings": read_anew(record["readings"], records),
                    "of_records": f"python -m experiments.readings --of-records {given.of_records} --record"}
         print(page(record))

@@ -126,6 +126,12 @@ def test_only_sentences_with_one_set_of_figures_are_read_anew():
     assert "read anew" not in experiment.page(made)
 
 
+def test_a_run_without_readings_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        experiment.main(["--of-records", str(tmp_path), "--record"])
+    assert "holds no executed notebook" in capsys.readouterr().err
+
+
 def test_the_seed_of_a_commit_is_one_that_nobody_tuned_to():
     assert 1000 <= experiment.seed_of_commit() < 10_000
 
