@@ -1,11 +1,13 @@
 """How often each sentence of the notebooks holds, and what each stage reaches: the whole series, run over worlds.
 
     python -m experiments.readings --seeds 0 1 2 3 4 11 12 13 14 15 16 17 18 --record
+    python -m experiments.readings --of-records runs/course --record   # after a new sweep.json or causes.json
 
 Each seed is a world of its own: notebooks 00 to 10, without a screen, in OUT/seed-N; what is finished there is not run
 again. Prints the table of `docs/readings.md`. `--record` writes that page and `alignkit/evaluate/readings.json`, from
-which the notebooks say how often a reading holds elsewhere. Exit status 1 if a notebook failed or two readings of one
-name contradict each other.
+which the notebooks say how often a reading holds elsewhere. `--of-records RUN` runs nothing: sentences with the same
+figures in every world are about a record that comes with alignkit; theirs are taken from the executed notebooks in RUN.
+Exit status 1 if a notebook failed or two readings of one name contradict each other.
 """
 
 import argparse
@@ -132,6 +134,13 @@ def summarise(worlds: Mapping[int, Sequence[Mapping]]) -> dict[str, dict]:
     return table
 
 
+def read_anew(known: Mapping[str, Mapping], records: Sequence[Mapping]) -> dict[str, Mapping]:
+    """The table `known` with the sentences that have the same figures in every world as one run's `records` have
+    them."""
+    now = summarise({0: records})
+    return {name: now[name] if name in now and len(row["seeds"]) == 1 else row for name, row in known.items()}
+
+
 def figures_of(runs: Mapping[int, Mapping]) -> list[dict]:
     """One row a figure of FIGURES: its name, the value of each seed, the median and the worst."""
     rows = []
@@ -168,13 +177,14 @@ def page(record: Mapping) -> str:
     figures = [f"| {row['what']} | {row['median']:.3f} | {row['worst']:.3f} |" for row in record["figures"]]
     changes = [f"| {what} | {above} | {below} | {n - above - below} |" for what, (above, below, n) in
                record["changes"].items()]
+    anew = f" Those were read anew by `{record['of_records']}`." if "of_records" in record else ""
     return "\n".join([
         "# Readings: how often each sentence of the notebooks holds", "",
         f"Made by `{record['command']}`: notebooks 00 to 10, run headlessly in {len(record['seeds'])} worlds, seeds "
         f"{', '.join(map(str, record['seeds']))}. A sentence *holds* where the whole 95 % interval of its statistic "
         "lies in the range fixed in advance; it holds *not here* where all of it lies outside; otherwise it "
-        "*cannot be told*. Figures that are the same in two seeds are counted once: notebooks 06 and 07 read recorded "
-        "worlds.", "",
+        "*cannot be told*. Figures that are the same in two seeds are counted once: some sentences are about recorded "
+        f"worlds, most of them in notebooks 06 and 07.{anew}", "",
         "## What each stage reached", "", "| figure | median | worst seed |", "|---|---|---|", *figures, "",
         "DPO on the frozen PPO policy: in how many worlds the 95 % interval of the change lies above 0, below 0, or "
         "contains 0.", "",
@@ -184,15 +194,34 @@ def page(record: Mapping) -> str:
         "gives.", "", head, *varies, ""])
 
 
+def write(record: Mapping) -> None:
+    """Write the record and docs/readings.md."""
+    write_json(RECORD, record)
+    write_atomically(Path(__file__).parents[1] / "docs" / "readings.md", page(record))
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the worlds, print the page and what does not hold; returns 1 if a notebook failed or contradicts itself."""
+    """Run the worlds, or read RUN; print the page and what does not hold. Returns 1 if a notebook failed or contradicts
+    itself."""
     parser = argparse.ArgumentParser(prog="python -m experiments.readings", description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, *range(11, 19)])
     parser.add_argument("--out", type=Path, default=Path("runs/readings"))
     parser.add_argument("--record", action="store_true", help="write the record and docs/readings.md")
     parser.add_argument("--small", action="store_true", help="small settings, for a trial: no figures of the stages")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="worlds at a time, one thread each")
+    parser.add_argument("--of-records", type=Path, metavar="RUN", help="run nothing: take the sentences that have the "
+                        "same figures in every world from the executed notebooks in RUN, the rest from the record")
     given = parser.parse_args(arguments)
+    if given.of_records:
+        record, records = json.loads(RECORD.read_text(encoding="utf-8")), readings_of_run(given.of_records)
+        if not records:
+            parser.error(f"{given.of_records} holds no executed notebook with readings")
+        record |= {"readings": read_anew(record["readings"], records),
+                   "of_records": f"python -m experiments.readings --of-records {given.of_records} --record"}
+        print(page(record))
+        if given.record:
+            write(record)
+        return int(bool(contradictions(records)))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     folders = {seed: given.out / f"seed-{seed}" for seed in given.seeds}
     with ProcessPoolExecutor(given.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -207,8 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
               "figures": figures_of(runs) if runs else [], "changes": changes_of(runs)}
     print(page(record))
     if given.record and runs:
-        write_json(RECORD, record)
-        write_atomically(Path(__file__).parents[1] / "docs" / "readings.md", page(record))
+        write(record)
     for seed, records in worlds.items():
         for row in records:
             if row["verdict"] != "holds":

@@ -13,6 +13,7 @@ import pytest
 from alignkit import Estimate, mean_estimate, reading, readings_of, share_estimate
 from alignkit.evaluate.readings import METADATA, RECORD
 from alignkit.formulas.intervals import student_t, wilson
+from alignkit.jobs.notebooks import run_notebook
 from experiments import readings as experiment
 
 ROOT = Path(__file__).parents[1]
@@ -112,6 +113,25 @@ def test_equal_figures_are_one_world_and_a_sentence_that_holds_too_seldom_varies
     assert "05.x" in text.partition("## What varies")[0]
 
 
+def test_only_sentences_with_one_set_of_figures_are_read_anew():
+    known = experiment.summarise({seed: [record(), record("05.y", value=float(seed))] for seed in (0, 1)})
+    now = experiment.read_anew(known, [record(value=0.2, low=-0.1, verdict="unclear"), record("05.y", value=9.0),
+                                       record("05.z")])
+    assert now.keys() == known.keys() and now["05.y"] == known["05.y"]
+    assert now["05.x"]["seeds"] == {"0": [0.2, -0.1, 1.5, "unclear"]}
+    made = {"command": "c", "seeds": [0, 1], "readings": now, "figures": [], "changes": {}, "of_records": "again"}
+    held, _, varies = experiment.page(made).partition("## What varies")
+    assert "05.x" in varies and "05.y" in held and "read anew by `again`" in held
+    made.pop("of_records")
+    assert "read anew" not in experiment.page(made)
+
+
+def test_a_run_without_readings_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        experiment.main(["--of-records", str(tmp_path), "--record"])
+    assert "holds no executed notebook" in capsys.readouterr().err
+
+
 def test_the_seed_of_a_commit_is_one_that_nobody_tuned_to():
     assert 1000 <= experiment.seed_of_commit() < 10_000
 
@@ -133,6 +153,20 @@ def test_every_reading_of_the_notebooks_is_recorded_and_no_other(recorded):
                if not any(re.fullmatch(pattern, known) for known in recorded["readings"])]
     gone = [known for known in recorded["readings"] if not any(re.fullmatch(pattern, known) for pattern in patterns)]
     assert not missing and not gone
+
+
+@pytest.mark.slow
+def test_what_the_notebooks_read_from_the_present_records_is_recorded(recorded, tmp_path):
+    """06 and 07 in an empty run directory: all that they say there is about the records that come with alignkit."""
+    for name in ("06_reward_vs_kl", "07_over_optimisation"):
+        run_notebook(name, tmp_path, {}, progress=False)
+    said = experiment.readings_of_run(tmp_path)
+    now = experiment.read_anew(recorded["readings"], said)
+    checked = [row["name"] for row in said if len(now[row["name"]]["seeds"]) == 1]
+    assert len(checked) > 15
+    for name in checked:
+        (figures,), (before,) = now[name]["seeds"].values(), recorded["readings"][name]["seeds"].values()
+        assert figures[:3] == pytest.approx(before[:3], abs=1e-9) and figures[3] == before[3], name
 
 
 def test_the_pages_and_the_readme_are_made_from_it(recorded):
