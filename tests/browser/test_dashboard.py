@@ -27,10 +27,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextlib.contextmanager
-def serving(folder: Path):
-    """`alignkit app` on a folder, in a process of its own: its URL."""
+def serving(folder: Path, program: tuple[str, ...] = ("-m", "alignkit", "app")):
+    """`alignkit app` on a folder, or another program that serves a page, in a process of its own: its URL."""
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'widgets'}", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "alignkit", "app", str(folder)]
+    command = [sys.executable, *program, str(folder)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as server:
         said = []
@@ -300,3 +300,45 @@ def test_a_sweep_opens_as_one_tab_with_its_frontier_and_the_command_of_each_job(
     page.reload()
     page.get_by_role("tab", name="Sweep", selected=True).wait_for()
     until(page, lambda: "kl_coef=0.4" in command.input_value(), "the place before the reload")
+
+
+ANNOTATOR = """
+import asyncio, sys
+from pathlib import Path
+from alignkit_widgets import PreferenceAnnotator
+from alignkit_widgets.app import server
+from alignkit_widgets.app.sweep_page import SweepPage
+
+class Page(SweepPage):  # the app has no annotator; its page shows one as JupyterLab does, on a page that axe sees whole
+    async def _read(self):
+        rows = [{"prompt": f"How do I fix tablet {i}?", "a": "Use the tool.", "b": "Please wait."} for i in range(3)]
+        board = PreferenceAnnotator(rows, self.folder / "labels.jsonl")
+        channel = self.mount("frontier", "board", {"title": board.title}, board.receive)
+        board.listeners = [channel.send]
+        board.tell()
+
+page = Page(Path(sys.argv[1]))
+try:
+    asyncio.run(server.serve(page, 0))
+except KeyboardInterrupt:
+    pass
+"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_annotator_has_no_serious_fault_and_labels_by_keyboard(open_page, tmp_path, theme):
+    with serving(tmp_path, ("-P", "-c", ANNOTATOR)) as url:
+        page = open_page(url, theme)
+        page.get_by_role("button", name="Read it again").press("Enter")
+        page.get_by_role("button", name="Left is better").wait_for()
+        assert serious_faults(page) == []
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.get_by_role("button", name="Left is better").press("Enter")
+        page.get_by_text("1 label ·").wait_for()
+        assert serious_faults(page) == []
+        until(page, lambda: page.locator("html").evaluate("e => e.scrollWidth") <= 390, "a page that fits a phone")
+        picture(page, f"annotator_{theme}")
+        page.evaluate("document.querySelector('.akb button').style.color = 'rgb(200, 200, 200)'")
+        page.evaluate("document.querySelector('.akb button').style.background = 'rgb(220, 220, 220)'")
+        assert any("color-contrast" in fault for fault in serious_faults(page)), "axe sees the annotator"
+    assert len((tmp_path / "labels.jsonl").read_text().splitlines()) == 1
