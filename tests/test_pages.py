@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from alignkit_widgets import ClipExplorer, StepThroughExplorer, TrainingCockpit
@@ -17,7 +18,9 @@ from alignkit_widgets.pages.live import live_page
 from small_pages import HOSTILE, record_run, small
 
 from alignkit.errors import RunError
+from alignkit.jobs import notebooks
 from alignkit.metrics import GLOSSARY
+from alignkit.stages import CHAIN
 from alignkit.storage import append_metrics, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -221,6 +224,21 @@ def build():
     module = sys.modules["site_build"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_no_notebook_of_the_site_replaces_the_policies_of_the_course(build, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "steered", SimpleNamespace(steered_run=lambda run: ran.append((run, "steered"))))
+    monkeypatch.setattr(notebooks, "course", lambda run: ran.append((run, "course")))
+    monkeypatch.setattr(notebooks, "run_notebook", lambda path, run, given: ran.append((run, path.stem)))
+    ran, run = [], tmp_path / "run"
+    build.execute(run)
+    assert ran[:2] == [(run, "course"), (run, "steered")], "the steered run begins with the course's SFT"
+    apart = {name for place, name in ran if place != run}
+    assert {name for _, name in ran} - apart >= {"06_reward_vs_kl", "claims"} and len(ran) > 12
+    trains = {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")
+              if path.stem not in CHAIN and "save_model(" in path.read_text(encoding="utf-8")}
+    assert apart == trains == {"your_model"}
+    assert build.run_of("your_model", run) == tmp_path / "run_your_model"
 
 
 def test_every_link_in_the_docs_and_notebooks_leads_somewhere(build):

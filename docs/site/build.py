@@ -1,6 +1,6 @@
 """The documentation site, built offline: python docs/site/build.py (make docs)
 
-1. Run the notebooks by papermill in docs/_build/run, once: what has finished there is not run again.
+1. Run the notebooks by papermill in docs/_build/run (your_model beside it), once: what has finished is not run again.
 2. Write the explorers and a recorded PPO run as pages that work without Python.
 3. Let Sphinx make docs/_build/html from the notebooks, docs/*.md and the docstrings.
 
@@ -24,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 HOW_TO = ("notebooks", "glossary", "your_model", "evaluation", "judging", "publishing", "speed", "processes", "sweeps",
           "widgets", "pages", "teaching", "troubleshooting")
+OWN_CHAIN = ("your_model",)  # notebooks that train SFT, reward model, PPO and DPO by themselves
 PROJECT = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 LINK = re.compile(r"(!?\[[^\]]*\]\()(?!https?:|mailto:|#)([^)\s#]+)(#[^)\s]*)?(\))")
 EXPLORERS = {  # page -> class; what needs a run is made by `_from_run`
@@ -49,18 +50,25 @@ def main() -> int:
 
 
 def execute(run: Path) -> None:
-    """Run the course and then every other notebook in one run directory, and a steered PPO run beside them."""
+    """Run the course, a steered PPO run beside it, and then every other notebook, all in one run directory but those
+    that make the course's stages again."""
     from steered import steered_run
 
     from alignkit.jobs.notebooks import course, find_notebooks, run_notebook
     from alignkit.stages import CHAIN
 
     course(run)
-    for name, path in find_notebooks().items():
-        if name not in CHAIN:
-            run_notebook(path, run, {})
     if not list(run.glob("app/ppo-*/metrics.branch-1.jsonl")):
         steered_run(run)
+    for name, path in find_notebooks().items():
+        if name not in CHAIN:
+            run_notebook(path, run_of(name, run), {})
+
+
+def run_of(name: str, run: Path) -> Path:
+    """The run directory of a notebook: RUN, or one of its own beside RUN if it trains the whole chain by itself, which
+    would replace the course's policies."""
+    return run.with_name(f"{run.name}_{name}") if name in OWN_CHAIN else run
 
 
 def build_site(out: Path, run: Path | None, *, notebooks: Sequence[str] | None = None,
@@ -134,7 +142,7 @@ def _titled(page: Path) -> str:
 
 def _copy_notebook(page: str, source: Path, run: Path | None, links: Links) -> None:
     """A notebook as a page: the executed one of the run if there is one, else the committed one; it says which."""
-    executed = run / Path(page).name if run is not None else None
+    executed = run_of(Path(page).stem, run) / Path(page).name if run is not None else None
     there = executed is not None and executed.exists()
     notebook = json.loads((executed if there else ROOT / page).read_text(encoding="utf-8"))
     notebook["cells"] = [cell for cell in notebook["cells"]
