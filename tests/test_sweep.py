@@ -595,6 +595,44 @@ def test_what_a_notebook_cannot_say_of_itself_is_refused(tmp_path, says, error):
     assert not (tmp_path / "s").exists()
 
 
+def test_two_notebooks_of_one_name_are_refused_and_a_cycle_is_no_other_notebook(tmp_path):
+    for folder in ("a", "b"):
+        notebook(tmp_path / folder / "prep.ipynb", RESULT)
+    both = notebook(tmp_path / "both.ipynb", RESULT, after=["a/prep.ipynb", "b/prep.ipynb"])
+    notebook(tmp_path / "prep.ipynb", RESULT, after=["a/prep.ipynb"])
+    nested = notebook(tmp_path / "nested.ipynb", RESULT, after=["prep.ipynb"])
+    for source in (both, nested):
+        with pytest.raises(ParameterError, match="have the same name, under which a run directory keeps one notebook"):
+            plan(str(source), tmp_path / "s", {"seed": "0,1"})
+    again = notebook(tmp_path / "again.ipynb", RESULT, after=["a/prep.ipynb", "b/../a/prep.ipynb"])
+    assert len(plan(str(again), tmp_path / "s", {"seed": "0,1"}).jobs[0].notebooks) == 2
+    lost = notebook(tmp_path / "lost.ipynb", RESULT, after=["gone.ipynb"])
+    with pytest.raises(ParameterError, match=r"`after` in the metadata of .*lost.ipynb: no notebook 'gone.ipynb'"):
+        plan(str(lost), tmp_path / "s", {"seed": "0,1"})
+
+
+def test_a_notebook_without_a_seed_is_made_once_for_all_seeds(tmp_path):
+    notebook(tmp_path / "plain.ipynb", stage("world", "7"), parameters="run = ''", makes="world")
+    seeded = notebook(tmp_path / "seeded.ipynb", reads("world"), stage("mine", "before + seed"), after=["plain.ipynb"],
+                      parameters="run = ''\nseed = 0", makes="mine")
+    assert sweep(seeded, tmp_path / "s", {"seed": "3,5"}, workers=1) == 0
+    assert {row["seed"]: row["mine.value"] for row in rows(tmp_path / "s")} == {3: 10, 5: 12}
+    assert len(list((tmp_path / "s" / "shared").iterdir())) == 1
+    facts = [json.loads(path.read_text()) for path in sorted((tmp_path / "s" / "jobs").glob("*/run.json"))]
+    assert [each["seed"] for each in facts] == [3, 5]
+
+
+def test_a_run_that_holds_another_notebook_of_that_name_is_refused(tmp_path):
+    for folder in ("a", "b"):
+        notebook(tmp_path / folder / "prep.ipynb", f"print('{folder}')")
+    mine = notebook(tmp_path / "mine.ipynb", "print('mine')", after=["a/prep.ipynb"])
+    run_notebook(tmp_path / "b" / "prep.ipynb", tmp_path / "run", progress=False)
+    with pytest.raises(RunError, match="holds a finished prep that is not .*a/prep.ipynb as it is now"):
+        run_notebook(mine, tmp_path / "run", progress=False)
+    run_notebook(tmp_path / "a" / "prep.ipynb", tmp_path / "other", progress=False)
+    run_notebook(mine, tmp_path / "other", progress=False)
+
+
 def test_a_job_that_writes_into_its_records_does_not_change_those_of_others(tmp_path):
     base = tmp_path / "base"
     run_notebook(notebook(tmp_path / "01_sft.ipynb", stage("sft", "seed"), parameters=WHOLE), base, progress=False)

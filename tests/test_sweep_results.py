@@ -107,11 +107,35 @@ def test_leads_are_paired_over_the_seeds_that_both_have_and_one_seed_tells_nothi
     places = ranking([point(1, 0, 5.0), point(1, 1, 9.0), point(2, 1, 1.0), point(2, 2, 3.0)])
     assert places[1].lead.value == 8.0 and places[1].lead.low is None and not places[1].told
     apart = ranking([point(1, 0, 5.0), point(2, 1, 1.0)])
-    assert apart[1].lead == ak.Estimate(4.0, None, None) and not apart[1].told
-    assert "One seed is no evidence" in ranking_words(apart, "gold")
+    assert apart[1].lead is None and not apart[1].told
+    assert "No seed is common to all settings" in ranking_words(apart, "gold")
+    alone = ranking([point(1, 0, 5.0), point(2, 0, 1.0)])
+    assert "One seed is no evidence" in ranking_words(alone, "gold")
     with pytest.raises(ValueError, match="expected one method"):
         ranking([point(1, 0, 1.0), Point("j", "dpo", (), 0, ak.Estimate(1.0, None, None), None, None)])
     assert ranking([]) == [] and figure_of([]) == "proxy"
+
+
+def test_settings_are_compared_on_the_seeds_that_all_of_them_have():
+    def point(coef, seed, gold, name="kl_coef"):
+        return Point("j", "ppo", ((name, coef),), seed, ak.Estimate(1.0, None, None), None,
+                     ak.Estimate(gold, None, None))
+
+    places = ranking([point(1, 7, 0.04), point(1, 9, 0.9), point(2, 7, 0.12), point(2, 5, -0.8)])
+    assert [place.setting for place in places] == [(("kl_coef", 2),), (("kl_coef", 1),)], "the better in world 7"
+    assert places[1].lead.value == pytest.approx(0.08) and [place.left_out for place in places] == [1, 1]
+    places = ranking([point(coef, seed, coef + seed / 10) for coef in (1, 2) for seed in range(3 + coef)])
+    assert "over 4 seeds. Compared on the 4 seeds that all settings have." in ranking_words(places, "gold")
+    stages = [point(coef, seed, coef + seed**2 / 10, "sft.epochs") for coef in (1, 2) for seed in range(3)]
+    assert "sft.epochs changes the SFT policy" in ranking_words(ranking(stages), "gold")
+    assert "changes the SFT policy" not in ranking_words(places, "gold")
+
+
+def test_a_figure_that_is_no_number_is_no_point(folder):
+    rows = [json.loads(line) for line in (folder / "table.jsonl").read_text().splitlines()]
+    rows[0]["ppo.kl_to_sft"] = math.nan
+    (folder / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(load_results(folder).points()) == 8
 
 
 def test_a_recorded_sweep_has_the_same_points_and_curves():

@@ -19,7 +19,7 @@ from pathlib import Path
 from alignkit.errors import ParameterError, RunError
 from alignkit.jobs.estimate import WHERE, notebook_seconds
 from alignkit.jobs.job import Job, files_made, finished, job_key, why_run
-from alignkit.jobs.parameters import Parameter, notebook_parameters, typed_values
+from alignkit.jobs.parameters import Parameter, declared, notebook_parameters, typed_values
 from alignkit.jobs.preconditions import check_before, check_model, check_shard
 from alignkit.jobs.progress import Progress
 from alignkit.jobs.stage_parameters import addressed, values_by_notebook, where_they_went
@@ -35,9 +35,10 @@ from alignkit.runs.stage_folders import (
     set_aside,
     set_aside_unfinished,
 )
+from alignkit.safe_text import one_line
 from alignkit.sources import local_path
 from alignkit.stages import CHAIN, NEEDS, PROCESSES, TRAINED_TOGETHER, has_number
-from alignkit.storage import plain, read_json, write_json
+from alignkit.storage import file_hash, plain, read_json, write_json
 
 
 def find_notebooks() -> dict[str, Path]:
@@ -62,7 +63,8 @@ def find_notebook(notebook: str | Path) -> Path:
     chosen = known.get(name) or next((known[other] for other in known if has_number(other, name)), None)
     if not chosen:
         raise FileNotFoundError(
-            f"no notebook {str(notebook)!r}{nearest(name, known)}; expected a path to an .ipynb file or one of: "
+            f"no notebook {str(notebook)!r}{'; the course is run by `alignkit course`' if name == 'course' else ''}"
+            f"{nearest(name, known)}; expected a path to an .ipynb file or one of: "
             f"{', '.join(known) or 'none'}"
         )
     return chosen
@@ -453,10 +455,14 @@ def _check_facts(job: Job) -> None:
         check_run(job.out, settings["model"], settings["data"], settings["seed"], reading)
     _check_stages(job)
     before = {maker: finished(records.get(maker, {})) for maker in (*(maker for _, maker in _needs(job)), *job.after)}
-    for maker in job.after:
+    for each in declared(job.notebook)[0]:
+        maker, beside = Path(each).stem, job.notebook.parent / each
         if not before[maker]:
-            raise RunError(f"{job.out} holds no finished {maker}, which {job.name} comes after: run it in the same run "
-                           "directory first (`alignkit sweep` does that by itself)")
+            raise RunError(f"{job.out} holds no finished {one_line(maker, 100)}, which {job.name} comes after: run it "
+                           "in the same run directory first (`alignkit sweep` does that by itself)")
+        if beside.is_file() and before[maker]["key"].get("notebook") != file_hash(beside):
+            raise RunError(f"{job.out} holds a finished {maker} that is not {beside} as it is now, which {job.name} "
+                           "comes after: run that in the same run directory first, or in another one")
     for maker, record in before.items():
         made = record.get("made", {})
         present = {name: digest for folder in {name.partition("/")[0] for name in made}

@@ -39,16 +39,15 @@ class Curves:
 def sweep_curves(results: SweepResults, seed: int | None = None) -> Curves:
     """The curves to draw beside a sweep's points: exact ones, otherwise the estimate from SFT's stored responses.
 
-    Of one seed if it has any, otherwise of the first seed that has.
+    seed: the one whose curves are asked for, which are none of another world; None: the first seed that has any.
     """
     missing = _missing_words(results.no_curve)
-    own = None if seed is None or seed in results.frontiers else sampled_frontier(results, seed)
-    if own is None and results.frontiers:
-        world = seed if seed in results.frontiers else min(results.frontiers)
+    if results.frontiers and (seed is None or seed in results.frontiers):
+        world = min(results.frontiers) if seed is None else seed
         return Curves(_exact_words(results, world) + missing, world, results.frontiers[world],
                       results.gold_frontiers.get(world), results.best_of_n.get(world))
-    estimates = (sampled_frontier(results, each) for each in results.seeds or [None])
-    sampled = own or next(filter(None, estimates), None)
+    seeds = (results.seeds or [None]) if seed is None else [seed]
+    sampled = next(filter(None, (sampled_frontier(results, each) for each in seeds)), None)
     return Curves(((_sampled_words(sampled) if sampled else "") + missing).strip(), sampled=sampled)
 
 

@@ -41,6 +41,7 @@ def run_job(spec: Spec, root: str | Path, attempt: str, *, timeout: float | None
     try:
         if not folder.exists() and spec.base:
             begin_with(root / "shared" / spec.base, folder)
+        _own_seed(spec, folder)
         if spec.alone:
             notebook = Path(spec.notebooks[-1])
             run_notebook(notebook, folder, spec.values[notebook.stem], timeout=timeout, progress=False, spare=spare)
@@ -219,6 +220,14 @@ def _settle(root: Path, spec: Spec, attempt: str, record: Mapping[str, object], 
         os.rename(place, aside)
     os.rename(folder, place)
     flush(place.parent)
+
+
+def _own_seed(spec: Spec, folder: Path) -> None:
+    """Let run.json name the job's seed where the notebooks that it begins with know none, and so serve all seeds."""
+    *earlier, own = (spec.values[Path(path).stem] for path in spec.notebooks)
+    if spec.base and "seed" in own and not any("seed" in values for values in earlier):
+        with contextlib.suppress(FileNotFoundError):
+            write_json(folder / "run.json", read_json(folder / "run.json") | {"seed": own["seed"]})
 
 
 def _addressed(spec: Spec) -> dict[str, object]:

@@ -78,7 +78,8 @@ def compared(results: SweepResults) -> str:
         means = {place.setting: place for place in places}
         table = [["setting", "seeds", *(TITLES[name] for name in FIGURES), f"lead of the best, {figure}"]]
         for place in places:
-            cells = [_mean([point for point in own if point.setting == place.setting], name) for name in FIGURES]
+            cells = [_mean([point for point in own if point.setting == place.setting and point.seed in place.values],
+                           name) for name in FIGURES]
             lead = means[place.setting].lead
             table.append([one_line(setting_words(place.setting), 60), str(len(place.values)), *cells,
                           "" if lead is None else f"{lead:+.2f}{'' if place.told else '  not told apart'}"])

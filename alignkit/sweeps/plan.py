@@ -121,17 +121,26 @@ def _series(notebook: str, series: Sequence[str | Path]) -> list[str]:
     makers = {stage: name for name, stage in CHAIN.items() if stage}
     paths: dict[str, str] = {}
 
-    def add(path: Path, later: tuple[str, ...] = ()) -> None:
-        if path.stem in later:
-            raise ParameterError(f"{path} comes after itself: see `after` in the metadata of {' and '.join(later)}")
+    def add(path: Path, later: tuple[Path, ...] = ()) -> None:
+        known = Path(paths.get(path.stem) or next((each for each in later if each.stem == path.stem), path))
+        if known.resolve() != path.resolve():
+            raise ParameterError(f"{known} and {path} have the same name, under which a run directory keeps one "
+                                 "notebook: give one of them another name")
+        if any(each.stem == path.stem for each in later):
+            raise ParameterError(f"{path} comes after itself: see `after` in the metadata of "
+                                 f"{' and '.join(each.stem for each in later)}")
         if path.stem in paths:
             return
-        later = (*later, path.stem)
+        later = (*later, path)
         for stage in NEEDS.get(path.stem, ()):
             add(find_notebook(of_course.get(makers[stage], makers[stage])), later)
         for name in declared(path)[0]:
             beside = path.parent / name
-            add(beside.resolve() if beside.is_file() else find_notebook(of_course.get(Path(name).stem, name)), later)
+            try:
+                found = beside.resolve() if beside.is_file() else find_notebook(of_course.get(Path(name).stem, name))
+            except FileNotFoundError as error:
+                raise ParameterError(f"`after` in the metadata of {path}: {error}") from None
+            add(found, later)
         paths[path.stem] = str(path)
 
     add(find_notebook(notebook))
@@ -229,7 +238,8 @@ def _share(specs: Sequence[Spec], known: Mapping) -> tuple[list[Spec], dict[str,
     """The jobs with their bases, and the shared jobs by ID.
 
     The first notebooks of several jobs are shared where their values are equal. A job that runs its last notebook alone
-    has a base in any case. A run belongs to one seed, so a shared series must have a notebook that knows it.
+    has a base in any case. A run belongs to one seed, so a shared series must have a notebook that knows it; a base
+    that knows none serves all seeds (`job._own_seed`).
     """
     def series(spec: Spec, length: int) -> str:
         stems = [Path(path).stem for path in spec.notebooks[:length]]

@@ -7,13 +7,12 @@ none, and means over seeds have Student's.
 
 import contextlib
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from alignkit.errors import RunError
 from alignkit.formulas.intervals import Estimate, mean_estimate
@@ -62,14 +61,16 @@ class Point:
 class Place:
     """A setting in a ranking: its mean over seeds, and the best setting's lead over it.
 
-    values: seed -> figure. mean: with Student's interval over seeds. lead: best − this, paired over the seeds that both
-    have; None for the best itself. told: whether the lead's interval excludes 0.
+    values: seed -> figure, of the seeds that are compared. mean: with Student's interval over these. lead: best − this,
+    paired over the seeds; None for the best itself, and where no seed is common. left_out: how many of the setting's
+    seeds are not compared. told: whether the lead's interval excludes 0.
     """
 
     setting: Setting
     values: dict[object, float]
     mean: Estimate
     lead: Estimate | None = None
+    left_out: int = 0
 
     @property
     def told(self) -> bool:
@@ -229,9 +230,11 @@ def recorded_results(sweep: "Sweep") -> SweepResults:
 def ranking(points: Sequence[Point], figure: str = "gold") -> list[Place]:
     """The settings of one method by their mean `figure` ("proxy" or "gold") over seeds, best first.
 
-    The lead of the best over each other is paired: its mean over the seeds that both have, with Student's interval. The
-    best of many settings was chosen by the same seeds, so its mean is too high by chance, and its leads are too. Raises
-    ValueError if the points have several methods.
+    Seeds are worlds, so settings are compared on the seeds that all of them have; the others are left out. The lead of
+    the best over each other is paired: the mean of the differences, with Student's interval. Without a common seed each
+    setting has the mean of its own seeds, and there are no leads. The best of many settings was chosen by the same
+    seeds, so its mean is too high by chance, and its leads are too. Raises ValueError if the points have several
+    methods.
     """
     if len(methods := {point.method for point in points}) > 1:
         raise ValueError(f"points are of {sorted(methods)}, expected one method")
@@ -239,13 +242,14 @@ def ranking(points: Sequence[Point], figure: str = "gold") -> list[Place]:
     for point in points:
         if (found := getattr(point, figure)) is not None:
             by_setting.setdefault(point.setting, {})[point.seed] = found.value
-    places = [Place(setting, values, mean_estimate(list(values.values()))) for setting, values in by_setting.items()]
+    shared = set.intersection(*map(set, by_setting.values())) if by_setting else set()
+    places = []
+    for setting, values in by_setting.items():
+        compared = {seed: value for seed, value in values.items() if seed in shared} or values
+        places.append(Place(setting, compared, mean_estimate(list(compared.values())),
+                            left_out=len(values) - len(compared)))
     places.sort(key=lambda place: -place.mean.value)
-    if not places:
-        return []
-    best = places[0]
-    return [best, *(Place(each.setting, each.values, each.mean, _lead(best.values, each.values))
-                    for each in places[1:])]
+    return [*places[:1], *(replace(each, lead=_lead(places[0].values, each.values)) for each in places[1:])]
 
 
 def ranking_words(places: Sequence[Place], figure: str) -> str:
@@ -257,6 +261,14 @@ def ranking_words(places: Sequence[Place], figure: str) -> str:
     if not others:
         return f"{name} has a mean {figure} of {best.mean:+.2f} SFT-sd over {_seeds(best)}; there is no other setting."
     words = f"{name} has the highest mean {figure}, {best.mean:+.2f} SFT-sd over {_seeds(best)}. "
+    if all(each.lead is None for each in others):
+        return words + ("No seed is common to all settings, and means of different worlds cannot be compared: give all "
+                        "of them the same seeds.")
+    if any(each.left_out for each in places):
+        words += f"Compared on the {_seeds(best)} that all settings have. "
+    if stages := [name for name, _ in best.setting if name.partition(".")[0] in ("sft", "reward")]:
+        words += (f"{' and '.join(stages)} changes the SFT policy or the reward model, and with them the units of the "
+                  "rewards and the origin of KL. ")
     if len(best.values) < 2:
         return words + "One seed is no evidence: no two settings can be told apart. Add seeds with -p seed=0..4."
     close, below = [each for each in others if not each.told], [each for each in others if each.told]
@@ -279,7 +291,7 @@ def figure_of(points: Sequence[Point]) -> str:
 def estimate_of(row: Mapping, name: str) -> Estimate | None:
     """A figure of a row with its 95 % interval, if the row has one; None if the figure is not there."""
     value = row.get(name)
-    if not is_number(value):
+    if not (is_number(value) and math.isfinite(value)):
         return None
     stem = name.removesuffix("_mean").removesuffix("_rate")
     low, high = (row.get(f"{stem}_ci95.{end}") for end in (0, 1))
@@ -336,11 +348,9 @@ def _recorded_sweep(path: Path | None = None) -> "Sweep":
     return load_sweep(path)
 
 
-def _lead(best: Mapping, other: Mapping) -> Estimate:
+def _lead(best: Mapping, other: Mapping) -> Estimate | None:
     both = [seed for seed in best if seed in other]
-    if not both:
-        return Estimate(float(np.mean(list(best.values())) - np.mean(list(other.values()))), None, None)
-    return mean_estimate([best[seed] - other[seed] for seed in both])
+    return mean_estimate([best[seed] - other[seed] for seed in both]) if both else None
 
 
 def _rows(table: Path) -> list[dict]:

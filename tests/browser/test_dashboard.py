@@ -300,6 +300,14 @@ def test_a_sweep_opens_as_one_tab_with_its_frontier_and_the_command_of_each_job(
     page.reload()
     page.get_by_role("tab", name="Sweep", selected=True).wait_for()
     until(page, lambda: "kl_coef=0.4" in command.input_value(), "the place before the reload")
+    for damage, words in (("", "0 of 0 jobs"), ("{", "line 1 is no row of a sweep's table")):
+        (folder / "table.jsonl").write_text(damage)
+        page.get_by_role("button", name="Read it again").press("Enter")
+        page.get_by_text(words).wait_for()
+        assert page.locator(".ake").count() == 0, "no picture of what is no longer there"
+        write_rows(folder, rows)
+        page.get_by_role("button", name="Read it again").press("Enter")
+        page.locator(".ake").wait_for()
 
 
 ANNOTATOR = """

@@ -69,6 +69,11 @@ function show(status) {
     tab.tab.textContent = tab.label + (working ? (name === "train" ? " · running" : " · busy") : "");
     tab.said.textContent = status.said[name] || (working && name !== "train" ? "One moment …" : "");
     for (const button of tab.form.querySelectorAll("button")) button.disabled = working;
+    if (tab.host.dataset.of && !status.shown.includes(name)) {
+      for (const end of tab.leave.splice(0)) end?.();
+      tab.host.replaceChildren();
+      delete tab.host.dataset.of;
+    }
   }
   if (!status.sweep) showRun(status, first);
   shown = status.shown;

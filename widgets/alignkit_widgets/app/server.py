@@ -162,6 +162,10 @@ class PageServer:
         self.tell(self.widgets[tab].mount)
         return self.widgets[tab]
 
+    def unmount(self, tab: str) -> None:
+        """Take the widget out of a tab, if it has one; the next status tells the pages."""
+        self.widgets.pop(tab, None)
+
     def take(self, message: object) -> None:
         """Receive one message of a page; invalid messages are ignored."""
         if not isinstance(message, dict):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from alignkit.errors import RunError
 from alignkit.safe_text import visible
 from alignkit.sweeps.results import TABLE, load_results
 from alignkit_widgets.app.server import PageServer
@@ -39,12 +40,19 @@ class SweepPage(PageServer):
 
     async def _read(self) -> None:
         if not (self.folder / TABLE).is_file():
+            self.unmount("frontier")
             self.notes["frontier"] = "No job has finished yet."
             return
-        results = await asyncio.to_thread(load_results, self.folder)
+        try:
+            results = await asyncio.to_thread(load_results, self.folder)
+        except RunError:
+            self.unmount("frontier")
+            raise
         words = f"{len(results.finished)} of {len(results.rows)} jobs of {results.notebook} have finished"
         self.notes["frontier"] = words + (f", {len(results.failed)} failed." if results.failed else ".")
-        if results.finished:
+        if not results.points():
+            self.unmount("frontier")
+        else:
             explorer = await asyncio.to_thread(FrontierExplorer, results)
             explorer.view = self.mount("frontier", "explorer", view_config(explorer.config()), explorer.receive)
             explorer.send()

@@ -44,7 +44,10 @@ def sweep_controls(results: SweepResults) -> list:
         low = max(min(_prices(curve)) for curve in results.frontiers.values())
         high = min(max(_prices(curve)) for curve in results.frontiers.values())
         prices = [beta for beta in prices if low <= beta <= high]
-        start = min(prices, key=lambda beta: abs(math.log(beta / 0.35)))
+        far = max(point.kl.value for point in points)  # the opening price is one that the plane shows, if there is any
+        seen = [beta for beta in prices if any(at_price(curve, beta)["kl"] <= far
+                                               for curve in results.frontiers.values())]
+        start = min(seen or prices, key=lambda beta: abs(math.log(beta / 0.35)))
         controls.insert(0, Slider("beta", prices, start, "β, price of KL"))
     return controls
 
@@ -59,9 +62,12 @@ def sweep_rows(results: SweepResults, state: Mapping) -> list:
     if chosen.run:
         copies.append([Copy("copy the path of its run", str(chosen.run))])
     curves = sweep_curves(results, next((seed for seed in results.seeds if str(seed) == state["seed"]), None))
+    plane = _plane(results, points, chosen, state, curves)
+    words = curves.words
+    if curves.exact and (reached := at_price(curves.exact, state["beta"])["kl"]) > plane.x.high:
+        words = f"The optimum at β = {number(state['beta'])} lies right of this picture, at {reached:.2f} nats. {words}"
     return [[Text(f"{chosen.method.upper()}: {ranking_words(ranking(own, figure), figure)}", lead=True)],
-            [_plane(results, points, chosen, state, curves), _table(results, chosen)],
-            *[[Text(curves.words)]] * bool(curves.words), *copies]
+            [plane, _table(results, chosen)], *[[Text(words)]] * bool(words), *copies]
 
 
 def point_words(point: Point) -> str:
@@ -75,8 +81,8 @@ def _plane(results: SweepResults, points: Sequence[Point], chosen: Point, state:
     shown = points if whole else [point for point in points if str(point.seed) == state["seed"]]
     runs = [series for method in dict.fromkeys(point.method for point in points) for name in ("proxy", "gold")
             for series in _series([point for point in shown if point.method == method], method, name, whole)]
-    runs += [Series("", [(chosen.kl.value, value.value)], chosen.method, line=False, big=True)
-             for value in (chosen.proxy, chosen.gold) if value]
+    runs += [Series("", [(chosen.kl.value, value.value)], chosen.method, line=False, big=True, open=name == "gold")
+             for name in ("proxy", "gold") if (value := getattr(chosen, name)) and chosen in shown]
     ends = [(x, y) for series in runs for place in series.spans or [(p[0], p[0], p[1], p[1]) for p in series.points]
             for x, y in ((place[0], place[2]), (place[1], place[3]))]
     far = 1.1 * max((x for x, _ in ends), default=1.0)
