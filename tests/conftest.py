@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import socket
 
 import pytest
+from jupyter_client.connect import LocalPortCache
 
 for name, value in {
     "HF_HUB_OFFLINE": "1",
@@ -29,3 +31,24 @@ def pytest_runtest_setup(item) -> None:
 def shared() -> pathlib.Path:
     """The folder with a real model and real preferences. Who uses it is marked `shared`."""
     return SHARED
+
+
+@pytest.fixture
+def take_ports(monkeypatch):
+    """take_ports(n): another process takes a port of each of the next n kernels before they start. Returns the list of
+    what was asked for meanwhile, five ports a start."""
+    ports, asked = LocalPortCache.instance(), []
+    free = ports.find_available_port
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+
+        def take(starts: int) -> list[str]:
+            def port(ip: str) -> int:
+                asked.append(ip)
+                return other.getsockname()[1] if len(asked) % 5 == 0 and len(asked) <= 5 * starts else free(ip)
+
+            monkeypatch.setattr(ports, "find_available_port", port)
+            return asked
+
+        yield take

@@ -5,14 +5,12 @@ import json
 import math
 import os
 import re
-import socket
 import tempfile
 from pathlib import Path
 
 import nbformat
 import pytest
 import torch
-from jupyter_client.connect import LocalPortCache
 from lab_answers import RIGHT, WRONG
 
 from alignkit.errors import RunError
@@ -290,21 +288,11 @@ def test_alignkit_cannot_be_imported_and_printed_claims_count_for_nothing(graded
 
 
 @pytest.mark.parametrize("taken, total", [(1, 2), (STARTS, None)])
-def test_a_kernel_whose_port_was_taken_meanwhile_is_started_again(tmp_path, monkeypatch, taken, total):
-    ports = LocalPortCache.instance()
-    free, starts = ports.find_available_port, []
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-
-        def port(ip: str) -> int:  # five a start; another process has taken the last one
-            starts.append(ip)
-            return other.getsockname()[1] if len(starts) % 5 == 0 and len(starts) <= 5 * taken else free(ip)
-
-        monkeypatch.setattr(ports, "find_available_port", port)
-        file = handed_in(tmp_path / "one.ipynb", {"interval": RIGHT["interval"]})
-        (graded,) = grade([file], tmp_path / "grades.csv", seconds=120)
-    assert graded.total == total and len(starts) == 5 * min(taken + 1, STARTS), graded.error
+def test_a_kernel_whose_port_was_taken_meanwhile_is_started_again(tmp_path, take_ports, taken, total):
+    asked = take_ports(taken)
+    file = handed_in(tmp_path / "one.ipynb", {"interval": RIGHT["interval"]})
+    (graded,) = grade([file], tmp_path / "grades.csv", seconds=120)
+    assert graded.total == total and len(asked) == 5 * min(taken + 1, STARTS), graded.error
 
 
 @pytest.fixture(scope="module")

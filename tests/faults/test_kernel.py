@@ -19,7 +19,6 @@ import nbformat
 import psutil
 import pytest
 from alignkit_widgets.app import playground, server
-from jupyter_client.connect import LocalPortCache
 from jupyter_client.provisioning import local_provisioner
 
 from alignkit.errors import NotebookFailed, RunError, RunInUse, is_out_of_memory
@@ -261,21 +260,11 @@ def test_04_the_last_words_of_a_dead_kernel_are_its_own(killed):
 
 
 @pytest.mark.parametrize("taken, ends", [(1, "finished"), (kernel.STARTS, "failed")])
-def test_a_kernel_whose_port_was_taken_meanwhile_is_started_again(tmp_path, monkeypatch, taken, ends):
-    ports = LocalPortCache.instance()
-    free, starts = ports.find_available_port, []
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-
-        def port(ip: str) -> int:  # five a start; another process has taken the last one
-            starts.append(ip)
-            return other.getsockname()[1] if len(starts) % 5 == 0 and len(starts) <= 5 * taken else free(ip)
-
-        monkeypatch.setattr(ports, "find_available_port", port)
-        with contextlib.nullcontext() if ends == "finished" else pytest.raises(NotebookFailed, match="in use"):
-            run_notebook(notebook(tmp_path / "x.ipynb", "1 + 1", parameters=KNOBS), tmp_path / "run")
-    assert status(tmp_path / "run")["status"] == ends and len(starts) == 5 * min(taken + 1, kernel.STARTS)
+def test_a_kernel_whose_port_was_taken_meanwhile_is_started_again(tmp_path, take_ports, taken, ends):
+    asked = take_ports(taken)
+    with contextlib.nullcontext() if ends == "finished" else pytest.raises(NotebookFailed, match="in use"):
+        run_notebook(notebook(tmp_path / "x.ipynb", "1 + 1", parameters=KNOBS), tmp_path / "run")
+    assert status(tmp_path / "run")["status"] == ends and len(asked) == 5 * min(taken + 1, kernel.STARTS)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
