@@ -161,3 +161,13 @@ def _read(path: Path, default: dict) -> dict:
         return default
     except RunError as error:
         raise RunError(f"{error}; delete it and run that stage again") from None
+
+
+def gold_scale(run: Path) -> tuple[float, float]:
+    """Mean and sd of raw gold under SFT, in whose units the run reports gold. Raises RunError, or OSError, if notebook
+    01 has not stored them in the run."""
+    scale = read_json(run / "sft" / "results.json").get("gold_scale")
+    if not (isinstance(scale, list) and len(scale) == 2 and all(type(each) in (int, float) and abs(each) < 1e9
+                                                                for each in scale) and scale[1] > 0):
+        raise RunError(f"{run / 'sft' / 'results.json'} has no gold_scale, a mean and a standard deviation")
+    return scale[0], scale[1]

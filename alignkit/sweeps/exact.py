@@ -16,7 +16,7 @@ import numpy as np
 
 from alignkit.errors import AlignkitError, RunError
 from alignkit.metrics import duration, is_number
-from alignkit.runs.records import run_facts
+from alignkit.runs.records import gold_scale, run_facts
 from alignkit.safe_text import one_line
 from alignkit.storage import content_hash, file_hash, read_json, write_json
 
@@ -146,15 +146,6 @@ def _hash(path: Path, known: dict[tuple, str]) -> str:
     if name not in known:
         known[name] = file_hash(path)
     return known[name]
-
-
-def gold_scale(run: Path) -> tuple[float, float]:
-    """Mean and sd of raw gold under SFT, in whose units the run reports gold. Raises RunError, or OSError, if notebook
-    01 has not stored them in the run."""
-    scale = read_json(run / "sft" / "results.json").get("gold_scale")
-    if not (isinstance(scale, list) and len(scale) == 2 and all(map(_is_moderate, scale)) and scale[1] > 0):
-        raise RunError(f"{run / 'sft' / 'results.json'} has no gold_scale, a mean and a standard deviation")
-    return scale[0], scale[1]
 
 
 def _enumerated(run: Path, seed: int, say: Callable[[str], object]) -> dict:

@@ -26,11 +26,10 @@ from alignkit.models.loading import load_policy, save_model
 from alignkit.ppo import PPOState, ppo_iteration
 from alignkit.reward import RewardScorer, load_reward, train_reward_model
 from alignkit.runs.checkpoints import Checkpoints
-from alignkit.runs.records import READING, run_facts, start_run
+from alignkit.runs.records import READING, gold_scale, run_facts, start_run
 from alignkit.runs.stage_folders import CHECKPOINTS, delete_checkpoints
 from alignkit.sft import train_sft
 from alignkit.storage import branch_files, read_json, read_metrics, settings, write_json
-from alignkit.sweeps.exact import gold_scale
 from alignkit.task import Task, load_task
 from alignkit_widgets.cockpit.ppo_run import ppo_controls, ppo_row
 
